@@ -1,0 +1,37 @@
+# Everything runs in .venv, made on first use. `make PYTHON=python3.12 test` picks another Python.
+PYTHON ?= python3
+BIN := .venv/bin
+# One process per core; every test process keeps torch to one thread (tests/conftest.py).
+PYTEST_ARGS ?= -n auto
+
+.PHONY: install assets quickstart test format lint type
+.DELETE_ON_ERROR:
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora-ft needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+# The model into models/, the reviews into data/; at once when they are there.
+assets: .venv/.installed
+	@$(BIN)/python scripts/assets.py
+
+quickstart: assets
+	@$(BIN)/python scripts/quickstart.py
+
+test: .venv/.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: .venv/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+type: .venv/.installed
+	$(BIN)/mypy

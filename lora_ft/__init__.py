@@ -1,0 +1,30 @@
+"""LoRA fine-tuning of causal language models from one YAML file; `lora-ft --help` has the commands.
+
+From Python: `inject_lora`, `load_adapter`, `merge`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_ft.adapter.files import load_adapter
+    from lora_ft.adapter.inject import inject_lora, merge
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "inject_lora", "load_adapter", "merge"]
+
+_ROOMS = {"inject_lora": "inject", "load_adapter": "files", "merge": "inject"}
+
+
+def __getattr__(name: str) -> Any:
+    """The API's functions on first use: importing the package costs no torch (PEP 562)."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"lora_ft.adapter.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,101 @@
+"""Whether an adapter read from files fits a base: its weights, its tokenizer, its modules and their shapes."""
+
+import difflib
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from lora_ft.adapter.peft import PREFIX, WEIGHTS, AdapterFile, differences
+from lora_ft.adapter.peft_config import targeted
+from lora_ft.base import Base, fingerprint
+from lora_ft.errors import ModelError
+from lora_ft.layers.lora import dimensions
+from lora_ft.model import tokenizer_hash
+
+
+def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear | Conv1D]:
+    """The model's linear modules, after checking that the adapter fits them (a model on the meta device will do).
+
+    Raises:
+        ModelError: modules missing or unexpected (both lists), or a tensor of the wrong shape (both shapes).
+    """
+    path = adapter.folder / WEIGHTS
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    head = next((n for n, m in linear.items() if m is model.get_output_embeddings()), None)
+    expected = targeted(adapter.config, linear, head)
+    missing = set() if expected is None else expected - adapter.tensors.keys()
+    unexpected = adapter.tensors.keys() - linear.keys()
+    unknown = adapter.copies.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    if missing or unexpected or unknown:
+        near = difflib.get_close_matches(min(unexpected), list(linear), n=2, cutoff=0) if unexpected else []
+        hint = f" The model has {', '.join(near)}." if near else ""
+        raise ModelError(differences(path, missing, unexpected | unknown) + f" Is it another model's adapter?{hint}")
+    for module, (A, B) in adapter.tensors.items():
+        check_shape(path, module, A, B, *dimensions(linear[module]))
+    return linear
+
+
+def check_shape(path: Path, module: str, A: Tensor, B: Tensor, in_features: int, out_features: int) -> None:
+    for name, found, wanted in (("A", A, (A.shape[0], in_features)), ("B", B, (out_features, B.shape[1]))):
+        if tuple(found.shape) != wanted:
+            key = f"{PREFIX}{module}.lora_{name}.weight"
+            raise ModelError(f"{path}: {key} has shape {tuple(found.shape)}, the model needs {wanted}.")
+
+
+def check_copies(model: nn.Module, adapter: AdapterFile) -> None:
+    """ModelError unless the base weights in the file (PEFT adds those of an adapted head) are the model's own."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, copy in adapter.copies.items():
+        module = name.rpartition(".")[0]
+        key = name if name in parameters else name.replace(module, f"{module}.base", 1)  # adapted already
+        if key not in parameters or not same_weight(parameters[key].detach(), copy):
+            raise ModelError(changed_copy(adapter, name))
+
+
+def same_weight(base: Tensor, copy: Tensor) -> bool:
+    """Whether one is the other, maybe rounded to its dtype: a base can be loaded in another dtype than stored."""
+    base = base.cpu()
+    if base.shape != copy.shape:
+        return False
+    return torch.equal(base.to(copy.dtype), copy) or torch.equal(copy.to(base.dtype), base)
+
+
+def changed_copy(adapter: AdapterFile, name: str) -> str:
+    return (
+        f"{adapter.folder / WEIGHTS}: holds a weight {name} of its own, which isn't the base's: fully trained or "
+        "resized modules can't be applied here. Merge it with PEFT."
+    )
+
+
+def check_base(record: dict | None, base: Base, other_base: bool) -> None:
+    """Refuse a base that isn't the one the adapter was trained on, unless `other_base` insists (and then say so).
+
+    Raises:
+        ModelError: both fingerprints.
+    """
+    trained_on = ((record or {}).get("base") or {}).get("fingerprint")
+    if trained_on is None or trained_on == (found := fingerprint(base)):
+        return
+    message = f"base {base.name}: not the weights the adapter was trained on (fingerprint {found[:12]}, was {trained_on[:12]})."
+    if not other_base:
+        raise ModelError(f"{message} Name the right one with --base, or insist with --other-base.")
+    print(f"warning: {message} Going on, as --other-base asks.", file=sys.stderr)
+
+
+def check_tokenizer(record: dict | None, base: Base, tokenizer: PreTrainedTokenizerBase, other_base: bool) -> None:
+    """Refuse a tokenizer that turns text into other ids than the one of the training.
+
+    Raises:
+        ModelError: it changed.
+    """
+    trained_with = (record or {}).get("tokenizer")
+    if trained_with is None or trained_with == tokenizer_hash(tokenizer):
+        return
+    message = f"base {base.name}: its tokenizer (vocabulary, merges or special tokens) changed since the training."
+    if not other_base:
+        raise ModelError(f"{message} Restore it, or insist with --other-base.")
+    print(f"warning: {message} Going on, as --other-base asks.", file=sys.stderr)

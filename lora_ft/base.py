@@ -1,0 +1,198 @@
+"""Base models as files on this machine: where they are, what holds their weights, and what identifies them."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora_ft.errors import ModelError
+from lora_ft.names import is_local
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+]  # never pickles, never other frameworks
+OFFLINE = (
+    "Two ways on: point HF_HOME at a cache that holds it, or name a local folder: --set model.name=FOLDER "
+    "(--base FOLDER for eval and merge)."
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's files on this machine.
+
+    name: as the user wrote it. folder: where the files are. revision: the commit, for a hub model. gguf: the file, if one.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+    gguf: Path | None = None
+
+
+def resolve(name: str, revision: str | None = None) -> Base:
+    """Find the files of a hub id, a local folder or a .gguf file. A local name is never asked of the network.
+
+    Raises:
+        ModelError: no such folder, no model in it, or a hub that can't be reached or says no.
+    """
+    if not is_local(name):
+        folder = _snapshot(name, revision)
+        return Base(name, folder, revision=folder.name)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ModelError(
+            f"model {name}: no such file or folder. Give a folder with config.json, a .gguf file or a hub id."
+        )
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"model {name}: a file that isn't .gguf. Give the folder that holds config.json.")
+        return Base(name, path.parent, gguf=path)
+    if not (path / "config.json").is_file():
+        hint = " It holds an adapter: name its base model instead." if (path / "adapter_config.json").exists() else ""
+        raise ModelError(f"model {name}: no config.json in that folder.{hint}")
+    return Base(name, path)
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def download(local_files_only: bool) -> Path:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=WANTED, local_files_only=local_files_only)
+        )
+
+    try:
+        return download(local_files_only=False)
+    except GatedRepoError as e:
+        raise ModelError(
+            f"model {name}: gated. Ask for access on https://huggingface.co/{name}, then run `hf auth login`."
+        ) from e
+    except RevisionNotFoundError as e:
+        raise ModelError(f"model {name}: no revision {revision!r}.") from e
+    except RepositoryNotFoundError as e:
+        raise ModelError(
+            f"model {name}: neither a folder here nor a public model on the hub. If it is private, run `hf auth login`."
+        ) from e
+    except HFValidationError as e:
+        raise ModelError(f"model {name}: no folder of that name here, and no valid hub id either.") from e
+    except Exception as e:  # the network's errors have many classes, and a cache may serve
+        try:
+            return download(local_files_only=True)
+        except Exception:
+            raise ModelError(
+                f"model {name}: no such folder here, the hub can't be reached and no local cache holds it. {OFFLINE}"
+            ) from e
+
+
+def weight_files(base: Base) -> list[Path]:
+    """The base's safetensors files, in the index's order.
+
+    Raises:
+        ModelError: none there (pickles are never read), one missing, damaged, or outside the folder.
+    """
+    index = base.folder / INDEX
+    if index.is_file():
+        try:
+            names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, RecursionError) as e:
+            raise ModelError(f"{index}: not a weights index ({e}).") from e
+    elif (base.folder / SINGLE).is_file():
+        names = [SINGLE]
+    else:
+        pickles = sorted(p.name for p in base.folder.glob("*.bin"))
+        why = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no weights"
+        raise ModelError(f"model {base.name}: {why}; {SINGLE} or {INDEX} is needed in {base.folder}.")
+    files = []
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{index}: the file name {name!r} leads out of the folder.")
+        path = base.folder / name
+        if not path.is_file():
+            raise ModelError(f"{path}: missing, though {INDEX} lists it. Copy the model again.")
+        with opened(path):
+            pass
+        files.append(path)
+    return files
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, opened lazily; ModelError with its name if its header is damaged or the file cut."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as e:
+        raise ModelError(f"{path}: damaged or cut ({e}). Copy the file again.") from e
+
+
+def fingerprint(base: Base) -> str:
+    """SHA-256 over names, shapes, dtypes and strided samples of every tensor's bytes.
+
+    The files are what counts: sharding, loading dtype and quantization on load don't change it.
+    """
+    if base.gguf:
+        return digest([["gguf", base.gguf.stat().st_size, _sample(base.gguf, 0, base.gguf.stat().st_size)]])
+    tensors = []
+    for path in weight_files(base):
+        with path.open("rb") as f:
+            header_bytes = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(header_bytes))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                sample = _sample(path, 8 + header_bytes + start, end - start)
+                tensors.append([name, entry["dtype"], entry["shape"], sample])
+    return digest(sorted(tensors))
+
+
+def digest(obj: object) -> str:
+    return hashlib.sha256(json.dumps(obj).encode()).hexdigest()
+
+
+def _sample(path: Path, start: int, size: int, pieces: int = 64, piece: int = 64) -> str:
+    """Hash of `pieces` evenly spread pieces of bytes (all of them when there are few); always with the last one."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        if size <= pieces * piece:
+            f.seek(start)
+            digest.update(f.read(size))
+        else:
+            for i in range(pieces):
+                f.seek(start + i * (size - piece) // (pieces - 1))
+                digest.update(f.read(piece))
+    return digest.hexdigest()
+
+
+def stored_dtype(base: Base) -> torch.dtype:
+    """The dtype of the base's largest floating-point tensor on disk (float32 for GGUF, which is dequantized)."""
+    if base.gguf:
+        return torch.float32
+    largest, dtype = -1, torch.float32
+    for path in weight_files(base):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                view = file.get_slice(name)
+                size = torch.Size(view.get_shape()).numel()
+                kind = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(view.get_dtype())
+                if kind is not None and size > largest:
+                    largest, dtype = size, kind
+    return dtype

@@ -1,0 +1,81 @@
+"""`lora-ft check`: everything short of training, within seconds: config, rows as the model sees them, targets, sizes."""
+
+import json
+
+import torch
+import yaml
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoModelForCausalLM
+
+from lora_ft.adapter.inject import inject_lora, lora_layers, trainable
+from lora_ft.base import resolve, weight_files
+from lora_ft.config import Config
+from lora_ft.data.batches import Cut, Plan
+from lora_ft.data.prepare import prepare
+from lora_ft.model import load_config, load_tokenizer
+from lora_ft.names import printable
+
+SHOWN_ROWS = 2
+
+
+def check(config: Config, *, as_json: bool = False) -> None:
+    """Print what a run of `config` would do; the same errors as training for what is wrong."""
+    base = resolve(config.model.name, config.model.revision)
+    if not base.gguf:
+        weight_files(base)
+    tokenizer = load_tokenizer(base)
+    train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
+    train, adapter = config.train, config.adapter
+    with torch.device("meta"):  # shapes without memory
+        model = AutoModelForCausalLM.from_config(load_config(base))
+        weights = sum(p.numel() for p in model.parameters())
+        inject_lora(model, adapter.targets, adapter.rank, adapter.alpha, modules=adapter.modules, layers=adapter.layers)
+    parameters = sum(p.numel() for p in trainable(model).values())
+    plan = Plan(train_set.dataset, train.batch_size, train.num_train_epochs, train.max_steps, Cut(1), train.seed)
+    facts = {
+        "train": train_set.report.as_dict(),
+        "eval": eval_set.report.as_dict() if eval_set else None,
+        "steps": len(plan),
+        "base_parameters": weights,
+        "trainable_parameters": parameters,
+        "trainable_share": parameters / weights,
+        "adapter_bytes": 4 * parameters,
+        "adam_bytes": 8 * parameters,
+        "targets": {path: list(layer.rows) for path, layer in lora_layers(model).items()},
+    }
+    if as_json:
+        print(json.dumps({"config": config.model_dump(mode="json"), **facts}))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False)
+    console.print(f"train: {train_set.report.summary()}", markup=False)
+    if eval_set:
+        console.print(f"eval: {eval_set.report.summary()}", markup=False)
+    for i in range(min(SHOWN_ROWS, len(train_set.dataset))):
+        example = train_set.dataset[i]
+        console.print(f"\nrow {example['row']}, {len(example['input_ids'])} tokens, supervised between » and «:")
+        console.print(seen(example, tokenizer))
+    console.print(
+        f"\ntargets: {len(facts['targets'])} modules, {', '.join(list(facts['targets'])[:4])} ...", markup=False
+    )
+    console.print(
+        f"trainable: {parameters:,} of {weights:,} parameters ({parameters / weights:.2%}); "
+        f"adapter {facts['adapter_bytes'] / 2**20:.1f} MiB, Adam's state {facts['adam_bytes'] / 2**20:.1f} MiB"
+    )
+    console.print(f"steps: {len(plan)} of {train.batch_size} examples")
+
+
+def seen(example: dict, tokenizer) -> Text:
+    """A row after template, truncation and masking; supervised tokens bold and between » and «."""
+    text, inside = Text(), False
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        if (label >= 0) != inside:
+            inside = not inside
+            text.append("»" if inside else "«", style="bold green")
+        piece = tokenizer.decode([token])
+        shown = "\n".join(printable(line, 10_000) for line in piece.split("\n"))
+        text.append(shown, style="bold green" if inside else "")
+    if inside:
+        text.append("«", style="bold green")
+    return text

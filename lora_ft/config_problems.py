@@ -1,0 +1,185 @@
+"""What is wrong with a config, in plain words: what the schema refuses, and the rules between settings."""
+
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from lora_ft import trainer_args
+from lora_ft.names import nearest, shown, template_columns
+from lora_ft.schema import AdapterConfig, Config, DataConfig, ModelConfig, TrainConfig
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+}
+
+Place = tuple[str, ...]  # ("data", "eval")
+
+
+def refused(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str, Place | None]]:
+    """What the schema refuses: (path, sentence, the setting that was probably meant where the name is unknown)."""
+    try:
+        Config.model_validate(data)
+        errors = []
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+    meant = set()
+    for error in sorted(
+        errors, key=lambda error: error["type"] != "extra_forbidden"
+    ):  # misspelt names before missing ones
+        path = error["loc"]
+        if error["type"] == "extra_forbidden":
+            sentence, place = unknown(tuple(map(str, path)))
+            meant.add(place)
+            yield path, sentence, place
+        elif error["type"] != "missing":
+            yield path, _sentence(path, error), None
+        elif path not in meant:
+            yield path, f"missing; give {field_at(path).description}", None
+    if isinstance(data.get("trainer"), Mapping):
+        for name, sentence in trainer_args.problems(data["trainer"]):
+            yield ("trainer", name), sentence, None
+
+
+def field_at(path: tuple[str | int, ...]) -> FieldInfo:
+    """The schema's field that a path leads to, or into."""
+    fields = Config.model_fields
+    if path[0] in SECTIONS and len(path) > 1:
+        fields = SECTIONS[str(path[0])].model_fields
+        return fields[str(path[1])]
+    return fields[str(path[0])]
+
+
+def unknown(path: Place) -> tuple[str, Place | None]:
+    """(what to say of a name that is no setting, the setting that was probably meant)."""
+    section, name = path[:-1], path[-1]
+    siblings = SECTIONS[section[0]].model_fields if section and section[0] in SECTIONS else Config.model_fields
+    places: dict[str, Place] = {}  # by last name
+    for place in [(s, n) for s, model in SECTIONS.items() for n in model.model_fields]:
+        places.setdefault(place[1], place)
+    places |= {n: tuple(ours.split(".")) for n, ours in trainer_args.OURS.items() if n not in places}
+    places |= {n: ("trainer", n) for n in trainer_args.ALLOWED}
+    if name not in places and (near := nearest(name, siblings)):
+        return f"no such setting; did you mean {near}?", (*section, near)
+    if near := name if name in places else nearest(name, places):
+        return f"no such setting here; did you mean {'.'.join(places[near])}?", places[near]
+    return f"no such setting; here are {', '.join(siblings)}", None
+
+
+def _sentence(path: tuple[str | int, ...], error: Any) -> str:
+    if error["type"] == "value_error":  # a sentence of lora_ft.setting_types
+        return str(error["ctx"]["error"])
+    value, field = error["input"], field_at(path)
+    if len(path) == 1 and path[0] in SECTIONS:
+        return f"{shown(value)} is no section; its settings stand below it, as in {_EXAMPLES[str(path[0])]}"
+    if error["type"] == "too_short":
+        return f"is empty; give {field.description}"
+    hint = ""
+    wants = wanted(field)
+    if value is None:
+        hint = "; leave it out for the default"
+    elif "text" in wants and isinstance(value, Mapping):
+        hint = '; a text that begins with a brace needs quotes: "{column}"'
+    elif "text" in wants and not isinstance(value, list | tuple):
+        hint = "; if it is meant as text, put it in quotes"
+    elif isinstance(value, str) and (near := nearest(value, wants.removeprefix("one of ").split(", "))):
+        hint = f"; did you mean {near}?"
+    return f"{shown(value)} does not fit; give {wants}{hint}"
+
+
+_EXAMPLES = {
+    "model": "model: {name: gpt2}",
+    "adapter": "adapter: {rank: 8}",
+    "data": "data: {train: reviews.jsonl}",
+    "train": "train: {learning_rate: 1e-4}",
+}
+
+
+def wanted(field: FieldInfo) -> str:
+    """What a field takes, in words, by its type and range."""
+    kind, null = plain_type(field)
+    low, high = "", ""
+    for limit in field.metadata:
+        ge, gt, le, lt = (getattr(limit, name, None) for name in ("ge", "gt", "le", "lt"))
+        low = f" from {ge}" if ge is not None else f" above {gt}" if gt is not None else low
+        high = f" to {le}" if le is not None else f" below {lt}" if lt is not None else high
+    if get_origin(kind) is Literal:
+        words = "one of " + ", ".join(get_args(kind))
+    else:
+        base = get_origin(kind) or kind
+        words = {
+            bool: "true or false",
+            int: "a whole number",
+            float: "a number",
+            str: "text",
+            tuple: "a list of text",
+            dict: "a mapping (key: value)",
+        }[base]
+        words += low + (f", and{high}" if "below" in high and low else high)
+    return words + (" or null" if null else "")
+
+
+def plain_type(field: FieldInfo) -> tuple[Any, bool]:
+    """(the type without `| None` and annotations, whether it may be null); of several types, their Union."""
+    kinds = (
+        get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else [field.annotation]
+    )
+    others = [kind for kind in kinds if kind is not type(None)]
+    kind = others[0] if len(others) == 1 else Union[tuple(others)]  # noqa: UP007
+    return (get_args(kind)[0] if get_origin(kind) is Annotated else kind), len(others) < len(kinds)
+
+
+def rules(config: Config) -> Iterator[tuple[Place, tuple[Place, ...], str]]:
+    """The rules between settings that are broken: (where, what else took part, what is wrong and what to do)."""
+    adapter, data, train = config.adapter, config.data, config.train
+    forms = [form for form in ("prompt", "completion", "text", "messages") if getattr(data, form) is not None]
+    paths = tuple(("data", form) for form in ("prompt", "completion", "text", "messages"))
+    one = "give one form: prompt and completion, text, or messages"
+    if not forms:
+        yield ("data",), paths, f"says nothing about what to learn; {one}"
+    elif forms in (["prompt"], ["completion"]):
+        other = "completion" if forms == ["prompt"] else "prompt"
+        yield ("data", forms[0]), paths, f"has no {other}; give both, or text alone"
+    elif len(forms) > 1 and forms != ["prompt", "completion"]:
+        yield ("data", forms[-1]), paths, f"can't stand beside {' and '.join(forms[:-1])}; {one}"
+    elif data.label_names is not None:
+        column, involved = next(iter(data.label_names)), (("data", "label_names"), *paths)
+        columns = template_columns(data.completion) if data.completion else ()
+        if not data.completion:
+            yield ("data", "label_names"), involved, f"needs prompt and completion; this config has {forms[0]}"
+        elif column not in columns:
+            has = ", ".join(shown(c) for c in columns)
+            yield ("data", "label_names"), involved, f"{shown(column)} is no column of data.completion, which has {has}"
+    if data.chat_template is not None and forms and data.messages is None:
+        yield ("data", "chat_template"), paths, "is used with messages only; remove it, or give data.messages"
+    if data.long_text == "split" and forms and data.text is None:
+        yield ("data", "long_text"), paths, "split is for the form text only; remove it, or give data.text"
+    if not adapter.targets and not adapter.modules:
+        involved = (("adapter", "targets"), ("adapter", "modules"))
+        yield (
+            ("adapter", "targets"),
+            involved,
+            "nothing would be trained; name a role here or a module in adapter.modules",
+        )
+    if data.eval is None:
+        needs = "needs data.eval: a data source, or a fraction (0.05) or count (500) held out of data.train"
+        if train.early_stopping_patience is not None:
+            yield ("train", "early_stopping_patience"), (("data", "eval"),), needs
+        if data.max_eval_examples is not None:
+            yield ("data", "max_eval_examples"), (("data", "eval"),), needs
+        if train.metric_for_best_model != "loss":
+            yield ("train", "metric_for_best_model"), (("data", "eval"),), f"{train.metric_for_best_model} {needs}"
+    if data.label_names is None and train.metric_for_best_model != "loss":
+        involved = (("data", "label_names"),)
+        message = f"{train.metric_for_best_model} needs data.label_names, which makes eval a classification"
+        yield ("train", "metric_for_best_model"), involved, message
+    kwargs = config.trainer.get("lr_scheduler_kwargs", {})
+    if problem := trainer_args.scheduler_problem(train.lr_scheduler_type, kwargs if isinstance(kwargs, dict) else {}):
+        at = ("trainer", "lr_scheduler_kwargs") if kwargs else ("train", "lr_scheduler_type")
+        hint = "" if kwargs else ", in trainer.lr_scheduler_kwargs"
+        yield at, (("train", "lr_scheduler_type"), ("trainer", "lr_scheduler_kwargs")), problem + hint

@@ -1,0 +1,116 @@
+"""Which examples make a step, and how a step is cut into flat micro-batches.
+
+One item of the plan is one whole optimizer step. It is a pure function of the seed and the step's number, so a run can go on
+anywhere; and how it is cut (`micro_batch_tokens`) changes neither its examples nor, beyond rounding, its gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lora_ft.attention import flat
+
+
+class MicroBatch(TypedDict):
+    """A flat row.
+
+    input_ids, position_ids: (1, tokens). keep: (supervised,) positions whose next token is supervised. targets: (supervised,)
+    those next tokens. lengths: of the examples in the row.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    keep: Tensor
+    targets: Tensor
+    lengths: list[int]
+
+
+class Step(TypedDict):
+    """micro: the micro-batches. total: supervised tokens of the whole step. tokens: its tokens. rows: where they stand."""
+
+    micro: list[MicroBatch]
+    total: int
+    tokens: int
+    rows: list[int]
+
+
+class Cut(NamedTuple):
+    """micro_batch_tokens: at most so many tokens a row (a longer example gets a row alone). alone: one example a row."""
+
+    micro_batch_tokens: int
+    alone: bool = False
+
+    def rows(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of `lengths`, grouped into rows: longest first, each into the first row with room."""
+        if self.alone:
+            return [[i] for i in range(len(lengths))]
+        rows: list[list[int]] = []
+        room: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            row = next((r for r, left in enumerate(room) if lengths[i] <= left), None)
+            if row is None:
+                rows.append([])
+                room.append(self.micro_batch_tokens)
+                row = len(rows) - 1
+            rows[row].append(i)
+            room[row] -= lengths[i]
+        return rows
+
+
+def micro_batch(examples: Sequence[dict]) -> MicroBatch:
+    """The flat row of examples with `input_ids` and `labels` (-100: not supervised; labels[i] is input_ids[i] or that)."""
+    keep, targets, start = [], [], 0
+    for example in examples:
+        labels = example["labels"]
+        supervised = [i for i in range(1, len(labels)) if labels[i] >= 0]  # nothing stands before a first token
+        keep += [start + i - 1 for i in supervised]
+        targets += [labels[i] for i in supervised]
+        start += len(labels)
+    row = flat([example["input_ids"] for example in examples])
+    return MicroBatch(
+        input_ids=row["input_ids"],
+        position_ids=row["position_ids"],
+        keep=torch.tensor(keep, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+        lengths=[len(example["input_ids"]) for example in examples],
+    )
+
+
+class Plan(Dataset):
+    """The optimizer steps of a run, each an epoch's shuffled examples in turn; an epoch's last step may be smaller."""
+
+    def __init__(
+        self, dataset: datasets.Dataset, batch_size: int, epochs: float, max_steps: int | None, cut: Cut, seed: int
+    ):
+        self.dataset, self.batch_size, self.cut, self.seed = dataset, batch_size, cut, seed
+        self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
+        self.steps = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch))
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def examples(self, step: int) -> list[int]:
+        """Indices of the examples of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch = (epoch, torch.randperm(len(self.dataset), generator=generator).tolist())
+        return self._epoch[1][position * self.batch_size : (position + 1) * self.batch_size]
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return epoch + min(1.0, position * self.batch_size / len(self.dataset))
+
+    def __getitem__(self, step: int) -> Step:
+        examples = [self.dataset[i] for i in self.examples(step)]
+        lengths = [len(e["input_ids"]) for e in examples]
+        micro = [micro_batch([examples[i] for i in row]) for row in self.cut.rows(lengths)]
+        total = sum(len(m["targets"]) for m in micro)
+        return Step(micro=micro, total=total, tokens=sum(lengths), rows=[e["row"] for e in examples])

@@ -1,0 +1,120 @@
+"""From sources to encoded examples, in two cached stages: rows to texts, then texts to ids and labels."""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Literal
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from lora_ft.data.cache import Write, cached, key_of
+from lora_ft.data.chat import chat_format
+from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, counts, hold_out, sample, sample_indices
+from lora_ft.data.sources import content_hash
+from lora_ft.data.template import Template
+from lora_ft.data.texts import BATCH, CODE, LISTED, BadRows, load_texts, names_of
+from lora_ft.data.tokens import Coder, Encoded, coder, encode_chats, encode_pairs, encode_texts
+from lora_ft.errors import DataError
+from lora_ft.model import tokenizer_hash
+
+__all__ = ["EncodingReport", "Examples", "Template", "hold_out", "load_examples", "sample"]
+
+
+def load_examples(
+    sources: list[str],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    long_text: Literal["truncate", "split"] = "truncate",
+    bad_rows: Literal["error", "skip"] = "error",
+    max_examples: int | None = None,
+    seed: int = 0,
+    eos: bool = True,
+) -> Examples:
+    """Rows of the sources, one after the other, as examples; a seeded sample of `max_examples` of them, in their order.
+
+    Raises:
+        DataError: a source or row that can't be read or encoded, label words with equal ids, or nothing left to train
+        on. ModelError: chats without a chat template.
+    """
+    content = key_of([content_hash(source) for source in sources])
+    settings = [template.as_dict(), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed, eos]
+    texts, read = load_texts(sources, content, template, tokenizer, bad_rows, eos)
+    if max_examples is not None and max_examples < len(texts):
+        texts = texts.select(sample_indices(len(texts), max_examples, seed))
+    chat = chat_format(tokenizer, template.chat_template).template if template.messages else None
+    sha256 = key_of(content, settings, chat)
+    coding = coder(tokenizer, eos)
+    dataset, made = cached(
+        key_of(sha256, sources, CODE, version("tokenizers"), version("transformers")),
+        EXAMPLES,
+        lambda write: _encode(texts, template, max_length, long_text == "split", bad_rows, coding, write),
+        "encoding",
+        len(texts),
+    )
+    if not len(dataset):
+        raise DataError(
+            f"{names_of(sources)}: nothing supervised is left in any of the {len(texts):,} rows after truncation to "
+            f"{max_length} tokens. Raise data.max_length."
+        )
+    report = EncodingReport(
+        rows=read["rows"],
+        used=made["used"],
+        examples=len(dataset),
+        skipped=(read["skipped"] + made["skipped"])[:LISTED],
+        skipped_count=read["skipped_count"] + made["skipped_count"],
+        dropped=made["dropped"],
+        content=content,
+        sha256=sha256,
+        **counts(dataset),
+    )
+    words = template.label_names[template.label_column] if template.label_names and template.label_column else []
+    return Examples(dataset, report, list(words))
+
+
+def _encode(
+    texts: datasets.Dataset,
+    template: Template,
+    max_length: int,
+    split: bool,
+    bad_rows: str,
+    coding: Coder,
+    write: Write,
+) -> dict:
+    """Write the texts' examples (EXAMPLES); how many rows were used, skipped and dropped."""
+    bad, used, dropped = BadRows(bad_rows), 0, 0
+    for batch in texts.iter(batch_size=BATCH):
+        encoded: Iterator[list[Encoded]]
+        if template.messages:
+            encoded = ([e] for e in encode_chats(batch["completion"], batch["spans"], max_length, coding))
+        elif template.text is not None:
+            encoded = encode_texts(batch["completion"], max_length, split, coding)
+        else:
+            pairs = encode_pairs(batch["prompt"], batch["completion"], batch["choices"], max_length, coding)
+            encoded = ([e] for e in pairs)
+        out: dict[str, list] = {name: [] for name in EXAMPLES.names}
+        for row, where, label, pieces in zip(batch["row"], batch["where"], batch["label"], encoded, strict=True):
+            if pieces[0].blank:
+                bad.add(where, "nothing in it is supervised")
+                continue
+            _check_choices(pieces[0].choices, where)
+            kept = [piece for piece in pieces if piece.supervised]
+            used, dropped = used + bool(kept), dropped + (not kept)
+            for e in kept:
+                values = (
+                    *(e.input_ids, e.labels, row, where, e.prompt_length, e.choices, label),
+                    *(len(e.input_ids), e.supervised, e.truncated, e.merged),
+                )
+                for column, value in zip(out.values(), values, strict=True):
+                    column.append(value)
+        write(out)
+    return {"used": used, "dropped": dropped} | bad.facts()
+
+
+def _check_choices(choices: list[list[int]], where: str) -> None:
+    if len({tuple(choice) for choice in choices}) < len(choices):
+        raise DataError(
+            f"{where}: two label words have equal tokens after the prompt, so they can't be told apart. "
+            "Choose other words in data.label_names."
+        )

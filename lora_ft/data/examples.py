@@ -1,0 +1,153 @@
+"""Encoded examples, what is known of them, and their parts by seed."""
+
+import random
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from lora_ft.data.cache import key_of
+from lora_ft.errors import DataError
+
+IDS = pa.list_(pa.int32())
+EXAMPLES = pa.schema(
+    {
+        "input_ids": IDS,
+        "labels": IDS,
+        "row": pa.int64(),
+        "where": pa.string(),
+        "prompt_length": pa.int32(),
+        "choices": pa.list_(IDS),
+        "label": pa.int32(),
+        "tokens": pa.int32(),  # len(input_ids)
+        "supervised": pa.int32(),
+        "truncated": pa.bool_(),
+        "merged": pa.bool_(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What became of the rows.
+
+    rows: read. used: of them in `examples` examples (a split text is several). skipped: the first bad rows,
+    skipped_count all of them. dropped: rows that truncation left with nothing supervised. truncated, merged:
+    examples. tokens, supervised: of all examples; longest: tokens of the longest. content: SHA-256 of the sources'
+    content. sha256: of content, template, tokenizer and settings, so of what was encoded.
+    """
+
+    rows: int
+    used: int
+    examples: int
+    skipped: list[str] = field(default_factory=list)
+    skipped_count: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    merged: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    longest: int = 0
+    content: str = ""
+    sha256: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def summary(self) -> str:
+        """One line for people; only what happened is named."""
+        told = [
+            (self.used, "rows used" if self.used == self.rows else f"of {self.rows:,} rows used"),
+            (self.examples if self.examples != self.used else 0, "examples"),
+            (self.tokens, "tokens"),
+            (self.supervised, "of them supervised"),
+            (self.truncated, "truncated"),
+            (self.dropped, "dropped (truncation left nothing supervised)"),
+            (self.merged, "with tokens that merge across the prompt's end"),
+            (self.skipped_count, "bad rows skipped"),
+        ]
+        line = ", ".join(f"{number:,} {what}" for number, what in told if number)
+        return line + "".join(f"\n  skipped {message}" for message in self.skipped[:3])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded examples.
+
+    dataset: one row an example. input_ids, labels: int32 lists of one length; labels[i] is input_ids[i] where
+    supervised, else -100 (not shifted; never at i = 0). tokens, supervised: their numbers. row: position in the
+    sources, from 0; where: for messages. prompt_length: tokens before the completion (0 for text and chat). choices:
+    ids of each label word after the prompt, no end-of-sequence ([] if not a classification); label: the right one, or
+    -1. label_words: the words, in that order.
+    """
+
+    dataset: datasets.Dataset
+    report: EncodingReport
+    label_words: list[str]
+
+
+def hold_out(examples: Examples, amount: int | float, seed: int) -> tuple[Examples, Examples]:
+    """(the rest, the held-out part): a count of rows or, below 1, a fraction, chosen by seed; pieces of a row stay
+    together.
+
+    Raises:
+        DataError: nothing would be left on one side.
+    """
+    rows = np.unique(_rows(examples))
+    count = amount if isinstance(amount, int) else max(1, round(len(rows) * amount))
+    if not 0 < count < len(rows):
+        raise DataError(
+            f"data.eval: {amount} of {len(rows):,} usable rows can't be held out and leave rows to train on."
+        )
+    held = np.isin(_rows(examples), rows[sample_indices(len(rows), count, seed)])
+    rest = _part(examples, np.flatnonzero(~held), "rest", amount, seed)
+    # What was skipped and dropped is told once, with the training rows.
+    eval_part = _part(examples, np.flatnonzero(held), "held out", amount, seed)
+    return rest, replace(
+        eval_part, report=replace(eval_part.report, rows=count, skipped=[], skipped_count=0, dropped=0)
+    )
+
+
+def sample(examples: Examples, at_most: int | None, seed: int) -> Examples:
+    """A seeded sample of at most so many rows, in their order; None takes all."""
+    rows = np.unique(_rows(examples))
+    if at_most is None or at_most >= len(rows):
+        return examples
+    chosen = np.isin(_rows(examples), rows[sample_indices(len(rows), at_most, seed)])
+    return _part(examples, np.flatnonzero(chosen), "sample", at_most, seed)
+
+
+def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
+    """Indices of `count` of `population` things, ascending: those with the smallest of a seeded generator's numbers.
+
+    Python promises that `random()` gives the same numbers in all its versions; it promises no such thing of `sample`.
+    """
+    generator = random.Random(seed)
+    draws = np.fromiter((generator.random() for _ in range(population)), float, population)
+    return np.sort(np.argsort(draws, kind="stable")[:count])
+
+
+def _rows(examples: Examples) -> np.ndarray:
+    return _column(examples.dataset, "row")
+
+
+def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
+    return np.asarray(dataset.select_columns(name).with_format("numpy")[:][name])
+
+
+def _part(examples: Examples, indices: np.ndarray, *which: Any) -> Examples:
+    dataset = examples.dataset.select(indices)
+    used = len(np.unique(_rows(examples)[indices]))
+    sha256 = key_of(examples.report.sha256, *which)
+    totals = counts(examples.dataset, indices)
+    report = replace(examples.report, used=used, examples=len(dataset), sha256=sha256, **totals)  # type: ignore[arg-type]
+    return replace(examples, dataset=dataset, report=report)
+
+
+def counts(dataset: datasets.Dataset, indices: np.ndarray | slice = slice(None)) -> dict[str, int]:
+    """The report's totals over the examples at `indices`."""
+    columns = {name: _column(dataset, name)[indices] for name in ("tokens", "supervised", "truncated", "merged")}
+    totals = {name: int(column.sum()) for name, column in columns.items()}
+    return totals | {"longest": int(columns["tokens"].max(initial=0))}

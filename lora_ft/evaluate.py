@@ -1,0 +1,139 @@
+"""`lora-ft eval`: an adapter beside its base, or a whole model, on eval data."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lora_ft import run_folder
+from lora_ft.adapter.files import load_adapter, read_adapter
+from lora_ft.adapter.fit import check_base, check_tokenizer
+from lora_ft.adapter.inject import disabled
+from lora_ft.attention import Packing
+from lora_ft.base import resolve
+from lora_ft.config import Config, load_config, parse_config
+from lora_ft.data.prepare import evaluation_set
+from lora_ft.errors import ConfigError, ModelError
+from lora_ft.model import load_base, load_tokenizer
+from lora_ft.record import read_record
+from lora_ft.scoring import score
+from lora_ft.train import micro_batch_tokens
+
+
+def evaluate_command(
+    folder: Path,
+    *,
+    config_path: Path | None = None,
+    data: str | None = None,
+    base: str | None = None,
+    as_json: bool = False,
+    overrides: Sequence[str] = (),
+    other_base: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Print the scores of `folder`: a table, or with `as_json` an object.
+
+    Raises:
+        UserError: nothing trained there, no eval data, or the wrong base.
+    """
+    is_adapter = run_folder.has_adapter(folder)
+    if not is_adapter and not (folder / "config.json").is_file():
+        raise ModelError(nothing_there(folder))
+    record = read_record(folder) or {}
+    if is_adapter:
+        base = base or record.get("base", {}).get("name") or read_adapter(folder).config.get("base_model_name_or_path")
+    config = settings(folder, record, config_path, data, base if is_adapter else str(folder), overrides)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_flush_denormal(True)
+    files = resolve(
+        config.model.name, None if base and base != record.get("base", {}).get("name") else config.model.revision
+    )
+    tokenizer = load_tokenizer(files, trust_remote_code)
+    if is_adapter:
+        check_base(record, files, other_base)
+        check_tokenizer(record, files, tokenizer, other_base)
+    examples = evaluation_set(config.data, tokenizer, config.train.seed)
+    print(f"eval: {examples.report.summary()}", file=sys.stderr)
+    model = load_base(files, config.model.dtype, trust_remote_code, device)
+    if is_adapter:
+        load_adapter(model, folder)
+
+    packing = Packing.of(model, examples.report.longest)
+    at_most = micro_batch_tokens(config.train, device)
+    scores = {}
+    if is_adapter:
+        with disabled(model):
+            scores["base"] = score(model, examples.dataset, packing, at_most, progress=True).metrics()
+        scores["adapter"] = score(model, examples.dataset, packing, at_most, progress=True).metrics()
+    else:
+        scores["model"] = score(model, examples.dataset, packing, at_most, progress=True).metrics()
+    if as_json:
+        print(json.dumps({"examples": len(examples.dataset), **scores}))
+    else:
+        show(len(examples.dataset), scores, examples.label_words)
+
+
+def settings(
+    folder: Path, record: dict, config_path: Path | None, data: str | None, model: str | None, overrides: Sequence[str]
+) -> Config:
+    """The config to score with: the file's, else the record's, with the command line's model and data."""
+    changes = [
+        *([f"model.name={model}"] if model else []),
+        *([f"data.eval={json.dumps(data, ensure_ascii=False)}"] if data else []),
+        *overrides,
+    ]
+    if config_path:
+        return load_config(config_path, changes)
+    if "config" in record:
+        return parse_config(record["config"], changes)
+    if not (model and data):
+        raise ConfigError(
+            f"{folder}: has no {run_folder.RECORD}, so it doesn't say which model and data it was made for. "
+            "Add --config FILE, or --base NAME and --data SOURCE with a template: --set data.prompt=... "
+            "--set data.completion=..."
+        )
+    return parse_config({"model": {"name": model}, "data": {"train": data}}, changes)
+
+
+def nothing_there(folder: Path) -> str:
+    if checkpoints := run_folder.checkpoints(folder):
+        names = ", ".join(str(c) for c in checkpoints[-3:])
+        return f"{folder}: its run is unfinished. Go on with `lora-ft train CONFIG --resume`, or name a checkpoint: {names}."
+    return f"{folder}: nothing trained there. Train first, `lora-ft train CONFIG`, or name a folder: `lora-ft eval FOLDER`."
+
+
+def show(examples: int, scores: dict[str, dict], words: list[str]) -> None:
+    """A table for people, on stdout."""
+    console = Console(highlight=False)
+    table = Table(title=f"{examples} examples")
+    table.add_column("")
+    for who in scores:
+        table.add_column(who, justify="right")
+    some = next(iter(scores.values()))
+    for name in ("loss", "perplexity", "accuracy", "macro_f1"):
+        if name in some:
+            cells = []
+            for metrics in scores.values():
+                low, high = metrics["accuracy_ci95"] if name == "accuracy" else (None, None)
+                interval = f" ({low:.1%} to {high:.1%})" if low is not None else ""
+                cells.append((f"{metrics[name]:.1%}" if name == "accuracy" else f"{metrics[name]:.4f}") + interval)
+            table.add_row({"macro_f1": "macro-F1"}.get(name, name), *cells)
+    console.print(table)
+    for who, metrics in scores.items():
+        if "confusion" in metrics:
+            console.print(confusion_table(who, metrics["confusion"], words))
+
+
+def confusion_table(who: str, confusion: list[list[int]], words: list[str]) -> Table:
+    table = Table(title=f"{who}: true label by row, answer by column")
+    table.add_column("")
+    for word in words:
+        table.add_column(word, justify="right")
+    for word, row in zip(words, confusion, strict=True):
+        table.add_row(word, *map(str, row))
+    return table

@@ -1,0 +1,87 @@
+"""How a command ends: what is said on stderr and which exit code, and how quiet other libraries are on the way."""
+
+import errno
+import os
+import select
+import sys
+
+from lora_ft.errors import UserError
+from lora_ft.names import printable
+
+BUG, FILES, MEMORY, INTERRUPTED, PIPE_CLOSED = 1, 6, 7, 130, 141
+# What the operating system refuses for the user's disk and folders, not for a mistake of ours.
+REFUSED = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
+}
+LOWER_MEMORY = (
+    "these lower it: train.micro_batch_tokens, data.max_length, train.gradient_checkpointing: true, "
+    "model.dtype: bfloat16, adapter.rank"
+)
+
+
+def answer(error: Exception, debug: bool) -> int:
+    """Say what went wrong, on stderr, and give the exit code for it."""
+    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        return PIPE_CLOSED  # `lora-ft eval | head`: the reader has had enough
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, UserError):
+        say(str(error))
+        return error.exit_code
+    if _is_memory(error):
+        say(f"out of memory: {str(error) or 'an allocation was refused'}; {LOWER_MEMORY}")
+        return MEMORY
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
+        say(f"{name}: {error.strerror}; free space, or give another folder")
+        return FILES
+    hint = "" if debug else "; run again with --debug for the traceback"
+    say(f"this is a bug: {type(error).__name__}: {printable(str(error), 500)}{hint}")
+    return BUG
+
+
+def say(message: str) -> None:
+    """A message on stderr, a user's control characters shown escaped."""
+    print("\n".join(printable(line, 2000) for line in message.splitlines()), file=sys.stderr)
+
+
+def _is_memory(error: Exception) -> bool:
+    # By name and text: torch may not even be imported, and its CPU allocator raises a plain RuntimeError.
+    refused = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    refused |= isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or refused
+
+
+def _stdout_is_closed() -> bool:
+    """Whether the pipe that stdout goes to has no reader any more; then nothing more is written there."""
+    try:
+        stdout = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(stdout, 0)
+        if not poll.poll(0):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # else the exit flushes into it again
+    except (OSError, ValueError, AttributeError):  # no file below it, or a system without poll
+        return False
+    return True
+
+
+def quiet() -> None:
+    """Before the first import of the big libraries: advice off, bars only for people. The environment can overrule."""
+    bars = sys.stderr.isatty()
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        if not bars:
+            os.environ.setdefault(name, "1")
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading weights, which takes a second

@@ -1,0 +1,230 @@
+"""The LoRA layer: h = W x + s B A x (Hu et al. 2021, arXiv:2106.09685, section 4.1, equation 3).
+
+W (out, in) is frozen, A (rank, in) starts Kaiming-uniform, B (out, rank) starts at zero, so that the layer starts as its
+base. s is alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
+
+A fused projection (GPT-2's c_attn holds q, k and v) is adapted in *parts*: each part has an A and B of its own and moves only
+its own rows of the output. A plain projection has one part that covers all rows.
+"""
+
+import math
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+WHOLE = "all"  # the part name of a module that no role splits
+
+
+class Rows(NamedTuple):
+    """Rows of an output: of `blocks` equal blocks of `width` rows, in each the `length` rows from `start`.
+
+    Thirds (GPT-2's v): Rows(1, 3 * d, 2 * d, d). Heads (GPT-NeoX's v): Rows(heads, 3 * head_dim, 2 * head_dim, head_dim).
+    """
+
+    blocks: int
+    width: int
+    start: int
+    length: int
+
+    @classmethod
+    def whole(cls, out_features: int) -> "Rows":
+        return cls(1, out_features, 0, out_features)
+
+    @property
+    def size(self) -> int:
+        return self.blocks * self.length
+
+    def of(self, y: Tensor) -> Tensor:
+        """The view (..., blocks, length) of these rows in y (..., out)."""
+        return y.unflatten(-1, (self.blocks, self.width)).narrow(-1, self.start, self.length)
+
+
+class InputDropout:
+    """Dropout on the adapter's input, one mask for all layers that read the same tensor.
+
+    LoRA drops inputs of A (x: tokens, in). q, k and v of a layer read one x, as do gate and up: they share this object, so
+    that they see the same mask, drawn once. (PEFT draws one mask a layer; the expectation is the same.)
+    """
+
+    def __init__(self, p: float):
+        self.p = p
+        self.readers = 0
+        self._x: weakref.ref[Tensor] | None = None
+        self._keep: Tensor | None = None
+        self._left = 0
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Boolean mask in x's shape, True with probability 1 - p; the same one for every reader of this very x."""
+        if self._keep is None or self._x is None or self._x() is not x:
+            self._x, self._left = weakref.ref(x), self.readers
+            self._keep = torch.rand_like(x, dtype=torch.float32) >= self.p
+        keep = self._keep
+        self._left -= 1
+        if self._left == 0:  # every reader has it: don't hold memory until the next step
+            self._x = self._keep = None
+        return keep
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear or HF Conv1D with a trainable low-rank update.
+
+    Build with `from_base`; leave with `merged()`, which is a plain layer of the base's own class.
+
+    Attributes:
+        base: the frozen layer, untouched.
+        rows: part name -> the rows of the output which that part moves.
+        lora_A: part name -> A, (rank, in), float32 whatever the base's dtype.
+        lora_B: part name -> B, (rows of the part, rank), float32.
+        scaling: s.
+        enabled: False computes the bare base.
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, scaling: float, rows: dict[str, Rows] | None = None):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.rank, self.scaling, self.enabled = rank, scaling, True
+        self.in_features, self.out_features = dimensions(base)
+        self.rows = rows or {WHOLE: Rows.whole(self.out_features)}
+        self.dropout: InputDropout | None = None
+        zeros = dict(dtype=torch.float32, device=base.weight.device)
+        # pairs, because ParameterDict sorts the keys of a dict
+        self.lora_A = nn.ParameterDict((p, torch.zeros(rank, self.in_features, **zeros)) for p in self.rows)
+        self.lora_B = nn.ParameterDict((p, torch.zeros(r.size, rank, **zeros)) for p, r in self.rows.items())
+
+    @classmethod
+    def from_base(
+        cls,
+        base: nn.Linear | Conv1D,
+        rank: int,
+        alpha: float,
+        *,
+        rslora: bool = False,
+        rows: dict[str, Rows] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "LoRALinear":
+        """Wrap `base` with A Kaiming-uniform (drawn on the CPU, so a seed means the same on any device) and B zero."""
+        layer = cls(base, rank, scaling(rank, alpha, rslora), rows)
+        for A in layer.lora_A.values():
+            start = torch.empty(A.shape, dtype=torch.float32)
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            A.data.copy_(start)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)"""
+        if not self.enabled:
+            return self.base(x)
+        keep, s = None, self.scaling
+        if self.training and self.dropout is not None:
+            keep = self.dropout.keep(x).view(-1, self.in_features)
+            s = s / (1 - self.dropout.p)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        X = x.to(dtype).reshape(-1, self.in_features)
+        As = [self.lora_A[part] for part in self.rows]
+        Bs = [self.lora_B[part].to(dtype) for part in self.rows]
+        A = (torch.cat(As) if len(As) > 1 else As[0]).to(dtype)
+        with torch.autocast(device, enabled=False):
+            Y = _LoRA.apply(X, out_in(self.base), self.bias, keep, s, tuple(self.rows.values()), A, *Bs)
+        return Y.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """s B A, (out, in), float32."""
+        change = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
+        for part, rows in self.rows.items():
+            BA = self.scaling * (self.lora_B[part].float() @ self.lora_A[part].float())
+            rows.of(change.T).copy_(BA.T.unflatten(-1, (rows.blocks, rows.length)))
+        return change
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear | Conv1D:
+        """A plain layer with W + s B A, summed in float32 and rounded once to the base's dtype. The base stays as it is."""
+        weight = (out_in(self.base).float() + self.delta()).to(self.weight.dtype)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+            if isinstance(self.base, Conv1D):
+                layer = Conv1D(self.out_features, self.in_features)
+                weight = weight.T.contiguous()
+            else:
+                layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = self.bias
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}, parts={list(self.rows)}"
+
+
+def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
+    """s = alpha / rank, or alpha / sqrt(rank) when rank-stabilized."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def dimensions(base: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(in, out) of a layer; HF's Conv1D keeps its weight as (in, out), nn.Linear as (out, in)."""
+    width, height = out_in(base).shape[::-1]
+    return width, height
+
+
+def out_in(base: nn.Linear | Conv1D) -> Tensor:
+    """The weight as (out, in): for Conv1D a transposed view."""
+    return base.weight.T if isinstance(base, Conv1D) else base.weight
+
+
+class _LoRA(torch.autograd.Function):
+    """Y = X Wᵀ + b, then Y[:, rows_p] += s S_p B_pᵀ with S = (m ∘ X) Aᵀ, where m is the dropout mask (or all ones).
+
+    With dY the gradient of Y, and dY_p its columns rows_p, the chain rule gives
+        dS_p = s dY_p B_p            dB_p = s dY_pᵀ S_p
+        dA   = dSᵀ (m ∘ X)
+        dX   = dY W + m ∘ (dS A)
+    so X, m and the small S are all that is kept; Y and dX are accumulated in place. W and b get no gradient.
+
+    X, m: (tokens, in), W: (out, in), A: (parts * rank, in), B_p: (rows_p, rank), S: (tokens, parts * rank).
+    """
+
+    @staticmethod
+    def forward(ctx, X, W, b, m, s, rows, A, *Bs):
+        Y = F.linear(X, W.to(X.dtype), None if b is None else b.to(X.dtype))
+        S = (X if m is None else X * m) @ A.T
+        for r, S_p, B in zip(rows, S.chunk(len(rows), -1), Bs, strict=True):
+            add_product_(Y, r, S_p, B.T, s)
+        ctx.save_for_backward(X, W, m, S, A, *Bs)
+        ctx.s, ctx.rows = s, rows
+        return Y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dY):
+        X, W, m, S, A, *Bs = ctx.saved_tensors
+        dS, dBs = torch.empty_like(S), []
+        for r, S_p, dS_p, B in zip(ctx.rows, S.chunk(len(Bs), -1), dS.chunk(len(Bs), -1), Bs, strict=True):
+            dY_p = r.of(dY).flatten(-2)
+            dS_p.copy_(dY_p @ B).mul_(ctx.s)
+            dBs.append((dY_p.T @ S_p).mul_(ctx.s))
+        dA = dS.T @ (X if m is None else X * m)
+        dX = None
+        if ctx.needs_input_grad[0]:
+            dX = dY @ W.to(dY.dtype)
+            dX = dX.addmm_(dS, A) if m is None else dX.addcmul_(dS @ A, m.to(dX.dtype))
+        return dX, None, None, None, None, None, dA, *dBs
+
+
+def add_product_(Y: Tensor, rows: Rows, S: Tensor, Bt: Tensor, s: float) -> None:
+    """Y[:, rows] += s S Bt in place; Y: (tokens, out), S: (tokens, rank), Bt: (rank, rows)."""
+    if rows.blocks == 1:
+        Y.narrow(-1, rows.start, rows.length).addmm_(S, Bt, alpha=s)
+    else:
+        rows.of(Y).add_((S @ Bt).unflatten(-1, (rows.blocks, rows.length)), alpha=s)

@@ -1,0 +1,49 @@
+"""The record, lora_ft.json: what a run was, so that its adapter can be scored, merged and trusted later."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_ft.adapter.files import RECORD
+from lora_ft.base import Base, fingerprint
+from lora_ft.config import Config
+from lora_ft.data.encode import Examples
+from lora_ft.errors import ModelError
+from lora_ft.model import tokenizer_hash
+from lora_ft.storage import read_json
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")
+
+
+def describe(
+    config: Config,
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    train_set: Examples,
+    eval_set: Examples | None,
+) -> dict:
+    """What is known of a run before its first step."""
+    return {
+        "format": 1,
+        "config": config.model_dump(mode="json"),
+        "base": {
+            "name": base.name,
+            "revision": base.revision,
+            "fingerprint": fingerprint(base),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "tokenizer": tokenizer_hash(tokenizer),
+        "data": {"train": train_set.report.as_dict(), "eval": eval_set.report.as_dict() if eval_set else None},
+        "seed": config.train.seed,
+        "versions": {"python": platform.python_version(), "lora_ft": version("lora-ft")}
+        | {name: version(name) for name in PACKAGES},
+    }
+
+
+def read_record(folder: Path) -> dict | None:
+    """The record of an adapter or a merged model, without its manifest's check; None for another tool's folder."""
+    path = folder / RECORD
+    return read_json(path, ModelError) if path.is_file() else None

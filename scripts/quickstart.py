@@ -1,0 +1,84 @@
+"""The quickstart: train, evaluate and merge a LoRA adapter with the three commands a user types (`make quickstart`).
+
+Each command is printed before it runs. What an earlier run finished is kept, what it left unfinished goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "configs/quickstart.yaml"
+ADAPTER = "out/quickstart"
+MERGED = "out/quickstart-merged"
+SCORES = "out/quickstart-eval.json"
+
+
+def newer(path: str, than: str) -> bool:
+    """Whether `path` exists and was written after `than`. Both are written last by the command that makes them."""
+    return (ROOT / path).is_file() and (ROOT / path).stat().st_mtime_ns >= (ROOT / than).stat().st_mtime_ns
+
+
+def lora_ft(*arguments: str, capture: bool = False) -> str:
+    """Runs `lora-ft ARGUMENTS` in the repository; its exit code is ours when it fails. Returns stdout if captured."""
+    print(f"\n$ lora-ft {shlex.join(arguments)}", flush=True)
+    command = [str(Path(sys.executable).parent / "lora-ft"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True)
+    if done.returncode != 0:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def train() -> None:
+    if (ROOT / ADAPTER / "lora_ft.json").is_file():  # written last: the folder is complete
+        print(f"\n{ADAPTER} holds a finished adapter: training is skipped (remove the folder to train again)")
+    elif (ROOT / ADAPTER / "checkpoints").is_dir():
+        lora_ft("train", CONFIG, "--resume")
+    else:
+        lora_ft("train", CONFIG)
+
+
+def evaluate() -> dict:
+    if newer(SCORES, f"{ADAPTER}/lora_ft.json"):
+        print(f"\n{SCORES} holds its scores: evaluation is skipped")
+    else:
+        text = lora_ft("eval", ADAPTER, "--json", capture=True)
+        json.loads(text)
+        (ROOT / SCORES).write_text(text, encoding="utf-8")
+    return json.loads((ROOT / SCORES).read_text(encoding="utf-8"))
+
+
+def merge() -> None:
+    if newer(f"{MERGED}/lora_ft.json", f"{ADAPTER}/lora_ft.json"):
+        print(f"\n{MERGED} holds the merged model: merging is skipped")
+    else:
+        shutil.rmtree(ROOT / MERGED, ignore_errors=True)  # of an older adapter
+        lora_ft("merge", "--adapter", ADAPTER)
+
+
+def summary(scores: dict) -> str:
+    """The last lines: what was gained, where the files are."""
+    lines = [f"On {scores['examples']} reviews it was not trained on:", f"{'':12}{'base':>10}{'adapter':>10}"]
+    for key, form in (("accuracy", ".1%"), ("macro_f1", ".3f"), ("loss", ".3f")):
+        lines.append(f"  {key:10}{scores['base'][key]:>10{form}}{scores['adapter'][key]:>10{form}}")
+    gain = 100 * (scores["adapter"]["accuracy"] - scores["base"]["accuracy"])
+    lines += [
+        f"Gained: {gain:+.1f} points of accuracy.",
+        f"The adapter is in {ADAPTER} (PEFT's format), the merged model, checked against base + adapter, in {MERGED}.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        train()
+        result = evaluate()
+        merge()
+        print("\n" + summary(result))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,74 @@
+"""Which examples make a step, and how a step is cut."""
+
+import datasets
+import pytest
+import torch
+
+from lora_ft.data.batches import Cut, Plan, micro_batch
+
+
+def corpus(n: int = 23) -> datasets.Dataset:
+    rows = []
+    for i in range(n):
+        ids = [100 * i + j for j in range(3 + i % 5)]
+        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]], "row": i})
+    return datasets.Dataset.from_list(rows)
+
+
+def plan(micro_batch_tokens=16, batch_size=4, epochs=2.0, max_steps=None, seed=0, n=23, alone=False) -> Plan:
+    return Plan(corpus(n), batch_size, epochs, max_steps, Cut(micro_batch_tokens, alone), seed)
+
+
+def test_an_epoch_sees_every_example_once_and_each_epoch_in_another_order():
+    p = plan()
+    assert len(p) == 12  # 2 x ceil(23 / 4)
+    first, second = ([i for s in range(a, a + 6) for i in p.examples(s)] for a in (0, 6))
+    assert sorted(first) == sorted(second) == list(range(23))
+    assert first != second
+
+
+def test_a_step_depends_on_seed_and_number_alone():
+    a, b = plan(), plan()
+    for step in (7, 2, 11, 0):  # in any order, as after a resume
+        assert a.examples(step) == b.examples(step)
+    assert plan(seed=1).examples(0) != a.examples(0)
+
+
+def test_how_a_step_is_cut_does_not_change_its_examples():
+    fine, coarse, alone = plan(8), plan(10_000), plan(8, alone=True)
+    for step in range(len(fine)):
+        assert sorted(fine[step]["rows"]) == sorted(coarse[step]["rows"]) == sorted(alone[step]["rows"])
+        assert fine[step]["total"] == coarse[step]["total"] == alone[step]["total"]
+        assert len(coarse[step]["micro"]) == 1
+        assert all(len(m["lengths"]) == 1 for m in alone[step]["micro"])
+
+
+@pytest.mark.parametrize("limit", [4, 7, 9, 100])
+def test_rows_hold_at_most_micro_batch_tokens_unless_one_example_is_longer(limit):
+    lengths = [3, 9, 4, 4, 8, 1, 2, 7]
+    rows = Cut(limit).rows(lengths)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    for row in rows:
+        assert sum(lengths[i] for i in row) <= limit or len(row) == 1
+
+
+def test_a_micro_batch_keeps_the_positions_before_supervised_tokens():
+    m = micro_batch(
+        [
+            {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]},
+            {"input_ids": [8, 9, 10, 11], "labels": [8, 9, -100, 11]},  # nothing stands before 8
+        ]
+    )
+    assert m["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11]]
+    assert m["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert m["keep"].tolist() == [1, 3, 5]
+    assert m["targets"].tolist() == [7, 9, 11]
+    assert torch.equal(m["input_ids"][0, m["keep"] + 1], m["targets"])
+
+
+def test_max_steps_beats_epochs_and_may_pass_them():
+    assert len(plan(max_steps=3)) == 3
+    long = plan(max_steps=100)
+    assert len(long) == 100 and long.examples(99)
+    assert plan(epochs=0.5).steps == 3
+    assert plan().epoch_at(6) == 1.0 and plan().epoch_at(3) == pytest.approx(12 / 23)

@@ -1,0 +1,182 @@
+"""What of a chat is supervised, under templates that help and templates that don't; told by the texts of the tokens."""
+
+import pytest
+
+from lora_ft.data.encode import Template, load_examples
+from lora_ft.errors import ConfigError, DataError, ModelError
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_BARE = CHATML.partition("{% if add")[0]  # takes no notice of add_generation_prompt
+CHATML_DEFAULT_SYSTEM = (  # as SmolLM2 and Qwen2.5
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim"
+    " + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+SYSTEM_LAST = (  # as Mistral: the system prompt stands before the last user turn
+    "{{ bos_token }}{% set s = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {{ s + '\n\n' if loop.last or loop.index0 == messages | length - 2 else '' }}"
+    "{{ m.content }}[/INST]{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+FORGETS_THINKING = (  # as Qwen3: thinking only after the last question, and an empty one where there is none
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% if loop.index0 > ns.last %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n')"
+    " if '</think>' in m.content else '' %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ said }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THINKS_FIRST = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")  # as DeepSeek-R1
+REWRITES = CHATML.replace("m.content +", "m.content | upper +").partition("{% if add")[0]
+REWRITES_AND_SAYS_WHERE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content | upper }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+DATED = "{{ strftime_now('%d %b %Y') if strftime_now is defined }} " + CHATML
+
+U1, A1 = {"role": "user", "content": "hello\nthere"}, {"role": "assistant", "content": "fine!\n\n🤗 you?\n"}
+U2, A2 = {"role": "user", "content": "so"}, {"role": "assistant", "content": "it  goes"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}
+E = "<|im_end|>"
+
+
+def load(write, tokenizer, *chats, chat_template=None, max_length=200, **settings):
+    path = write("chats.jsonl", [{"messages": chat} for chat in chats])
+    template = Template(messages="messages", chat_template=chat_template)
+    return load_examples([path], template, tokenizer, max_length=max_length, **settings)
+
+
+def said(tokenizer, example) -> list[str]:
+    """The texts of the runs of supervised tokens."""
+    runs, before = [], False
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        assert label in (token, -100)
+        if label != -100:
+            runs = [*runs[:-1], runs[-1] + [token]] if before else [*runs, [token]]
+        before = label != -100
+    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+
+
+@pytest.mark.parametrize(
+    "template, chat, expected",
+    [
+        (CHATML, [U1, A1, U2, A2], [A1["content"] + E, A2["content"] + E]),
+        (CHATML, [SYSTEM, U1, A1, U2], [A1["content"] + E]),
+        (CHATML, [A1, U1, A2], [A1["content"] + E, A2["content"] + E]),  # begins with the assistant
+        (CHATML, [U1, A2, A1], [A2["content"] + E, A1["content"] + E]),
+        (CHATML, [U1, {"role": "assistant", "content": ""}], [E]),
+        (CHATML, [{"role": "user", "content": "fine"}, {"role": "assistant", "content": "fine"}], ["fine" + E]),
+        (CHATML_BARE, [SYSTEM, U1, A1, U2, A2], [A1["content"] + E, A2["content"] + E]),
+        (CHATML_DEFAULT_SYSTEM, [U1, A1, U2, A2], [A1["content"] + E, A2["content"] + E]),
+        (CHATML_DEFAULT_SYSTEM, [A2, U2, A2], [A2["content"] + E] * 2),
+        (LLAMA3, [SYSTEM, U1, A1, U2, A2], ["fine!\n\n🤗 you?<|eot_id|>", "it  goes<|eot_id|>"]),
+        (LLAMA2, [U1, A2, U2, A2], [" it  goes </s>"] * 2),
+        (SYSTEM_LAST, [SYSTEM, U1, A2, U2, A2], [" it  goes</s>"] * 2),
+        (FORGETS_THINKING, [U1, THOUGHT], ["<think>\nhm\n</think>\n\nyes" + E]),
+        (FORGETS_THINKING, [U1, THOUGHT, U2, THOUGHT], ["yes" + E, "<think>\nhm\n</think>\n\nyes" + E]),
+        (FORGETS_THINKING, [U1, A2, U2, A2], ["it  goes" + E, "<think>\n\n</think>\n\nit  goes" + E]),
+        (FORGETS_THINKING, [U1, THOUGHT, U2], ["yes" + E]),
+        (THINKS_FIRST, [U1, THOUGHT], ["hm\n</think>\n\nyes" + E]),
+        (THINKS_FIRST, [U1, A2], ["it  goes" + E]),
+        (REWRITES_AND_SAYS_WHERE, [U1, A2, U2, A2], ["IT  GOES" + E] * 2),
+        (NO_END, [U1, A2, U2, A2], [" it  goes\n", " it  goes\n</s>"]),
+        (NO_END, [U1, A2, U2], [" it  goes\n"]),
+    ],
+)
+def test_what_the_assistant_says_is_supervised(write, plain, template, chat, expected):
+    examples = load(write, plain, chat, chat_template=template)
+    example = examples.dataset[0]
+    assert said(plain, example) == expected
+    text = plain.apply_chat_template(chat, chat_template=template, tokenize=False)
+    if template is NO_END and chat[-1]["role"] == "assistant":
+        text += "</s>"
+    assert example["input_ids"] == plain(text, add_special_tokens=False)["input_ids"]
+
+
+def test_spans_follow_the_generation_prompt(write, with_bos):
+    """The oracle: ids of the prompt that inference would make come first, the rest is supervised."""
+    for template in (CHATML, LLAMA3):
+        example = load(write, with_bos, [SYSTEM, U1, A2], chat_template=template).dataset[0]
+        prompt = with_bos.apply_chat_template(
+            [SYSTEM, U1], chat_template=template, add_generation_prompt=True, return_dict=False
+        )
+        assert example["input_ids"][: len(prompt)] == prompt
+        assert set(example["labels"][: len(prompt)]) == {-100}
+        assert said(with_bos, example) == ["it  goes" + (E if template == CHATML else "<|eot_id|>")]
+        assert (example["prompt_length"], example["choices"], example["label"]) == (0, [], -1)
+
+
+def test_share_gpt_and_the_tokenizers_own_template(write, make_tokenizer):
+    tokenizer = make_tokenizer(bos=True)
+    chat = [{"from": "human", "value": "so"}, {"from": "gpt", "value": "it goes", "weight": None}]
+    with pytest.raises(ModelError, match="data.chat_template"):
+        load(write, tokenizer, chat)
+    tokenizer.chat_template = CHATML
+    example = load(write, tokenizer, chat).dataset[0]
+    assert said(tokenizer, example) == ["it goes" + E]
+    assert tokenizer.decode(example["input_ids"]) == f"<|im_start|>user\nso{E}\n<|im_start|>assistant\nit goes{E}\n"
+
+
+def test_long_chats_lose_their_end(write, plain):
+    whole = load(write, plain, [U1, A1, U2, A2], chat_template=CHATML).dataset[0]
+    for length in range(1, len(whole["input_ids"])):
+        cut, kept = whole["labels"][:length], any(x != -100 for x in whole["labels"][:length])
+        if kept:
+            examples = load(write, plain, [U1, A1, U2, A2], chat_template=CHATML, max_length=length)
+            assert examples.dataset[0]["labels"] == cut and examples.report.truncated == 1
+        else:
+            with pytest.raises(DataError, match="nothing supervised is left"):
+                load(write, plain, [U1, A1, U2, A2], chat_template=CHATML, max_length=length)
+
+
+@pytest.mark.parametrize(
+    "template, chat, told",
+    [
+        (LLAMA2, [SYSTEM, U1, A1], "Only user and assistant roles are supported!"),
+        (CHATML, [U1], "no assistant turn, so nothing is supervised; its roles are user"),
+        (CHATML, [{"role": "Assistant", "content": "x"}], "its roles are Assistant"),
+        (CHATML, [], "its messages are an empty list"),
+        (CHATML, "user: hello", "its messages are text"),
+        (CHATML, ["hello"], "turn 1 is text"),
+        (CHATML, [U1, {"role": "assistant"}], r"turn 2 \(assistant\): its content is null"),
+        (CHATML, [U1, {"content": "x"}], "turn 2 has no role"),
+        (CHATML, [{"role": "user", "content": ["x"]}, A1], r"turn 1 \(user\): its content is a list"),
+        (CHATML, [U1, {"role": "assistant", "content": "\ud83d"}], "lone surrogate"),
+        ("{{ messages[0].nothing.at_all }}", [U1, A1], "the chat template fails"),
+        (REWRITES, [U1, A1, U2, A2], "can't tell which part"),
+    ],
+)
+def test_bad_chats(write, plain, template, chat, told):
+    with pytest.raises(DataError, match=told) as caught:
+        load(write, plain, chat, chat_template=template)
+    assert "chats.jsonl:1: " in str(caught.value)
+    if template != "{{ messages[0].nothing.at_all }}" and template != REWRITES:
+        report = load(write, plain, [U1, A2], chat, chat_template=template, bad_rows="skip").report
+        assert (report.used, report.skipped_count) == (1, 1) and "chats.jsonl:2: " in report.skipped[0]
+
+
+def test_a_template_that_is_none(write, plain):
+    with pytest.raises(ConfigError, match="data.chat_template: line 2"):
+        load(write, plain, [U1, A1], chat_template="\n{% for %}")
+
+
+def test_dates_stand_still(write, plain):
+    text = plain.decode(load(write, plain, [U1, A1], chat_template=DATED).dataset[0]["input_ids"])
+    assert text.startswith("26 Jul 2024 ")

@@ -1,0 +1,314 @@
+"""Prompts, completions and texts against straight-line encodings written out here; faults of rows; caching; parts by seed."""
+
+import itertools
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from lora_ft.data import encode, texts
+from lora_ft.data.encode import Template, hold_out, load_examples, sample
+from lora_ft.errors import ConfigError, DataError
+
+PAIR = Template(prompt="Review: {text}\nSentiment:", completion=" {label}")
+WORDS = ["positive", "negative", "so it goes"]
+CLASSES = Template(PAIR.prompt, PAIR.completion, label_names={"label": WORDS})
+ROWS = [{"text": f"film {i} " + "warm and funny " * (i % 5), "label": "positive"} for i in range(40)]
+
+
+def load(path, template, tokenizer, max_length=64, **settings):
+    return load_examples([path], template, tokenizer, max_length=max_length, **settings)
+
+
+def ids(tokenizer, text, special=True):
+    found = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return found[:-1] if special and found and found[-1] == tokenizer.eos_token_id else found
+
+
+def oracle(tokenizer, prompt, completion, max_length, room=0):
+    """(ids, labels, prompt's length) by the design's rules, one row at a time."""
+    before, joint = ids(tokenizer, prompt), ids(tokenizer, prompt + completion)
+    answer = joint[len(before) :] if joint[: len(before)] == before else ids(tokenizer, completion, False)
+    answer = answer + [tokenizer.eos_token_id]
+    bos = before[:1] if before[:1] == [tokenizer.bos_token_id] else []
+    body = before[len(bos) :]
+    while body and len(bos) + len(body) + max(len(answer), room) > max_length:
+        body = body[1:]
+    while len(bos) + len(body) + len(answer) > max_length:
+        answer = answer[:-1]
+    labels = [-100] * len(bos + body) + answer
+    labels[0] = -100
+    return bos + body + answer, labels, len(bos + body)
+
+
+@pytest.mark.parametrize("bos, eos", list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("max_length", [200, 30, 22, 9, 4, 3])
+def test_pairs(write, make_tokenizer, bos, eos, max_length):
+    tokenizer = make_tokenizer(bos, eos)
+    examples = load(write("a.jsonl", ROWS), PAIR, tokenizer, max_length)
+    assert len(examples.dataset) == len(ROWS)
+    truncated = 0
+    for i, (row, example) in enumerate(zip(ROWS, examples.dataset, strict=True)):
+        prompt, completion = f"Review: {row['text']}\nSentiment:", f" {row['label']}"
+        expected = oracle(tokenizer, prompt, completion, max_length)
+        assert (example["input_ids"], example["labels"], example["prompt_length"]) == expected
+        assert (example["row"], example["choices"], example["label"]) == (i, [], -1)
+        truncated += len(expected[0]) < len(oracle(tokenizer, prompt, completion, 10**6)[0])
+    report = examples.report
+    assert (report.rows, report.used, report.truncated, report.dropped, report.merged) == (40, 40, truncated, 0, 0)
+    assert report.tokens == sum(map(len, examples.dataset["input_ids"]))
+    assert report.supervised == sum(x != -100 for labels in examples.dataset["labels"] for x in labels)
+    assert report.longest == max(map(len, examples.dataset["input_ids"]))
+    assert set(examples.dataset.features) >= {"input_ids", "labels", "row", "prompt_length", "choices", "label"}
+    assert examples.dataset.features["input_ids"] == datasets.List(datasets.Value("int32"))
+
+
+def test_tokens_that_merge_across_the_boundary(write, plain):
+    template = Template(prompt="{a}", completion="{b}")
+    rows = [{"a": "Senti", "b": "ment: positive"}, {"a": "film,", "b": " warm"}]
+    examples = load(write("a.jsonl", rows), template, plain)
+    merged = [ids(plain, r["a"] + r["b"])[: len(ids(plain, r["a"]))] != ids(plain, r["a"]) for r in rows]
+    assert merged == [True, False]  # or this test tests nothing
+    assert examples.dataset["merged"][:] == merged and examples.report.merged == 1
+    first = ids(plain, "Senti") + ids(plain, "ment: positive", False) + [plain.eos_token_id]
+    assert examples.dataset[0]["input_ids"] == first
+
+
+def test_end_of_sequence(write, make_tokenizer, plain):
+    path = write("a.jsonl", [{"a": "hello", "b": " there"}, {"a": "hello", "b": ""}, {"a": "hello", "b": " x</s>"}])
+    template = Template(prompt="{a}", completion="{b}")
+    end = plain.eos_token_id
+    found = [e["labels"] for e in load(path, template, plain).dataset]
+    assert [labels.count(end) for labels in found] == [1, 1, 1] and all(labels[-1] == end for labels in found)
+    with pytest.raises(DataError, match=":2: nothing in it is supervised"):
+        load(path, template, plain, eos=False)
+    without = load(path, template, plain, eos=False, bad_rows="skip")
+    assert without.dataset["row"][:] == [0, 2]
+    assert [labels.count(end) for labels in without.dataset["labels"]] == [0, 1]  # what the row itself says stays
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("max_length", [200, 24, 18])
+def test_choices(write, make_tokenizer, bos, max_length):
+    tokenizer = make_tokenizer(bos)
+    rows = [{"text": r["text"], "label": [i % 3, str(i % 3), WORDS[i % 3]][i % 7 % 3]} for i, r in enumerate(ROWS)]
+    examples = load(write("a.jsonl", rows), CLASSES, tokenizer, max_length)
+    assert examples.label_words == WORDS
+    for i, example in enumerate(examples.dataset):
+        prompt = f"Review: {rows[i]['text']}\nSentiment:"
+        before = ids(tokenizer, prompt)
+        choices = [ids(tokenizer, f"{prompt} {word}")[len(before) :] for word in WORDS]
+        assert example["choices"] == choices and example["label"] == i % 3
+        room = max(map(len, choices)) + 1
+        expected = oracle(tokenizer, prompt, f" {WORDS[i % 3]}", max_length, room)
+        assert (example["input_ids"], example["labels"], example["prompt_length"]) == expected
+        assert example["input_ids"][example["prompt_length"] :] == [*choices[i % 3], tokenizer.eos_token_id]
+        assert example["prompt_length"] + room <= max_length
+
+
+def test_no_choices_without_a_labelled_column_in_the_completion(write, plain):
+    path = write("a.jsonl", [{"text": "x", "label": 1}])
+    examples = load(path, Template("{label}: ", "{text}", label_names={"label": ["a", "b"]}), plain)
+    assert plain.decode(examples.dataset[0]["input_ids"]) == "b: x</s>"
+    assert examples.dataset[0]["choices"] == [] and examples.label_words == []
+
+
+def test_label_words_with_equal_tokens_are_refused(write, plain):
+    template = Template("{text}", " {label}", label_names={"label": ["same", "same"]})
+    with pytest.raises(DataError, match="equal tokens"):
+        load(write("a.jsonl", [{"text": "x", "label": 1}]), template, plain)
+
+
+@pytest.mark.parametrize("bos, eos", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("long_text", ["truncate", "split"])
+@pytest.mark.parametrize("max_length", [100, 7, 2])
+def test_texts(write, make_tokenizer, bos, eos, long_text, max_length):
+    tokenizer = make_tokenizer(bos, eos)
+    rows = [{"t": "so it goes " * n + "end"} for n in range(6)]
+    examples = load(write("a.jsonl", rows), Template(text="{t}"), tokenizer, max_length, long_text=long_text)
+    start, expected = [tokenizer.bos_token_id] * bos, []
+    for i, row in enumerate(rows):
+        body = ids(tokenizer, row["t"], False) + [tokenizer.eos_token_id]
+        size = max_length - bos
+        pieces = [body[at : at + size] for at in range(0, len(body), size)]
+        for piece in pieces if long_text == "split" else pieces[:1]:
+            labels = [-100] * bos + piece
+            if len(labels) > 1:  # a lone token has nothing that predicts it
+                expected.append((i, start + piece, [-100, *labels[1:]]))
+    assert [(e["row"], e["input_ids"], e["labels"]) for e in examples.dataset] == expected
+    assert (examples.report.used, examples.report.examples) == (6, len(expected))
+    cut = sum(len(ids(tokenizer, r["t"])) + 1 > max_length for r in rows)
+    assert examples.report.truncated == (cut if long_text == "truncate" else 0)
+
+
+def test_rows_that_truncation_empties_are_dropped_and_counted(write, with_bos):
+    rows = [{"a": "x", "b": "y"}, {"a": "x", "b": "y"}]
+    path = write("a.jsonl", rows)
+    with pytest.raises(DataError, match="Raise data.max_length"):
+        load(path, Template("{a}", "{b}"), with_bos, max_length=1)
+    chat = "{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    turns = [[{"role": "user", "content": "hello " * n}, {"role": "assistant", "content": "yes"}] for n in (1, 50)]
+    chats = write("c.jsonl", [{"m": t} for t in turns])
+    examples = load(chats, Template(messages="m", chat_template=chat), with_bos, max_length=30)
+    assert (examples.report.rows, examples.report.used, examples.report.dropped) == (2, 1, 1)
+
+
+BAD = [
+    ({"text": "x"}, 'no column "label"; the row has "text"'),
+    ({"text": "x", "labl": 1}, 'Is "labl" meant?'),
+    ({"text": None, "label": 1}, 'column "text" is null'),
+    ({"text": float("nan"), "label": 1}, 'column "text" is NaN'),
+    ({"text": ["x"], "label": 1}, 'column "text" is a list'),
+    ({"text": {"x": 1}, "label": 1}, 'column "text" is an object'),
+    ({"text": "\ud800", "label": 1}, "lone surrogate"),
+    ({"text": "x", "label": 3}, 'column "label" is class 3'),
+    ({"text": "x", "label": "-1"}, 'column "label" is "-1"'),
+    ({"text": "x", "label": "\x1b[31mred"}, r"\\x1b\[31mred"),
+    ({"text": "x", "label": 0.5}, 'column "label" is a fraction'),
+    ({"text": "x", "label": None}, 'column "label" is null'),
+]
+
+
+@pytest.mark.parametrize("bad, told", BAD)
+def test_bad_rows(write, plain, bad, told):
+    good = {"text": "x", "label": 1}
+    path = write("a.jsonl", [good, bad, good])
+    with pytest.raises(DataError, match=told.replace("?", r"\?")) as caught:
+        load(path, CLASSES, plain)
+    assert str(caught.value).startswith(f"{path}:2: ") and "bad_rows" in str(caught.value)
+    assert str(caught.value).isprintable()
+    examples = load(path, CLASSES, plain, bad_rows="skip")
+    assert examples.dataset["row"][:] == [0, 2] and examples.dataset["where"][:] == [f"{path}:1", f"{path}:3"]
+    assert (examples.report.skipped_count, examples.report.used) == (1, 2)
+    assert examples.report.skipped[0].startswith(f"{path}:2: ")
+    with pytest.raises(DataError):  # what was skipped before is still an error
+        load(path, CLASSES, plain)
+
+
+def test_many_bad_rows_are_counted_and_the_first_listed(write, plain):
+    path = write("a.jsonl", [{"text": "x"}] * 30 + [{"text": "x", "label": 0}])
+    report = load(path, CLASSES, plain, bad_rows="skip").report
+    assert (report.skipped_count, len(report.skipped)) == (30, 20)
+    with pytest.raises(DataError, match="all 30 rows are bad"):
+        load(write("b.jsonl", [{"text": "x"}] * 30), CLASSES, plain, bad_rows="skip")
+
+
+def test_numbers_in_templates_and_label_words_of_digits(write, plain):
+    path = write("a.jsonl", [{"i": 3, "f": 2.5, "b": True, "s": "é{x}"}])
+    example = load(path, Template("{i} {f} {b} {{i}}", "{s}"), plain).dataset[0]
+    assert plain.decode(example["input_ids"]) == "3 2.5 True {i}é{x}</s>"
+    stars = Template("{s}", " {n}", label_names={"n": ["1", "2", "3"]})
+    path = write("b.jsonl", [{"s": "x", "n": "1"}, {"s": "x", "n": 2}])
+    assert load(path, stars, plain).dataset["label"][:] == [1, 2]  # ids, never sometimes words
+    with pytest.raises(DataError, match="class 3"):
+        load(write("c.jsonl", [{"s": "x", "n": "3"}]), stars, plain)
+
+
+def test_empty_data(write, plain):
+    for name, content in [("a.jsonl", ""), ("b.jsonl", "\n \n"), ("c.csv", "text,label\n"), ("d.json", "[]")]:
+        with pytest.raises(DataError, match="no rows"):
+            load(write(name, content), PAIR, plain)
+    with pytest.raises(DataError, match="its text is empty"):
+        load(write("e.jsonl", [{"t": ""}]), Template(text="{t}"), plain)
+    with pytest.raises(ConfigError, match="data.prompt"):
+        load(write("f.jsonl", ROWS), Template("{text", "x"), plain)
+
+
+def test_several_sources_are_one_after_the_other(write, plain):
+    a, b = write("a.jsonl", ROWS[:3]), write("b.csv", "text,label\nfour,positive\n")
+    examples = load_examples([a, b], PAIR, plain, max_length=64)
+    assert examples.dataset["row"][:] == [0, 1, 2, 3] and examples.dataset["where"][3] == f"{b}:2"
+
+
+def test_sample_is_seeded_ordered_and_taken_before_encoding(write, plain):
+    path = write("a.jsonl", ROWS)
+    picks = {}
+    for seed in (0, 1):
+        examples = load(path, PAIR, plain, max_examples=10, seed=seed)
+        picks[seed] = examples.dataset["row"][:]
+        assert picks[seed] == sorted(set(picks[seed])) and len(picks[seed]) == 10
+        whole = load(path, PAIR, plain, seed=seed)
+        assert sample(whole, 10, seed).dataset["row"][:] == picks[seed]
+        assert [whole.dataset[i]["input_ids"] for i in picks[seed]] == examples.dataset["input_ids"][:]
+    assert picks[0] != picks[1]
+    assert len(load(path, PAIR, plain, max_examples=1000).dataset) == 40
+
+
+def test_hold_out(write, plain):
+    path = write("a.jsonl", [{"t": "so it goes " * (i % 4) + str(i)} for i in range(50)])
+    examples = load(path, Template(text="{t}"), plain, 6, long_text="split")
+    for amount, count in ((7, 7), (0.1, 5), (0.001, 1)):
+        rest, held = hold_out(examples, amount, 3)
+        a, b = set(rest.dataset["row"]), set(held.dataset["row"])
+        assert len(b) == count == held.report.used == held.report.rows and not a & b and a | b == set(range(50))
+        assert len(rest.dataset) + len(held.dataset) == len(examples.dataset)  # pieces of a row on one side
+        assert rest.report.tokens + held.report.tokens == examples.report.tokens
+        assert held.report.tokens == sum(map(len, held.dataset["input_ids"]))
+        assert set(hold_out(examples, amount, 3)[1].dataset["row"]) == b
+        assert set(hold_out(examples, amount, 4)[1].dataset["row"]) != b
+    for amount in (50, 60, 0):
+        with pytest.raises(DataError, match="data.eval"):
+            hold_out(examples, amount, 0)
+
+
+def test_made_once(write, plain, monkeypatch, own_cache):
+    path = write("a.jsonl", ROWS)
+    first = load(path, CLASSES, plain)
+    reads, encodings = [], []
+    monkeypatch.setattr(texts, "iter_rows", lambda s: reads.append(s) or iter(()))
+    monkeypatch.setattr(encode, "encode_pairs", lambda *a: encodings.append(a) or iter(()))
+    again = load(path, CLASSES, plain)
+    assert not reads and not encodings
+    assert again.report == first.report and again.dataset[:] == first.dataset[:]
+    assert again.dataset.cache_files[0]["filename"].startswith(str(own_cache))  # memory-mapped
+    monkeypatch.undo()
+
+
+def test_made_anew_when_anything_it_depends_on_changes(write, make_tokenizer, plain):
+    path = write("a.jsonl", ROWS)
+    shas = [load(path, PAIR, plain).report.sha256]
+    for other in (
+        lambda: load(path, PAIR, plain, max_length=20),
+        lambda: load(path, Template(PAIR.prompt, "{label}"), plain),
+        lambda: load(path, PAIR, make_tokenizer(bos=True)),
+        lambda: load(path, PAIR, plain, max_examples=5),
+        lambda: load(path, PAIR, plain, max_examples=5, seed=1),
+        lambda: load(write("a.jsonl", ROWS[1:]), PAIR, plain),  # the same name, other content
+    ):
+        shas.append(other().report.sha256)
+    assert len(set(shas)) == len(shas)
+    moved = load(write("moved.jsonl", ROWS), PAIR, plain)
+    assert moved.report.sha256 == shas[0] and "moved.jsonl" in moved.dataset[0]["where"]
+
+
+def test_a_damaged_entry_is_made_anew(write, plain, own_cache):
+    path = write("a.jsonl", ROWS)
+    first = load(path, PAIR, plain).dataset[:]
+    for file in (own_cache / "lora_ft").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert load(path, PAIR, plain).dataset[:] == first
+    for file in (own_cache / "lora_ft").glob("*.arrow"):
+        file.unlink()
+    assert load(path, PAIR, plain).dataset[:] == first
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(write, plain, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(tmp_path / "file" / "below"))
+    assert len(load(write("a.jsonl", ROWS), PAIR, plain).dataset) == 40
+
+
+def test_nothing_is_left_in_the_cache_by_a_failure(write, plain, own_cache):
+    with pytest.raises(DataError):
+        load(write("a.jsonl", '{"text": "x", "label": "y"}\n' * 1500 + "{\n"), PAIR, plain)
+    assert not list((own_cache / "lora_ft").iterdir())
+
+
+def test_more_rows_than_a_batch(write, plain):
+    rows = [{"text": str(i), "label": "x" * (i % 3)} for i in range(2500)]
+    examples = load(write("a.jsonl", rows), PAIR, plain)
+    assert np.array_equal(examples.dataset["row"][:], range(2500))
+    for i in (0, 999, 1000, 2499):
+        expected = oracle(plain, f"Review: {i}\nSentiment:", " " + "x" * (i % 3), 64)[0]
+        assert examples.dataset[i]["input_ids"] == expected

@@ -1,0 +1,166 @@
+"""Rows of every kind of file, where they stand, and what is said of files that can't be read."""
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from lora_ft.data.sources import content_hash, iter_rows
+from lora_ft.errors import DataError
+
+
+def rows(path):
+    return [(row.where.removeprefix(path), row.columns) for row in iter_rows(path)]
+
+
+def refused(path) -> str:
+    with pytest.raises(DataError) as caught:
+        list(iter_rows(path))
+    return str(caught.value)
+
+
+def test_jsonl(write):
+    path = write("a.jsonl", '\ufeff{"a": "x"}\n\n  \n{"a": "two\u2028lines", "b": 1}\r\n{"b": null}')
+    assert rows(path) == [(":1", {"a": "x"}), (":4", {"a": "two\u2028lines", "b": 1}), (":5", {"b": None})]
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ('{"a": 1}\n{"a": \n', ":2: broken JSON"),
+        ('{"a": 1}\n[1]\n', ":2: a row is a JSON object"),
+        ('{"a": 1}\n{"a": ' + "9" * 5000 + "}\n", ":2: broken JSON"),
+        ('{"a": ' + "[" * 100_000 + "\n", ":1: broken JSON"),
+        (b'{"a": "x"}\n{"a": "\xe9"}\n', ":2: byte 8 of the line (0xe9) isn't UTF-8"),
+        (b'\xef\xbb\xbf{"a": "\xe9"}\n', ":1: byte 11 of the line (0xe9) isn't UTF-8"),
+        ('{"a": "x"}\n'.encode("utf-16"), ":1: byte 1 of the line (0xff)"),
+        ('{"a": "\0"}\n', ":1: byte 8 of the line (0x00)"),
+    ],
+)
+def test_broken_lines_are_named(write, content, told):
+    path = write("a.jsonl", content)
+    assert refused(path).startswith(path + told)
+
+
+def test_json(write):
+    objects = [{"a": 1}, {"a": "]"}, {"a": [2, {"b": "\n"}]}]
+    compact = write("compact.json", json.dumps(objects))
+    assert rows(compact) == [(":1", o) for o in objects]
+    pretty = write("pretty.json", "\n" + json.dumps(objects, indent=1) + "\n")
+    assert [columns for _, columns in rows(pretty)] == objects
+    lines = Path(pretty).read_text().split("\n")
+    starts = [f":{i}" for i, line in enumerate(lines, 1) if line == " {"]
+    assert [where for where, _ in rows(pretty)] == starts
+    assert [c for _, c in rows(write("data.json", json.dumps({"version": 1, "data": objects})))] == objects
+    assert rows(write("lines.json", '{"a": 1}\n{"a": 2}\n')) == [(":1", {"a": 1}), (":2", {"a": 2})]
+    assert rows(write("none.json", "[ ]")) == []
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ('[{"a": 1},\n {"a": ]', ":2: broken JSON"),
+        ('[{"a": 1}\n {"a": 2}]', ":2: broken JSON"),
+        ('[{"a": 1},\n]', ":2: broken JSON"),
+        ('[{"a": 1}\n', "broken JSON"),
+        ('[{"a": 1}]\n[2]', "after the closing"),
+        ('[{"a": 1},\n 5]', ":2: a row is a JSON object"),
+        ('{"rows": []}', "a .json file is a list of objects"),
+        ("5", "a .json file is a list of objects"),
+        ('{"a": 1,\n "b": }', ":2: broken JSON"),
+    ],
+)
+def test_broken_json(write, content, told):
+    assert told in refused(write("a.json", content))
+
+
+def test_csv(write):
+    path = write("a.csv", '\ufefftext,label\r\n"one, ""quoted""\ntwo lines",0\r\n\r\nplain,1\r\n')
+    assert rows(path) == [
+        (":2", {"text": 'one, "quoted"\ntwo lines', "label": "0"}),
+        (":5", {"text": "plain", "label": "1"}),
+    ]
+    long = "x" * 300_000  # more than the csv module takes by itself
+    assert rows(write("b.csv", f"text,n\n{long},1\n")) == [(":2", {"text": long, "n": "1"})]
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ("a,b\n1,2\n1\n", ":3: 1 fields, the header has 2"),
+        ("a,b\n1,2,3\n", ":2: 3 fields, the header has 2"),
+        ('a,b\n1,2\n"never closed,2\n1,2\n', ":3: unexpected end of data"),
+        ("a,b,a\n1,2,3\n", ":1: the header has 'a' more than once"),
+    ],
+)
+def test_broken_csv(write, content, told):
+    path = write("a.csv", content)
+    assert refused(path).startswith(path + told)
+
+
+TABLE = [["text", "n"], ['say "hi"', "1"], ["two\nlines", "2"], ["a\ttab", "3"], ['"all"', "4"], ["plain", "5"]]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+def test_tsv_of_a_csv_writer(tmp_path, quoting):
+    path = tmp_path / "a.tsv"
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t", quoting=quoting).writerows(TABLE)
+    assert [list(columns.values()) for _, columns in rows(str(path))] == TABLE[1:]
+    assert [where for where, _ in rows(str(path))] == [":2", ":3", ":5", ":6", ":7"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ['it says "no" and means it', "fine"],  # inside a field
+        ['"begins with one', "fine"],  # never closed
+        ['"begins', 'ends"'],  # one opens a field, another closes one lines later
+        ['"half" a quote', "fine"],
+        ['ends with one "', '" begins with one', "fine"],
+        ["don't '' `` \\", '"'],
+    ],
+)
+def test_tsv_with_plain_quotes(write, fields):
+    lines = [f"{i}\t{field}" for i, field in enumerate(fields)]
+    path = write("glue.tsv", "label\tsentence\n" + "\n".join(lines) + "\n")
+    expected = [(f":{i + 2}", {"label": str(i), "sentence": field}) for i, field in enumerate(fields)]
+    assert rows(path) == expected
+
+
+def test_tsv_wrong_number_of_fields(write):
+    path = write("a.tsv", "a\tb\n1\t2\n1\t2\t3\n")
+    assert refused(path).startswith(path + ":3: 3 fields, the header has 2")
+
+
+def test_parquet(tmp_path, write):
+    path = str(tmp_path / "a.parquet")
+    data = [{"a": i, "m": [{"role": "user", "content": "x"}]} for i in range(3000)]
+    pa.parquet.write_table(pa.Table.from_pylist(data), path, row_group_size=700)
+    found = rows(path)
+    assert [columns for _, columns in found] == data and found[2999][0] == " row 3000"
+    assert "not a whole Parquet file" in refused(write("b.parquet", b"PAR1 nonsense"))
+
+
+def test_what_is_no_data_file(tmp_path, write):
+    write("x.jsonl", "{}")
+    assert "a folder" in refused(str(tmp_path)) and "x.jsonl" in refused(str(tmp_path))
+    assert "no such file" in refused(str(tmp_path / "missing.jsonl"))
+    assert ".parquet" in refused(write("x.txt", "hello"))
+    for name in ("empty.jsonl", "empty.csv", "empty.tsv", "empty.json"):
+        assert rows(write(name, "")) == []
+        assert rows(write(name, " \n\n")) == []
+    assert rows(write("header.csv", "a,b\n")) == [] == rows(write("header.tsv", "a\tb\n"))
+
+
+def test_content_hash_is_the_content(write):
+    a, b, c = write("a.jsonl", "{}\n"), write("b.jsonl", "{}\n"), write("c.jsonl", "{} \n")
+    assert content_hash(a) == content_hash(b) != content_hash(c)
+
+
+def test_hub_out_of_reach_names_the_ways_on():
+    told = refused("some-owner/some-data:config@train")  # tests run offline
+    assert "can't be reached" in told and "HF_HOME" in told and "--set data.train=FILE" in told
