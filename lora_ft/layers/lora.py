@@ -128,7 +128,7 @@ class LoRALinear(nn.Module):
             return self.base(x)
         keep, s = None, self.scaling
         if self.training and self.dropout is not None:
-            keep = self.dropout.keep(x).view(-1, self.in_features)
+            keep = self.dropout.keep(x).reshape(-1, self.in_features)
             s = s / (1 - self.dropout.p)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -231,6 +231,7 @@ def test_merging_an_adapted_head_leaves_the_embedding(family, tmp_path):
     layers = merge(model)
     assert torch.equal(model.get_input_embeddings().weight, build(family).get_input_embeddings().weight)
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+    assert model.config.tie_word_embeddings is False  # what vLLM and llama.cpp go by
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
     model.save_pretrained(tmp_path)

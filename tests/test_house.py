@@ -1,0 +1,69 @@
+"""The house: imports point down, files stay readable, and the light rooms import no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lora_ft
+
+ROOT = Path(lora_ft.__file__).parent
+# From the ground up. A room imports rooms of floors below, and of its own floor where the floor says so.
+FLOORS = [
+    "errors",
+    "names",
+    "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
+    "layers.lora loss storage",
+    "base model",
+    "attention",
+    "adapter.roles adapter.targets adapter.inject",
+    "adapter.peft_config adapter.peft adapter.fit adapter.files",
+    "adapter.disk adapter.prove adapter.shards adapter.merge",
+    "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
+    "data.batches data.prepare",
+    "scoring checkpoint run_folder record model_card",
+    "trainer",
+    "train",
+    "check evaluate",
+    "exits cli",
+]
+HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms.split())}
+
+
+def rooms() -> dict[str, Path]:
+    found = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in ROOT.rglob("*.py")}
+    return {room: path for room, path in found.items() if not room.endswith(("__init__", "__main__"))}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lora_ft":
+            inner = node.module.removeprefix("lora_ft").lstrip(".")
+            names |= {inner} if inner in HEIGHT else {f"{inner}.{a.name}".lstrip(".") for a in node.names}
+    return names & HEIGHT.keys()
+
+
+def test_every_room_has_a_floor():
+    assert rooms().keys() == HEIGHT.keys()
+
+
+def test_imports_point_down():
+    wrong = [
+        f"{room} imports {other}"
+        for room, path in rooms().items()
+        for other in imported(path)
+        if HEIGHT[other] >= HEIGHT[room] and HEIGHT[other][0] >= HEIGHT[room][0]
+    ]
+    assert not wrong, wrong
+
+
+def test_no_file_grows_past_250_lines():
+    assert {room: n for room, p in rooms().items() if (n := len(p.read_text().splitlines())) > 250} == {}
+
+
+def test_help_and_config_errors_import_no_heavy_library():
+    heavy = "{'torch', 'transformers', 'datasets'}"
+    code = f"import sys, lora_ft.cli, lora_ft.config; assert not {heavy} & sys.modules.keys(), {heavy} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
