@@ -13,6 +13,7 @@ import typer
 
 from lora_ft import __version__
 from lora_ft.exits import INTERRUPTED, answer, quiet, say
+from lora_ft.signals import Stopped
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,6 +57,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except Exception as error:
             raise SystemExit(answer(error, debug="--debug" in sys.argv)) from None
+        except Stopped as stop:
+            say(str(stop))
+            raise SystemExit(stop.exit_code) from None
         except KeyboardInterrupt:
             say("stopped")
             raise SystemExit(INTERRUPTED) from None

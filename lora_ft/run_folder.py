@@ -7,11 +7,11 @@ output/checkpoints/step-N/
 """
 
 import fcntl
+import itertools
 import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_ft.errors import FilesError
@@ -63,11 +63,15 @@ def has_adapter(output: Path) -> bool:
     return (output / "adapter_config.json").is_file()
 
 
-def checkpoints(output: Path) -> list[Path]:
-    """Checkpoint folders that are complete (their record is written last), oldest first."""
+def checkpoint_folders(output: Path) -> list[Path]:
+    """Folders named as checkpoints, oldest first, whole or not."""
     found = (output / "checkpoints").glob("step-*")
-    whole = [p for p in found if re.fullmatch(r"step-\d+", p.name) and (p / RECORD).is_file()]
-    return sorted(whole, key=step_of)
+    return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name) and p.is_dir()), key=step_of)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Checkpoints that are complete (their record is written last), oldest first."""
+    return [p for p in checkpoint_folders(output) if (p / RECORD).is_file()]
 
 
 def checkpoint_of(output: Path, step: int) -> Path:
@@ -78,41 +82,81 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint: what its manifest lists, and the folder if nothing of anyone else's is in it."""
-    entries = read_json(checkpoint / RECORD, FilesError).get("files", {})
-    verify_manifest(checkpoint, {name: None for name in entries}, FilesError)  # names stay inside
-    (checkpoint / RECORD).unlink()  # first: from here on it is no checkpoint
+def remove_listed(folder: Path) -> None:
+    """Remove what the folder's manifest lists, its record first: from then on it is no longer complete.
+
+    Raises:
+        FilesError: the record can't be read, or names files outside of the folder.
+    """
+    entries = read_json(folder / RECORD, FilesError).get("files") or {}
+    verify_manifest(folder, dict.fromkeys(entries), FilesError)  # the names alone
+    (folder / RECORD).unlink()
     for name in entries:
-        (checkpoint / name).unlink(missing_ok=True)
-    if not os.listdir(checkpoint):
-        checkpoint.rmdir()
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():  # tensorboard/
+            for events in path.glob("events.out.tfevents.*"):
+                events.unlink()
+            _remove_if_empty(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint; its folder stays if something of anyone else's is in it."""
+    remove_listed(checkpoint)
+    _remove_if_empty(checkpoint)
 
 
 def rotate(output: Path, limit: int | None, keep: set[int]) -> None:
-    """Remove the oldest checkpoints beyond `limit`, never the steps in `keep`."""
+    """Remove the oldest checkpoints beyond `limit`, never the steps in `keep`, nor what isn't whole."""
     removable = [p for p in checkpoints(output) if step_of(p) not in keep]
     excess = len(removable) + len(keep) - limit if limit else 0
     for checkpoint in removable[: max(0, excess)]:
-        remove_checkpoint(checkpoint)
+        with suppress(FilesError):  # damaged: left for a person to look at
+            remove_checkpoint(checkpoint)
+
+
+def put_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that a new one can take its name."""
+    for n in itertools.count(1):
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{n}")
+        if not aside.exists():
+            checkpoint.rename(aside)
+            return aside
+    raise AssertionError
 
 
 def clear(output: Path) -> None:
     """Remove an earlier run: what its manifests list, its checkpoints and its log. Foreign files stay."""
     for checkpoint in checkpoints(output):
         remove_checkpoint(checkpoint)
+    _remove_if_empty(output / "checkpoints")
     if (output / RECORD).is_file():
-        entries = read_json(output / RECORD, FilesError).get("files", {})
-        verify_manifest(output, {name: None for name in entries}, FilesError)
-        (output / RECORD).unlink()
-        for name in entries:
-            path = output / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        remove_listed(output)
     (output / LOG).unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not os.listdir(folder):
+        folder.rmdir()
 
 
 def log_line(output: Path, line: dict) -> None:
     append_line(output / LOG, line)
+
+
+def log_size(output: Path) -> int:
+    """Bytes of the log, which are on the disk when this returns: a checkpoint is about to count on them."""
+    log = output / LOG
+    if not log.exists():
+        return 0
+    with log.open("rb") as f:
+        os.fsync(f.fileno())
+    return log.stat().st_size
+
+
+def cut_log(output: Path, size: int) -> None:
+    """Cut the log back to what a checkpoint knew of."""
+    log = output / LOG
+    if log.exists() and log.stat().st_size > size:
+        os.truncate(log, size)

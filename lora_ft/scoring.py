@@ -5,7 +5,7 @@ lm-evaluation-harness does).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -87,9 +87,17 @@ def _queries(index: int, example: dict) -> Iterator[_Query]:
 
 @torch.no_grad()
 def score(
-    model: PreTrainedModel, dataset: datasets.Dataset, packing: Packing, micro_batch_tokens: int, progress: bool = False
+    model: PreTrainedModel,
+    dataset: datasets.Dataset,
+    packing: Packing,
+    micro_batch_tokens: int,
+    progress: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Score `model` (set to eval mode meanwhile) on the encoded examples of `dataset`."""
+    """Score `model` (set to eval mode meanwhile) on the encoded examples of `dataset`.
+
+    `check` is called before each row of micro-batches: the place to stop at.
+    """
     cut = Cut(micro_batch_tokens, packing.how == "alone")
     scores = Scores(examples=len(dataset))
     was_training = model.training
@@ -105,6 +113,7 @@ def score(
         sequences = list(by_sequence.values())
         answers = [[0.0] * len(e["choices"]) for e in examples]
         for row in cut.rows([len(s[0].ids) for s in sequences]):
+            check()
             for query, logprobs in _answer(model, packing, [sequences[i] for i in row]):
                 if query.choice < 0:
                     scores.loss_sum -= sum(logprobs)

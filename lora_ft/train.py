@@ -1,31 +1,33 @@
 """`lora-ft train`: from a config to an adapter, top to bottom."""
 
 import os
+import shlex
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from lora_ft import checkpoint, run_folder
-from lora_ft.adapter.files import CONFIG, WEIGHTS, initialize_from, save_adapter, slices, write_record
+from lora_ft import resume as resuming
+from lora_ft import run_folder
+from lora_ft.adapter.files import initialize_from
+from lora_ft.adapter.fit import check_base
 from lora_ft.adapter.inject import inject_lora, trainable
 from lora_ft.attention import Packing
 from lora_ft.base import resolve
-from lora_ft.config import Config, TrainConfig
+from lora_ft.checkpoint import State
+from lora_ft.config import AdapterConfig, Config, TrainConfig
 from lora_ft.data.batches import Cut, Plan
 from lora_ft.data.prepare import prepare
-from lora_ft.errors import ConfigError, FilesError
-from lora_ft.model import load_base, load_tokenizer
-from lora_ft.model_card import model_card
-from lora_ft.record import describe
+from lora_ft.model import load_base, load_tokenizer, tokenizer_hash
+from lora_ft.progress import say
+from lora_ft.record import describe, read_record
+from lora_ft.saving import Run
 from lora_ft.scoring import score
-from lora_ft.storage import staged_folder, write_file, write_json, write_tensors
+from lora_ft.signals import Stopped, Stopper
 from lora_ft.trainer import LoRATrainer
 
-CARD = "README.md"
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # what `auto` means; fixed, so that a run can be repeated
 
 
@@ -41,77 +43,66 @@ def train(
     """Train an adapter and leave it in `config.output`.
 
     Raises:
-        UserError: as the exit codes say; nothing of an earlier run is touched before config, data, model and targets are good.
+        UserError: as the exit codes say; nothing of an earlier run is touched before config, data, model and targets are
+            good.
+        Stopped: a signal came; what was done is saved.
     """
     output, begun = Path(config.output), time.perf_counter()
-    if resume:
-        raise ConfigError("--resume: not built yet. Start anew with --overwrite, or with another output.")
-    with run_folder.claimed(output):
-        if not overwrite and (run_folder.has_adapter(output) or run_folder.checkpoints(output)):
-            raise FilesError(
-                f"output {output}: holds a run already. Add --overwrite to replace it, or name another: --set output=FOLDER."
-            )
+    with Stopper() as stopper, run_folder.claimed(output):
+        begin = resuming.beginning(output, config, resume, overwrite)
+        before = read_record(begin) if begin else None
+        if before and before["kind"] == "adapter":
+            say(f"already finished: {output} holds the adapter of this config. Nothing to do.")
+            return
+
         device = "cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu"
         torch.set_flush_denormal(True)  # before the first parallel region, so that all of torch's threads have it
         base = resolve(config.model.name, config.model.revision)
+        if before:
+            check_base(before, base, other_base)
         tokenizer = load_tokenizer(base, trust_remote_code)
         train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
+        if before:
+            resuming.check_data(before, tokenizer_hash(tokenizer), train_set, eval_set)
         say(f"data: {train_set.report.summary()}")
         if eval_set:
             say(f"eval: {eval_set.report.summary()}")
 
         model = load_base(base, config.model.dtype, trust_remote_code, device)
-        adapter = config.adapter
-        adapted = inject_lora(
-            model,
-            adapter.targets,
-            adapter.rank,
-            adapter.alpha,
-            dropout=adapter.dropout,
-            rslora=adapter.rslora,
-            modules=adapter.modules,
-            layers=adapter.layers,
-            seed=config.train.seed,
-        )
-        if adapter.init_from:
-            initialize_from(model, Path(adapter.init_from))
-        parameters = sum(p.numel() for p in trainable(model).values())
-        share = parameters / sum(p.numel() for p in model.parameters())
-        say(f"adapter: {len(adapted)} modules, {parameters:,} trainable parameters ({share:.2%} of the model)")
-
-        longest = max(s.report.longest for s in (train_set, eval_set) if s)
-        packing = Packing.of(model, longest)
+        parameters = adapt(model, config.adapter, config.train.seed)
+        packing = Packing.of(model, max(s.report.longest for s in (train_set, eval_set) if s))
         if packing.how == "alone":
             say("this model's RoPE follows the longest position in a row: each example gets a row of its own (slower)")
-        cut = Cut(micro_batch_tokens(config.train, device), packing.how == "alone")
+        state = State.read(begin) if begin else None
+        at_most = micro_batch_tokens(config.train, device, state)
         plan = Plan(
             train_set.dataset,
             config.train.batch_size,
             config.train.num_train_epochs,
             config.train.max_steps,
-            cut,
+            Cut(at_most, packing.how == "alone"),
             config.train.seed,
         )
-        record = describe(config, base, tokenizer, model, train_set, eval_set) | {"trainable_parameters": parameters}
-        if overwrite:
+        record = describe(config, base, tokenizer, model, train_set, eval_set)
+        record |= {"trainable_parameters": parameters, "planned_steps": len(plan), "machine": machine(device)}
+        if before:
+            resuming.go_on(before, record, state, len(plan), output)
+        elif overwrite:
             run_folder.clear(output)
 
-        evaluations: dict[int, dict] = {}  # step -> metrics
+        run = Run(output, model, record, config.train.save_total_limit)
+        if state and (best := state.values.get("best")):
+            run.evaluations[best["step"]] = best["metrics"]
 
-        def evaluation() -> dict:
+        def evaluation(step: int) -> dict:
             assert eval_set is not None
-            metrics = score(model, eval_set.dataset, packing, cut.micro_batch_tokens, progress=True).metrics()
-            evaluations[trainer.state.global_step] = metrics
-            return metrics
+            scores = score(model, eval_set.dataset, packing, at_most, progress=True, check=stopper.check)
+            run.evaluations[step] = scores.metrics()
+            return run.evaluations[step]
 
-        def save(state: checkpoint.State) -> None:
-            with staged_folder(run_folder.checkpoint_of(output, state.step)) as folder:
-                write_tensors(folder / checkpoint.TENSORS, state.tensors)
-                write_json(folder / checkpoint.JSON, state.values)
-                about = {"kind": "checkpoint", "step": state.step, "metrics": evaluations.get(state.step, {})}
-                land(folder, record | about, model, [checkpoint.TENSORS, checkpoint.JSON])
-            best = trainer.state.best_global_step
-            run_folder.rotate(output, config.train.save_total_limit, keep={state.step} | ({best} if best else set()))
+        def save(state: State, best_step: int | None) -> None:
+            state.values["micro_batch_tokens"] = at_most
+            run.save(state, best_step)
 
         trainer = LoRATrainer(
             model=model,
@@ -122,48 +113,44 @@ def train(
             save=save,
             log_line=lambda line: run_folder.log_line(output, line),
             patience=config.train.early_stopping_patience,
+            stopper=stopper,
         )
         say(f"training: {len(plan)} steps of {config.train.batch_size} examples")
-        trainer.train()
-        finish(config, output, model, record, trainer, evaluations, time.perf_counter() - begun)
+        try:
+            trainer.train_from(state, begin)
+        except Stopped as stop:
+            stop.args = (f"{stop}. Go on with: {resume_command()}",)
+            raise
+
+        last = trainer.state.global_step
+        step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
+        seconds = time.perf_counter() - begun
+        metrics = run.finish(step, last, {"seconds": round(seconds, 1)})
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        which = f"step {step}, the best of {last}" if step != last else f"step {step}"
+        say(f"done in {seconds:.0f} s: {output} holds the adapter of {which}" + (f" ({shown})" if shown else ""))
+        print(output)
 
 
-def finish(
-    config: Config,
-    output: Path,
-    model: PreTrainedModel,
-    record: dict,
-    trainer: LoRATrainer,
-    evaluations: dict[int, dict],
-    seconds: float,
-) -> None:
-    """Leave the best adapter (or the last) in `output`, its record last, and say so."""
-    last = trainer.state.global_step
-    step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
-    if step != last:
-        initialize_from(model, run_folder.checkpoint_of(output, step))
-    metrics = evaluations.get(step, {})
-    about = {
-        "kind": "adapter",
-        "step": step,
-        "steps": last,
-        "metrics": metrics,
-        "timings": {"seconds": round(seconds, 1), "training_seconds": round(trainer.training_seconds, 1)},
-    }
-    land(output, record | about, model, mentions=[run_folder.LOG, "tensorboard"])
-    shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
-    which = f"the best of {last} steps, step {step}" if step != last else f"step {step}"
-    say(f"done in {seconds:.0f} s: {output} holds the adapter of {which}" + (f" ({shown})" if shown else ""))
-    print(output)
-
-
-def land(
-    folder: Path, record: dict, model: PreTrainedModel, state: Sequence[str] = (), mentions: Sequence[str] = ()
-) -> None:
-    """Write an adapter's four files into `folder`, the record last; its manifest covers the `state` files that are there."""
-    save_adapter(model, folder, record["base"]["name"])
-    write_file(folder / CARD, model_card(record))
-    write_record(folder, record | {"slices": slices(model)}, [WEIGHTS, CONFIG, *state], [CARD, *mentions])
+def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> int:
+    """Inject the config's adapter; its number of trainable parameters, which is also said."""
+    adapted = inject_lora(
+        model,
+        adapter.targets,
+        adapter.rank,
+        adapter.alpha,
+        dropout=adapter.dropout,
+        rslora=adapter.rslora,
+        modules=adapter.modules,
+        layers=adapter.layers,
+        seed=seed,
+    )
+    if adapter.init_from:
+        initialize_from(model, Path(adapter.init_from))
+    parameters = sum(p.numel() for p in trainable(model).values())
+    share = parameters / sum(p.numel() for p in model.parameters())
+    say(f"adapter: {len(adapted)} modules, {parameters:,} trainable parameters ({share:.2%} of the model)")
+    return parameters
 
 
 def arguments(config: Config, steps: int, device: str, evaluates: bool) -> TrainingArguments:
@@ -199,9 +186,18 @@ def arguments(config: Config, steps: int, device: str, evaluates: bool) -> Train
     return TrainingArguments(**settings | config.trainer)
 
 
-def micro_batch_tokens(train: TrainConfig, device: str) -> int:
-    return MICRO_BATCH_TOKENS[device] if train.micro_batch_tokens == "auto" else train.micro_batch_tokens
+def micro_batch_tokens(train: TrainConfig, device: str, state: State | None = None) -> int:
+    """The setting; for `auto` what the run began with, else the device type's figure."""
+    if train.micro_batch_tokens != "auto":
+        return train.micro_batch_tokens
+    return state.values["micro_batch_tokens"] if state else MICRO_BATCH_TOKENS[device]
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def machine(device: str) -> dict:
+    return {"device": device, "threads": torch.get_num_threads(), "processes": 1}
+
+
+def resume_command() -> str:
+    """The command line that was typed, with --resume."""
+    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+    return shlex.join(["lora-ft", *words, "--resume"])

@@ -1,27 +1,31 @@
 """The one Trainer subclass: a step is a list of flat micro-batches.
 
-An item of the plan is a whole optimizer step (data/batches.py), so gradient accumulation, batch sizes and epochs are the plan's
-and the Trainer sees one long epoch. The loss is the sum over supervised tokens divided by their number in the whole step, so
-that cutting a step into micro-batches changes no gradient beyond rounding.
+An item of the plan is a whole optimizer step (data/batches.py), so gradient accumulation, batch sizes and epochs are the
+plan's and the Trainer sees one long epoch. The loss is the sum over supervised tokens divided by their number in the whole
+step, so that cutting a step into micro-batches changes no gradient beyond rounding.
 """
 
+import json
 import math
-import resource
-import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lora_ft import checkpoint
+from lora_ft.adapter.files import initialize_from
 from lora_ft.attention import Packing
+from lora_ft.checkpoint import Counts, RandomState, State
 from lora_ft.data.batches import Plan, Step
 from lora_ft.errors import NumbersError
 from lora_ft.loss import summed_loss, supervised_logits
+from lora_ft.progress import Bar, LastStep, peak_memory_mb
+from lora_ft.signals import Stopped, Stopper
 
 
 class LoRATrainer(Trainer):
@@ -30,10 +34,11 @@ class LoRATrainer(Trainer):
     Args:
         plan: the steps.
         packing: how the model keeps the examples of a row apart.
-        evaluation: metrics of the model as it is, without the "eval_" prefix; None without eval data.
-        save: writes a complete checkpoint folder of the state it is given.
-        patience: evaluations without improvement before training stops.
+        evaluation: metrics of the model after a step, without the "eval_" prefix; None without eval data.
+        save: makes a checkpoint of a state, given the best step so far.
         log_line: writes a line of the log.
+        patience: evaluations without improvement before training stops.
+        stopper: its signals stop training between micro-batches.
     """
 
     control: TrainerControl
@@ -44,17 +49,19 @@ class LoRATrainer(Trainer):
         args: TrainingArguments,
         plan: Plan,
         packing: Packing,
-        evaluation: Callable[[], dict] | None,
-        save: Callable[[checkpoint.State], None],
+        evaluation: Callable[[int], dict] | None,
+        save: Callable[[State, int | None], None],
         log_line: Callable[[dict], None],
         patience: int | None = None,
+        stopper: Stopper | None = None,
     ):
         self.plan, self.packing, self.evaluation, self.save, self.log_line = plan, packing, evaluation, save, log_line
-        self.counts = checkpoint.Counts()  # what the next log line is about; sums since the last one, and totals
-        self.since = time.perf_counter()  # when those sums began, not counting evaluation and saving
-        self.started = self.since
+        self.stopper = stopper or Stopper()
+        self.counts = Counts()
+        self.since = self.started = time.perf_counter()  # since: when the next log line's sums began, pauses left out
+        self.patience = patience or 0
         self.early_stopping = EarlyStoppingCallback(patience) if patience else None
-        callbacks = [_Flow(), *([self.early_stopping] if self.early_stopping else []), _Bar()]
+        callbacks = [LastStep(), *([self.early_stopping] if self.early_stopping else []), Bar()]
         stand_in = plan if evaluation else None  # the Trainer wants to see a data set; `evaluate` has its own
         super().__init__(model=model, args=args, train_dataset=plan, eval_dataset=stand_in, callbacks=callbacks)
         for unwanted in (PrinterCallback, ProgressCallback):
@@ -67,9 +74,11 @@ class LoRATrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch=None) -> torch.Tensor:
         """Gradients of one whole optimizer step; returns its mean loss per supervised token."""
+        self.generators_before = RandomState.now()  # a step that is broken off is repeated from here
         model.train()
         total = torch.zeros((), device=self.args.device)
         for micro in inputs["micro"]:
+            self.stopper.check()
             if not len(micro["keep"]):
                 continue
             micro = self._prepare_inputs(micro)
@@ -79,6 +88,7 @@ class LoRATrainer(Trainer):
                     loss = summed_loss(logits, micro["targets"])
                 self.accelerator.backward(loss / inputs["total"])
             total += loss.detach()
+        self.stopper.check()
         self.step_now, self.step_loss = inputs, total
         return total / max(1, inputs["total"])
 
@@ -99,9 +109,9 @@ class LoRATrainer(Trainer):
     # ---- evaluation, logging ----
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
-        begun = time.perf_counter()
         assert self.evaluation is not None, "the Trainer evaluates only where there is eval data"
-        metrics = {f"eval_{k}": v for k, v in self.evaluation().items()}
+        begun = time.perf_counter()
+        metrics = {f"eval_{k}": v for k, v in self.evaluation(self.state.global_step).items()}
         self.since += time.perf_counter() - begun
         self.log({k: v for k, v in metrics.items() if isinstance(v, int | float)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -122,63 +132,112 @@ class LoRATrainer(Trainer):
             logs = {**logs, **self.counts.line(now - self.since), "peak_memory_mb": peak_memory_mb(self.args.device)}
             self.since = now
         elif "train_runtime" in logs:  # the Trainer's summary at the end; its counts know nothing of the plan
-            self.training_seconds = logs["train_runtime"]
             return
         logs["seconds"] = round(time.perf_counter() - self.started, 3)
         logs["epoch"] = round(self.state.epoch, 6)
         self.log_line({"step": self.state.global_step, **logs})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
-    # ---- checkpoints ----
+    # ---- checkpoints and stopping ----
 
     def _save_checkpoint(self, model, trial) -> None:
         begun = time.perf_counter()
-        self.save(
-            checkpoint.State.take(
-                self.model, self.optimizer, self.lr_scheduler, self.state, self.counts, self.early_stopping
-            )
-        )
+        self.checkpoint(RandomState.now())
         self.since += time.perf_counter() - begun
 
+    def checkpoint(self, generators: RandomState) -> None:
+        """Save the state after the last whole step; `generators` are those with which the next one begins."""
+        state = State.take(self.model, self.optimizer, self.lr_scheduler, self.state, generators)
+        state.values |= {
+            "counts": asdict(self.counts),
+            "seconds": time.perf_counter() - self.started,
+            "patience_used": self.early_stopping.early_stopping_patience_counter if self.early_stopping else 0,
+            # stopped in the middle of an evaluation: it is owed
+            "owed": {"evaluate": self.control.should_evaluate, "save": self.control.should_save},
+        }
+        self.save(state, self.state.best_global_step)
 
-class _Flow(TrainerCallback):
-    """The last step is always logged."""
+    def train_from(self, state: State | None, adapter: Path | None = None) -> None:
+        """Train to the end of the plan, from the beginning or from a checkpoint's `state` and `adapter` folder.
 
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step >= state.max_steps:
-            control.should_log = True
+        Raises:
+            Stopped: a signal came. The last whole step is saved, in such a way that going on from it is exact.
+        """
+        self.resumed, self.resumed_adapter = state, adapter
+        self.stopper.deferred = True
+        try:
+            if state is None:
+                self.train()
+            else:
+                with tempfile.TemporaryDirectory() as folder:  # the Trainer reads its own state from a file
+                    (Path(folder) / "trainer_state.json").write_text(json.dumps(state.values["trainer"]))
+                    self.train(resume_from_checkpoint=folder)
+        except Stopped as stop:
+            if self.state.global_step == 0:
+                stop.args = ("stopped before the end of the first step: nothing to save",)
+            else:
+                owed = self.control.should_evaluate  # then it was an evaluation that was broken off, not a step
+                self.checkpoint(RandomState.now() if owed else self.generators_before)
+                stop.args = (f"stopped after step {self.state.global_step}, which is saved",)
+            raise
+        finally:
+            self.stopper.deferred = False
 
+    def _run_epoch(self, model, **settings) -> None:
+        self._catch_up(model)
+        if not self.control.should_training_stop:
+            super()._run_epoch(model, **settings)
 
-class _Bar(TrainerCallback):
-    """A progress bar with loss, tokens per second and time left, on a terminal only; evaluations leave a line anywhere."""
+    def _finalize_training(self, *args, **kwargs):
+        self._catch_up(self.model)
+        return super()._finalize_training(*args, **kwargs)
 
-    def on_train_begin(self, args, state, control, **_):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
+    def _catch_up(self, model) -> None:
+        """Do the evaluation that a stopped run owes, once; and don't go on where patience had ended."""
+        state, self.resumed = self.resumed, None
+        if state is None:
+            return
+        if state.values["owed"]["evaluate"]:
+            self.control.should_evaluate, self.control.should_save = True, state.values["owed"]["save"]
+            self._maybe_log_save_evaluate(self._tr_loss, None, model, None, 0, None, time.time())
+        if self.early_stopping and self.early_stopping.early_stopping_patience_counter >= self.patience:
+            self.control.should_training_stop = True
 
-    def on_step_end(self, args, state, control, **_):
-        self.bar.update()
+    # What the Trainer would read from its own files (pickles among them) comes from the checkpoint's state.
 
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" in logs:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:.0f} tokens/s")
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        place = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(
+            self.args, max_steps
+        )  # logging_steps and the like may have changed, and so may the length
+        return place
 
-    def on_evaluate(self, args, state, control, metrics=None, **_):
-        shown = ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
-        self.bar.clear()
-        print(f"step {state.global_step} of {state.max_steps}, eval: {shown}", file=sys.stderr)
-        self.bar.refresh()
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        assert self.resumed_adapter is not None
+        initialize_from(self.model, self.resumed_adapter)
 
-    def on_train_end(self, args, state, control, **_):
-        self.bar.close()
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        assert self.resumed is not None
+        values = self.resumed.values
+        self.resumed.restore_optimizer(self.model, self.optimizer)
+        self.lr_scheduler.load_state_dict(values["scheduler"])
+        schedule = zip(
+            self.optimizer.param_groups, self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True
+        )
+        for group, peak, share in schedule:  # the same as before, or what a longer run's schedule says here
+            group["lr"] = peak * share(self.lr_scheduler.last_epoch)
+        self.counts = Counts(**values["counts"])
+        self.started -= values["seconds"]
+        self.generators_resumed = self.resumed.generators()
+        if self.early_stopping:
+            self.early_stopping.early_stopping_patience_counter = values["patience_used"]
+
+    def _load_scaler(self, checkpoint) -> None:
+        pass
+
+    def _load_rng_state(self, checkpoint) -> None:
+        self.generators_resumed.restore()
 
 
 def _only(items: list[Step]) -> Step:
     return items[0]
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """The allocator's maximum on a GPU, the process's maximum resident set elsewhere; MiB."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

@@ -10,18 +10,19 @@ import lora_ft
 ROOT = Path(lora_ft.__file__).parent
 # From the ground up. A room imports rooms of floors below, and of its own floor where the floor says so.
 FLOORS = [
-    "errors",
+    "errors signals",
     "names",
     "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
     "layers.lora loss storage",
     "base model",
-    "attention",
+    "attention progress",
     "adapter.roles adapter.targets adapter.inject",
     "adapter.peft_config adapter.peft adapter.fit adapter.files",
     "adapter.disk adapter.prove adapter.shards adapter.merge",
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
     "data.batches data.prepare",
     "scoring checkpoint run_folder record model_card",
+    "saving resume",
     "trainer",
     "train",
     "check evaluate",

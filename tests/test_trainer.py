@@ -40,10 +40,10 @@ def run(model, folder, micro_batch_tokens=64, alone=False, **arguments) -> list[
         plan=plan,
         packing=Packing.of(model, 64),
         evaluation=None,
-        save=lambda state: None,
+        save=lambda state, best_step: None,
         log_line=lines.append,
     )
-    trainer.train()
+    trainer.train_from(None)
     return lines
 
 

@@ -1,0 +1,51 @@
+"""What a person sees of a training run while it goes on."""
+
+import resource
+import sys
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+
+class LastStep(TrainerCallback):
+    """The last step is always logged."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class Bar(TrainerCallback):
+    """A progress bar with loss, tokens per second and time left, on a terminal only; evaluations leave a line anywhere."""
+
+    def on_train_begin(self, args, state, control, **_):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" in logs:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:.0f} tokens/s")
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        shown = ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        self.bar.clear()
+        print(f"step {state.global_step} of {state.max_steps}, eval: {shown}", file=sys.stderr)
+        self.bar.refresh()
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The allocator's maximum on a GPU, the process's maximum resident set elsewhere; MiB."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

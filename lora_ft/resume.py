@@ -1,0 +1,156 @@
+"""Going on with a run: from which checkpoint, and whether it is still the same run."""
+
+from pathlib import Path
+
+from lora_ft import run_folder
+from lora_ft.checkpoint import State
+from lora_ft.config import Config, resume_class
+from lora_ft.data.examples import Examples
+from lora_ft.errors import ConfigError, DataError, FilesError, ModelError
+from lora_ft.names import shown
+from lora_ft.progress import say
+from lora_ft.record import read_record
+from lora_ft.saving import is_whole
+
+
+def beginning(output: Path, config: Config, resume: bool, overwrite: bool) -> Path | None:
+    """The folder to go on from: a checkpoint, `output` itself when its run has ended with this config, or None.
+
+    Raises:
+        FilesError: `output` holds a run and neither flag was given; or nothing whole to go on from.
+        ConfigError: the run there was made with settings that give another result.
+    """
+    if not resume:
+        if not overwrite and (run_folder.has_adapter(output) or run_folder.checkpoints(output)):
+            raise FilesError(
+                f"output {output}: holds a run already. Go on with it: --resume, replace it: --overwrite, or name another: "
+                "--set output=FOLDER."
+            )
+        return None
+    ended = read_record(output)
+    if ended:
+        check_settings(ended, config)
+        if not changes(ended["config"], config)["longer"]:
+            return output
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is None:
+        say(f"nothing to resume in {output}: beginning at step 0")
+        return None
+    if not ended:
+        record = read_record(checkpoint)
+        assert record is not None, "a whole checkpoint has a record"
+        check_settings(record, config)
+    return checkpoint
+
+
+def go_on(before: dict, record: dict, state: State | None, steps: int, output: Path) -> None:
+    """Say from where the run goes on, and what a new length means; cut the log back to it.
+
+    Raises:
+        ConfigError: the run would be shorter than it was.
+    """
+    assert state is not None
+    if steps < before["planned_steps"]:
+        raise ConfigError(
+            f"--resume: {steps} steps are fewer than the run's {before['planned_steps']}: its schedule would be another. "
+            "Set num_train_epochs or max_steps back, or begin anew: --overwrite."
+        )
+    say(f"resuming after step {state.step} of {steps}")
+    if steps > before["planned_steps"]:
+        say(
+            f"the run is longer now, {steps} steps instead of {before['planned_steps']}: from here on the learning rate "
+            "follows the schedule of the new length, so the result is not that of a run that had this length from the start"
+        )
+    check_surroundings(before, record)
+    run_folder.cut_log(output, state.values["log_size"])
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint whose every file is as it was written; each skipped one is named on stderr.
+
+    Raises:
+        FilesError: there are checkpoints but none is whole, or an adapter without any.
+    """
+    found = run_folder.checkpoint_folders(output)
+    for folder in reversed(found):
+        if is_whole(folder):
+            return folder
+        say(f"skipped checkpoint {folder}: damaged or not complete")
+    if found:
+        raise FilesError(
+            f"{output}: none of its {len(found)} checkpoints is whole. Restore one, or begin anew: --overwrite."
+        )
+    if run_folder.has_adapter(output):
+        raise FilesError(f"{output}: holds an adapter but no checkpoints to go on from. Begin anew: --overwrite.")
+    return None
+
+
+def flat(config: dict) -> dict[tuple[str, str], object]:
+    """(section, setting) -> value; a top-level setting has the section ""."""
+    settings: dict[tuple[str, str], object] = {}
+    for section, value in config.items():
+        if isinstance(value, dict):
+            settings |= {(section, k): v for k, v in value.items()}
+        else:
+            settings["", section] = value
+    return settings
+
+
+def changes(before: dict, now: Config) -> dict[str, list[str]]:
+    """What differs between a record's config and this one, by class (see lora_ft.schema): "section.setting: was X, is Y"."""
+    old, new = flat(before), flat(now.model_dump(mode="json"))
+    found: dict[str, list[str]] = {"result": [], "rounding": [], "free": [], "longer": []}
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            section, setting = key
+            kind = resume_class(section, setting) if section else resume_class(setting)
+            name = f"{section}.{setting}".lstrip(".")
+            found[kind].append(f"{name}: was {shown(old.get(key))}, is {shown(new.get(key))}")
+    return found
+
+
+def check_settings(record: dict, config: Config) -> None:
+    """Refuse what would change the result; say what changes only rounding.
+
+    Raises:
+        ConfigError: each setting that differs.
+    """
+    found = changes(record["config"], config)
+    if found["result"]:
+        lines = "\n".join(f"  {line}" for line in found["result"])
+        raise ConfigError(
+            f"--resume: these settings are not those of the run in {config.output}, and would change its result:\n{lines}\n"
+            "Set them back, or begin anew: --overwrite."
+        )
+    for line in found["rounding"]:
+        say(f"warning: {line}. This changes rounding, and where dropout falls, but not more.")
+
+
+def check_surroundings(record: dict, here: dict) -> None:
+    """Say what else may change rounding: versions, device, threads."""
+    for name in ("versions", "machine"):
+        was, now = record.get(name) or {}, here.get(name) or {}
+        different = [
+            f"{k} {was.get(k)} is now {now.get(k)}" for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)
+        ]
+        if different:
+            say(f"warning: {', '.join(different)}: the result may differ by rounding.")
+
+
+def check_data(record: dict, tokenizer_hash: str, train_set: Examples, eval_set: Examples | None) -> None:
+    """Refuse other data, another tokenizer or chat template than the run began with.
+
+    Raises:
+        DataError: the data's content changed.
+        ModelError: tokenizer or chat template changed.
+    """
+    if record["tokenizer"] != tokenizer_hash:
+        raise ModelError("--resume: the tokenizer changed since the run began. Restore it, or begin anew: --overwrite.")
+    for which, examples in (("train", train_set), ("eval", eval_set)):
+        was = record["data"][which] or {}
+        if examples and was.get("content") != examples.report.content:
+            raise DataError(
+                f"--resume: data.{which} has other content than when the run began. Restore it, or: --overwrite."
+            )
+        if examples and was.get("sha256") != examples.report.sha256:
+            raise ModelError(f"--resume: data.{which} is encoded otherwise now: the chat template changed. Restore it.")

@@ -1,0 +1,75 @@
+"""What a run leaves on disk: checkpoints on the way, the adapter at its end."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from lora_ft import checkpoint, run_folder
+from lora_ft.adapter.files import CONFIG, WEIGHTS, initialize_from, save_adapter, slices, write_record
+from lora_ft.adapter.inject import trainable
+from lora_ft.errors import FilesError
+from lora_ft.model_card import model_card
+from lora_ft.storage import read_json, require_space, staged_folder, verify_manifest, write_file
+
+CARD = "README.md"
+SMALL_FILES = 2**20  # bytes that a record, card and configs take at most
+
+
+@dataclass
+class Run:
+    """A run and its output folder. evaluations: step -> metrics, of this process and, for the best, of those before."""
+
+    output: Path
+    model: PreTrainedModel
+    record: dict
+    save_total_limit: int | None
+    evaluations: dict[int, dict] = field(default_factory=dict)
+
+    def save(self, state: checkpoint.State, best_step: int | None) -> None:
+        """Write the checkpoint of a step, check it by reading it back, then let older ones go."""
+        folder = run_folder.checkpoint_of(self.output, state.step)
+        if folder.exists():
+            if is_whole(folder):
+                return  # an interruption wrote it, and the run came back to the same step: the same bits
+            print(f"checkpoint {folder} is damaged; it is now {run_folder.put_aside(folder)}", file=sys.stderr)
+        require_space(
+            self.output, state.bytes + 4 * sum(p.numel() for p in trainable(self.model).values()) + SMALL_FILES
+        )
+        if best_step in self.evaluations:
+            state.values["best"] = {"step": best_step, "metrics": self.evaluations[best_step]}
+        state.values["log_size"] = run_folder.log_size(self.output)
+        about = {"kind": "checkpoint", "step": state.step, "metrics": self.evaluations.get(state.step, {})}
+        with staged_folder(folder) as staged:
+            state.write(staged)
+            self.land(staged, about, [checkpoint.TENSORS, checkpoint.JSON])
+        verify_manifest(folder, read_json(folder / run_folder.RECORD, FilesError)["files"], FilesError)
+        run_folder.rotate(self.output, self.save_total_limit, {state.step} | ({best_step} if best_step else set()))
+
+    def finish(self, step: int, last: int, timings: dict) -> dict:
+        """Leave the adapter of `step` in the output folder, its record last. Returns its metrics."""
+        if step != last:
+            initialize_from(self.model, run_folder.checkpoint_of(self.output, step))
+        metrics = self.evaluations.get(step, {})
+        about = {"kind": "adapter", "step": step, "steps": last, "metrics": metrics, "timings": timings}
+        (self.output / run_folder.RECORD).unlink(missing_ok=True)  # of a run that was made longer
+        self.land(self.output, about, mentions=[run_folder.LOG, "tensorboard"])
+        return metrics
+
+    def land(self, folder: Path, about: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:
+        """Write an adapter's four files, the record last; its manifest covers the `state` files that are there."""
+        record = self.record | about
+        save_adapter(self.model, folder, record["base"]["name"])
+        write_file(folder / CARD, model_card(record))
+        write_record(folder, record | {"slices": slices(self.model)}, [WEIGHTS, CONFIG, *state], [CARD, *mentions])
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint's files are all as its manifest says."""
+    try:
+        verify_manifest(folder, read_json(folder / run_folder.RECORD, FilesError)["files"], FilesError)
+    except (FilesError, KeyError):
+        return False
+    return True
