@@ -1,18 +1,18 @@
 """LoRA fine-tuning of causal language models from one YAML file; `lora-ft --help` has the commands.
 
-From Python: `inject_lora`, `load_adapter`, `merge`.
+From Python: `inject_lora`, `load_adapter`, `merge`, `unmerge`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_ft.adapter.files import load_adapter
-    from lora_ft.adapter.inject import inject_lora, merge
+    from lora_ft.adapter.inject import inject_lora, merge, unmerge
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "inject_lora", "load_adapter", "merge"]
+__all__ = ["__version__", "inject_lora", "load_adapter", "merge", "unmerge"]
 
-_ROOMS = {"inject_lora": "inject", "load_adapter": "files", "merge": "inject"}
+_ROOMS = {"inject_lora": "inject", "load_adapter": "files", "merge": "inject", "unmerge": "inject"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """Base models as files on this machine: where they are, what holds their weights, and what identifies them."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,14 +16,9 @@ from lora_ft.names import is_local
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-WANTED = [
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-]  # never pickles, never other frameworks
+# never pickles, never other frameworks
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+UNWANTED = ["*/*", "consolidated*"]  # other formats' folders, and the same weights once more
 OFFLINE = (
     "Two ways on: point HF_HOME at a cache that holds it, or name a local folder: --set model.name=FOLDER "
     "(--base FOLDER for eval and merge)."
@@ -77,7 +73,13 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
     def download(local_files_only: bool) -> Path:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=WANTED, local_files_only=local_files_only)
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=WANTED,
+                ignore_patterns=UNWANTED,
+                local_files_only=local_files_only,
+            )
         )
 
     try:
@@ -98,6 +100,8 @@ def _snapshot(name: str, revision: str | None) -> Path:
         try:
             return download(local_files_only=True)
         except Exception:
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise e from None  # this machine's disk, not the network
             raise ModelError(
                 f"model {name}: no such folder here, the hub can't be reached and no local cache holds it. {OFFLINE}"
             ) from e

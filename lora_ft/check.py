@@ -1,35 +1,35 @@
 """`lora-ft check`: everything short of training, within seconds: config, rows as the model sees them, targets, sizes."""
 
+import itertools
 import json
 
 import torch
 import yaml
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoModelForCausalLM
 
 from lora_ft.adapter.inject import inject_lora, lora_layers, trainable
 from lora_ft.base import resolve, weight_files
 from lora_ft.config import Config
 from lora_ft.data.batches import Cut, Plan
 from lora_ft.data.prepare import prepare
-from lora_ft.model import load_config, load_tokenizer
+from lora_ft.model import load_tokenizer, skeleton
 from lora_ft.names import printable
 
 SHOWN_ROWS = 2
 
 
-def check(config: Config, *, as_json: bool = False) -> None:
+def check(config: Config, *, as_json: bool = False, trust_remote_code: bool = False) -> None:
     """Print what a run of `config` would do; the same errors as training for what is wrong."""
     base = resolve(config.model.name, config.model.revision)
     if not base.gguf:
         weight_files(base)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, trust_remote_code)
     train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
     train, adapter = config.train, config.adapter
+    model = skeleton(base, trust_remote_code)
+    weights = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):  # shapes without memory
-        model = AutoModelForCausalLM.from_config(load_config(base))
-        weights = sum(p.numel() for p in model.parameters())
         inject_lora(model, adapter.targets, adapter.rank, adapter.alpha, modules=adapter.modules, layers=adapter.layers)
     parameters = sum(p.numel() for p in trainable(model).values())
     plan = Plan(train_set.dataset, train.batch_size, train.num_train_epochs, train.max_steps, Cut(1), train.seed)
@@ -68,14 +68,10 @@ def check(config: Config, *, as_json: bool = False) -> None:
 
 def seen(example: dict, tokenizer) -> Text:
     """A row after template, truncation and masking; supervised tokens bold and between » and «."""
-    text, inside = Text(), False
-    for token, label in zip(example["input_ids"], example["labels"], strict=True):
-        if (label >= 0) != inside:
-            inside = not inside
-            text.append("»" if inside else "«", style="bold green")
-        piece = tokenizer.decode([token])
-        shown = "\n".join(printable(line, 10_000) for line in piece.split("\n"))
-        text.append(shown, style="bold green" if inside else "")
-    if inside:
-        text.append("«", style="bold green")
+    text = Text()
+    pairs = zip(example["input_ids"], example["labels"], strict=True)
+    for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[1] >= 0):
+        piece = tokenizer.decode([token for token, _ in run])  # a run at a time: a character may be several tokens
+        shown = "\n".join(printable(line, 100_000) for line in piece.split("\n"))
+        text.append(f"»{shown}«" if supervised else shown, style="bold green" if supervised else "")
     return text

@@ -119,7 +119,6 @@ def train(
         overwrite=overwrite,
         other_base=other_base,
         trust_remote_code=trust_remote_code,
-        config_path=str(config),
     )
 
 
@@ -187,7 +186,13 @@ def merge(
 
 
 @command
-def check(config: ConfigFile, set: Set = None, as_json: AsJson = False, debug: Debug = False) -> None:
+def check(
+    config: ConfigFile,
+    set: Set = None,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+    debug: Debug = False,
+) -> None:
     """Everything short of training: config, rows, targets, memory.
 
     \b
@@ -199,4 +204,4 @@ def check(config: ConfigFile, set: Set = None, as_json: AsJson = False, debug: D
     quiet()
     from lora_ft.check import check
 
-    check(settings, as_json=as_json)
+    check(settings, as_json=as_json, trust_remote_code=trust_remote_code)

@@ -174,6 +174,9 @@ def rules(config: Config) -> Iterator[tuple[Place, tuple[Place, ...], str]]:
             yield ("data", "max_eval_examples"), (("data", "eval"),), needs
         if train.metric_for_best_model != "loss":
             yield ("train", "metric_for_best_model"), (("data", "eval"),), f"{train.metric_for_best_model} {needs}"
+        for name in ("eval_on_start", "eval_delay"):
+            if config.trainer.get(name):
+                yield ("trainer", name), (("data", "eval"),), needs
     if data.label_names is None and train.metric_for_best_model != "loss":
         involved = (("data", "label_names"),)
         message = f"{train.metric_for_best_model} needs data.label_names, which makes eval a classification"

@@ -5,23 +5,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lora_ft import run_folder
-from lora_ft.adapter.files import load_adapter, read_adapter
+from lora_ft.adapter.files import CONFIG, load_adapter
 from lora_ft.adapter.fit import check_base, check_tokenizer
 from lora_ft.adapter.inject import disabled
 from lora_ft.attention import Packing
 from lora_ft.base import resolve
 from lora_ft.config import Config, load_config, parse_config
 from lora_ft.data.prepare import evaluation_set
+from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ConfigError, ModelError
 from lora_ft.model import load_base, load_tokenizer
+from lora_ft.names import printable
 from lora_ft.record import read_record
 from lora_ft.scoring import score
-from lora_ft.train import micro_batch_tokens
+from lora_ft.storage import read_json
 
 
 def evaluate_command(
@@ -42,17 +44,24 @@ def evaluate_command(
     """
     is_adapter = run_folder.has_adapter(folder)
     if not is_adapter and not (folder / "config.json").is_file():
-        raise ModelError(nothing_there(folder))
+        raise ModelError(
+            run_folder.unfinished(folder)
+            or f"{folder}: nothing trained there. Train first, `lora-ft train CONFIG`, or name a folder: `lora-ft eval FOLDER`."
+        )
+    if base and not is_adapter:
+        raise ConfigError(
+            f"--base: {folder} is a whole model, not an adapter, and is scored as it is. Leave --base out."
+        )
     record = read_record(folder) or {}
-    if is_adapter:
-        base = base or record.get("base", {}).get("name") or read_adapter(folder).config.get("base_model_name_or_path")
-    config = settings(folder, record, config_path, data, base if is_adapter else str(folder), overrides)
+    recorded = record.get("base") or {}
+    model_name = base if is_adapter else str(folder)
+    if not model_name and not config_path:
+        model_name = recorded.get("name") or read_json(folder / CONFIG, ModelError).get("base_model_name_or_path")
+    config = settings(folder, record, config_path, data, model_name, overrides)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_flush_denormal(True)
-    files = resolve(
-        config.model.name, None if base and base != record.get("base", {}).get("name") else config.model.revision
-    )
+    device = prepare_device(config)
+    pinned = recorded.get("revision") if config.model.name == recorded.get("name") else config.model.revision
+    files = resolve(config.model.name, pinned)
     tokenizer = load_tokenizer(files, trust_remote_code)
     if is_adapter:
         check_base(record, files, other_base)
@@ -64,14 +73,14 @@ def evaluate_command(
         load_adapter(model, folder)
 
     packing = Packing.of(model, examples.report.longest)
-    at_most = micro_batch_tokens(config.train, device)
+    at_most = micro_batch_tokens(config, device)
     scores = {}
     if is_adapter:
         with disabled(model):
-            scores["base"] = score(model, examples.dataset, packing, at_most, progress=True).metrics()
-        scores["adapter"] = score(model, examples.dataset, packing, at_most, progress=True).metrics()
+            scores["base"] = score(model, examples.dataset, packing, at_most).metrics()
+        scores["adapter"] = score(model, examples.dataset, packing, at_most).metrics()
     else:
-        scores["model"] = score(model, examples.dataset, packing, at_most, progress=True).metrics()
+        scores["model"] = score(model, examples.dataset, packing, at_most).metrics()
     if as_json:
         print(json.dumps({"examples": len(examples.dataset), **scores}))
     else:
@@ -82,11 +91,10 @@ def settings(
     folder: Path, record: dict, config_path: Path | None, data: str | None, model: str | None, overrides: Sequence[str]
 ) -> Config:
     """The config to score with: the file's, else the record's, with the command line's model and data."""
-    changes = [
-        *([f"model.name={model}"] if model else []),
-        *([f"data.eval={json.dumps(data, ensure_ascii=False)}"] if data else []),
-        *overrides,
-    ]
+    changes = [f"model.name={model}"] if model else []
+    if data:  # all of it, unless the command line says otherwise
+        changes += [f"data.eval={json.dumps(data, ensure_ascii=False)}", "data.max_eval_examples=null"]
+    changes += overrides
     if config_path:
         return load_config(config_path, changes)
     if "config" in record:
@@ -97,14 +105,7 @@ def settings(
             "Add --config FILE, or --base NAME and --data SOURCE with a template: --set data.prompt=... "
             "--set data.completion=..."
         )
-    return parse_config({"model": {"name": model}, "data": {"train": data}}, changes)
-
-
-def nothing_there(folder: Path) -> str:
-    if checkpoints := run_folder.checkpoints(folder):
-        names = ", ".join(str(c) for c in checkpoints[-3:])
-        return f"{folder}: its run is unfinished. Go on with `lora-ft train CONFIG --resume`, or name a checkpoint: {names}."
-    return f"{folder}: nothing trained there. Train first, `lora-ft train CONFIG`, or name a folder: `lora-ft eval FOLDER`."
+    return parse_config({"model": {"name": model}, "data": {"train": data}}, changes, "the command line")
 
 
 def show(examples: int, scores: dict[str, dict], words: list[str]) -> None:
@@ -133,7 +134,7 @@ def confusion_table(who: str, confusion: list[list[int]], words: list[str]) -> T
     table = Table(title=f"{who}: true label by row, answer by column")
     table.add_column("")
     for word in words:
-        table.add_column(word, justify="right")
+        table.add_column(Text(printable(word)), justify="right")
     for word, row in zip(words, confusion, strict=True):
-        table.add_row(word, *map(str, row))
+        table.add_row(Text(printable(word)), *map(str, row))
     return table

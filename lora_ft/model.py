@@ -12,13 +12,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_config(base: Base, trust_remote_code: bool = False):
-    """The base's transformers config; ModelError when transformers doesn't know the architecture."""
+    """The base's transformers config; ModelError when it is not of a causal language model that transformers knows."""
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             base.folder, trust_remote_code=trust_remote_code, **({"gguf_file": base.gguf.name} if base.gguf else {})
         )
     except Exception as e:
-        raise ModelError(f"model {base.name}: its config can't be used: {_first_line(e)}{_code_hint(base)}") from e
+        raise ModelError(
+            f"model {base.name}: its config can't be used: {_first_line(e)}{_code_hint(base, trust_remote_code)}"
+        ) from e
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model {base.name}: {config.model_type} is an encoder-decoder, not a causal language model.")
+    return config
+
+
+def skeleton(base: Base, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device: its modules and shapes, no weights and no memory."""
+    config = load_config(base, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        raise ModelError(
+            f"model {base.name}: can't be built: {_first_line(e)}{_code_hint(base, trust_remote_code)}"
+        ) from e
 
 
 def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, device: str = "cpu") -> PreTrainedModel:
@@ -33,8 +50,6 @@ def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, 
     stored = stored_dtype(base)
     wanted = DTYPES.get(dtype, torch.float32 if stored is torch.float16 and device == "cpu" else stored)
     config = load_config(base, trust_remote_code)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"model {base.name}: {config.model_type} is an encoder-decoder, not a causal language model.")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             base.folder,
@@ -48,7 +63,9 @@ def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, 
     except Exception as e:
         if isinstance(e, MemoryError) or "allocate memory" in str(e):
             raise
-        raise ModelError(f"model {base.name}: can't be loaded: {_first_line(e)}{_code_hint(base)}") from e
+        raise ModelError(
+            f"model {base.name}: can't be loaded: {_first_line(e)}{_code_hint(base, trust_remote_code)}"
+        ) from e
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(n) for n in info.get(kind) or ()):
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -90,8 +107,8 @@ def _first_line(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
-def _code_hint(base: Base) -> str:
+def _code_hint(base: Base, trusted: bool) -> str:
     config = base.folder / "config.json"
-    if not base.gguf and config.is_file() and '"auto_map"' in config.read_text(errors="replace"):
+    if not trusted and not base.gguf and config.is_file() and '"auto_map"' in config.read_text(errors="replace"):
         return " It asks to run code of its own: read that code, then add --trust-remote-code if you trust it."
     return ""

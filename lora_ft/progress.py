@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 
 class LastStep(TrainerCallback):
-    """The last step is always logged."""
+    """The plan's last step is logged whatever logging_steps is."""
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step >= state.max_steps:

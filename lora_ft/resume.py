@@ -21,6 +21,7 @@ def beginning(output: Path, config: Config, resume: bool, overwrite: bool) -> Pa
         ConfigError: the run there was made with settings that give another result.
     """
     if not resume:
+        run_folder.check_foreign(output)
         if not overwrite and (run_folder.has_adapter(output) or run_folder.checkpoints(output)):
             raise FilesError(
                 f"output {output}: holds a run already. Go on with it: --resume, replace it: --overwrite, or name another: "

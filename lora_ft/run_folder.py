@@ -18,6 +18,7 @@ from lora_ft.errors import FilesError
 from lora_ft.storage import append_line, read_json, verify_manifest
 
 RECORD, LOG, LOCK = "lora_ft.json", "log.jsonl", ".lock"
+WRITTEN = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 
 
 @contextmanager
@@ -60,7 +61,37 @@ def claimed(output: Path) -> Iterator[None]:
 
 
 def has_adapter(output: Path) -> bool:
-    return (output / "adapter_config.json").is_file()
+    """Whether a finished adapter is there, of a run or of another tool."""
+    return (output / "adapter_config.json").is_file() and unfinished(output) is None
+
+
+def unfinished(output: Path) -> str | None:
+    """What to say where a run was interrupted (complete checkpoints, no record), else None."""
+    found = checkpoints(output)
+    if not found or (output / RECORD).is_file():
+        return None
+    names = ", ".join(str(c) for c in found[-3:])
+    return (
+        f"{output}: its run is unfinished. Go on with `lora-ft train CONFIG --resume`, or name a checkpoint: {names}."
+    )
+
+
+def check_foreign(output: Path) -> None:
+    """Refuse to write over files that no record of ours lists.
+
+    Raises:
+        FilesError: a merged model or another tool's adapter is there, or a file of the user's with one of our names.
+    """
+    record = read_json(output / RECORD, FilesError) if (output / RECORD).is_file() else {}
+    if record.get("kind") == "merged":
+        raise FilesError(f"output {output}: holds a merged model. Name another folder: --set output=FOLDER.")
+    listed = record.get("files") or {}
+    foreign = [name for name in WRITTEN if (output / name).exists() and name not in listed]
+    if foreign and not checkpoints(output):
+        raise FilesError(
+            f"output {output}: {', '.join(foreign)} there is not of a run of this tool and would be written over. Move it, "
+            "or name another folder: --set output=FOLDER."
+        )
 
 
 def checkpoint_folders(output: Path) -> list[Path]:

@@ -45,7 +45,10 @@ class Run:
         with staged_folder(folder) as staged:
             state.write(staged)
             self.land(staged, about, [checkpoint.TENSORS, checkpoint.JSON])
-        verify_manifest(folder, read_json(folder / run_folder.RECORD, FilesError)["files"], FilesError)
+        if not is_whole(folder):
+            raise FilesError(
+                f"{folder}: what was written reads back otherwise. Is the disk in order? Older ones were kept."
+            )
         run_folder.rotate(self.output, self.save_total_limit, {state.step} | ({best_step} if best_step else set()))
 
     def finish(self, step: int, last: int, timings: dict) -> dict:
@@ -55,7 +58,9 @@ class Run:
         metrics = self.evaluations.get(step, {})
         about = {"kind": "adapter", "step": step, "steps": last, "metrics": metrics, "timings": timings}
         (self.output / run_folder.RECORD).unlink(missing_ok=True)  # of a run that was made longer
-        self.land(self.output, about, mentions=[run_folder.LOG, "tensorboard"])
+        self.land(
+            self.output, about, mentions=[n for n in (run_folder.LOG, "tensorboard") if (self.output / n).exists()]
+        )
         return metrics
 
     def land(self, folder: Path, about: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:

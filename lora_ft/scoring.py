@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lora_ft.attention import Packing, flat
 from lora_ft.data.batches import Cut
+from lora_ft.errors import NumbersError
 from lora_ft.loss import supervised_logits
 
 
@@ -77,6 +78,7 @@ def _queries(index: int, example: dict) -> Iterator[_Query]:
     at = [i - 1 for i in range(1, len(labels)) if labels[i] >= 0]
     yield _Query(index, -1, ids, at, [labels[i + 1] for i in at])
     prompt = ids[: example["prompt_length"]]
+    assert prompt or not example["choices"], "a label word is compared by what stands before it"
     for c, choice in enumerate(example["choices"]):
         at = [len(prompt) - 1 + i for i in range(len(choice))]
         if len(choice) == 1 or ids[len(prompt) : len(prompt) + len(choice)] == choice:
@@ -91,7 +93,6 @@ def score(
     dataset: datasets.Dataset,
     packing: Packing,
     micro_batch_tokens: int,
-    progress: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Score `model` (set to eval mode meanwhile) on the encoded examples of `dataset`.
@@ -102,7 +103,7 @@ def score(
     scores = Scores(examples=len(dataset))
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, disable=None if progress else True)
+    bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=None)
     block = 256  # examples sorted by length at a time: long rows fill well, memory stays flat
     for start in range(0, len(dataset), block):
         examples = [dataset[i] for i in range(start, min(start + block, len(dataset)))]
@@ -115,6 +116,11 @@ def score(
         for row in cut.rows([len(s[0].ids) for s in sequences]):
             check()
             for query, logprobs in _answer(model, packing, [sequences[i] for i in row]):
+                if not all(map(math.isfinite, logprobs)):
+                    where = examples[query.example].get("where") or f"row {examples[query.example]['row']}"
+                    raise NumbersError(
+                        f"{where}: the model's log-probabilities aren't finite, so no score means anything."
+                    )
                 if query.choice < 0:
                     scores.loss_sum -= sum(logprobs)
                     scores.tokens += len(logprobs)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from lora_ft import resume as resuming
 from lora_ft import run_folder
@@ -15,11 +16,13 @@ from lora_ft.adapter.files import initialize_from
 from lora_ft.adapter.fit import check_base
 from lora_ft.adapter.inject import inject_lora, trainable
 from lora_ft.attention import Packing
-from lora_ft.base import resolve
+from lora_ft.base import Base, resolve
 from lora_ft.checkpoint import State
-from lora_ft.config import AdapterConfig, Config, TrainConfig
+from lora_ft.config import AdapterConfig, Config
 from lora_ft.data.batches import Cut, Plan
 from lora_ft.data.prepare import prepare
+from lora_ft.device import micro_batch_tokens, prepare_device
+from lora_ft.errors import ConfigError
 from lora_ft.model import load_base, load_tokenizer, tokenizer_hash
 from lora_ft.progress import say
 from lora_ft.record import describe, read_record
@@ -27,8 +30,6 @@ from lora_ft.saving import Run
 from lora_ft.scoring import score
 from lora_ft.signals import Stopped, Stopper
 from lora_ft.trainer import LoRATrainer
-
-MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # what `auto` means; fixed, so that a run can be repeated
 
 
 def train(
@@ -38,7 +39,6 @@ def train(
     overwrite: bool = False,
     other_base: bool = False,
     trust_remote_code: bool = False,
-    config_path: str = "",
 ) -> None:
     """Train an adapter and leave it in `config.output`.
 
@@ -55,8 +55,8 @@ def train(
             say(f"already finished: {output} holds the adapter of this config. Nothing to do.")
             return
 
-        device = "cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu"
-        torch.set_flush_denormal(True)  # before the first parallel region, so that all of torch's threads have it
+        device = prepare_device(config)
+        args = arguments(config, device)
         base = resolve(config.model.name, config.model.revision)
         if before:
             check_base(before, base, other_base)
@@ -69,12 +69,14 @@ def train(
             say(f"eval: {eval_set.report.summary()}")
 
         model = load_base(base, config.model.dtype, trust_remote_code, device)
-        parameters = adapt(model, config.adapter, config.train.seed)
+        parameters = adapt(model, config.adapter, config.train.seed, base, other_base)
         packing = Packing.of(model, max(s.report.longest for s in (train_set, eval_set) if s))
         if packing.how == "alone":
             say("this model's RoPE follows the longest position in a row: each example gets a row of its own (slower)")
         state = State.read(begin) if begin else None
-        at_most = micro_batch_tokens(config.train, device, state)
+        at_most = micro_batch_tokens(config, device)
+        if state and config.train.micro_batch_tokens == "auto":
+            at_most = state.values["micro_batch_tokens"]  # as the run began
         plan = Plan(
             train_set.dataset,
             config.train.batch_size,
@@ -96,7 +98,7 @@ def train(
 
         def evaluation(step: int) -> dict:
             assert eval_set is not None
-            scores = score(model, eval_set.dataset, packing, at_most, progress=True, check=stopper.check)
+            scores = score(model, eval_set.dataset, packing, at_most, check=stopper.check)
             run.evaluations[step] = scores.metrics()
             return run.evaluations[step]
 
@@ -104,9 +106,10 @@ def train(
             state.values["micro_batch_tokens"] = at_most
             run.save(state, best_step)
 
+        args.max_steps = len(plan)
         trainer = LoRATrainer(
             model=model,
-            args=arguments(config, len(plan), device, bool(eval_set)),
+            args=args,
             plan=plan,
             packing=packing,
             evaluation=evaluation if eval_set else None,
@@ -132,7 +135,7 @@ def train(
         print(output)
 
 
-def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> int:
+def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int, base: Base, other_base: bool) -> int:
     """Inject the config's adapter; its number of trainable parameters, which is also said."""
     adapted = inject_lora(
         model,
@@ -146,6 +149,7 @@ def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> int:
         seed=seed,
     )
     if adapter.init_from:
+        check_base(read_record(Path(adapter.init_from)), base, other_base)
         initialize_from(model, Path(adapter.init_from))
     parameters = sum(p.numel() for p in trainable(model).values())
     share = parameters / sum(p.numel() for p in model.parameters())
@@ -153,17 +157,26 @@ def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> int:
     return parameters
 
 
-def arguments(config: Config, steps: int, device: str, evaluates: bool) -> TrainingArguments:
-    """The Trainer's settings. What the plan and this tool's own files take care of is switched off."""
-    train, output = config.train, Path(config.output)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))
+def arguments(config: Config, device: str) -> TrainingArguments:
+    """The Trainer's settings but for max_steps. What the plan and this tool's own files take care of is switched off.
+
+    Raises:
+        ConfigError: the Trainer refuses a value, or a reporter isn't installed.
+    """
+    train, output, evaluates = config.train, Path(config.output), config.data.eval is not None
+    missing = set(train.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        raise ConfigError(
+            f"train.report_to: {', '.join(sorted(missing))} is not installed. Install it, or leave it out."
+        )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     metric = train.metric_for_best_model
     settings = dict(
         output_dir=str(output),
         use_cpu=device == "cpu",
         per_device_train_batch_size=1,  # an item of the plan is a whole step
         gradient_accumulation_steps=1,
-        max_steps=steps,
+        max_steps=1,  # of the plan, once there is one
         remove_unused_columns=False,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.lr_scheduler_type,
@@ -179,18 +192,17 @@ def arguments(config: Config, steps: int, device: str, evaluates: bool) -> Train
         save_strategy="steps",
         save_steps=train.save_steps,
         metric_for_best_model=f"eval_{metric}" if evaluates else None,
-        greater_is_better=metric not in ("loss", "perplexity"),
+        greater_is_better=metric != "loss",
         report_to=list(train.report_to),
         disable_tqdm=True,  # the bar is ours
     )
-    return TrainingArguments(**settings | config.trainer)
-
-
-def micro_batch_tokens(train: TrainConfig, device: str, state: State | None = None) -> int:
-    """The setting; for `auto` what the run began with, else the device type's figure."""
-    if train.micro_batch_tokens != "auto":
-        return train.micro_batch_tokens
-    return state.values["micro_batch_tokens"] if state else MICRO_BATCH_TOKENS[device]
+    try:
+        args = TrainingArguments(**settings | config.trainer)
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # else the Trainer wraps the model in DataParallel, which would cut a row into pieces
+    except (ValueError, RuntimeError, ImportError) as e:
+        raise ConfigError(f"the Trainer refuses these settings: {str(e).splitlines()[0]}") from e
+    return args
 
 
 def machine(device: str) -> dict:

@@ -98,10 +98,10 @@ class LoRATrainer(Trainer):
         step, loss, norm = self.step_now, float(self.step_loss), float(grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
-            rows = ", ".join(str(r) for r in step["rows"][:16])
+            rows = ", ".join(step["rows"][:16])
             raise NumbersError(
-                f"step {self.state.global_step + 1}: the {what} is not a finite number. The step's rows (from 0) in the "
-                f"training data: {rows}. Nothing of it was saved. Lower train.learning_rate, or look at those rows."
+                f"step {self.state.global_step + 1}: the {what} is not a finite number. The step's rows: {rows}. "
+                f" Nothing of it was saved. Lower train.learning_rate, or look at those rows."
             )
         self.counts.add(loss, step["total"], step["tokens"])
         return norm

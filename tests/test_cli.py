@@ -152,10 +152,9 @@ def test_the_options_reach_the_work(monkeypatch, tmp_path):
     assert (config.adapter.rank, config.train.seed) == (3, 2)
     assert options == {
         **{"resume": False, "overwrite": True, "other_base": False, "trust_remote_code": False},
-        "config_path": str(path),
     }
     (config,), options = call("check", str(path), "--json")
-    assert config.model.name == "gpt2" and options == {"as_json": True}
+    assert config.model.name == "gpt2" and options == {"as_json": True, "trust_remote_code": False}
     (folder,), options = call("eval", "--json", "--data", "d.csv", "--set", "data.max_length=9")
     assert str(folder) == "out" and options["as_json"] and options["data"] == "d.csv" and options["base"] is None
     assert options["overrides"] == ["data.max_length=9"] and options["config_path"] is None

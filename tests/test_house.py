@@ -13,7 +13,7 @@ FLOORS = [
     "errors signals",
     "names",
     "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
-    "layers.lora loss storage",
+    "layers.lora loss storage run_folder",
     "base model",
     "attention progress",
     "adapter.roles adapter.targets adapter.inject",
@@ -21,7 +21,7 @@ FLOORS = [
     "adapter.disk adapter.prove adapter.shards adapter.merge",
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
     "data.batches data.prepare",
-    "scoring checkpoint run_folder record model_card",
+    "device scoring checkpoint record model_card",
     "saving resume",
     "trainer",
     "train",

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lora_ft.attention import Packing
+from lora_ft.errors import NumbersError
 from lora_ft.scoring import Scores, macro_f1, score, wilson_interval
-from tests.families import build, token_ids
+from tests.families import build, tiny_model, token_ids
 
 EOS = 2
 
@@ -107,3 +108,10 @@ def test_macro_f1():
 
 def test_a_hopeless_loss_gives_a_perplexity_that_json_can_hold():
     assert math.isfinite(Scores(examples=1, loss_sum=1e6, tokens=1).metrics()["perplexity"])
+
+
+def test_scores_that_are_no_numbers_are_an_error():
+    model = tiny_model("llama")
+    model.get_output_embeddings().weight.data[7] = float("nan")
+    with pytest.raises(NumbersError, match="finite"):
+        score(model, classification([[5], [6]]), Packing("attention"), 64)

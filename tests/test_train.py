@@ -1,6 +1,7 @@
 """The main job through the command line: train, eval, merge, on a tiny base."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora_ft.adapter.files import load_adapter
-from tests.base import lora_ft, write_run
+from tests.base import lora_ft, write_base, write_run
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,46 @@ def test_early_stopping_and_a_held_out_share(tmp_path):
     assert about["steps"] == 3 and about["step"] == 1  # nothing improves on the first evaluation
     assert about["data"]["train"]["used"] == 36 and about["data"]["eval"]["used"] == 12
     assert json.loads(lora_ft("eval", "--json", cwd=folder).stdout)["examples"] == 12
+
+
+def test_files_of_others_are_never_written_over(folder, tmp_path):
+    run = write_run(tmp_path)
+    (run / "out").mkdir()
+    (run / "out/README.md").write_text("mine")
+    refused = lora_ft("train", "config.yaml", "--overwrite", cwd=run)
+    assert refused.returncode == 6 and "README.md" in refused.stderr
+    assert (run / "out/README.md").read_text() == "mine"
+
+
+def test_an_adapter_begins_only_from_its_own_base(folder, tmp_path):
+    run = write_run(tmp_path)
+    write_base(run / "base", seed=1)  # the same shapes, other weights
+    refused = lora_ft("train", "config.yaml", "--set", f"adapter.init_from={folder / 'out'}", cwd=run)
+    assert refused.returncode == 4 and "fingerprint" in refused.stderr
+    insisted = lora_ft("train", "config.yaml", "--set", f"adapter.init_from={folder / 'out'}", "--other-base", cwd=run)
+    assert insisted.returncode == 0 and "warning" in insisted.stderr
+
+
+def test_a_run_killed_while_its_adapter_landed_counts_as_unfinished(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "out/lora_ft.json").unlink()
+    for command in (("eval",), ("merge", "--adapter", "out", "--output", "other")):
+        refused = lora_ft(*command, cwd=tmp_path)
+        assert refused.returncode == 4 and "unfinished" in refused.stderr and "checkpoints/step-" in refused.stderr
+
+
+def test_config_decides_the_base_of_a_foreign_adapter(folder, tmp_path):
+    run = write_run(tmp_path)
+    shutil.copytree(folder / "out", run / "peft")
+    (run / "peft/lora_ft.json").unlink()
+    shutil.rmtree(run / "peft/checkpoints")
+    text = (run / "peft/adapter_config.json").read_text().replace('"base"', '"some/base"')
+    (run / "peft/adapter_config.json").write_text(text)
+    done = lora_ft("eval", "peft", "--config", "config.yaml", "--json", cwd=run)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["adapter"]["loss"] == pytest.approx(record(folder)["metrics"]["loss"], rel=1e-5)
+
+
+def test_a_reporter_that_is_not_installed_is_a_config_error(tmp_path):
+    refused = lora_ft("train", "config.yaml", "--set", "train.report_to=[neptune]", cwd=write_run(tmp_path))
+    assert refused.returncode == 2 and "neptune" in refused.stderr

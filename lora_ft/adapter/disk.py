@@ -7,8 +7,7 @@ base model (the hub's gpt2 has `h.0...` for `transformer.h.0...`). Its own rules
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -18,9 +17,7 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.base import Base
 from lora_ft.errors import ModelError
-from lora_ft.model import load_config
 
 
 @dataclass(frozen=True)
@@ -31,16 +28,6 @@ class Edit:
     target: str
     module: str | None
     transposed: bool = False
-
-
-def skeleton(base: Base, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model on the meta device: its modules and shapes, no weights and no memory."""
-    config = load_config(base, trust_remote_code)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as e:
-        raise ModelError(f"model {base.name}: can't be built: {str(e).splitlines()[0] if str(e) else e!r}") from e
 
 
 def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

@@ -80,7 +80,7 @@ def slices(model: nn.Module) -> dict[str, dict]:
     }
 
 
-def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> AdapterFile:
+def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = False) -> AdapterFile:
     """Put an adapter from files, ours or PEFT's, into `model`, whose base weights are frozen by this.
 
     Ours come back in the parts they were trained in, bit for bit; PEFT's as one part of rank R a module.
@@ -90,7 +90,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     """
     if lora_layers(model):
         raise ModelError("the model has an adapter already: load the base again, or merge the first one")
-    adapter = read_adapter(folder)
+    adapter = read_adapter(Path(folder))
     linear = check_against(model, adapter)
     check_copies(model, adapter)
     model.requires_grad_(False)

@@ -35,6 +35,8 @@ def inject_lora(
 
     B is zero, so the model computes what it did. With `seed`, A depends on nothing else. Raises as `find_targets` does.
     """
+    if rank < 1 or not 0 <= dropout < 1:
+        raise ValueError(f"rank {rank} must be at least 1, dropout {dropout} at least 0 and below 1")
     found = find_targets(model, targets, modules, layers)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     model.requires_grad_(False)

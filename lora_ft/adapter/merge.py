@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import storage
-from lora_ft.adapter.disk import Edit, plan, skeleton, stored_names
+from lora_ft.adapter.disk import Edit, plan, stored_names
 from lora_ft.adapter.files import RECORD, WEIGHTS, write_record
 from lora_ft.adapter.fit import check_against, check_base, check_tokenizer
 from lora_ft.adapter.peft import AdapterFile, read_adapter
@@ -22,7 +22,7 @@ from lora_ft.adapter.prove import compare_logits, sample_rows
 from lora_ft.adapter.shards import check_copies, stored_keys, write_shards
 from lora_ft.base import Base, fingerprint, opened, resolve, weight_files
 from lora_ft.errors import ModelError
-from lora_ft.model import load_base, load_tokenizer
+from lora_ft.model import load_base, load_tokenizer, skeleton
 
 # What transformers reads beside the weights; the weights of other formats would be unmerged ones.
 COPIED = (
@@ -105,6 +105,10 @@ def merge_adapter(
     found = read_adapter(adapter)
     check_base(found.record, base, other_base)
     tokenizer = tokenizer_of(base, trust_remote_code)
+    if tokenizer is None and (found.record or {}).get("tokenizer"):
+        raise ModelError(
+            f"model {base.name}: has no tokenizer, and the adapter was trained with one. Restore its files."
+        )
     if tokenizer is not None:
         check_tokenizer(found.record, base, tokenizer, other_base)
     with storage.staged_folder(output) as staged:
@@ -148,11 +152,11 @@ def merge_adapter(
 
 
 def tokenizer_of(base: Base, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer, None for a model without one (its weights can still be merged)."""
-    try:
-        return load_tokenizer(base, trust_remote_code)
-    except ModelError:
+    """The base's tokenizer; None only for a folder without one, whose weights can still be merged."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
+    if base.gguf is None and not any((base.folder / name).exists() for name in files):
         return None
+    return load_tokenizer(base, trust_remote_code)
 
 
 def from_gguf(base: Base, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> Base:

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_ft import storage
+from lora_ft import run_folder, storage
 from lora_ft.adapter.peft_config import CONFIG, by_pattern, check_config
 from lora_ft.errors import ModelError
 from lora_ft.layers.lora import Rows, scaling
+from lora_ft.run_folder import RECORD
 
 WEIGHTS = "adapter_model.safetensors"
-RECORD = "lora_ft.json"
 PREFIX = "base_model.model."
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -103,11 +103,9 @@ def _read_record(folder: Path) -> dict | None:
         if record.get("kind") == "merged":
             raise ModelError(f"{folder}: a merged model, not an adapter. Its adapter is inside its weights already.")
         storage.verify_manifest(folder, record.get("files") or {}, ModelError)
+    if record is None and (message := run_folder.unfinished(folder)):
+        raise ModelError(message)
     if not (folder / CONFIG).is_file():
-        complete = sorted(folder.glob(f"checkpoints/step-*/{RECORD}"), key=lambda p: p.stat().st_mtime)
-        if complete:
-            names = ", ".join(str(p.parent) for p in complete)
-            raise ModelError(f"{folder}: its run is unfinished. Resume it, or use one of its checkpoints: {names}.")
         what = "no such folder" if not folder.is_dir() else f"no adapter there ({CONFIG} is missing)"
         raise ModelError(f"{folder}: {what}. Give the folder that a training run or PEFT wrote.")
     return record

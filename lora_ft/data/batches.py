@@ -36,7 +36,7 @@ class Step(TypedDict):
     micro: list[MicroBatch]
     total: int
     tokens: int
-    rows: list[int]
+    rows: list[str]
 
 
 class Cut(NamedTuple):
@@ -113,4 +113,4 @@ class Plan(Dataset):
         lengths = [len(e["input_ids"]) for e in examples]
         micro = [micro_batch([examples[i] for i in row]) for row in self.cut.rows(lengths)]
         total = sum(len(m["targets"]) for m in micro)
-        return Step(micro=micro, total=total, tokens=sum(lengths), rows=[e["row"] for e in examples])
+        return Step(micro=micro, total=total, tokens=sum(lengths), rows=[e["where"] for e in examples])

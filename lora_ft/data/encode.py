@@ -98,6 +98,9 @@ def _encode(
             if pieces[0].blank:
                 bad.add(where, "nothing in it is supervised")
                 continue
+            if pieces[0].choices and not pieces[0].prompt_length:
+                bad.add(where, "nothing of its prompt is there or fits, so its label words can't be compared")
+                continue
             _check_choices(pieces[0].choices, where)
             kept = [piece for piece in pieces if piece.supervised]
             used, dropped = used + bool(kept), dropped + (not kept)

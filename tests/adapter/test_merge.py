@@ -125,7 +125,7 @@ def test_shards_index_and_other_files_are_kept(tmp_path):
         tmp_path, "gpt2", how={"max_shard_size": "20KB"}, targets=("all",), modules=("lm_head",)
     )
     folder = tmp_path / "base"
-    for name in ("tokenizer.json", "vocab.txt", "spiece.model", "chat_template.jinja", "LICENSE", "modeling_own.py"):
+    for name in ("merges.txt", "vocab.txt", "extra.model", "chat_template.jinja", "LICENSE", "modeling_own.py"):
         (folder / name).write_text("{}")
     for name in ("pytorch_model.bin", "model.onnx", "tf_model.h5", "extra.gguf", "README.md"):
         (folder / name).write_text("x")
@@ -140,9 +140,9 @@ def test_shards_index_and_other_files_are_kept(tmp_path):
         "generation_config.json",
         "model.safetensors.index.json",
         "lora_ft.json",
-        "tokenizer.json",
+        "merges.txt",
         "vocab.txt",
-        "spiece.model",
+        "extra.model",
         "chat_template.jinja",
         "LICENSE",
     }
@@ -456,7 +456,9 @@ def test_a_gguf_base_becomes_a_float32_folder(tmp_path, monkeypatch):
     """The .gguf reader is transformers' own; here it is stood in for by a folder, to keep the test in milliseconds."""
     base, adapter, model = case(tmp_path)
     gguf = Base("base.gguf", tmp_path / "base", gguf=tmp_path / "base/config.json")
-    monkeypatch.setattr(disk, "load_config", lambda *_: model.config)
+    from lora_ft import model as lora_model
+
+    monkeypatch.setattr(lora_model, "load_config", lambda *_: model.config)
     monkeypatch.setattr(merge, "load_base", lambda b, *_: load_base(base, "float32"))
     monkeypatch.setattr(merge, "tokenizer_of", lambda *_: None)
     merge.merge_adapter(gguf, adapter, tmp_path / "out", other_base=True)
