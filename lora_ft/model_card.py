@@ -60,7 +60,14 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 With transformers alone: `model = AutoModelForCausalLM.from_pretrained("{name}")`, then `model.load_adapter("FOLDER")`.
 
-With vLLM: `vllm serve {name} --enable-lora --max-lora-rank 64 --lora-modules mine=FOLDER`
+With vLLM, where it supports LoRA on this architecture:
+`vllm serve {name} --enable-lora --max-lora-rank {served_rank(record)} --lora-modules mine=FOLDER`
 
 Folded into the base, at no cost in inference: `lora-ft merge --adapter FOLDER`
 """
+
+
+def served_rank(record: dict) -> int:
+    """The smallest of vLLM's ranks that holds the file's: parts of a fused projection are stacked."""
+    rank = max(entry["rank"] * len(entry["parts"]) for entry in record["slices"].values())
+    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)

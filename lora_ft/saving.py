@@ -65,10 +65,10 @@ class Run:
 
     def land(self, folder: Path, about: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:
         """Write an adapter's four files, the record last; its manifest covers the `state` files that are there."""
-        record = self.record | about
+        record = self.record | about | {"slices": slices(self.model)}
         save_adapter(self.model, folder, record["base"]["name"])
         write_file(folder / CARD, model_card(record))
-        write_record(folder, record | {"slices": slices(self.model)}, [WEIGHTS, CONFIG, *state], [CARD, *mentions])
+        write_record(folder, record, [WEIGHTS, CONFIG, *state], [CARD, *mentions])
 
 
 def is_whole(folder: Path) -> bool:
