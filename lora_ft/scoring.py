@@ -11,14 +11,13 @@ from statistics import NormalDist
 
 import datasets
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lora_ft.attention import Packing, flat
 from lora_ft.data.batches import Cut
 from lora_ft.errors import NumbersError
-from lora_ft.loss import supervised_logits
+from lora_ft.loss import logits_in_chunks
 
 
 @dataclass
@@ -150,16 +149,17 @@ def _answer(model: PreTrainedModel, packing: Packing, row: list[list[_Query]]) -
     positions = sorted({position for position, _ in wanted})
     place = {position: i for i, position in enumerate(positions)}
     inputs = flat([queries[0].ids for queries in row], model.device)
+    keep = torch.tensor(positions, device=model.device)
+    rows = torch.tensor([place[p] for p, _ in wanted], device=model.device)
+    targets = torch.tensor([t for _, t in wanted], device=model.device)
+    found, start = torch.empty(len(wanted), device=model.device), 0
     with packing.row(model, lengths):
-        keep = torch.tensor(positions, device=model.device)
-        logits = supervised_logits(model, **inputs, keep=keep)
-    logprobs = iter(_gather(logits, [place[p] for p, _ in wanted], [t for _, t in wanted]))
+        for logits in logits_in_chunks(model, **inputs, keep=keep):
+            here = ((rows >= start) & (rows < start + len(logits))).nonzero()[:, 0]
+            at = rows[here] - start
+            found[here] = logits[at, targets[here]].float() - logits.float().logsumexp(-1)[at]
+            start += len(logits)
+    logprobs = iter(found.tolist())
     for queries in row:
         for query in queries:
             yield query, [next(logprobs) for _ in query.at]
-
-
-def _gather(logits: Tensor, rows: list[int], targets: list[int], chunk: int = 512) -> list[float]:
-    """log softmax(logits)[rows[i], targets[i]], float32, a chunk of rows at a time."""
-    normalizers = torch.cat([piece.float().logsumexp(-1) for piece in logits.split(chunk)])
-    return (logits[rows, targets].float() - normalizers[rows]).tolist()

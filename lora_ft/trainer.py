@@ -23,7 +23,7 @@ from lora_ft.attention import Packing
 from lora_ft.checkpoint import Counts, RandomState, State
 from lora_ft.data.batches import Plan, Step
 from lora_ft.errors import NumbersError
-from lora_ft.loss import summed_loss, supervised_logits
+from lora_ft.loss import supervised_loss
 from lora_ft.progress import Bar, LastStep, peak_memory_mb
 from lora_ft.signals import Stopped, Stopper
 
@@ -84,8 +84,9 @@ class LoRATrainer(Trainer):
             micro = self._prepare_inputs(micro)
             with self.packing.row(self.model, micro["lengths"]):  # still open in the backward: checkpointing recomputes
                 with self.compute_loss_context_manager():
-                    logits = supervised_logits(model, micro["input_ids"], micro["position_ids"], micro["keep"])
-                    loss = summed_loss(logits, micro["targets"])
+                    loss = supervised_loss(
+                        model, micro["input_ids"], micro["position_ids"], micro["keep"], micro["targets"]
+                    )
                 self.accelerator.backward(loss / inputs["total"])
             total += loss.detach()
         self.stopper.check()

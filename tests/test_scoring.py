@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 
+from lora_ft import loss
 from lora_ft.attention import Packing
 from lora_ft.errors import NumbersError
 from lora_ft.scoring import Scores, macro_f1, score, wilson_interval
@@ -38,13 +39,13 @@ def oracle(model, dataset) -> tuple[float, int, list[list[int]]]:
     def logprobs(ids):
         return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
-    loss, count = 0.0, 0
+    total, count = 0.0, 0
     confusion = [[0] * len(dataset[0]["choices"]) for _ in dataset[0]["choices"]]
     for e in dataset:
         scores = logprobs(e["input_ids"])
         for i in range(1, len(e["labels"])):
             if e["labels"][i] >= 0:
-                loss, count = loss - scores[i - 1, e["labels"][i]].item(), count + 1
+                total, count = total - scores[i - 1, e["labels"][i]].item(), count + 1
         sums = []
         for choice in e["choices"]:
             ids = e["input_ids"][: e["prompt_length"]] + choice
@@ -52,20 +53,22 @@ def oracle(model, dataset) -> tuple[float, int, list[list[int]]]:
             sums.append(sum(s[e["prompt_length"] - 1 + j, t].item() for j, t in enumerate(choice)))
         if sums:
             confusion[e["label"]][sums.index(max(sums))] += 1
-    return loss, count, confusion
+    return total, count, confusion
 
 
 @pytest.mark.parametrize("choices", [[[5], [6]], [[5, 7], [5, 8, 9], [10]], [[5], [5, 6]]])
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 @pytest.mark.parametrize("micro_batch_tokens", [9, 1000])
-def test_scores_equal_one_example_at_a_time(family, choices, micro_batch_tokens):
+@pytest.mark.parametrize("chunk", [5, 256])
+def test_scores_equal_one_example_at_a_time(family, choices, micro_batch_tokens, chunk, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
     model, dataset = build(family), classification(choices)
     got = score(model, dataset, Packing.of(model, 32), micro_batch_tokens)
-    loss, count, confusion = oracle(model, dataset)
+    loss_sum, count, confusion = oracle(model, dataset)
     assert (got.examples, got.tokens, got.confusion) == (len(dataset), count, confusion)
-    assert got.loss_sum == pytest.approx(loss, rel=1e-5)
+    assert got.loss_sum == pytest.approx(loss_sum, rel=1e-5)
     metrics = got.metrics()
-    assert metrics["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(loss_sum / count), rel=1e-5)
     assert metrics["accuracy"] == pytest.approx(sum(confusion[i][i] for i in range(len(confusion))) / len(dataset))
 
 

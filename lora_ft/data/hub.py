@@ -3,9 +3,10 @@
 from contextlib import contextmanager
 
 import datasets
+import huggingface_hub
 import huggingface_hub.constants
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from lora_ft.errors import DataError
 from lora_ft.names import parse_hub_data, printable
@@ -29,7 +30,10 @@ def load_split(source: str) -> datasets.Dataset:
     login = f"Ask for access on {page}, then run `hf auth login`."
     with _offline(not _reachable(hub_id)):
         try:
-            loaded = datasets.load_dataset(hub_id, config, split=split)
+            try:
+                loaded = datasets.load_dataset(hub_id, config, split=split)
+            except ConnectionError:  # offline, `datasets` looks for what it made itself, not for the repository's own files
+                loaded = datasets.load_dataset(_cached_files(hub_id), config, split=split)
         except (FileNotFoundError, ConnectionError) as e:  # a gated data set is one that isn't found, too
             if "gated" in str(e) or isinstance(e.__cause__, GatedRepoError):
                 raise DataError(f"data {source}: gated. {login}") from e
@@ -48,6 +52,14 @@ def load_split(source: str) -> datasets.Dataset:
     if len(loaded) == 1:
         return next(iter(loaded.values()))
     raise DataError(f"data {source}: name one of its splits, as in {source}@{next(iter(loaded))}: {', '.join(loaded)}.")
+
+
+def _cached_files(hub_id: str) -> str:
+    """The folder of the hub's cache that holds the repository's files; ConnectionError if there is none."""
+    try:
+        return huggingface_hub.snapshot_download(hub_id, repo_type="dataset", local_files_only=True)
+    except LocalEntryNotFoundError as e:
+        raise ConnectionError(str(e)) from e
 
 
 def _reachable(hub_id: str) -> bool:

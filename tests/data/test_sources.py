@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -164,3 +165,18 @@ def test_content_hash_is_the_content(write):
 def test_hub_out_of_reach_names_the_ways_on():
     told = refused("some-owner/some-data:config@train")  # tests run offline
     assert "can't be reached" in told and "HF_HOME" in told and "--set data.train=FILE" in told
+
+
+def test_the_hubs_cache_of_a_data_set_serves_offline():
+    """What `hf download` left; `datasets` by itself looks only for what it prepared."""
+    repo = Path(os.environ["HF_HUB_CACHE"]) / "datasets--some--reviews"
+    snapshot = repo / "snapshots" / ("b" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("b" * 40)
+    (snapshot / "part.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    config = "configs:\n- config_name: small\n  data_files:\n  - split: test\n    path: part.jsonl\n"
+    (snapshot / "README.md").write_text(f"---\n{config}---\n")
+    assert [row.columns for row in iter_rows("some/reviews:small@test")] == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(DataError, match="nothing"):
+        list(iter_rows("some/reviews:nothing@test"))
