@@ -32,7 +32,7 @@ def load_split(source: str) -> datasets.Dataset:
         try:
             try:
                 loaded = datasets.load_dataset(hub_id, config, split=split)
-            except ConnectionError:  # offline, `datasets` looks for what it made itself, not for the repository's own files
+            except ConnectionError:  # offline, `datasets` looks only for what it made itself, not for the hub's files
                 loaded = datasets.load_dataset(_cached_files(hub_id), config, split=split)
         except (FileNotFoundError, ConnectionError) as e:  # a gated data set is one that isn't found, too
             if "gated" in str(e) or isinstance(e.__cause__, GatedRepoError):
