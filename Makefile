@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One process per core; every test process keeps torch to one thread (tests/conftest.py).
 PYTEST_ARGS ?= -n auto
 
-.PHONY: install assets quickstart test format lint type
+.PHONY: install assets quickstart test kill-test bench format lint type
 .DELETE_ON_ERROR:
 
 install: .venv/.installed
@@ -24,6 +24,15 @@ quickstart: assets
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Kill a run N times, resume it, and compare with one that was left in peace.
+N ?= 200
+kill-test: .venv/.installed
+	@$(BIN)/python scripts/kill_test.py -n $(N)
+
+# Speed and memory against PEFT + Trainer and the machine's floor; some 40 minutes on an idle machine.
+bench: assets
+	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 format: .venv/.installed
 	$(BIN)/ruff format .

@@ -87,6 +87,8 @@ def check_foreign(output: Path) -> None:
         raise FilesError(f"output {output}: holds a merged model. Name another folder: --set output=FOLDER.")
     listed = record.get("files") or {}
     foreign = [name for name in WRITTEN if (output / name).exists() and name not in listed]
+    if LOG not in listed and (output / LOG).exists() and not (output / LOG).read_bytes().startswith(b'{"step": '):
+        foreign.append(LOG)
     if foreign and not checkpoints(output):
         raise FilesError(
             f"output {output}: {', '.join(foreign)} there is not of a run of this tool and would be written over. Move it, "

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -195,14 +196,14 @@ def _as_files_error(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        # safetensors wraps the system's error in one of its own
-        full = (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(e)
-        if full:
+        wrapped = re.search(r"\(os error (\d+)\)", str(e))  # safetensors hides the system's error in one of its own
+        number = e.errno if isinstance(e, OSError) else int(wrapped[1]) if wrapped else None
+        if number in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free
             figures = f"{needed} bytes needed, {free} free" if needed else f"{free} bytes free"
             raise FilesError(f"{path}: the disk is full ({figures}). Free some space and run again.") from e
-        if isinstance(e, OSError):
-            raise FilesError(f"{path}: can't be written ({e.strerror or e}).") from e
+        if number is not None:
+            raise FilesError(f"{path}: can't be written ({os.strerror(number)}).") from e
         raise
 
 

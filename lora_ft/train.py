@@ -89,8 +89,10 @@ def train(
         record |= {"trainable_parameters": parameters, "planned_steps": len(plan), "machine": machine(device)}
         if before:
             resuming.go_on(before, record, state, len(plan), output)
-        elif overwrite:
-            run_folder.clear(output)
+        else:
+            run_folder.clear(
+                output
+            )  # with --overwrite a whole run; else at most the log of one killed before its first checkpoint
 
         run = Run(output, model, record, config.train.save_total_limit)
         if state and (best := state.values.get("best")):
