@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -87,8 +88,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared by forks, and a killed one may have held it
     import lora_ft.train  # noqa: F401 (imported once, before the forks)
     from tests.base import write_run
 
@@ -113,8 +116,9 @@ def main() -> None:
                     time.sleep(draw.uniform(0.0, seconds))
                     os.kill(pid, signal.SIGKILL)
                 status = os.waitpid(pid, 0)[1]
-                said = (folder / "stderr.txt").read_text()
-                (folder / "stderr.txt").unlink()
+                told = folder / "stderr.txt"
+                said = told.read_text() if told.exists() else ""
+                told.unlink(missing_ok=True)
                 if had and "beginning at step 0" in said:
                     sys.exit(f"kill {kills}: began anew though there were checkpoints:\n{said}")
                 if os.WIFSIGNALED(status):
