@@ -3,9 +3,10 @@
 import errno
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 
 from lora_ft.errors import ModelError
 from lora_ft.names import is_local
+from lora_ft.storage import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# never pickles, never other frameworks
+PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+# no pickles (unless allowed), never other frameworks
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 UNWANTED = ["*/*", "consolidated*"]  # other formats' folders, and the same weights once more
 OFFLINE = (
@@ -30,23 +33,29 @@ class Base:
     """A base model's files on this machine.
 
     name: as the user wrote it. folder: where the files are. revision: the commit, for a hub model. gguf: the file, if one.
+    pickles: the weights' files, where they are pickles that the user has allowed.
     """
 
     name: str
     folder: Path
     revision: str | None = None
     gguf: Path | None = None
+    pickles: tuple[Path, ...] = ()
 
 
-def resolve(name: str, revision: str | None = None) -> Base:
+def resolve(name: str, revision: str | None = None, allow_pickle: bool = False) -> Base:
     """Find the files of a hub id, a local folder or a .gguf file. A local name is never asked of the network.
+
+    With `allow_pickle` a base without safetensors may have pickled weights, which torch's weights_only loader reads.
 
     Raises:
         ModelError: no such folder, no model in it, or a hub that can't be reached or says no.
     """
     if not is_local(name):
-        folder = _snapshot(name, revision)
-        return Base(name, folder, revision=folder.name)
+        folder = _snapshot(name, revision, WANTED)
+        if allow_pickle and not _has_safetensors(folder):
+            folder = _snapshot(name, revision, [*WANTED, f"{PICKLE.removesuffix('.bin')}*.bin"])
+        return _with_pickles(Base(name, folder, revision=folder.name), allow_pickle)
     path = Path(name).expanduser()
     if not path.exists():
         raise ModelError(
@@ -59,10 +68,20 @@ def resolve(name: str, revision: str | None = None) -> Base:
     if not (path / "config.json").is_file():
         hint = " It holds an adapter: name its base model instead." if (path / "adapter_config.json").exists() else ""
         raise ModelError(f"model {name}: no config.json in that folder.{hint}")
-    return Base(name, path)
+    return _with_pickles(Base(name, path), allow_pickle)
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _with_pickles(base: Base, allowed: bool) -> Base:
+    if not allowed or _has_safetensors(base.folder):
+        return base
+    return replace(base, pickles=tuple(_listed(base.folder, PICKLE_INDEX, PICKLE)))
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+
+
+def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -76,7 +95,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=WANTED,
+                allow_patterns=wanted,
                 ignore_patterns=UNWANTED,
                 local_files_only=local_files_only,
             )
@@ -111,31 +130,37 @@ def weight_files(base: Base) -> list[Path]:
     """The base's safetensors files, in the index's order.
 
     Raises:
-        ModelError: none there (pickles are never read), one missing, damaged, or outside the folder.
+        ModelError: none there (pickles are none), one missing, damaged, or outside the folder.
     """
-    index = base.folder / INDEX
-    if index.is_file():
-        try:
-            names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, RecursionError) as e:
-            raise ModelError(f"{index}: not a weights index ({e}).") from e
-    elif (base.folder / SINGLE).is_file():
-        names = [SINGLE]
-    else:
-        pickles = sorted(p.name for p in base.folder.glob("*.bin"))
-        why = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no weights"
-        raise ModelError(f"model {base.name}: {why}; {SINGLE} or {INDEX} is needed in {base.folder}.")
-    files = []
+    files = _listed(base.folder, INDEX, SINGLE)
+    if not files:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in base.folder.glob(pattern))
+        why = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no safetensors"
+        raise ModelError(
+            f"model {base.name}: {why}; {SINGLE} or {INDEX} is needed in {base.folder}. If its weights are a "
+            f"{PICKLE} that you trust, add --allow-pickle: torch's weights_only loader reads it."
+        )
+    for path in files:
+        with opened(path):
+            pass
+    return files
+
+
+def _listed(folder: Path, index_name: str, single: str) -> list[Path]:
+    """The weights' files, as an index or a single file has it; [] if neither is there."""
+    index = folder / index_name
+    if not index.is_file():
+        return [folder / single] if (folder / single).is_file() else []
+    try:
+        names = list(dict.fromkeys(read_json(index, ModelError)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as e:
+        raise ModelError(f"{index}: not a weights index ({e!r}).") from e
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ModelError(f"{index}: the file name {name!r} leads out of the folder.")
-        path = base.folder / name
-        if not path.is_file():
-            raise ModelError(f"{path}: missing, though {INDEX} lists it. Copy the model again.")
-        with opened(path):
-            pass
-        files.append(path)
-    return files
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name}: missing, though {index_name} lists it. Copy the model again.")
+    return [folder / name for name in names]
 
 
 @contextmanager
@@ -155,6 +180,8 @@ def fingerprint(base: Base) -> str:
     """
     if base.gguf:
         return digest([["gguf", base.gguf.stat().st_size, _sample(base.gguf, 0, base.gguf.stat().st_size)]])
+    if base.pickles:
+        return digest([["pickle", p.stat().st_size, _sample(p, 0, p.stat().st_size, 2**12)] for p in base.pickles])
     tensors = []
     for path in weight_files(base):
         with path.open("rb") as f:
@@ -191,7 +218,11 @@ def stored_dtype(base: Base) -> torch.dtype:
     if base.gguf:
         return torch.float32
     largest, dtype = -1, torch.float32
-    for path in weight_files(base):
+    for path in base.pickles:
+        for tensor in _unpickled(path).values():
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() > largest:
+                largest, dtype = tensor.numel(), tensor.dtype
+    for path in () if base.pickles else weight_files(base):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 view = file.get_slice(name)
@@ -200,3 +231,13 @@ def stored_dtype(base: Base) -> torch.dtype:
                 if kind is not None and size > largest:
                     largest, dtype = size, kind
     return dtype
+
+
+def _unpickled(path: Path) -> dict:
+    """The tensors of a pickle, without their values, through the loader that runs no code of the file's."""
+    try:
+        found = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return dict(found)
+    except Exception as e:  # damaged zips, unknown opcodes, classes that are none of torch's
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ModelError(f"{path}: torch's weights_only loader refuses it, so it is damaged or unsafe ({why}).") from e

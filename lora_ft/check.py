@@ -19,10 +19,12 @@ from lora_ft.names import printable
 SHOWN_ROWS = 2
 
 
-def check(config: Config, *, as_json: bool = False, trust_remote_code: bool = False) -> None:
+def check(
+    config: Config, *, as_json: bool = False, trust_remote_code: bool = False, allow_pickle: bool = False
+) -> None:
     """Print what a run of `config` would do; the same errors as training for what is wrong."""
-    base = resolve(config.model.name, config.model.revision)
-    if not base.gguf:
+    base = resolve(config.model.name, config.model.revision, allow_pickle)
+    if not base.gguf and not base.pickles:
         weight_files(base)
     tokenizer = load_tokenizer(base, trust_remote_code)
     train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)

@@ -36,6 +36,10 @@ OtherBase = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base, if it asks for that.")
 ]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read a base that has only pickled weights, with torch's weights_only loader."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.")]
 
@@ -97,6 +101,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that `output` holds.")] = False,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
     """Train an adapter and write it to the config's `output`.
@@ -119,6 +124,7 @@ def train(
         overwrite=overwrite,
         other_base=other_base,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
 
 
@@ -132,6 +138,7 @@ def eval(
     set: Set = None,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
     """Score an adapter beside its base, or a merged model alone.
@@ -155,6 +162,7 @@ def eval(
         overrides=set or [],
         other_base=other_base,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
 
 
@@ -170,6 +178,7 @@ def merge(
     ] = True,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
     """Fold an adapter into its base and prove that the result is the same.
@@ -181,7 +190,13 @@ def merge(
     from lora_ft.adapter.merge import merge_command
 
     merge_command(
-        adapter, base=base, output=output, verify=verify, other_base=other_base, trust_remote_code=trust_remote_code
+        adapter,
+        base=base,
+        output=output,
+        verify=verify,
+        other_base=other_base,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
 
 
@@ -191,6 +206,7 @@ def check(
     set: Set = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
     """Everything short of training: config, rows, targets, memory.
@@ -204,4 +220,4 @@ def check(
     quiet()
     from lora_ft.check import check
 
-    check(settings, as_json=as_json, trust_remote_code=trust_remote_code)
+    check(settings, as_json=as_json, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)

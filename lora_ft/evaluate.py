@@ -36,6 +36,7 @@ def evaluate_command(
     overrides: Sequence[str] = (),
     other_base: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> None:
     """Print the scores of `folder`: a table, or with `as_json` an object.
 
@@ -61,7 +62,7 @@ def evaluate_command(
 
     device = prepare_device(config)
     pinned = recorded.get("revision") if config.model.name == recorded.get("name") else config.model.revision
-    files = resolve(config.model.name, pinned)
+    files = resolve(config.model.name, pinned, allow_pickle)
     tokenizer = load_tokenizer(files, trust_remote_code)
     if is_adapter:
         check_base(record, files, other_base)

@@ -56,7 +56,7 @@ def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, 
             config=None if base.gguf else config,
             dtype=wanted,
             trust_remote_code=trust_remote_code,
-            use_safetensors=None if base.gguf else True,
+            use_safetensors=None if base.gguf else not base.pickles,
             output_loading_info=True,
             **({"gguf_file": base.gguf.name} if base.gguf else {}),
         )

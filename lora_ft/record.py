@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.adapter.files import RECORD
-from lora_ft.base import Base, fingerprint
+from lora_ft.base import Base, digest, fingerprint
 from lora_ft.config import Config
 from lora_ft.data.encode import Examples
 from lora_ft.errors import ModelError
@@ -36,6 +36,9 @@ def describe(
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "tokenizer": tokenizer_hash(tokenizer),
+        "chat_template": digest(tokenizer.chat_template)
+        if config.data.messages and not config.data.chat_template
+        else None,
         "data": {"train": train_set.report.as_dict(), "eval": eval_set.report.as_dict() if eval_set else None},
         "seed": config.train.seed,
         "versions": {"python": platform.python_version(), "lora_ft": version("lora-ft")}

@@ -39,6 +39,7 @@ def train(
     overwrite: bool = False,
     other_base: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> None:
     """Train an adapter and leave it in `config.output`.
 
@@ -57,7 +58,7 @@ def train(
 
         device = prepare_device(config)
         args = arguments(config, device)
-        base = resolve(config.model.name, config.model.revision)
+        base = resolve(config.model.name, config.model.revision, allow_pickle)
         if before:
             check_base(before, base, other_base)
         tokenizer = load_tokenizer(base, trust_remote_code)

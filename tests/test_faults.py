@@ -263,6 +263,26 @@ def test_a_tokenizer_that_changed(folder):
     refused(cli(folder, "eval"), 4, "tokenizer")
 
 
+def test_a_chat_template_that_changed_is_a_warning(fresh):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    (fresh / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (fresh / "config.yaml").write_text("model: {name: base}\ndata: {train: train.jsonl, messages: messages}\n")
+    refused(cli(fresh, *TRAIN), 4, "chat template")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    (fresh / "base/chat_template.jinja").write_text(template)
+    assert cli(fresh, *TRAIN).code == 0
+    assert "warning" not in cli(fresh, "eval", "--data", "train.jsonl").err
+    (fresh / "base/chat_template.jinja").write_text(template.replace(": ", " says "))
+    changed = cli(fresh, "eval", "--data", "train.jsonl")
+    assert changed.code == 0 and "chat template changed" in changed.err
+    refused(cli(fresh, *TRAIN, "--resume", "--set", "train.num_train_epochs=2"), 4, "chat template")
+
+
+def test_several_processes_that_would_train_alone_are_refused(fresh):
+    refused(cli(fresh, *TRAIN, before=lambda: os.environ.update(WORLD_SIZE="2")), 2, "WORLD_SIZE")
+    assert not (fresh / "out").exists()
+
+
 # ---- runs (22, 25, 26, 28 to 30, 35, 39, 42); kills and resume in test_resume.py and test_kill.py ----
 
 

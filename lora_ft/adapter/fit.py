@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.adapter.peft import PREFIX, WEIGHTS, AdapterFile, differences
 from lora_ft.adapter.peft_config import targeted
-from lora_ft.base import Base, fingerprint
+from lora_ft.base import Base, digest, fingerprint
 from lora_ft.errors import ModelError
 from lora_ft.layers.lora import dimensions
 from lora_ft.model import tokenizer_hash
@@ -92,6 +92,9 @@ def check_tokenizer(record: dict | None, base: Base, tokenizer: PreTrainedTokeni
     Raises:
         ModelError: it changed.
     """
+    template = (record or {}).get("chat_template")
+    if template and template != digest(tokenizer.chat_template):
+        print(f"warning: base {base.name}: its chat template changed since the training.", file=sys.stderr)
     trained_with = (record or {}).get("tokenizer")
     if trained_with is None or trained_with == tokenizer_hash(tokenizer):
         return

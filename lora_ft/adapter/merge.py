@@ -20,7 +20,7 @@ from lora_ft.adapter.fit import check_against, check_base, check_tokenizer
 from lora_ft.adapter.peft import AdapterFile, read_adapter
 from lora_ft.adapter.prove import compare_logits, sample_rows
 from lora_ft.adapter.shards import check_copies, stored_keys, write_shards
-from lora_ft.base import Base, fingerprint, opened, resolve, weight_files
+from lora_ft.base import Base, fingerprint, opened, resolve, stored_dtype, weight_files
 from lora_ft.errors import ModelError
 from lora_ft.model import load_base, load_tokenizer, skeleton
 
@@ -46,6 +46,7 @@ def merge_command(
     verify: bool = True,
     other_base: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> None:
     """`lora-ft merge`: find the base, merge, and print what was made and how it was proved.
 
@@ -57,7 +58,7 @@ def merge_command(
     name = base or recorded.get("name") or found.config.get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{adapter}: doesn't say which base it was trained on. Name it with --base.")
-    files = resolve(name, recorded.get("revision") if name == recorded.get("name") else None)
+    files = resolve(name, recorded.get("revision") if name == recorded.get("name") else None, allow_pickle)
     here = adapter if adapter.name not in ("", "..") else adapter.resolve()
     output = output or here.with_name(f"{here.name}-merged")
     report = merge_adapter(
@@ -114,9 +115,9 @@ def merge_adapter(
     with storage.staged_folder(output) as staged:
         model = skeleton(base, trust_remote_code)
         check_against(model, found)
-        if base.gguf is not None:
+        if base.gguf or base.pickles:
             storage.require_space(output.parent, 8 * model.num_parameters())  # twice in float32, for a while
-            source = from_gguf(base, tokenizer, staged / ".base")
+            source = as_safetensors(base, tokenizer, staged / ".base", trust_remote_code)
         elif getattr(model.config, "quantization_config", None):
             raise ModelError(f"model {base.name}: quantized weights can't take a merge. Name the full-precision model.")
         else:
@@ -135,8 +136,8 @@ def merge_adapter(
             rows = sample_rows(found.record, tokenizer, model.get_input_embeddings().weight.shape[0])
             merged = Base(str(output), staged)
             logits = compare_logits(source, adapter, merged, dtypes, rows, trust_remote_code)
-        if base.gguf is not None:
-            shutil.rmtree(staged / ".base")
+        if source is not base:
+            shutil.rmtree(source.folder)
         report = {
             "modules": len(found.tensors),
             "dtype": ", ".join(sorted({str(d).removeprefix("torch.") for d in dtypes.values()})),
@@ -159,9 +160,12 @@ def tokenizer_of(base: Base, trust_remote_code: bool) -> PreTrainedTokenizerBase
     return load_tokenizer(base, trust_remote_code)
 
 
-def from_gguf(base: Base, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> Base:
-    """The model of a .gguf file as a float32 folder: the base that the merge reads."""
-    load_base(base, "float32").save_pretrained(folder)
+def as_safetensors(
+    base: Base, tokenizer: PreTrainedTokenizerBase | None, folder: Path, trust_remote_code: bool
+) -> Base:
+    """The model of a .gguf file (in float32) or of pickles (as stored) as a folder: the base that the merge reads."""
+    dtype = "float32" if base.gguf else str(stored_dtype(base)).removeprefix("torch.")
+    load_base(base, dtype, trust_remote_code).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Base(base.name, folder)
