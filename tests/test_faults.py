@@ -214,9 +214,24 @@ def test_bases_that_lack_a_shard_or_lead_outside(fresh):
     refused(cli(fresh, *TRAIN), 4, "../secret.safetensors")
 
 
-def test_pickles_are_never_opened(fresh):
-    (fresh / "base/model.safetensors").rename(fresh / "base/pytorch_model.bin")
-    refused(cli(fresh, *TRAIN), 4, "pytorch_model.bin")
+def test_pickles_are_opened_only_when_allowed_and_run_no_code(fresh):
+    tensors = load_file(fresh / "base/model.safetensors")
+    (fresh / "base/model.safetensors").unlink()
+    torch.save(tensors, fresh / "base/pytorch_model.bin")
+    refused(cli(fresh, *TRAIN), 4, "pytorch_model.bin", "--allow-pickle")
+    assert cli(fresh, *TRAIN, "--allow-pickle", "--set", "train.max_steps=2").code == 0
+    refused(cli(fresh, "eval"), 4, "--allow-pickle")
+    assert cli(fresh, "eval", "--allow-pickle").code == 0
+    assert cli(fresh, "merge", "--adapter", "out", "--allow-pickle").code == 0
+    assert (fresh / "out-merged/model.safetensors").is_file()
+    torch.save(Evil(), fresh / "base/pytorch_model.bin")
+    refused(cli(fresh, *TRAIN, "--allow-pickle", "--overwrite"), 4, "pytorch_model.bin")
+    assert not (fresh / "ran").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("ran", "w")
 
 
 def test_code_of_a_bases_own_is_never_run(fresh):
