@@ -83,8 +83,8 @@ def check_foreign(output: Path) -> None:
         FilesError: a merged model or another tool's adapter is there, or a file of the user's with one of our names.
     """
     record = read_json(output / RECORD, FilesError) if (output / RECORD).is_file() else {}
-    if record.get("kind") == "merged":
-        raise FilesError(f"output {output}: holds a merged model. Name another folder: --set output=FOLDER.")
+    if (output / "config.json").exists():  # transformers would load an adapter beside it as part of that model
+        raise FilesError(f"output {output}: holds a model. Name another folder: --set output=FOLDER.")
     listed = record.get("files") or {}
     foreign = [name for name in WRITTEN if (output / name).exists() and name not in listed]
     if LOG not in listed and (output / LOG).exists() and not (output / LOG).read_bytes().startswith(b'{"step": '):

@@ -151,10 +151,14 @@ def test_the_options_reach_the_work(monkeypatch, tmp_path):
     (config,), options = call("train", str(path), "--set", "adapter.rank=3", "--set", "train.seed=2", "--overwrite")
     assert (config.adapter.rank, config.train.seed) == (3, 2)
     assert options == {
-        **{"resume": False, "overwrite": True, "other_base": False, "trust_remote_code": False},
+        **{"resume": False, "overwrite": True, "other_base": False, "trust_remote_code": False, "allow_pickle": False},
     }
     (config,), options = call("check", str(path), "--json")
-    assert config.model.name == "gpt2" and options == {"as_json": True, "trust_remote_code": False}
+    assert config.model.name == "gpt2" and options == {
+        "as_json": True,
+        "trust_remote_code": False,
+        "allow_pickle": False,
+    }
     (folder,), options = call("eval", "--json", "--data", "d.csv", "--set", "data.max_length=9")
     assert str(folder) == "out" and options["as_json"] and options["data"] == "d.csv" and options["base"] is None
     assert options["overrides"] == ["data.max_length=9"] and options["config_path"] is None
@@ -162,7 +166,14 @@ def test_the_options_reach_the_work(monkeypatch, tmp_path):
     assert str(folder) == "out-merged" and options["config_path"] == path and options["other_base"]
     (folder,), options = call("merge", "--adapter", "out/", "--base", "gpt2", "--no-verify")
     assert str(folder) == "out" and options == {
-        **{"base": "gpt2", "output": None, "verify": False, "other_base": False, "trust_remote_code": False}
+        **{
+            "base": "gpt2",
+            "output": None,
+            "verify": False,
+            "other_base": False,
+            "trust_remote_code": False,
+            "allow_pickle": False,
+        }
     }
 
 

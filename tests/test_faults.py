@@ -359,6 +359,8 @@ def test_outputs_that_cannot_be(fresh):
     refused(cli(fresh, *TRAIN, "--set", "output=file"), 6, "file")
     refused(cli(fresh, *TRAIN, "--set", "output=file/inside"), 6)
     assert (fresh / "file").read_text() == "mine"
+    refused(cli(fresh, *TRAIN, "--set", "output=base"), 6, "holds a model")
+    assert not (fresh / "base/adapter_config.json").exists()
 
 
 def test_two_runs_into_one_output(fresh):
