@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lora_ft.errors import ModelError
+from lora_ft.errors import ModelError, is_memory
 from lora_ft.names import is_local
 from lora_ft.storage import read_json
 
@@ -170,6 +170,8 @@ def opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as e:
+        if is_memory(e):
+            raise
         raise ModelError(f"{path}: damaged or cut ({e}). Copy the file again.") from e
 
 
@@ -238,6 +240,9 @@ def _unpickled(path: Path) -> dict:
     try:
         found = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
         return dict(found)
-    except Exception as e:  # damaged zips, unknown opcodes, classes that are none of torch's
+    except Exception as e:
+        if is_memory(e):
+            raise
+        # damaged zips, unknown opcodes, classes that are none of torch's
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ModelError(f"{path}: torch's weights_only loader refuses it, so it is damaged or unsafe ({why}).") from e

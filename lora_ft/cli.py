@@ -13,7 +13,7 @@ import typer
 
 from lora_ft import __version__
 from lora_ft.exits import INTERRUPTED, answer, quiet, say
-from lora_ft.signals import Stopped
+from lora_ft.signals import Stopped, Stopper
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,16 +57,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def answered(*args: Any, **options: Any) -> None:
         try:
-            function(*args, **options)
-            sys.stdout.flush()
+            with Stopper():
+                function(*args, **options)
+                sys.stdout.flush()
         except Exception as error:
             raise SystemExit(answer(error, debug="--debug" in sys.argv)) from None
-        except Stopped as stop:
-            say(str(stop))
-            raise SystemExit(stop.exit_code) from None
-        except KeyboardInterrupt:
-            say("stopped")
-            raise SystemExit(INTERRUPTED) from None
+        except (Stopped, KeyboardInterrupt) as stop:
+            say(str(stop) or "stopped")
+            raise SystemExit(getattr(stop, "exit_code", INTERRUPTED)) from None
 
     return app.command()(answered)
 

@@ -3,6 +3,8 @@
 A message says what is wrong, where (file and line, field or tensor), and what to do about it.
 """
 
+import errno
+
 
 class UserError(Exception):
     """Base of the errors that are answered with a message instead of a traceback."""
@@ -40,7 +42,11 @@ class FilesError(UserError):
     exit_code = 6
 
 
-class MemoryShortage(UserError):
-    """No memory for the model or a step."""
-
-    exit_code = 7
+def is_memory(error: BaseException) -> bool:
+    """Whether an allocation was refused. By name and text: of torch's CPU allocator it is a plain RuntimeError, of
+    safetensors one of its own."""
+    text = str(error).lower()
+    refused = any(t in text for t in ("allocate memory", "bad_alloc", "start new thread", "os error 12"))
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or refused

@@ -2,10 +2,13 @@
 
 import errno
 import os
+import re
+import resource
 import select
 import sys
+from pathlib import Path
 
-from lora_ft.errors import UserError
+from lora_ft.errors import UserError, is_memory
 from lora_ft.names import printable
 
 BUG, FILES, MEMORY, INTERRUPTED, PIPE_CLOSED = 1, 6, 7, 130, 141
@@ -32,8 +35,8 @@ def answer(error: Exception, debug: bool) -> int:
     if isinstance(error, UserError):
         say(str(error))
         return error.exit_code
-    if _is_memory(error):
-        say(f"out of memory: {str(error) or 'an allocation was refused'}; {LOWER_MEMORY}")
+    if is_memory(error):
+        say(f"out of memory: {_asked_for(error)}; {_free_memory()}{LOWER_MEMORY}")
         return MEMORY
     if isinstance(error, OSError) and error.errno in REFUSED:
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
@@ -49,11 +52,26 @@ def say(message: str) -> None:
     print("\n".join(printable(line, 2000) for line in message.splitlines()), file=sys.stderr)
 
 
-def _is_memory(error: Exception) -> bool:
-    # By name and text: torch may not even be imported, and its CPU allocator raises a plain RuntimeError.
-    refused = isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    refused |= isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or refused
+def _asked_for(error: Exception) -> str:
+    """What was refused. torch's GPU allocator says all there is to say; its CPU allocator a number of bytes."""
+    text = str(error).strip()
+    if size := re.search(r"allocate (\d+) bytes", text):
+        return f"{size[1]} bytes ({int(size[1]) / 2**20:,.1f} MiB) asked for in one piece"
+    return f"an allocation was refused ({text})" if text else "an allocation was refused"
+
+
+def _free_memory() -> str:
+    """What this machine and the process's own limit leave, as a clause; empty where the system doesn't tell."""
+    try:
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(meminfo["MemAvailable"].split()[0]) * 1024
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError, KeyError):
+        return ""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit - used < free:
+        return f"{max(0, limit - used) / 2**20:,.0f} MiB left of this process's limit (ulimit -v) of {limit / 2**20:,.0f} MiB; "
+    return f"{free / 2**20:,.0f} MiB are free on this machine; "
 
 
 def _stdout_is_closed() -> bool:

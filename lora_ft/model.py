@@ -1,26 +1,30 @@
 """Loading of models and tokenizers, checked before they are believed. The only caller of `from_pretrained`."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.base import Base, digest, stored_dtype
-from lora_ft.errors import ModelError
+from lora_ft.errors import ModelError, is_memory
+from lora_ft.names import printable
 
+CONFIGS = ("config.json", "generation_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_config(base: Base, trust_remote_code: bool = False):
     """The base's transformers config; ModelError when it is not of a causal language model that transformers knows."""
-    try:
+    for path in (base.folder / name for name in CONFIGS):  # transformers takes a damaged one of the second for none
+        if not base.gguf and path.is_file() and (problem := _damage(path)):
+            raise ModelError(f"{path}: {problem}. Copy the file again.")
+    with _as_model_error(base, "its config can't be used", trust_remote_code):
         config = AutoConfig.from_pretrained(
             base.folder, trust_remote_code=trust_remote_code, **({"gguf_file": base.gguf.name} if base.gguf else {})
         )
-    except Exception as e:
-        raise ModelError(
-            f"model {base.name}: its config can't be used: {_first_line(e)}{_code_hint(base, trust_remote_code)}"
-        ) from e
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {base.name}: {config.model_type} is an encoder-decoder, not a causal language model.")
     return config
@@ -29,13 +33,8 @@ def load_config(base: Base, trust_remote_code: bool = False):
 def skeleton(base: Base, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model on the meta device: its modules and shapes, no weights and no memory."""
     config = load_config(base, trust_remote_code)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as e:
-        raise ModelError(
-            f"model {base.name}: can't be built: {_first_line(e)}{_code_hint(base, trust_remote_code)}"
-        ) from e
+    with _as_model_error(base, "can't be built", trust_remote_code), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, device: str = "cpu") -> PreTrainedModel:
@@ -50,7 +49,7 @@ def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, 
     stored = stored_dtype(base)
     wanted = DTYPES.get(dtype, torch.float32 if stored is torch.float16 and device == "cpu" else stored)
     config = load_config(base, trust_remote_code)
-    try:
+    with _as_model_error(base, "can't be loaded", trust_remote_code):
         model, info = AutoModelForCausalLM.from_pretrained(
             base.folder,
             config=None if base.gguf else config,
@@ -58,18 +57,15 @@ def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, 
             trust_remote_code=trust_remote_code,
             use_safetensors=None if base.gguf else not base.pickles,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
             **({"gguf_file": base.gguf.name} if base.gguf else {}),
         )
-    except Exception as e:
-        if isinstance(e, MemoryError) or "allocate memory" in str(e):
-            raise
-        raise ModelError(
-            f"model {base.name}: can't be loaded: {_first_line(e)}{_code_hint(base, trust_remote_code)}"
-        ) from e
-    for kind in ("missing_keys", "mismatched_keys"):
-        if names := sorted(str(n) for n in info.get(kind) or ()):
+    missing = sorted(info["missing_keys"])
+    other = [f"{n} is {tuple(a)}, its config says {tuple(b)}" for n, a, b in sorted(info["mismatched_keys"])]
+    for what, names in (("weights are missing", missing), ("weights have another shape", other)):
+        if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise ModelError(f"model {base.name}: {kind.replace('_', ' ')} in its weights: {shown}.")
+            raise ModelError(f"model {base.name}: {what}: {shown}. Copy the model again.")
     if base.gguf:  # dequantized on load: an ordinary model from here on
         del model.hf_quantizer, model.config.quantization_config
         model.is_quantized = False
@@ -85,15 +81,23 @@ def load_tokenizer(base: Base, trust_remote_code: bool = False) -> PreTrainedTok
     Raises:
         ModelError: none in the folder, or a slow one (character offsets are needed to mask chats rightly).
     """
-    try:
+    with _as_model_error(base, "its tokenizer can't be loaded", trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(
             base.folder, trust_remote_code=trust_remote_code, **({"gguf_file": base.gguf.name} if base.gguf else {})
         )
-    except Exception as e:
-        raise ModelError(f"model {base.name}: its tokenizer can't be loaded: {_first_line(e)}") from e
     if not tokenizer.is_fast:
         raise ModelError(f"model {base.name}: its tokenizer has no fast version (tokenizer.json), which is needed.")
     return tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, base: Base, largest_id: int) -> None:
+    """ModelError if the model has no embedding for an id that its tokenizer gives."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest_id >= rows:
+        raise ModelError(
+            f"model {base.name}: its tokenizer gives the id {largest_id}, its weights know only {rows} ids: they aren't of "
+            "one model. Restore the tokenizer's files."
+        )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -103,8 +107,29 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([backend, sorted(map(str, tokenizer.all_special_tokens))])
 
 
-def _first_line(e: BaseException) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
+@contextmanager
+def _as_model_error(base: Base, what: str, trusted: bool) -> Iterator[None]:
+    """What transformers makes of a base, of which any class of exception may come, as a ModelError; damaged files are named."""
+    try:
+        yield
+    except Exception as e:
+        if is_memory(e):
+            raise
+        for path in sorted(base.folder.glob("*.json")):
+            if problem := _damage(path):
+                raise ModelError(f"{path}: {problem}. Copy the file again.") from e
+        why = printable(" ".join(str(e).split()) or type(e).__name__, 400)
+        raise ModelError(f"model {base.name}: {what}: {why}{_code_hint(base, trusted)}") from e
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a JSON file of a base's, if anything."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        return f"not valid JSON ({e})"
+    objects = path.name in (*CONFIGS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    return f"holds a {type(content).__name__}, not an object" if objects and not isinstance(content, dict) else None
 
 
 def _code_hint(base: Base, trusted: bool) -> str:

@@ -7,6 +7,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from lora_ft.names import printable
+
 
 class LastStep(TrainerCallback):
     """The plan's last step is logged whatever logging_steps is."""
@@ -48,4 +50,5 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    """A line of progress on stderr, a user's control characters shown escaped."""
+    print("\n".join(printable(line, 2000) for line in message.split("\n")), file=sys.stderr, flush=True)

@@ -22,13 +22,15 @@ def beginning(output: Path, config: Config, resume: bool, overwrite: bool) -> Pa
     """
     if not resume:
         run_folder.check_foreign(output)
-        if not overwrite and (run_folder.has_adapter(output) or run_folder.checkpoints(output)):
+        if overwrite:
+            run_folder.check_removable(output)
+        elif run_folder.has_adapter(output) or run_folder.checkpoints(output):
             raise FilesError(
                 f"output {output}: holds a run already. Go on with it: --resume, replace it: --overwrite, or name another: "
                 "--set output=FOLDER."
             )
         return None
-    ended = read_record(output)
+    ended = read_run(output)
     if ended:
         check_settings(ended, config)
         if not changes(ended["config"], config)["longer"]:
@@ -38,10 +40,45 @@ def beginning(output: Path, config: Config, resume: bool, overwrite: bool) -> Pa
         say(f"nothing to resume in {output}: beginning at step 0")
         return None
     if not ended:
-        record = read_record(checkpoint)
+        record = read_run(checkpoint)
         assert record is not None, "a whole checkpoint has a record"
         check_settings(record, config)
     return checkpoint
+
+
+def read_run(folder: Path) -> dict | None:
+    """The record of a run or a checkpoint, with all that going on with it needs; None if there is no record.
+
+    Raises:
+        FilesError: it is damaged (no hash covers the record itself), or of no run.
+    """
+    record = read_record(folder)
+    if record is None:
+        return None
+    if record.get("kind") not in ("checkpoint", "adapter"):
+        raise FilesError(
+            f"{folder}: its {run_folder.RECORD} is of no run to go on with. Name another: --set output=FOLDER."
+        )
+    base, data = record.get("base") or {}, record.get("data") or {}
+    needed = {
+        "config": (record.get("config"), dict),
+        "planned_steps": (record.get("planned_steps"), int),
+        "base": (base, dict),
+        "base.fingerprint": (base.get("fingerprint") if isinstance(base, dict) else None, str),
+        "tokenizer": (record.get("tokenizer"), str),
+        "data": (data, dict),
+        "data.train": (data.get("train") if isinstance(data, dict) else None, dict),
+        "data.eval": ((data.get("eval") if isinstance(data, dict) else None) or {}, dict),
+        "versions": (record.get("versions") or {}, dict),
+        "machine": (record.get("machine") or {}, dict),
+    }
+    damaged = [name for name, (value, kind) in needed.items() if not isinstance(value, kind)]
+    if damaged:
+        raise FilesError(
+            f"{folder / run_folder.RECORD}: damaged: {', '.join(damaged)} missing or of another type. Restore it from a "
+            "copy, or begin anew: --overwrite."
+        )
+    return record
 
 
 def go_on(before: dict, record: dict, state: State | None, steps: int, output: Path) -> None:
@@ -104,7 +141,10 @@ def changes(before: dict, now: Config) -> dict[str, list[str]]:
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             section, setting = key
-            kind = resume_class(section, setting) if section else resume_class(setting)
+            try:
+                kind = resume_class(section, setting) if section else resume_class(setting)
+            except KeyError:  # not a setting of this version
+                kind = "result"
             name = f"{section}.{setting}".lstrip(".")
             found[kind].append(f"{name}: was {shown(old.get(key))}, is {shown(new.get(key))}")
     return found

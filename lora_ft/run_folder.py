@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,6 +52,7 @@ def claimed(output: Path) -> Iterator[None]:
             )
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         try:
+            _remove_leftovers(output)
             yield
         finally:
             lock.unlink(missing_ok=True)
@@ -115,14 +117,35 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def listed(folder: Path) -> list[str]:
+    """The names in a folder's manifest, none of which leads out of it.
+
+    Raises:
+        FilesError: the record can't be read, or one does.
+    """
+    entries = read_json(folder / RECORD, FilesError).get("files") or {}
+    names: dict = dict.fromkeys(entries) if isinstance(entries, dict) else entries
+    verify_manifest(folder, names, FilesError)  # the names alone
+    return list(names)
+
+
+def check_removable(output: Path) -> None:
+    """Refuse to begin to remove a run of which a part could not be removed.
+
+    Raises:
+        FilesError: as `listed`, of the run or of a checkpoint.
+    """
+    for folder in (*checkpoints(output), *([output] if (output / RECORD).is_file() else [])):
+        listed(folder)
+
+
 def remove_listed(folder: Path) -> None:
     """Remove what the folder's manifest lists, its record first: from then on it is no longer complete.
 
     Raises:
         FilesError: the record can't be read, or names files outside of the folder.
     """
-    entries = read_json(folder / RECORD, FilesError).get("files") or {}
-    verify_manifest(folder, dict.fromkeys(entries), FilesError)  # the names alone
+    entries = listed(folder)
     (folder / RECORD).unlink()
     for name in entries:
         path = folder / name
@@ -135,14 +158,21 @@ def remove_listed(folder: Path) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint; its folder stays if something of anyone else's is in it."""
+    """Remove a checkpoint; its folder stays if something of anyone else's is in it.
+
+    Raises:
+        FilesError: as `remove_listed`.
+    """
+    if {p.name for p in checkpoint.iterdir()} <= {RECORD, *listed(checkpoint)}:
+        aside = checkpoint.with_name(f".{checkpoint.name}.partial-{os.getpid()}")  # killed in here: `_remove_leftovers`
+        checkpoint = checkpoint.rename(aside)
     remove_listed(checkpoint)
     _remove_if_empty(checkpoint)
 
 
 def rotate(output: Path, limit: int | None, keep: set[int]) -> None:
-    """Remove the oldest checkpoints beyond `limit`, never the steps in `keep`, nor what isn't whole."""
-    removable = [p for p in checkpoints(output) if step_of(p) not in keep]
+    """Remove the oldest checkpoints beyond `limit`, never the steps in `keep` or newer ones, nor what isn't whole."""
+    removable = [p for p in checkpoints(output) if step_of(p) not in keep and step_of(p) < max(keep)]
     excess = len(removable) + len(keep) - limit if limit else 0
     for checkpoint in removable[: max(0, excess)]:
         with suppress(FilesError):  # damaged: left for a person to look at
@@ -167,6 +197,16 @@ def clear(output: Path) -> None:
     if (output / RECORD).is_file():
         remove_listed(output)
     (output / LOG).unlink(missing_ok=True)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove what killed runs had begun to write or remove; called by the lock's holder, so none of them is alive."""
+    for path in output.glob(".*.tmp-*"):
+        if re.fullmatch(rf"\.({'|'.join(map(re.escape, (RECORD, *WRITTEN)))})\.tmp-\d+", path.name):
+            path.unlink()
+    for path in (output / "checkpoints").glob(".step-*.partial-*"):
+        if re.fullmatch(r"\.step-\d+\.partial-\d+", path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_if_empty(folder: Path) -> None:

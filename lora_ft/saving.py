@@ -49,7 +49,11 @@ class Run:
             raise FilesError(
                 f"{folder}: what was written reads back otherwise. Is the disk in order? Older ones were kept."
             )
-        run_folder.rotate(self.output, self.save_total_limit, {state.step} | ({best_step} if best_step else set()))
+        self.rotate(state.step, best_step)
+
+    def rotate(self, step: int, best_step: int | None) -> None:
+        """Let checkpoints older than `step` go, but for the best."""
+        run_folder.rotate(self.output, self.save_total_limit, {step} | ({best_step} if best_step else set()))
 
     def finish(self, step: int, last: int, timings: dict) -> dict:
         """Leave the adapter of `step` in the output folder, its record last. Returns its metrics."""

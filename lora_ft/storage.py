@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from lora_ft.errors import FilesError, ModelError, UserError
+from lora_ft.errors import FilesError, ModelError, UserError, is_memory
+from lora_ft.names import printable, shown
 
 JSON_LIMIT = 16 * 2**20  # bytes; the largest honest file here, the index of a big model, has a few
 
@@ -73,6 +74,8 @@ def read_tensors(path: Path) -> dict:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as e:
+        if is_memory(e):
+            raise
         raise ModelError(f"{path}: missing, damaged or cut ({e}). Copy the file again.") from e
 
 
@@ -166,12 +169,18 @@ def verify_manifest(folder: Path, entries: dict, error: type[UserError]) -> None
         if not entry:
             continue
         path = folder / name
-        if not isinstance(entry, dict) or not path.is_file():
-            raise error(f"{path}: missing, though the manifest lists it. Restore it from a copy.")
-        size = path.stat().st_size
-        if size != entry.get("size"):
-            raise error(f"{path}: changed since its manifest was written ({size} bytes, was {entry.get('size')}).")
-        if sha256(path) != entry.get("sha256"):
+        try:
+            size = path.stat().st_size if isinstance(entry, dict) and path.is_file() else None
+            hashed = sha256(path) if size is not None and size == entry["size"] else None
+        except (OSError, ValueError, KeyError):  # no such name can be, or the disk fails
+            size = None
+        if size is None:
+            raise error(
+                f"{printable(str(path), 500)}: missing or unreadable, though the manifest lists it. Restore it from a copy."
+            )
+        if size != entry["size"]:
+            raise error(f"{path}: changed since its manifest was written ({size} bytes, was {shown(entry['size'])}).")
+        if hashed != entry.get("sha256"):
             raise error(f"{path}: changed since its manifest was written (its SHA-256 differs).")
 
 

@@ -20,15 +20,16 @@ from lora_ft.base import Base, resolve
 from lora_ft.checkpoint import State
 from lora_ft.config import AdapterConfig, Config
 from lora_ft.data.batches import Cut, Plan
+from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ConfigError
-from lora_ft.model import load_base, load_tokenizer, tokenizer_hash
+from lora_ft.model import check_vocabulary, load_base, load_tokenizer, tokenizer_hash
 from lora_ft.progress import say
 from lora_ft.record import describe, read_record
 from lora_ft.saving import Run
 from lora_ft.scoring import score
-from lora_ft.signals import Stopped, Stopper
+from lora_ft.signals import Stopper
 from lora_ft.trainer import LoRATrainer
 
 
@@ -50,8 +51,9 @@ def train(
     """
     output, begun = Path(config.output), time.perf_counter()
     with Stopper() as stopper, run_folder.claimed(output):
+        stopper.hint = how_to_go_on(begun="--overwrite" not in sys.argv)
         begin = resuming.beginning(output, config, resume, overwrite)
-        before = read_record(begin) if begin else None
+        before = resuming.read_run(begin) if begin else None
         if before and before["kind"] == "adapter":
             say(f"already finished: {output} holds the adapter of this config. Nothing to do.")
             return
@@ -70,6 +72,7 @@ def train(
             say(f"eval: {eval_set.report.summary()}")
 
         model = load_base(base, config.model.dtype, trust_remote_code, device)
+        check_vocabulary(model, base, max(largest_id(s) for s in (train_set, eval_set) if s))
         parameters = adapt(model, config.adapter, config.train.seed, base, other_base)
         packing = Packing.of(model, max(s.report.longest for s in (train_set, eval_set) if s))
         if packing.how == "alone":
@@ -95,9 +98,12 @@ def train(
                 output
             )  # with --overwrite a whole run; else at most the log of one killed before its first checkpoint
 
+        stopper.hint = how_to_go_on(begun=True)
         run = Run(output, model, record, config.train.save_total_limit)
         if state and (best := state.values.get("best")):
             run.evaluations[best["step"]] = best["metrics"]
+        if state:
+            run.rotate(state.step, state.values["trainer"]["best_global_step"])  # killed right before it
 
         def evaluation(step: int) -> dict:
             assert eval_set is not None
@@ -122,11 +128,7 @@ def train(
             stopper=stopper,
         )
         say(f"training: {len(plan)} steps of {config.train.batch_size} examples")
-        try:
-            trainer.train_from(state, begin)
-        except Stopped as stop:
-            stop.args = (f"{stop}. Go on with: {resume_command()}",)
-            raise
+        trainer.train_from(state, begin)
 
         last = trainer.state.global_step
         step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
@@ -212,7 +214,7 @@ def machine(device: str) -> dict:
     return {"device": device, "threads": torch.get_num_threads(), "processes": 1}
 
 
-def resume_command() -> str:
-    """The command line that was typed, with --resume."""
+def how_to_go_on(begun: bool) -> str:
+    """The command line that was typed, with --resume; until the run has begun, --overwrite still has something to replace."""
     words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-    return shlex.join(["lora-ft", *words, "--resume"])
+    return f"Go on with: {shlex.join(['lora-ft', *words, '--resume' if begun else '--overwrite'])}"

@@ -173,6 +173,7 @@ class LoRATrainer(Trainer):
                 with tempfile.TemporaryDirectory() as folder:  # the Trainer reads its own state from a file
                     (Path(folder) / "trainer_state.json").write_text(json.dumps(state.values["trainer"]))
                     self.train(resume_from_checkpoint=folder)
+            self.stopper.check()  # a signal that came with the last step
         except Stopped as stop:
             if self.state.global_step == 0:
                 stop.args = ("stopped before the end of the first step: nothing to save",)

@@ -62,7 +62,7 @@ def stop_at(monkeypatch, check: int) -> None:
         nonlocal count
         count += 1
         if count == check:
-            raise Stopped(signal.SIGTERM)
+            raise Stopped(signal.SIGTERM, self.hint)
 
     monkeypatch.setattr(Stopper, "check", look)
 

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lora_ft.data.cache import key_of
 from lora_ft.errors import DataError
@@ -86,6 +87,12 @@ class Examples:
     dataset: datasets.Dataset
     report: EncodingReport
     label_words: list[str]
+
+
+def largest_id(examples: Examples) -> int:
+    """The largest token id in any row that was encoded, label words included."""
+    columns = [examples.dataset.data.column("input_ids"), pc.list_flatten(examples.dataset.data.column("choices"))]
+    return max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
 
 
 def hold_out(examples: Examples, amount: int | float, seed: int) -> tuple[Examples, Examples]:

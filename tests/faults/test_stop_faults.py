@@ -1,0 +1,197 @@
+"""Row 26 of the fault matrix: SIGTERM and SIGINT at every stage of every command. In depth, bit by bit: test_resume.py."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lora_ft.adapter.merge
+import lora_ft.adapter.shards
+import lora_ft.data.encode
+import lora_ft.evaluate
+import lora_ft.model
+import lora_ft.scoring
+import lora_ft.signals
+import lora_ft.trainer
+from lora_ft import run_folder
+from lora_ft.checkpoint import State
+from lora_ft.saving import Run, is_whole
+from tests.faults.command import TRAIN, cli, files, start
+
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+SIGNALS = pytest.mark.parametrize("signum", CODES, ids=["TERM", "INT"])
+
+
+def stages(names):
+    """Each stage with one of the two signals, in turn."""
+    return pytest.mark.parametrize(
+        ("stage", "signum"), [(name, list(CODES)[i % 2]) for i, name in enumerate(names)], ids=list(names)
+    )
+
+
+def at(place: object, name: str, call: int, signum: int, times: int = 1) -> Callable[[], None]:
+    """What makes a command signal itself as it makes its `call`-th call of `place.name`."""
+
+    def arm() -> None:
+        original, count = getattr(place, name), 0
+
+        def counted(*args, **options):
+            nonlocal count
+            count += 1
+            if count == call:
+                for _ in range(times):
+                    os.kill(os.getpid(), signum)
+            return original(*args, **options)
+
+        setattr(place, name, staticmethod(counted) if name == "from_pretrained" else counted)
+
+    return arm
+
+
+BEFORE_THE_FIRST_STEP = {
+    "tokenizer": (lora_ft.train, "load_tokenizer", 1),
+    "encoding": (lora_ft.data.encode, "encode_pairs", 1),
+    "loading": (lora_ft.model.AutoModelForCausalLM, "from_pretrained", 1),
+    "adapting": (lora_ft.train, "adapt", 1),
+    "the first step": (lora_ft.trainer, "supervised_loss", 1),
+}
+AFTER_IT = {
+    "a step": (lora_ft.trainer, "supervised_loss", 5),
+    "the step before a checkpoint": (lora_ft.trainer, "supervised_loss", 3),
+    "an evaluation": (lora_ft.scoring, "_answer", 3),
+    "saving": (State, "write", 2),
+    "rotation": (run_folder, "rotate", 3),
+    "the log": (run_folder, "log_line", 4),
+    "the last step": (lora_ft.trainer, "supervised_loss", 12),
+    "the last checkpoint": (State, "write", 4),
+    "the end": (Run, "finish", 1),
+}
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    found = run_folder.checkpoint_folders(folder / "out")
+    assert all(map(is_whole, found)), found
+    return found
+
+
+def nothing_half_written(folder: Path) -> None:
+    left = [p for p in folder.rglob("*") if ".tmp-" in p.name or ".partial-" in p.name or p.name == ".lock"]
+    assert not left, left
+
+
+@stages(BEFORE_THE_FIRST_STEP)
+def test_before_the_first_step_there_is_nothing_to_save(fresh, signum, stage):
+    with (fresh / "train.jsonl").open("a") as data:  # rows that no cache has
+        data.write(f'{{"text": "{stage} {signum}", "label": 0}}\n')
+    before = files(fresh)
+    ended = cli(fresh, *TRAIN, before=at(*BEFORE_THE_FIRST_STEP[stage], signum))
+    assert ended.code == CODES[signum], ended
+    assert "stopped" in ended.err and ended.err.rstrip().endswith("Go on with: lora-ft train config.yaml --resume")
+    nothing_half_written(fresh)
+    assert files(fresh) == before
+
+
+@stages(AFTER_IT)
+def test_after_it_the_last_whole_step_is_saved_and_going_on_is_exact(prepared, fresh, signum, stage):
+    ended = cli(fresh, *TRAIN, before=at(*AFTER_IT[stage], signum))
+    assert ended.code == CODES[signum], ended
+    assert "lora-ft train config.yaml --resume" in ended.err
+    nothing_half_written(fresh)
+    assert whole_checkpoints(fresh)
+    assert not (fresh / "out/lora_ft.json").exists()
+    resumed = cli(fresh, *TRAIN, "--resume")
+    assert resumed.code == 0, resumed
+    for name in ("adapter_model.safetensors", "checkpoints/step-12/state.safetensors"):
+        assert (fresh / "out" / name).read_bytes() == (prepared / "out" / name).read_bytes(), name
+
+
+def test_with_overwrite_the_hint_is_resume_only_once_the_old_run_is_gone(folder):
+    ended = cli(folder, *TRAIN, "--overwrite", before=at(lora_ft.train, "adapt", 1, signal.SIGTERM))
+    assert ended.code == 143 and ended.err.rstrip().endswith("lora-ft train config.yaml --overwrite")
+    assert is_whole(folder / "out")
+    ended = cli(folder, *TRAIN, "--overwrite", before=at(State, "write", 2, signal.SIGTERM))
+    assert ended.code == 143 and ended.err.rstrip().endswith("lora-ft train config.yaml --resume")
+
+
+@stages(["a step", "an evaluation", "saving"])
+def test_a_second_signal_ends_at_once(fresh, signum, stage):
+    ended = cli(fresh, *TRAIN, before=at(*AFTER_IT[stage], signum, times=2))
+    assert ended.code == CODES[signum], ended
+    whole_checkpoints(fresh)
+    assert cli(fresh, *TRAIN, "--resume").code == 0
+
+
+def test_from_outside_at_any_moment(fresh):
+    draw, seconds = random.Random(0), 0.0
+    for i in range(6):
+        run = start(fresh, *TRAIN, "--resume", "--set", "train.num_train_epochs=300")
+        time.sleep(draw.uniform(0.05, 1.5))
+        signum, began = (signal.SIGTERM, signal.SIGINT)[i % 2], time.monotonic()
+        run.send(signum)
+        ended = run.end()
+        seconds = max(seconds, time.monotonic() - began)
+        assert ended.code in (CODES[signum], -signum), ended  # the latter: before the command had begun to listen
+        whole_checkpoints(fresh)
+    assert seconds < 10
+
+
+@SIGNALS
+def test_eval_and_merge(folder, signum):
+    before = files(folder)
+    for command, place in (
+        (["eval"], (lora_ft.scoring, "_answer", 2)),
+        (["eval"], (lora_ft.evaluate, "load_base", 1)),
+        (["merge", "--adapter", "out"], (lora_ft.adapter.shards, "merged", 2)),
+        (["merge", "--adapter", "out"], (lora_ft.adapter.merge, "compare_logits", 1)),
+        (["check", "config.yaml"], (lora_ft.check, "load_tokenizer", 1)),
+    ):
+        ended = cli(folder, *command, before=at(*place, signum))
+        assert ended.code == CODES[signum] and ended.err.rstrip().endswith("stopped"), ended
+        assert files(folder) == before and not (folder / "out-merged").exists()
+
+
+def test_a_library_that_takes_the_stop_for_an_error_or_loses_it(fresh):
+    def taken_for_an_error(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as e:
+            raise ImportError("a module could not be loaded") from e
+
+    def lost(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            time.sleep(60)
+
+    for swallow in (taken_for_an_error, lost):
+
+        def arm(swallow=swallow):
+            lora_ft.train.load_tokenizer = swallow
+            lora_ft.signals.SECONDS = 0.3
+
+        ended = cli(fresh, *TRAIN, before=arm)
+        assert ended.code == 143 and ended.seconds < 10, ended
+
+
+@SIGNALS
+def test_while_torch_is_being_imported(fresh, signum):
+    """A process of its own: the imports are the first seconds of every command."""
+    command = [sys.executable, "-m", "lora_ft", *TRAIN]
+    process = subprocess.Popen(command, cwd=fresh, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    if not maps.exists():
+        process.kill()
+        pytest.skip("needs /proc")
+    while "libtorch" not in maps.read_text():
+        time.sleep(0.01)
+    began = time.monotonic()
+    process.send_signal(signum)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == CODES[signum], err
+    assert "Traceback" not in err and time.monotonic() - began < 10
