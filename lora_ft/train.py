@@ -94,9 +94,8 @@ def train(
         if before:
             resuming.go_on(before, record, state, len(plan), output)
         else:
-            run_folder.clear(
-                output
-            )  # with --overwrite a whole run; else at most the log of one killed before its first checkpoint
+            # with --overwrite a whole run, else at most the log of one that was killed before its first checkpoint
+            run_folder.clear(output)
 
         stopper.hint = how_to_go_on(begun=True)
         run = Run(output, model, record, config.train.save_total_limit)

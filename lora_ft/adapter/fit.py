@@ -78,7 +78,13 @@ def check_base(record: dict | None, base: Base, other_base: bool) -> None:
         ModelError: both fingerprints.
     """
     trained_on = ((record or {}).get("base") or {}).get("fingerprint")
-    if trained_on is None or trained_on == (found := fingerprint(base)):
+    if trained_on is None:
+        print(
+            f"note: the adapter records no fingerprint: that {base.name} is its base is taken on trust.",
+            file=sys.stderr,
+        )
+        return
+    if trained_on == (found := fingerprint(base)):
         return
     message = f"base {base.name}: not the weights the adapter was trained on (fingerprint {found[:12]}, was {trained_on[:12]})."
     if not other_base:

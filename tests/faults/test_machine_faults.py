@@ -105,6 +105,18 @@ def nan_score(*_, **__):
 # ---- 25: a full disk ----
 
 
+def test_a_write_that_the_system_refuses(fresh):
+    """A limit on file sizes stands in for a full disk wherever nothing can be mounted."""
+    before = files(fresh)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+
+    refused(cli(fresh, *TRAIN, before=limit), 6, "File too large")
+    assert before.items() <= files(fresh).items()
+    assert not list((fresh / "out/checkpoints").glob("step-*"))
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A function that makes a folder a small file system of its own, or changes its size; root only."""
