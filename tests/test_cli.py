@@ -139,7 +139,7 @@ def test_the_options_reach_the_work(monkeypatch, tmp_path):
     room = types.ModuleType("lora_ft.adapter.merge")
     room.merge_command = lambda *a, **k: calls.append((a, k))
     monkeypatch.setitem(sys.modules, "lora_ft.adapter.merge", room)
-    monkeypatch.setattr(cli, "quiet", lambda: None)
+    monkeypatch.setattr(exits, "quiet", lambda: None)
 
     def call(*arguments: str):
         monkeypatch.setattr(sys, "argv", ["lora-ft", *arguments])

@@ -26,7 +26,8 @@ FLOORS = [
     "trainer",
     "train",
     "check evaluate",
-    "exits cli",
+    "exits",
+    "cli.app cli.prepare cli.run cli.use",
 ]
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms.split())}
 

@@ -1,0 +1,84 @@
+"""The command line's frame: the app, the options that commands share, and how a command ends.
+
+Every error is answered once, in `command`: a user's with its message and exit code, anything else as a bug in one line.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_ft import __version__
+from lora_ft.exits import INTERRUPTED, answer, say
+from lora_ft.signals import Stopped, Stopper
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich costs a third of the time that --help may take
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY.PATH=VALUE", help="Set one setting of the config; again for more, the last wins."
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+OtherBase = Annotated[
+    bool, typer.Option("--other-base", help="Go on, loudly, though the base is not the one the adapter was trained on.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base, if it asks for that.")
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read a base that has only pickled weights, with torch's weights_only loader."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose errors are answered (inside of Typer, which has other ideas about Ctrl-C and pipes)."""
+
+    @functools.wraps(function)
+    def answered(*args: Any, **options: Any) -> None:
+        try:
+            with Stopper():
+                function(*args, **options)
+                sys.stdout.flush()
+        except Exception as error:
+            raise SystemExit(answer(error, debug="--debug" in sys.argv)) from None
+        except (Stopped, KeyboardInterrupt) as stop:
+            say(str(stop) or "stopped")
+            raise SystemExit(getattr(stop, "exit_code", INTERRUPTED)) from None
+
+    return app.command()(answered)
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(f"lora-ft {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def lora_ft(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune causal language models with LoRA from one YAML file.
+
+    \b
+    lora-ft train configs/quickstart.yaml      the adapter lands in out/
+    lora-ft eval                               base against adapter
+    lora-ft merge --adapter out                a plain model in out-merged/
+    """
