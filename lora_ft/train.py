@@ -25,7 +25,7 @@ from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ConfigError
 from lora_ft.model import check_vocabulary, load_base, load_tokenizer, tokenizer_hash
-from lora_ft.progress import say
+from lora_ft.names import first_line, say
 from lora_ft.record import describe, read_record
 from lora_ft.saving import Run
 from lora_ft.scoring import score
@@ -130,6 +130,9 @@ def train(
         trainer.train_from(state, begin)
 
         last = trainer.state.global_step
+        if last < len(plan):
+            patience = config.train.early_stopping_patience
+            say(f"stopped early at step {last}: no improvement in the last {patience} evaluations")
         step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
         seconds = time.perf_counter() - begun
         metrics = run.finish(step, last, {"seconds": round(seconds, 1)})
@@ -205,7 +208,7 @@ def arguments(config: Config, device: str) -> TrainingArguments:
         if args.n_gpu > 1:
             args._n_gpu = 1  # else the Trainer wraps the model in DataParallel, which would cut a row into pieces
     except (ValueError, RuntimeError, ImportError) as e:
-        raise ConfigError(f"the Trainer refuses these settings: {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"the Trainer refuses these settings: {first_line(e)}") from e
     return args
 
 
