@@ -20,7 +20,7 @@ from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import evaluation_set
 from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ConfigError, ModelError
-from lora_ft.model import check_vocabulary, load_base, load_tokenizer
+from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer
 from lora_ft.names import printable
 from lora_ft.record import read_record
 from lora_ft.scoring import score
@@ -74,6 +74,7 @@ def evaluate_command(
     print(f"eval: {examples.report.summary()}", file=sys.stderr)
     model = load_base(files, config.model.dtype, trust_remote_code, device)
     check_vocabulary(model, files, largest_id(examples))
+    check_length(model, files, examples.report.longest)
     if is_adapter:
         load_adapter(model, folder)
 

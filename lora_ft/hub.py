@@ -2,13 +2,16 @@
 
 import errno
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+import huggingface_hub
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -37,7 +40,9 @@ def silent(repo: str, kind: str, revision: str | None = None) -> str | None:
         return f"it answers with {status}" if status >= 500 else None
     except HFValidationError:
         return None  # it isn't even asked about such a name
-    except Exception as e:  # no network, a proxy's refusal, offline mode, no answer in time: many classes
+    except OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE is set"
+    except Exception as e:  # no network, a proxy's refusal, no answer in time: many classes
         return first_line(e)
     return None
 
@@ -62,36 +67,34 @@ def snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         ModelError: the hub can't be reached and no cache has it (with the ways on), gated or private, no such model.
     """
     why = silent(name, "model", revision)
-    if why is None:
-        try:
-            return _files(name, revision, patterns, local_only=False)
-        except GatedRepoError as e:
-            raise ModelError(
-                f"model {name}: gated. Ask for access on https://huggingface.co/{name}, then run `hf auth login`."
-            ) from e
-        except RevisionNotFoundError as e:
-            raise ModelError(f"model {name}: no revision {revision!r}.") from e
-        except RepositoryNotFoundError as e:
-            raise ModelError(
-                f"model {name}: neither a folder here nor a public model on the hub. If it is private, run "
-                "`hf auth login`."
-            ) from e
-        except HFValidationError as e:
-            raise ModelError(f"model {name}: no folder of that name here, and no valid hub id either.") from e
-        except Exception as e:  # the network's errors in the middle of a download have many classes
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise  # this machine's disk, not the network
-            why = first_line(e)
     try:
-        return _files(name, revision, patterns, local_only=True)
-    except Exception as e:
+        return _files(name, revision, patterns, local_only=why is not None)
+    except GatedRepoError as e:
         raise ModelError(
-            f"model {name}: no such folder here, the hub can't be reached ({why}) and no local cache holds it. {OFFLINE}"
+            f"model {name}: gated. Ask for access on https://huggingface.co/{name}, then run `hf auth login`."
+        ) from e
+    except RevisionNotFoundError as e:
+        raise ModelError(f"model {name}: no revision {revision!r}.") from e
+    except RepositoryNotFoundError as e:
+        raise ModelError(
+            f"model {name}: neither a folder here nor a public model on the hub. If it is private, run `hf auth login`."
+        ) from e
+    except HFValidationError as e:
+        raise ModelError(f"model {name}: no folder of that name here, and no valid hub id either.") from e
+    except Exception as e:  # not cached; or the network's errors in the middle of a download, of many classes
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise  # this machine's disk, not the network
+        if why is None:
+            with suppress(OSError, ValueError):  # not cached
+                return _files(name, revision, patterns, local_only=True)
+        raise ModelError(
+            f"model {name}: no such folder here, the hub can't be reached ({why or first_line(e)}) and no local cache "
+            f"holds it. {OFFLINE}"
         ) from e
 
 
 def _files(name: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
-    found = snapshot_download(
+    found = huggingface_hub.snapshot_download(
         name, revision=revision, allow_patterns=patterns, ignore_patterns=UNWANTED, local_files_only=local_only
     )
     return Path(found)

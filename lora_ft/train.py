@@ -24,7 +24,7 @@ from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ConfigError
-from lora_ft.model import check_vocabulary, load_base, load_tokenizer, tokenizer_hash
+from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer, tokenizer_hash
 from lora_ft.names import first_line, say
 from lora_ft.record import describe, read_record
 from lora_ft.saving import Run
@@ -73,8 +73,10 @@ def train(
 
         model = load_base(base, config.model.dtype, trust_remote_code, device)
         check_vocabulary(model, base, max(largest_id(s) for s in (train_set, eval_set) if s))
+        longest = max(s.report.longest for s in (train_set, eval_set) if s)
+        check_length(model, base, longest)
         parameters = adapt(model, config.adapter, config.train.seed, base, other_base)
-        packing = Packing.of(model, max(s.report.longest for s in (train_set, eval_set) if s))
+        packing = Packing.of(model, longest)
         if packing.how == "alone":
             say("this model's RoPE follows the longest position in a row: each example gets a row of its own (slower)")
         state = State.read(begin) if begin else None

@@ -23,11 +23,11 @@ CACHE = Path(os.environ["HF_HUB_CACHE"])
 @pytest.fixture(scope="module")
 def cached():
     """A model in the hub's cache, as main and by its commit."""
-    repo = CACHE / "models--some--model"
+    repo = CACHE / "models--hubtest--model"
     write_base(repo / "snapshots" / COMMIT)
     (repo / "refs").mkdir()
     (repo / "refs/main").write_text(COMMIT)
-    return "some/model"
+    return "hubtest/model"
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def silence(monkeypatch):
                 request = held[-1].recv(4096).split(b"\r\n")[0].decode()
             except OSError:
                 return
-            if "some/" in request:
+            if "hubtest/" in request:
                 asked.append(request)
 
     thread = threading.Thread(target=accept, daemon=True)
@@ -61,18 +61,18 @@ def silence(monkeypatch):
 
 
 def test_a_commit_in_the_cache_is_not_asked_for(cached, silence):
-    assert resolve(cached, COMMIT).folder == CACHE / "models--some--model/snapshots" / COMMIT
+    assert resolve(cached, COMMIT).folder == CACHE / "models--hubtest--model/snapshots" / COMMIT
     assert not silence
 
 
 def test_a_commit_that_is_not_whole_is_asked_for(cached, silence):
-    weights = CACHE / "models--some--model/snapshots" / COMMIT / "model.safetensors"
+    weights = CACHE / "models--hubtest--model/snapshots" / COMMIT / "model.safetensors"
     aside = weights.rename(weights.with_suffix(".aside"))
     try:
         resolve(cached, COMMIT)
     finally:
         aside.rename(weights)
-    assert silence == [f"GET /api/models/some/model/revision/{COMMIT} HTTP/1.1"]
+    assert silence == [f"GET /api/models/hubtest/model/revision/{COMMIT} HTTP/1.1"]
 
 
 def test_a_silent_hub_is_asked_once_and_the_cache_serves(cached, silence):
@@ -83,9 +83,9 @@ def test_a_silent_hub_is_asked_once_and_the_cache_serves(cached, silence):
 
 def test_a_silent_hub_without_a_cache(silence):
     with pytest.raises(ModelError, match=r"can't be reached \(.*timed out.*HF_HOME.*--base FOLDER"):
-        resolve("some/other")
+        resolve("hubtest/other")
     with pytest.raises(DataError, match=r"can't be reached \(.*timed out.*HF_HOME.*--set data.train=FILE"):
-        list(iter_rows("some/other@train"))
+        list(iter_rows("hubtest/other@train"))
 
 
 def test_a_local_base_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, silence):

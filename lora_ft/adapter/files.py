@@ -125,8 +125,8 @@ def initialize_from(model: nn.Module, folder: Path) -> None:
         theirs = (cut.rank, list(cut.rows.values())) if cut else (layer.rank, list(layer.rows.values()))
         if theirs != (layer.rank, list(layer.rows.values())) or A.shape[0] < layer.rank * len(layer.rows):
             found = f"rank {cut.rank}, parts {', '.join(cut.rows)}" if cut else f"rank {A.shape[0]}"
-            foreign = not cut and WHOLE not in layer.rows
-            way = _whole(module) if foreign else "Make rank and targets the same."
+            whole = WHOLE not in layer.rows and (not cut or WHOLE in cut.rows)
+            way = _whole(module) if whole else "Make rank and targets the same."
             raise ModelError(
                 f"{path}: {module} has {found}; this run adapts it with rank {layer.rank}, "
                 f"parts {', '.join(layer.rows)}. {way}"

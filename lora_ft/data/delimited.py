@@ -34,8 +34,11 @@ def text_lines(path: Path) -> Iterator[str]:
                 bad = e.start
             if bad >= 0:
                 what = f"byte {bad + skipped + 1} of the line (0x{raw[bad + skipped]:02x}) isn't UTF-8 text"
-                hint = " (it looks like UTF-16)" if b"\0" in raw else ""
-                raise DataError(f"{printable(str(path))}:{number}: {what}{hint}. Save the file as UTF-8.")
+                other = "UTF-16" if b"\0" in raw else "LATIN1"
+                raise DataError(
+                    f"{printable(str(path))}:{number}: {what}. Save the file as UTF-8; if it looks like {other}, "
+                    f"iconv -f {other} -t UTF-8 < OLD > NEW."
+                )
             yield line
 
 
@@ -121,6 +124,6 @@ def separator_hint(columns: Sequence[str]) -> str:
         return ""
     way = {",": "name it .csv", "\t": "name it .tsv"}.get(found[0]) or (
         f"convert it: python -c 'import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, "
-        f"delimiter=\"{found[0]}\"))' < OLD > NEW"
+        f'delimiter="{found[0]}"))\' < OLD > NEW'
     )
     return f". Its columns seem to be separated by {shown(found[0])}: {way}"

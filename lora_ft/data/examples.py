@@ -37,8 +37,9 @@ class EncodingReport:
     rows: read. used: of them in `examples` examples (a split text is several). held_out: kept for evaluation (of
     these a report of their own says `rows`). not_sampled: left out by a sample. skipped: the first bad rows,
     skipped_count all of them. dropped: rows that truncation left with nothing supervised. empty: rows used whose
-    completion is blank. truncated, merged: examples. tokens, supervised: of all examples; longest: tokens of the longest. content: SHA-256 of the sources'
-    content. sha256: of content, template, tokenizer and settings, so of what was encoded.
+    completion is blank. truncated, merged: examples. tokens, supervised: of all examples; longest: tokens of the
+    longest. content: SHA-256 of the sources' content. sha256: of content, template, tokenizer and settings, so of what
+    was encoded.
     """
 
     rows: int

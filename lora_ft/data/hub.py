@@ -40,8 +40,8 @@ def load_split(source: str) -> datasets.Dataset:
                 raise DataError(f"data {source}: gated. {login}") from e
             if isinstance(e, ConnectionError):
                 raise DataError(
-                    f"data {source}: the hub can't be reached ({why or first_line(e)}) and no local cache holds it. "
-                    f"{WAYS_ON}"
+                    f"data {source}: no such file here, the hub can't be reached ({why or first_line(e)}) and no local cache "
+                    f"holds it. {WAYS_ON}"
                 ) from e
             raise DataError(
                 f"data {source}: neither a file here nor a public data set of the hub. If it is private, run "

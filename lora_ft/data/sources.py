@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lora_ft.data.delimited import OLD_MAC, read_csv, read_tsv, text_lines
 from lora_ft.errors import DataError
-from lora_ft.names import first_line, is_local, printable
+from lora_ft.names import first_line, is_local, nearest, printable
 from lora_ft.storage import sha256
 
 KNOWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -84,13 +84,13 @@ def _file(source: str) -> Path:
             found = f" {WAYS['.arrow']}"  # a folder of `Dataset.save_to_disk`
         raise DataError(f"{_name(path)}: a folder, not a data file.{found}")
     if not path.exists():
-        raise DataError(f"{_name(path)}: no such file. Paths are resolved against the current folder.")
+        near = nearest(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
+        hint = f" Is {_name(path.parent / near)} meant?" if near else ""
+        raise DataError(f"{_name(path)}: no such file. Paths are resolved against the current folder.{hint}")
     suffix = path.suffix.lower()
     if suffix not in KNOWN:
         way = f" {WAYS[suffix]}" if suffix in WAYS else ""
-        raise DataError(
-            f"{_name(path)}: not a known kind of data file; the known ones end in {', '.join(KNOWN)}.{way}"
-        )
+        raise DataError(f"{_name(path)}: not a known kind of data file; the known ones end in {', '.join(KNOWN)}.{way}")
     return path
 
 

@@ -115,12 +115,14 @@ def class_id(columns: Columns, column: str, words: Sequence[str]) -> int:
         near = nearest(value.strip(), words) if isinstance(value, str) else None
         raise BadRow(
             f'column "{printable(column)}" is {found}, and label_names takes a class id from 0 to {len(words) - 1}, or '
-            f"one of its words: {printable(', '.join(map(shown, words)))}" + (f". Is {shown(near)} meant?" if near else "")
+            f"one of its words: {printable(', '.join(map(shown, words)))}"
+            + (f". Is {shown(near)} meant?" if near else "")
         )
     if not 0 <= number < len(words):
         raise BadRow(
             f'column "{printable(column)}" is class {printable(str(number), 20)}, and label_names has words for 0 to '
             f"{len(words) - 1}: {', '.join(words)}"
+            + (" (words of digits are not read as words: give ids, or other words)" if str(value) in words else "")
         )
     return int(number)
 

@@ -158,8 +158,16 @@ def test_long_chats_lose_their_end(write, plain):
         (CHATML, [U1, {"role": "assistant"}], r"turn 2 \(assistant\): its content is null"),
         (CHATML, [U1, {"content": "x"}], "turn 2 has no role"),
         (CHATML, [{"role": "user", "content": ["x"]}, A1], "turn 1: a part of its content is text, not"),
-        (CHATML, [{"role": "user", "content": [{"type": "image_url"}]}, A1], 'part of its content is of type "image_url"'),
-        (CHATML, [U1, {"role": "assistant", "content": None, "tool_calls": [1]}], "turn 2 has tool calls and no content"),
+        (
+            CHATML,
+            [{"role": "user", "content": [{"type": "image_url"}]}, A1],
+            'part of its content is of type "image_url"',
+        ),
+        (
+            CHATML,
+            [U1, {"role": "assistant", "content": None, "tool_calls": [1]}],
+            "turn 2 has tool calls and no content",
+        ),
         (CHATML, [U1, {"role": "assistant", "content": "\ud83d"}], "lone surrogate"),
         ("{{ messages[0].nothing.at_all }}", [U1, A1], "the chat template fails"),
         (REWRITES, [U1, A1, U2, A2], "can't tell which part"),

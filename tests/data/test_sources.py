@@ -108,7 +108,7 @@ def test_broken_csv(write, content, told):
 @pytest.mark.parametrize(
     "name, content, told",
     [
-        ("a.csv", "text;label\ngood, but long;1\n", "delimiter=\";\"))' < OLD > NEW"),
+        ("a.csv", "text;label\ngood, but long;1\n", 'delimiter=";"))\' < OLD > NEW'),
         ("a.csv", "text\tlabel\ngood, but long\t1\n", 'separated by "\\t": name it .tsv'),
         ("a.tsv", "text,label\ngood\tbad,1\n", 'separated by ",": name it .csv'),
         ("a.csv", "text,label\rgood,1\rbad,0\r", "tr '\\r' '\\n' < OLD > NEW"),
@@ -175,6 +175,7 @@ def test_what_is_no_data_file(tmp_path, write):
     write("x.jsonl", "{}")
     assert "a folder" in refused(str(tmp_path)) and "x.jsonl" in refused(str(tmp_path))
     assert "no such file" in refused(str(tmp_path / "missing.jsonl"))
+    assert f"Is {tmp_path}/x.jsonl meant?" in refused(str(tmp_path / "x.jsnl.json"))
     assert ".parquet" in refused(write("x.txt", "hello"))
     for name in ("empty.jsonl", "empty.csv", "empty.tsv", "empty.json"):
         assert rows(write(name, "")) == []
@@ -189,7 +190,12 @@ def test_content_hash_is_the_content(write):
 
 def test_hub_out_of_reach_names_the_ways_on():
     told = refused("some-owner/some-data:config@train")  # tests run offline
-    assert "can't be reached" in told and "HF_HOME" in told and "--set data.train=FILE" in told
+    assert (
+        "no such file here" in told
+        and "can't be reached" in told
+        and "HF_HOME" in told
+        and "--set data.train=FILE" in told
+    )
 
 
 def test_the_hubs_cache_of_a_data_set_serves_offline():
