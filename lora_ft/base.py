@@ -1,6 +1,5 @@
 """Base models as files on this machine: where they are, what holds their weights, and what identifies them."""
 
-import errno
 import hashlib
 import json
 import zipfile
@@ -13,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_ft.errors import ModelError, is_memory
-from lora_ft.names import is_local
+from lora_ft.hub import cached_commit, snapshot
+from lora_ft.names import first_line, is_local
 from lora_ft.storage import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -21,11 +21,6 @@ SINGLE = "model.safetensors"
 PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 # no pickles (unless allowed), never other frameworks
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
-UNWANTED = ["*/*", "consolidated*"]  # other formats' folders, and the same weights once more
-OFFLINE = (
-    "Two ways on: point HF_HOME at a cache that holds it, or name a local folder: --set model.name=FOLDER "
-    "(--base FOLDER for eval and merge)."
-)
 
 
 @dataclass(frozen=True)
@@ -52,10 +47,7 @@ def resolve(name: str, revision: str | None = None, allow_pickle: bool = False) 
         ModelError: no such folder, no model in it, or a hub that can't be reached or says no.
     """
     if not is_local(name):
-        folder = _snapshot(name, revision, WANTED)
-        if allow_pickle and not _has_safetensors(folder):
-            folder = _snapshot(name, revision, [*WANTED, f"{PICKLE.removesuffix('.bin')}*.bin"])
-        return _with_pickles(Base(name, folder, revision=folder.name), allow_pickle)
+        return _with_pickles(_of_hub(name, revision, allow_pickle), allow_pickle)
     path = Path(name).expanduser()
     if not path.exists():
         raise ModelError(
@@ -71,6 +63,40 @@ def resolve(name: str, revision: str | None = None, allow_pickle: bool = False) 
     return _with_pickles(Base(name, path), allow_pickle)
 
 
+def resolve_of(adapter: Path, recorded: dict, allow_pickle: bool = False) -> Base:
+    """`resolve` the base that an adapter's record names: at the revision that the adapter was trained on.
+
+    Raises:
+        ModelError: as `resolve`; or it was a local folder, which isn't here: the hub is not asked for its name.
+    """
+    name, revision = recorded["name"], recorded.get("revision")
+    if revision is None and not Path(name).expanduser().exists():
+        raise ModelError(
+            f"model {name}: {adapter} was trained on a local base of that name, and none is here. Say where it is: "
+            "--base FOLDER."
+        )
+    return resolve(name, revision, allow_pickle)
+
+
+def _of_hub(name: str, revision: str | None, allow_pickle: bool) -> Base:
+    folder = cached_commit(name, revision, WANTED)
+    if folder is None or not _is_whole(folder):
+        folder = snapshot(name, revision, WANTED)
+        if allow_pickle and not _has_safetensors(folder):
+            folder = snapshot(name, revision, [*WANTED, f"{PICKLE.removesuffix('.bin')}*.bin"])
+    return Base(name, folder, revision=folder.name)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether config, tokenizer and all the weights of a model are there."""
+    try:
+        weights = _listed(folder, INDEX, SINGLE) or _listed(folder, PICKLE_INDEX, PICKLE)
+    except ModelError:
+        return False
+    tokenizer = any(folder.glob(pattern) for pattern in ("tokenizer*", "vocab*"))
+    return bool(weights) and tokenizer and (folder / "config.json").is_file()
+
+
 def _with_pickles(base: Base, allowed: bool) -> Base:
     if not allowed or _has_safetensors(base.folder):
         return base
@@ -79,51 +105,6 @@ def _with_pickles(base: Base, allowed: bool) -> Base:
 
 def _has_safetensors(folder: Path) -> bool:
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
-
-
-def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    def download(local_files_only: bool) -> Path:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=UNWANTED,
-                local_files_only=local_files_only,
-            )
-        )
-
-    try:
-        return download(local_files_only=False)
-    except GatedRepoError as e:
-        raise ModelError(
-            f"model {name}: gated. Ask for access on https://huggingface.co/{name}, then run `hf auth login`."
-        ) from e
-    except RevisionNotFoundError as e:
-        raise ModelError(f"model {name}: no revision {revision!r}.") from e
-    except RepositoryNotFoundError as e:
-        raise ModelError(
-            f"model {name}: neither a folder here nor a public model on the hub. If it is private, run `hf auth login`."
-        ) from e
-    except HFValidationError as e:
-        raise ModelError(f"model {name}: no folder of that name here, and no valid hub id either.") from e
-    except Exception as e:  # the network's errors have many classes, and a cache may serve
-        try:
-            return download(local_files_only=True)
-        except Exception:
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise e from None  # this machine's disk, not the network
-            raise ModelError(
-                f"model {name}: no such folder here, the hub can't be reached and no local cache holds it. {OFFLINE}"
-            ) from e
 
 
 def weight_files(base: Base) -> list[Path]:
@@ -244,5 +225,6 @@ def _unpickled(path: Path) -> dict:
         if is_memory(e):
             raise
         # damaged zips, unknown opcodes, classes that are none of torch's
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ModelError(f"{path}: torch's weights_only loader refuses it, so it is damaged or unsafe ({why}).") from e
+        raise ModelError(
+            f"{path}: torch's weights_only loader refuses it, so it is damaged or unsafe ({first_line(e)})."
+        ) from e

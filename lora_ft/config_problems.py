@@ -57,6 +57,8 @@ def field_at(path: tuple[str | int, ...]) -> FieldInfo:
 
 def unknown(path: Place) -> tuple[str, Place | None]:
     """(what to say of a name that is no setting, the setting that was probably meant)."""
+    if len(path) == 3 and (path[:2] == ("trainer", "lr_scheduler_kwargs") or path[:2] == ("data", "label_names")):
+        return f"is given whole, as in --set '{'.'.join(path[:2])}={{{path[2]}: ...}}'", None
     section, name = path[:-1], path[-1]
     siblings = SECTIONS[section[0]].model_fields if section and section[0] in SECTIONS else Config.model_fields
     places: dict[str, Place] = {}  # by last name

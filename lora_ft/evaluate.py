@@ -14,13 +14,13 @@ from lora_ft.adapter.files import CONFIG, load_adapter
 from lora_ft.adapter.fit import check_base, check_tokenizer
 from lora_ft.adapter.inject import disabled
 from lora_ft.attention import Packing
-from lora_ft.base import resolve
+from lora_ft.base import resolve, resolve_of
 from lora_ft.config import Config, load_config, parse_config
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import evaluation_set
 from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ConfigError, ModelError
-from lora_ft.model import check_vocabulary, load_base, load_tokenizer
+from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer
 from lora_ft.names import printable
 from lora_ft.record import read_record
 from lora_ft.scoring import score
@@ -62,8 +62,10 @@ def evaluate_command(
     config = settings(folder, record, config_path, data, model_name, overrides)
 
     device = prepare_device(config)
-    pinned = recorded.get("revision") if config.model.name == recorded.get("name") else config.model.revision
-    files = resolve(config.model.name, pinned, allow_pickle)
+    if is_adapter and config.model.name == recorded.get("name"):
+        files = resolve_of(folder, recorded, allow_pickle)
+    else:
+        files = resolve(config.model.name, config.model.revision, allow_pickle)
     tokenizer = load_tokenizer(files, trust_remote_code)
     if is_adapter:
         check_base(record, files, other_base)
@@ -72,6 +74,7 @@ def evaluate_command(
     print(f"eval: {examples.report.summary()}", file=sys.stderr)
     model = load_base(files, config.model.dtype, trust_remote_code, device)
     check_vocabulary(model, files, largest_id(examples))
+    check_length(model, files, examples.report.longest)
     if is_adapter:
         load_adapter(model, folder)
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lora_ft.errors import UserError, is_memory
-from lora_ft.names import printable
+from lora_ft.names import printable, say
 
 BUG, FILES, MEMORY, INTERRUPTED, PIPE_CLOSED = 1, 6, 7, 130, 141
 # What the operating system refuses for the user's disk and folders, not for a mistake of ours.
@@ -45,11 +45,6 @@ def answer(error: Exception, debug: bool) -> int:
     hint = "" if debug else "; run again with --debug for the traceback"
     say(f"this is a bug: {type(error).__name__}: {printable(str(error), 500)}{hint}")
     return BUG
-
-
-def say(message: str) -> None:
-    """A message on stderr, a user's control characters shown escaped."""
-    print("\n".join(printable(line, 2000) for line in message.splitlines()), file=sys.stderr)
 
 
 def _asked_for(error: Exception) -> str:
@@ -93,8 +88,8 @@ def quiet() -> None:
     bars = sys.stderr.isatty()
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        if not bars:
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        if not bars:  # tqdm's is a default that a bar's own `disable=None`, as ours have it, beats
             os.environ.setdefault(name, "1")
     if not sys.warnoptions:
         import warnings

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.base import Base, digest, stored_dtype
-from lora_ft.errors import ModelError, is_memory
-from lora_ft.names import printable
+from lora_ft.errors import ConfigError, ModelError, is_memory
+from lora_ft.names import printable, say
 
 CONFIGS = ("config.json", "generation_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,6 +98,25 @@ def check_vocabulary(model: PreTrainedModel, base: Base, largest_id: int) -> Non
             f"model {base.name}: its tokenizer gives the id {largest_id}, its weights know only {rows} ids: they aren't of "
             "one model. Restore the tokenizer's files."
         )
+
+
+def check_length(model: PreTrainedModel, base: Base, longest: int) -> None:
+    """Whether the model has positions for its longest example.
+
+    Raises:
+        ConfigError: its table of positions (GPT-2, OPT, GPT-J) ends before. Where positions are computed (RoPE), it is
+            only said that it goes beyond what the base was made for.
+    """
+    known = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(known, int) or longest <= known:
+        return
+    others = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
+    tabled = any(m.num_embeddings - known in (0, 1, 2) for m in others)  # OPT's table has two rows more
+    tabled = tabled or any(name.endswith("embed_positions") for name, _ in model.named_buffers())
+    message = f"data.max_length: the longest example has {longest:,} tokens, model {base.name} positions for {known:,}"
+    if tabled:
+        raise ConfigError(f"{message}. Set data.max_length to {known} at most.")
+    say(f"note: {message}. It works, but the base hasn't learned them; data.max_length: {known} would cut there.")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

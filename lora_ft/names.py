@@ -1,11 +1,12 @@
 """What names in a config mean: roles, local or hub, columns in braces. Knows no model and no data, imports no torch.
 
-And how text of a user's is shown in a message.
+And how text of a user's is shown, and messages are said.
 """
 
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from string import Formatter
 from typing import Any
@@ -85,6 +86,16 @@ def printable(text: str, limit: int = 200) -> str:
     """Text of a user, safe to print: control characters and escape codes as \\x1b and the like; cut at `limit`."""
     cut = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
+
+
+def say(message: str) -> None:
+    """A message on stderr, a user's control characters shown escaped."""
+    print("\n".join(printable(line, 2000) for line in message.split("\n")), file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in a line that is safe to print."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 300)
 
 
 def shown(value: Any) -> str:

@@ -2,12 +2,13 @@
 
 import resource
 import sys
+import time
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from lora_ft.names import printable
+from lora_ft.names import say
 
 
 class LastStep(TrainerCallback):
@@ -19,22 +20,34 @@ class LastStep(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """A progress bar with loss, tokens per second and time left, on a terminal only; evaluations leave a line anywhere."""
+    """A progress bar with loss, tokens per second and time left; without a terminal a line at every tenth of the run.
+
+    Evaluations leave a line anywhere.
+    """
 
     def on_train_begin(self, args, state, control, **_):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
+        shown = None if state.is_world_process_zero else True  # None: on a terminal only
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=shown)
+        self.said, self.first, self.begun = state.global_step, state.global_step, time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update()
 
     def on_log(self, args, state, control, logs=None, **_):
-        if "loss" in logs:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:.0f} tokens/s")
+        if "loss" not in logs:
+            return
+        shown = f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:.0f} tokens/s"
+        self.bar.set_postfix_str(shown)
+        if self.bar.disable and state.is_world_process_zero and state.global_step - self.said >= state.max_steps / 10:
+            self.said = state.global_step
+            pace = (time.perf_counter() - self.begun) / (state.global_step - self.first)
+            left = tqdm.format_interval(pace * (state.max_steps - state.global_step))
+            say(f"step {state.global_step} of {state.max_steps}: {shown}, {left} left")
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
         shown = ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
         self.bar.clear()
-        print(f"step {state.global_step} of {state.max_steps}, eval: {shown}", file=sys.stderr)
+        say(f"step {state.global_step} of {state.max_steps}, eval: {shown}")
         self.bar.refresh()
 
     def on_train_end(self, args, state, control, **_):
@@ -47,8 +60,3 @@ def peak_memory_mb(device: torch.device) -> float:
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
-
-
-def say(message: str) -> None:
-    """A line of progress on stderr, a user's control characters shown escaped."""
-    print("\n".join(printable(line, 2000) for line in message.split("\n")), file=sys.stderr, flush=True)

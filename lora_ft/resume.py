@@ -7,8 +7,7 @@ from lora_ft.checkpoint import State
 from lora_ft.config import Config, resume_class
 from lora_ft.data.examples import Examples
 from lora_ft.errors import ConfigError, DataError, FilesError, ModelError
-from lora_ft.names import shown
-from lora_ft.progress import say
+from lora_ft.names import say, shown
 from lora_ft.record import read_record
 from lora_ft.saving import is_whole
 

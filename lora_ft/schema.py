@@ -14,6 +14,7 @@ from lora_ft.setting_types import (
     HeldOut,
     LabelNames,
     Layers,
+    LocalPath,
     Metric,
     MicroBatch,
     Name,
@@ -71,7 +72,7 @@ class AdapterConfig(Section):
     layers: Layers = Field(
         None, description='which layers: null for all, a list [0, 1, 2], or a range "6-11"', json_schema_extra=RESULT
     )
-    init_from: Name | None = Field(
+    init_from: LocalPath | None = Field(
         None,
         description="begin from this adapter's weights (lora-ft's or PEFT's) instead of A random, B zero",
         json_schema_extra=RESULT,
@@ -106,7 +107,7 @@ class DataConfig(Section):
     messages: Column | None = Field(
         None, description="third form: a column of role/content or from/value turns", json_schema_extra=RESULT
     )
-    chat_template: Name | None = Field(
+    chat_template: LocalPath | None = Field(
         None, description="a file with the chat template, instead of the tokenizer's own", json_schema_extra=RESULT
     )
     label_names: LabelNames = Field(
@@ -181,4 +182,4 @@ class Config(Section):
     trainer: dict[str, Any] = Field(
         {}, description="any other field of transformers.TrainingArguments", json_schema_extra=FREE
     )
-    output: Name = Field("out", description="the folder that gets the adapter", json_schema_extra=FREE)
+    output: LocalPath = Field("out", description="the folder that gets the adapter", json_schema_extra=FREE)

@@ -3,6 +3,7 @@
 A validator raises ValueError with the sentence; lists become tuples, so that a config is frozen all through.
 """
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -151,6 +152,7 @@ def _label_names(value: Any) -> Any:
 
 
 Name = Annotated[str, AfterValidator(_name)]
+LocalPath = Annotated[Name, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
 Names = Annotated[tuple[Name, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
 Targets = Annotated[
     tuple[Annotated[str, AfterValidator(_role)], ...], BeforeValidator(_listed), AfterValidator(_distinct)

@@ -25,8 +25,8 @@ from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device, with_accelerate
 from lora_ft.errors import ConfigError
-from lora_ft.model import check_vocabulary, load_base, load_tokenizer, tokenizer_hash
-from lora_ft.progress import say
+from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer, tokenizer_hash
+from lora_ft.names import first_line, say
 from lora_ft.record import describe, read_record
 from lora_ft.saving import Run
 from lora_ft.scoring import score
@@ -79,8 +79,10 @@ def train(
         load = load_sharded if sharded else load_base
         model = load(base, config.model.dtype, trust_remote_code, device)
         check_vocabulary(model, base, max(largest_id(s) for s in (train_set, eval_set) if s))
+        longest = max(s.report.longest for s in (train_set, eval_set) if s)
+        check_length(model, base, longest)
         parameters = adapt(model, config.adapter, config.train.seed, base, other_base)
-        packing = Packing.of(model, max(s.report.longest for s in (train_set, eval_set) if s))
+        packing = Packing.of(model, longest)
         if packing.how == "alone":
             say("this model's RoPE follows the longest position in a row: each example gets a row of its own (slower)")
         state = processes.from_main(lambda: State.read(begin) if begin else None)
@@ -140,6 +142,9 @@ def train(
         if not is_main:
             return
         last = trainer.state.global_step
+        if last < len(plan):
+            patience = config.train.early_stopping_patience
+            say(f"stopped early at step {last}: no improvement in the last {patience} evaluations")
         step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
         seconds = time.perf_counter() - begun
         metrics = run.finish(step, last, {"seconds": round(seconds, 1)})
@@ -215,7 +220,7 @@ def arguments(config: Config, device: str) -> TrainingArguments:
         if args.n_gpu > 1:
             args._n_gpu = 1  # else the Trainer wraps the model in DataParallel, which would cut a row into pieces
     except (ValueError, RuntimeError, ImportError) as e:
-        raise ConfigError(f"the Trainer refuses these settings: {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"the Trainer refuses these settings: {first_line(e)}") from e
     return args
 
 

@@ -286,6 +286,13 @@ def test_set_takes_text_settings_as_they_are(load):
     assert load(GOOD, "trainer.run_name=true").trainer == {"run_name": "true"}
 
 
+def test_a_tilde_is_the_home_folder(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load(GOOD, "output=~/runs/one", "adapter.init_from=~/a")
+    assert (config.output, config.adapter.init_from) == ("/home/someone/runs/one", "/home/someone/a")
+    assert load(GOOD, "output=runs/~").output == "runs/~"
+
+
 def test_set_beats_the_file_and_the_last_one_the_others(load):
     config = load(GOOD + "train: {seed: no number, batch_size: 2}\n", "train.seed=4", "train.seed=5")
     assert (config.train.seed, config.train.batch_size) == (5, 2)
@@ -308,6 +315,10 @@ def test_set_beats_the_file_and_the_last_one_the_others(load):
         ("adapter.targets=[q, x]", '--set adapter.targets[1]: "x" is no role'),
         ("trainer.fp16=true", "--set trainer.fp16: can't be set"),
         ("trainer.a.b=true", "--set trainer.a.b: no such setting"),
+        (
+            "trainer.lr_scheduler_kwargs.power=2",
+            "--set trainer.lr_scheduler_kwargs.power: is given whole, as in --set 'trainer.lr_scheduler_kwargs={power: ...}'",
+        ),
     ],
 )
 def test_what_set_refuses(wrong, override, said):

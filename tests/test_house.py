@@ -14,7 +14,7 @@ FLOORS = [
     "names",
     "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
     "layers.lora loss storage run_folder",
-    "base model",
+    "hub base model",
     "attention progress processes",
     "adapter.roles adapter.targets adapter.inject",
     "adapter.peft_config adapter.peft adapter.fit adapter.files",

@@ -125,9 +125,11 @@ def initialize_from(model: nn.Module, folder: Path) -> None:
         theirs = (cut.rank, list(cut.rows.values())) if cut else (layer.rank, list(layer.rows.values()))
         if theirs != (layer.rank, list(layer.rows.values())) or A.shape[0] < layer.rank * len(layer.rows):
             found = f"rank {cut.rank}, parts {', '.join(cut.rows)}" if cut else f"rank {A.shape[0]}"
+            whole = WHOLE not in layer.rows and (not cut or WHOLE in cut.rows)
+            way = _whole(module) if whole else "Make rank and targets the same."
             raise ModelError(
                 f"{path}: {module} has {found}; this run adapts it with rank {layer.rank}, "
-                f"parts {', '.join(layer.rows)}. Make rank and targets the same."
+                f"parts {', '.join(layer.rows)}. {way}"
             )
     for module, (A, B) in adapter.tensors.items():
         layer = layers[module]
@@ -163,7 +165,14 @@ def fill(layer: LoRALinear, A: Tensor, B: Tensor, path: Path, module: str) -> No
     for letter, rest in (("A", rest_A), ("B", rest_B)):
         if rest.any():
             key = f"{PREFIX}{module}.lora_{letter}.weight"
-            raise ModelError(f"{path}: {key} holds more than rank {layer.rank} of the parts {', '.join(layer.rows)}.")
+            raise ModelError(
+                f"{path}: {key} holds more than rank {layer.rank} of the parts {', '.join(layer.rows)}. {_whole(module)}"
+            )
+
+
+def _whole(module: str) -> str:
+    name = module.rpartition(".")[2]
+    return f"If it adapts {name} as a whole, so must this run: adapter.targets: [], adapter.modules: [{name}]."
 
 
 def common_scaling(layers: dict[str, LoRALinear]) -> float:

@@ -20,7 +20,7 @@ from lora_ft.adapter.fit import check_against, check_base, check_tokenizer
 from lora_ft.adapter.peft import AdapterFile, read_adapter
 from lora_ft.adapter.prove import compare_logits, sample_rows
 from lora_ft.adapter.shards import check_copies, stored_keys, write_shards
-from lora_ft.base import Base, fingerprint, opened, resolve, stored_dtype, weight_files
+from lora_ft.base import Base, fingerprint, opened, resolve, resolve_of, stored_dtype, weight_files
 from lora_ft.errors import ModelError
 from lora_ft.model import load_base, load_tokenizer, skeleton
 
@@ -58,7 +58,10 @@ def merge_command(
     name = base or recorded.get("name") or found.config.get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{adapter}: doesn't say which base it was trained on. Name it with --base.")
-    files = resolve(name, recorded.get("revision") if name == recorded.get("name") else None, allow_pickle)
+    if name == recorded.get("name"):
+        files = resolve_of(adapter, recorded, allow_pickle)
+    else:
+        files = resolve(name, allow_pickle=allow_pickle)
     here = adapter if adapter.name not in ("", "..") else adapter.resolve()
     output = output or here.with_name(f"{here.name}-merged")
     report = merge_adapter(

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from lora_ft import __version__
-from lora_ft.exits import INTERRUPTED, answer, say
+from lora_ft.exits import INTERRUPTED, PIPE_CLOSED, answer
+from lora_ft.names import say
 from lora_ft.signals import Stopped, Stopper
 
 app = typer.Typer(
@@ -55,6 +56,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 sys.stdout.flush()
         except Exception as error:
             raise SystemExit(answer(error, debug="--debug" in sys.argv)) from None
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # rich's own answer to a closed pipe is 1
+                raise SystemExit(PIPE_CLOSED) from None
+            raise
         except (Stopped, KeyboardInterrupt) as stop:
             say(str(stop) or "stopped")
             raise SystemExit(getattr(stop, "exit_code", INTERRUPTED)) from None

@@ -1,16 +1,20 @@
 """Tables made once: memory-mapped Arrow files in the cache of `datasets`, found again by what they were made from.
 
 An entry is KEY.arrow, and KEY.json with what is known of it, written last: an entry without it is not whole. A cache
-that can't be written is replaced by a temporary folder that goes when the process does.
+that can't be written is replaced by a temporary folder that goes when the process does. Old entries go when all of
+them take more than KEEP_BYTES.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from tqdm import tqdm
 
 from lora_ft.errors import FilesError
 
+KEEP_BYTES = 20 * 2**30
+DAY = 24 * 3600.0  # seconds
 Batch = dict[str, list]
 Write = Callable[[Batch], None]
 
@@ -46,6 +52,8 @@ def cached(
         facts = json.loads(facts_path.read_text())
         table = datasets.Dataset.from_file(str(path))
         if len(table) == facts["rows_written"]:
+            with suppress(OSError):  # a cache that may only be read
+                os.utime(facts_path)  # when it was last used: see `_trim`
             return table, facts
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         pass  # not there, or not whole: made anew
@@ -80,7 +88,35 @@ def cached(
     finally:
         partial.unlink(missing_ok=True)
         partial_facts.unlink(missing_ok=True)
-    return datasets.Dataset.from_file(str(path)), facts
+    table = datasets.Dataset.from_file(str(path))
+    _trim(folder)
+    return table, facts
+
+
+def _trim(folder: Path) -> None:
+    """Remove the entries that were used longest ago while all take more than KEEP_BYTES, and what killed runs left.
+
+    Only files of our own naming, and none used within a day. A run that still has one mapped keeps what it sees: the
+    file goes when the mapping does.
+    """
+    entries: list[tuple[float, int, Path]] = []  # last used, bytes, KEY.arrow
+    past, total = time.time() - DAY, 0
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process trims, too
+            if re.fullmatch(r"[0-9a-f]{64}\.(arrow|json)\.[\w-]+\.partial", path.name) and path.stat().st_mtime < past:
+                path.unlink()
+            elif re.fullmatch(r"[0-9a-f]{64}\.arrow", path.name):
+                facts = path.with_suffix(".json")
+                used, size = (facts if facts.exists() else path).stat().st_mtime, path.stat().st_size
+                entries.append((used, size, path))
+                total += size
+    for used, size, path in sorted(entries):
+        if total <= KEEP_BYTES or used > past:
+            break
+        with suppress(OSError):
+            path.with_suffix(".json").unlink(missing_ok=True)  # without it an entry is none
+            path.unlink()
+            total -= size
 
 
 def _folder() -> Path:

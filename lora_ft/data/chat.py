@@ -23,7 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_ft.data.template import BadRow, check_unicode, kind
 from lora_ft.errors import ConfigError, ModelError
-from lora_ft.names import printable
+from lora_ft.names import first_line, printable, shown
 
 Turn = dict[str, Any]
 Span = tuple[int, int]  # characters, end exclusive
@@ -53,7 +53,9 @@ class ChatFormat:
             where = "data.chat_template" if self.own else "the model's chat template"
             raise (ConfigError if self.own else ModelError)(f"{where}: line {e.lineno}: {e.message}") from e
         except Exception as e:  # a template is a program: raise_exception, undefined names, None + str, ...
-            raise BadRow(f"the chat template fails: {printable(str(e) or type(e).__name__, 300)}") from e
+            bare = [n for n, turn in enumerate(turns, 1) if "content" not in turn]
+            hint = f" (turn {bare[0]} has tool calls and no content: does the template know tools?)" if bare else ""
+            raise BadRow(f"the chat template fails: {first_line(e)}{hint}") from e
 
     def attempt(self, turns: list[Turn], generation_prompt: bool = False) -> str | None:
         """`render` of a part of a chat, which a template may refuse though it takes the whole: None then."""
@@ -102,6 +104,8 @@ def _turn(turn: Any, number: int) -> Turn:
     turn = {key: value for key, value in turn.items() if value is not None}  # what Parquet fills in
     if "role" not in turn and "from" in turn:
         turn |= {"role": turn.pop("from"), "content": turn.pop("value", None)}
+    if isinstance(turn.get("content"), list):
+        turn["content"] = _joined(turn["content"], number)
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str):
         raise BadRow(f"turn {number} has no role (or from); it has {printable(', '.join(map(str, turn))) or 'nothing'}")
@@ -111,7 +115,20 @@ def _turn(turn: Any, number: int) -> Turn:
     return turn | {"role": ROLES.get(role, role)}
 
 
-def render_chat(turns: list[Turn], chat: ChatFormat, eos: bool = True) -> tuple[str, list[Span]]:
+def _joined(parts: list, number: int) -> str:
+    """The text of OpenAI's content parts, [{"type": "text", "text": ...}, ...]."""
+    for part in parts:
+        of_type = shown(part.get("type")) if isinstance(part, dict) else None
+        if of_type != '"text"' or not isinstance(part.get("text"), str):
+            what = f"of type {of_type}" if of_type else kind(part)
+            raise BadRow(
+                f'turn {number}: a part of its content is {what}, not {{"type": "text", "text": ...}}; only text can be '
+                "trained on"
+            )
+    return "".join(part["text"] for part in parts)
+
+
+def render_chat(turns: list[Turn], chat: ChatFormat) -> tuple[str, list[Span]]:
     """The whole chat's text and the span of each assistant turn in it.
 
     Raises:
@@ -131,7 +148,7 @@ def render_chat(turns: list[Turn], chat: ChatFormat, eos: bool = True) -> tuple[
     if ordered != sorted(ordered):
         raise BadRow("the chat template renders its assistant turns out of order")
     start, end = found[-1]
-    if eos and chat.eos and said[-1] == len(turns) - 1 and end == len(text) and not chat.ends_turn(text):
+    if chat.eos and said[-1] == len(turns) - 1 and end == len(text) and not chat.ends_turn(text):
         text += chat.eos
         found[-1] = start, len(text)
     return text, found

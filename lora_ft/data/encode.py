@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft.data.cache import Write, cached, key_of
 from lora_ft.data.chat import chat_format
-from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, counts, hold_out, sample, sample_indices
+from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, Side, chosen, counts, held_count
 from lora_ft.data.sources import content_hash
 from lora_ft.data.template import Template
 from lora_ft.data.texts import BATCH, CODE, LISTED, BadRows, load_texts, names_of
@@ -17,7 +17,7 @@ from lora_ft.data.tokens import Coder, Encoded, coder, encode_chats, encode_pair
 from lora_ft.errors import DataError
 from lora_ft.model import tokenizer_hash
 
-__all__ = ["EncodingReport", "Examples", "Template", "hold_out", "load_examples", "sample"]
+__all__ = ["EncodingReport", "Examples", "Template", "load_examples"]
 
 
 def load_examples(
@@ -28,24 +28,30 @@ def load_examples(
     max_length: int,
     long_text: Literal["truncate", "split"] = "truncate",
     bad_rows: Literal["error", "skip"] = "error",
+    held_out: int | float | None = None,
+    side: Side = "rest",
     max_examples: int | None = None,
     seed: int = 0,
-    eos: bool = True,
 ) -> Examples:
     """Rows of the sources, one after the other, as examples; a seeded sample of `max_examples` of them, in their order.
+
+    With `held_out` (see `chosen`) only the rows of one `side`. What isn't chosen isn't encoded.
 
     Raises:
         DataError: a source or row that can't be read or encoded, label words with equal ids, or nothing left to train
         on. ModelError: chats without a chat template.
     """
     content = key_of([content_hash(source) for source in sources])
-    settings = [template.as_dict(), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed, eos]
-    texts, read = load_texts(sources, content, template, tokenizer, bad_rows, eos)
-    if max_examples is not None and max_examples < len(texts):
-        texts = texts.select(sample_indices(len(texts), max_examples, seed))
+    settings = [template.as_dict(), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed]
+    settings += [held_out, side]
+    texts, read = load_texts(sources, content, template, tokenizer, bad_rows)
+    usable = len(texts)
+    held = held_count(usable, held_out) if held_out is not None else 0
+    if held or (max_examples is not None and max_examples < usable):
+        texts = texts.select(chosen(usable, held_out, side, max_examples, seed))
     chat = chat_format(tokenizer, template.chat_template).template if template.messages else None
     sha256 = key_of(content, settings, chat)
-    coding = coder(tokenizer, eos)
+    coding = coder(tokenizer)
     dataset, made = cached(
         key_of(sha256, sources, CODE, version("tokenizers"), version("transformers")),
         EXAMPLES,
@@ -58,13 +64,18 @@ def load_examples(
             f"{names_of(sources)}: nothing supervised is left in any of the {len(texts):,} rows after truncation to "
             f"{max_length} tokens. Raise data.max_length."
         )
+    rest = side == "rest"  # what was skipped is told once, with the training rows
+    of = usable - held if rest else held
     report = EncodingReport(
-        rows=read["rows"],
+        rows=read["rows"] if rest else held,
         used=made["used"],
         examples=len(dataset),
-        skipped=(read["skipped"] + made["skipped"])[:LISTED],
-        skipped_count=read["skipped_count"] + made["skipped_count"],
+        held_out=held if rest else 0,
+        not_sampled=of - len(texts),
+        skipped=((read["skipped"] if rest else []) + made["skipped"])[:LISTED],
+        skipped_count=(read["skipped_count"] if rest else 0) + made["skipped_count"],
         dropped=made["dropped"],
+        empty=made["empty"],
         content=content,
         sha256=sha256,
         **counts(dataset),
@@ -82,8 +93,8 @@ def _encode(
     coding: Coder,
     write: Write,
 ) -> dict:
-    """Write the texts' examples (EXAMPLES); how many rows were used, skipped and dropped."""
-    bad, used, dropped = BadRows(bad_rows), 0, 0
+    """Write the texts' examples (EXAMPLES); how many rows were used, dropped, skipped, and have a blank completion."""
+    bad, used, dropped, empty = BadRows(bad_rows), 0, 0, 0
     for batch in texts.iter(batch_size=BATCH):
         encoded: Iterator[list[Encoded]]
         if template.messages:
@@ -93,6 +104,7 @@ def _encode(
         else:
             pairs = encode_pairs(batch["prompt"], batch["completion"], batch["choices"], max_length, coding)
             encoded = ([e] for e in pairs)
+            empty += sum(not completion.strip() for completion in batch["completion"])
         out: dict[str, list] = {name: [] for name in EXAMPLES.names}
         for row, where, label, pieces in zip(batch["row"], batch["where"], batch["label"], encoded, strict=True):
             if pieces[0].blank:
@@ -112,7 +124,7 @@ def _encode(
                 for column, value in zip(out.values(), values, strict=True):
                     column.append(value)
         write(out)
-    return {"used": used, "dropped": dropped} | bad.facts()
+    return {"used": used, "dropped": dropped, "empty": empty} | bad.facts()
 
 
 def _check_choices(choices: list[list[int]], where: str) -> None:

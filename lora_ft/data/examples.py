@@ -1,17 +1,17 @@
 """Encoded examples, what is known of them, and their parts by seed."""
 
 import random
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lora_ft.data.cache import key_of
 from lora_ft.errors import DataError
 
+Side = Literal["rest", "held out"]
 IDS = pa.list_(pa.int32())
 EXAMPLES = pa.schema(
     {
@@ -34,18 +34,23 @@ EXAMPLES = pa.schema(
 class EncodingReport:
     """What became of the rows.
 
-    rows: read. used: of them in `examples` examples (a split text is several). skipped: the first bad rows,
-    skipped_count all of them. dropped: rows that truncation left with nothing supervised. truncated, merged:
-    examples. tokens, supervised: of all examples; longest: tokens of the longest. content: SHA-256 of the sources'
-    content. sha256: of content, template, tokenizer and settings, so of what was encoded.
+    rows: read. used: of them in `examples` examples (a split text is several). held_out: kept for evaluation (of
+    these a report of their own says `rows`). not_sampled: left out by a sample. skipped: the first bad rows,
+    skipped_count all of them. dropped: rows that truncation left with nothing supervised. empty: rows used whose
+    completion is blank. truncated, merged: examples. tokens, supervised: of all examples; longest: tokens of the
+    longest. content: SHA-256 of the sources' content. sha256: of content, template, tokenizer and settings, so of what
+    was encoded.
     """
 
     rows: int
     used: int
     examples: int
+    held_out: int = 0
+    not_sampled: int = 0
     skipped: list[str] = field(default_factory=list)
     skipped_count: int = 0
     dropped: int = 0
+    empty: int = 0
     truncated: int = 0
     merged: int = 0
     tokens: int = 0
@@ -61,11 +66,14 @@ class EncodingReport:
         """One line for people; only what happened is named."""
         told = [
             (self.used, "rows used" if self.used == self.rows else f"of {self.rows:,} rows used"),
+            (self.held_out, "held out for evaluation"),
+            (self.not_sampled, "not in the sample"),
             (self.examples if self.examples != self.used else 0, "examples"),
             (self.tokens, "tokens"),
             (self.supervised, "of them supervised"),
             (self.truncated, "truncated"),
             (self.dropped, "dropped (truncation left nothing supervised)"),
+            (self.empty, "with an empty completion, so that only its end is supervised"),
             (self.merged, "with tokens that merge across the prompt's end"),
             (self.skipped_count, "bad rows skipped"),
         ]
@@ -95,35 +103,30 @@ def largest_id(examples: Examples) -> int:
     return max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
 
 
-def hold_out(examples: Examples, amount: int | float, seed: int) -> tuple[Examples, Examples]:
-    """(the rest, the held-out part): a count of rows or, below 1, a fraction, chosen by seed; pieces of a row stay
-    together.
+def held_count(population: int, held_out: int | float) -> int:
+    """How many of `population` rows are held out: a count or, below 1, a fraction.
 
     Raises:
         DataError: nothing would be left on one side.
     """
-    rows = np.unique(_rows(examples))
-    count = amount if isinstance(amount, int) else max(1, round(len(rows) * amount))
-    if not 0 < count < len(rows):
+    count = held_out if isinstance(held_out, int) else max(1, round(population * held_out))
+    if not 0 < count < population:
         raise DataError(
-            f"data.eval: {amount} of {len(rows):,} usable rows can't be held out and leave rows to train on."
+            f"data.eval: {held_out} of {population:,} usable rows can't be held out and leave rows to train on."
         )
-    held = np.isin(_rows(examples), rows[sample_indices(len(rows), count, seed)])
-    rest = _part(examples, np.flatnonzero(~held), "rest", amount, seed)
-    # What was skipped and dropped is told once, with the training rows.
-    eval_part = _part(examples, np.flatnonzero(held), "held out", amount, seed)
-    return rest, replace(
-        eval_part, report=replace(eval_part.report, rows=count, skipped=[], skipped_count=0, dropped=0)
-    )
+    return count
 
 
-def sample(examples: Examples, at_most: int | None, seed: int) -> Examples:
-    """A seeded sample of at most so many rows, in their order; None takes all."""
-    rows = np.unique(_rows(examples))
-    if at_most is None or at_most >= len(rows):
-        return examples
-    chosen = np.isin(_rows(examples), rows[sample_indices(len(rows), at_most, seed)])
-    return _part(examples, np.flatnonzero(chosen), "sample", at_most, seed)
+def chosen(population: int, held_out: int | float | None, side: Side, at_most: int | None, seed: int) -> np.ndarray:
+    """Which of `population` rows: those held out for evaluation or the rest, and of these a sample; ascending.
+
+    held_out: as in `held_count`; None holds out none. at_most: the sample's size; None takes all.
+    """
+    rows = np.arange(population)
+    if held_out is not None:
+        held = sample_indices(population, held_count(population, held_out), seed)
+        rows = held if side == "held out" else np.setdiff1d(rows, held)
+    return rows if at_most is None else rows[sample_indices(len(rows), at_most, seed)]
 
 
 def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
@@ -136,25 +139,12 @@ def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
     return np.sort(np.argsort(draws, kind="stable")[:count])
 
 
-def _rows(examples: Examples) -> np.ndarray:
-    return _column(examples.dataset, "row")
-
-
 def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
     return np.asarray(dataset.select_columns(name).with_format("numpy")[:][name])
 
 
-def _part(examples: Examples, indices: np.ndarray, *which: Any) -> Examples:
-    dataset = examples.dataset.select(indices)
-    used = len(np.unique(_rows(examples)[indices]))
-    sha256 = key_of(examples.report.sha256, *which)
-    totals = counts(examples.dataset, indices)
-    report = replace(examples.report, used=used, examples=len(dataset), sha256=sha256, **totals)  # type: ignore[arg-type]
-    return replace(examples, dataset=dataset, report=report)
-
-
-def counts(dataset: datasets.Dataset, indices: np.ndarray | slice = slice(None)) -> dict[str, int]:
-    """The report's totals over the examples at `indices`."""
-    columns = {name: _column(dataset, name)[indices] for name in ("tokens", "supervised", "truncated", "merged")}
+def counts(dataset: datasets.Dataset) -> dict[str, int]:
+    """The report's totals over all examples."""
+    columns = {name: _column(dataset, name) for name in ("tokens", "supervised", "truncated", "merged")}
     totals = {name: int(column.sum()) for name, column in columns.items()}
     return totals | {"longest": int(columns["tokens"].max(initial=0))}

@@ -5,17 +5,15 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft.config import DataConfig
-from lora_ft.data.encode import Examples, Template, hold_out, load_examples, sample
+from lora_ft.data.encode import Examples, Template, load_examples
+from lora_ft.data.examples import Side
 from lora_ft.errors import ConfigError
 
 
 def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Examples, Examples | None]:
     """Training and eval examples; what `data.eval` holds out of train is in one of them only."""
-    if not isinstance(data.eval, int | float):
-        train_set = _load(data, data.train, tokenizer, data.max_train_examples, seed)
-        return train_set, evaluation_set(data, tokenizer, seed) if data.eval else None
-    rest, held = hold_out(_load(data, data.train, tokenizer, None, seed), data.eval, seed)
-    return sample(rest, data.max_train_examples, seed), sample(held, data.max_eval_examples, seed)
+    train_set = _load(data, data.train, tokenizer, data.max_train_examples, seed)
+    return train_set, evaluation_set(data, tokenizer, seed) if data.eval is not None else None
 
 
 def evaluation_set(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Examples:
@@ -27,15 +25,19 @@ def evaluation_set(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     if data.eval is None:
         raise ConfigError("no eval data: the run had none (data.eval). Name some: --data FILE.")
     if isinstance(data.eval, int | float):
-        held = prepare(data, tokenizer, seed)[1]
-        assert held is not None
-        return held
+        return _load(data, data.train, tokenizer, data.max_eval_examples, seed, "held out")
     return _load(data, data.eval, tokenizer, data.max_eval_examples, seed)
 
 
 def _load(
-    data: DataConfig, sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, at_most: int | None, seed: int
+    data: DataConfig,
+    sources: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    at_most: int | None,
+    seed: int,
+    side: Side = "rest",
 ) -> Examples:
+    held_out = data.eval if isinstance(data.eval, int | float) else None
     return load_examples(
         list(sources),
         template_of(data),
@@ -43,6 +45,8 @@ def _load(
         max_length=data.max_length,
         long_text=data.long_text,
         bad_rows=data.bad_rows,
+        held_out=held_out,
+        side=side,
         max_examples=at_most,
         seed=seed,
     )

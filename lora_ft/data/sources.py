@@ -8,27 +8,37 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_ft.data.delimited import read_csv, read_tsv, text_lines
+from lora_ft.data.delimited import OLD_MAC, read_csv, read_tsv, text_lines
 from lora_ft.errors import DataError
-from lora_ft.names import is_local, printable
+from lora_ft.names import first_line, is_local, nearest, printable
 from lora_ft.storage import sha256
 
 KNOWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-ONE_A_LINE = " A .jsonl file has one whole JSON object on every line."
+ONE_TEXT = (
+    "Make one row of it: python -c 'import json, sys; print(json.dumps({\"text\": sys.stdin.read()}))' < OLD > NEW.jsonl, "
+    'and learn it with data.text: "{text}" and data.long_text: split.'
+)
+# What to do about other kinds of files.
+WAYS = {suffix: "Unpack it first." for suffix in (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")}
+WAYS |= {suffix: "Save it as .csv." for suffix in (".xlsx", ".xls", ".ods")}
+WAYS |= {suffix: "Read it with `datasets` and write it with its to_parquet." for suffix in (".arrow", ".feather")}
+WAYS |= {".txt": ONE_TEXT, ".md": ONE_TEXT}
+ONE_A_LINE = "A .jsonl file has one whole JSON object on every line."
 
 
 class Row(NamedTuple):
-    """where: `reviews.jsonl:17`, for a message. columns: the row's values by column name."""
+    """where: `reviews.jsonl:17`, for a message. columns: the row's values by column name. problem: why there are none."""
 
     where: str
     columns: dict[str, Any]
+    problem: str = ""
 
 
 def iter_rows(source: str) -> Iterator[Row]:
     """The rows of a local .jsonl, .json, .csv, .tsv or .parquet file, or of a hub data set `id[:config][@split]`.
 
     Raises:
-        DataError: no such file, not such a file, a line that can't be read (path:line), or a hub that can't be reached.
+        DataError: no such file, not such a file, one that can't be read on (path:line), or a hub that can't be reached.
     """
     if not is_local(source):
         dataset = _load_hub(source)
@@ -45,7 +55,7 @@ def iter_rows(source: str) -> Iterator[Row]:
             yield from _parquet(path)
         else:
             records = read_csv(path) if suffix == ".csv" else read_tsv(path)
-            yield from (Row(f"{_name(path)}:{line}", columns) for line, columns in records)
+            yield from (Row(f"{_name(path)}:{line}", columns, problem) for line, columns, problem in records)
     except OSError as e:
         raise DataError(f"{_name(path)}: can't be read: {e.strerror or e}.") from e
 
@@ -70,28 +80,46 @@ def _file(source: str) -> Path:
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in KNOWN)[:5]
         found = f" It holds {', '.join(map(printable, inside))}: name a file, or a list of them." if inside else ""
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            found = f" {WAYS['.arrow']}"  # a folder of `Dataset.save_to_disk`
         raise DataError(f"{_name(path)}: a folder, not a data file.{found}")
     if not path.exists():
-        raise DataError(f"{_name(path)}: no such file. Paths are resolved against the current folder.")
-    if path.suffix.lower() not in KNOWN:
-        raise DataError(f"{_name(path)}: not a known kind of data file; the known ones end in {', '.join(KNOWN)}.")
+        near = nearest(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
+        hint = f" Is {_name(path.parent / near)} meant?" if near else ""
+        raise DataError(f"{_name(path)}: no such file. Paths are resolved against the current folder.{hint}")
+    suffix = path.suffix.lower()
+    if suffix not in KNOWN:
+        way = f" {WAYS[suffix]}" if suffix in WAYS else ""
+        raise DataError(f"{_name(path)}: not a known kind of data file; the known ones end in {', '.join(KNOWN)}.{way}")
     return path
 
 
-def _parse(parse, where: str, hint: str = ""):
+def _parse(parse, where: str):
     """The value of `parse()`, a call of the json module; its errors as a DataError that begins with `where`."""
     try:
         return parse()
-    except json.JSONDecodeError as e:
-        line = f":{e.lineno}" if not where.rpartition(":")[2].isdigit() else ""
-        raise DataError(f"{where}{line}: broken JSON: {e.msg} (column {e.colno}).{hint}") from e
-    except (ValueError, RecursionError) as e:  # a number of thousands of digits; nesting a thousand deep
-        raise DataError(f"{where}: broken JSON: {e}.") from e
+    except (ValueError, RecursionError) as e:
+        line = f":{e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
+        raise DataError(f"{where}{line}: {_broken(e)}.") from e
+
+
+def _broken(error: Exception) -> str:
+    """What is wrong with JSON; beside its grammar, numbers of thousands of digits and nesting a thousand deep."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON: {error.msg} (column {error.colno})"
+    return f"broken JSON: {error}"
+
+
+def _wrong_row(value: Any) -> str:
+    """Why a JSON value is no row; nothing if it is one."""
+    if isinstance(value, dict):
+        return ""
+    return f'a row is a JSON object, {{"column": value, ...}}; found a {type(value).__name__}'
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f'{where}: a row is a JSON object, {{"column": value, ...}}; found a {type(value).__name__}.')
+    if problem := _wrong_row(value):
+        raise DataError(f"{where}: {problem}.")
     return value
 
 
@@ -99,8 +127,14 @@ def _jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(text_lines(path), 1):
         if line.strip():
             where = f"{_name(path)}:{number}"
-            value = _parse(lambda line=line: json.loads(line), where, ONE_A_LINE)
-            yield Row(where, _object(value, where))
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                hint = OLD_MAC if "\r" in line.rstrip() else ""
+                yield Row(where, {}, f"{_broken(e)}. {ONE_A_LINE}{hint}")
+            else:
+                problem = _wrong_row(value)
+                yield Row(where, {} if problem else value, problem)
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -161,7 +195,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from (Row(f"{name} row {i}", row) for i, row in enumerate(rows, 1))
     except pyarrow.ArrowException as e:
-        raise DataError(f"{name}: not a whole Parquet file: {printable(str(e).splitlines()[0])}") from e
+        raise DataError(f"{name}: not a whole Parquet file: {first_line(e)}") from e
 
 
 @lru_cache(maxsize=8)  # a source is hashed, then read

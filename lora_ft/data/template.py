@@ -6,8 +6,9 @@ from functools import cached_property
 from string import Formatter
 from typing import Any
 
+from lora_ft.data.delimited import separator_hint
 from lora_ft.errors import ConfigError
-from lora_ft.names import nearest, printable, template_columns
+from lora_ft.names import nearest, printable, shown, template_columns
 
 Columns = dict[str, Any]
 
@@ -111,13 +112,17 @@ def class_id(columns: Columns, column: str, words: Sequence[str]) -> int:
         number = int(number)
     if not isinstance(number, int):
         found = f'"{printable(value, 60)}"' if isinstance(value, str) else kind(value)
+        near = nearest(value.strip(), words) if isinstance(value, str) else None
         raise BadRow(
-            f'column "{printable(column)}" is {found}, and label_names takes a class id from 0 to {len(words) - 1}'
+            f'column "{printable(column)}" is {found}, and label_names takes a class id from 0 to {len(words) - 1}, or '
+            f"one of its words: {printable(', '.join(map(shown, words)))}"
+            + (f". Is {shown(near)} meant?" if near else "")
         )
     if not 0 <= number < len(words):
         raise BadRow(
             f'column "{printable(column)}" is class {printable(str(number), 20)}, and label_names has words for 0 to '
             f"{len(words) - 1}: {', '.join(words)}"
+            + (" (words of digits are not read as words: give ids, or other words)" if str(value) in words else "")
         )
     return int(number)
 
@@ -130,7 +135,7 @@ def value_of(columns: Columns, column: str) -> Any:
         there = printable(", ".join(f'"{c}"' for c in columns)) or "none"
         raise BadRow(
             f'no column "{printable(column)}"; the row has {there}'
-            + (f'. Is "{printable(near)}" meant?' if near else "")
+            + (separator_hint(list(columns)) or (f'. Is "{printable(near)}" meant?' if near else ""))
         ) from None
 
 

@@ -16,7 +16,7 @@ from lora_ft.data.template import BadRow, Columns, Template, pair_renderer, rend
 from lora_ft.errors import DataError
 from lora_ft.names import printable
 
-CODE = 2  # raise it when this package comes to encode the same rows otherwise: older cache entries are then left alone
+CODE = 3  # raise it when this package comes to encode the same rows otherwise: older cache entries are then left alone
 BATCH = 1000
 LISTED = 20  # bad rows named in a report
 SKIP_HINT = "Mend it, or leave such rows out with data.bad_rows: skip."
@@ -61,18 +61,19 @@ def load_texts(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     bad_rows: str,
-    eos: bool,
 ) -> tuple[datasets.Dataset, dict]:
     """The rows' texts (TEXTS), and how many rows were read and skipped."""
-    render, identity = _text_renderer(template, tokenizer, eos)
+    render, identity = _text_renderer(template, tokenizer)
 
     def make(write: Write) -> dict:
         bad, count = BadRows(bad_rows), 0
         rows = itertools.chain.from_iterable(map(iter_rows, sources))
         for chunk in _chunks(rows, BATCH):
             batch: dict[str, list] = {name: [] for name in TEXTS.names}
-            for where, columns in chunk:
+            for where, columns, problem in chunk:
                 try:
+                    if problem:
+                        raise BadRow(problem)
                     values = (count, where, *render(columns))
                 except BadRow as e:
                     bad.add(where, e)
@@ -94,7 +95,7 @@ def load_texts(
 
 
 def _text_renderer(
-    template: Template, tokenizer: PreTrainedTokenizerBase, eos: bool
+    template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Callable[[Columns], tuple[str, str, list[str], int, list[int]]], list]:
     """A function from a row to (prompt, completion or text, choices, label, spans), and what its results depend on."""
     if template.messages:
@@ -102,11 +103,11 @@ def _text_renderer(
         chat = chat_format(tokenizer, template.chat_template)
 
         def render_turns(columns: Columns):
-            text, spans = render_chat(read_turns(value_of(columns, column)), chat, eos)
+            text, spans = render_chat(read_turns(value_of(columns, column)), chat)
             return "", text, [], -1, [position for span in spans for position in span]
 
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        return render_turns, [template.as_dict(), chat.template, sorted(chat.end_tokens), special, eos]
+        return render_turns, [template.as_dict(), chat.template, sorted(chat.end_tokens), special]
     if template.text is not None:
         fill = renderer("text", template.text, template.label_names or {})
 

@@ -40,7 +40,7 @@ class Coder:
 
     whole: the backend, without padding or truncation. plain: the same without post-processing, so that nothing is
     added and character offsets are as they are (ByteLevel's leaves white space out of them). eos: the id of the end
-    of a sequence, in a list; empty where none is to be added.
+    of a sequence, in a list; empty where it has none.
     """
 
     whole: Tokenizer
@@ -63,7 +63,7 @@ class Coder:
         return ids[:-1] if self.eos and ids[-1:] == self.eos else ids
 
 
-def coder(tokenizer: PreTrainedTokenizerBase, eos: bool) -> Coder:
+def coder(tokenizer: PreTrainedTokenizerBase) -> Coder:
     """Copies of the tokenizer's backend, and what it adds, learned from a short text."""
     whole = copy.deepcopy(tokenizer.backend_tokenizer)
     whole.no_truncation()
@@ -74,7 +74,7 @@ def coder(tokenizer: PreTrainedTokenizerBase, eos: bool) -> Coder:
     plain.post_processor = processors.Sequence([])
     inner, outer = plain.encode("a").ids, whole.encode("a").ids
     first = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), 0)
-    end = [tokenizer.eos_token_id] if eos and tokenizer.eos_token_id is not None else []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return Coder(whole, plain, outer[:first], outer[first + len(inner) :], end)
 
 

@@ -235,8 +235,13 @@ def test_init_from_another_shape_of_run(tmp_path, settings, why):
 
 def test_init_from_a_foreign_adapter_that_moves_more(tmp_path):
     saved("gpt2", tmp_path / "a", record=False, targets=("q", "k"))
-    with pytest.raises(ModelError, match=r"c_attn.lora_B.weight holds more than rank 3 of the parts q, v"):
+    whole = r"as a whole, so must this run: adapter.targets: \[\], adapter.modules: \[c_attn\]"
+    with pytest.raises(ModelError, match=r"c_attn.lora_B.weight holds more than rank 3 of the parts q, v. .*" + whole):
         files.initialize_from(adapted("gpt2", targets=("q", "v")), tmp_path / "a")
+    saved("gpt2", tmp_path / "b", record=False, targets=(), modules=("c_attn",))
+    with pytest.raises(ModelError, match="has rank 3; this run adapts it with rank 3, parts q, v. .*" + whole):
+        files.initialize_from(adapted("gpt2", targets=("q", "v")), tmp_path / "b")
+    files.initialize_from(adapted("gpt2", targets=(), modules=("c_attn",)), tmp_path / "b")
 
 
 # ---- damage ----

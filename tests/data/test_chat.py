@@ -157,7 +157,17 @@ def test_long_chats_lose_their_end(write, plain):
         (CHATML, ["hello"], "turn 1 is text"),
         (CHATML, [U1, {"role": "assistant"}], r"turn 2 \(assistant\): its content is null"),
         (CHATML, [U1, {"content": "x"}], "turn 2 has no role"),
-        (CHATML, [{"role": "user", "content": ["x"]}, A1], r"turn 1 \(user\): its content is a list"),
+        (CHATML, [{"role": "user", "content": ["x"]}, A1], "turn 1: a part of its content is text, not"),
+        (
+            CHATML,
+            [{"role": "user", "content": [{"type": "image_url"}]}, A1],
+            'part of its content is of type "image_url"',
+        ),
+        (
+            CHATML,
+            [U1, {"role": "assistant", "content": None, "tool_calls": [1]}],
+            "turn 2 has tool calls and no content",
+        ),
         (CHATML, [U1, {"role": "assistant", "content": "\ud83d"}], "lone surrogate"),
         ("{{ messages[0].nothing.at_all }}", [U1, A1], "the chat template fails"),
         (REWRITES, [U1, A1, U2, A2], "can't tell which part"),
@@ -180,3 +190,10 @@ def test_a_template_that_is_none(write, plain):
 def test_dates_stand_still(write, plain):
     text = plain.decode(load(write, plain, [U1, A1], chat_template=DATED).dataset[0]["input_ids"])
     assert text.startswith("26 Jul 2024 ")
+
+
+def test_content_parts_are_their_text(write, plain):
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo", "image_url": None}]
+    in_parts = load(write, plain, [{"role": "user", "content": parts}, A1], chat_template=CHATML)
+    whole = load(write, plain, [{"role": "user", "content": "hello"}, A1], chat_template=CHATML)
+    assert in_parts.dataset["input_ids"][:] == whole.dataset["input_ids"][:]

@@ -1,14 +1,16 @@
 """Prompts, completions and texts against straight-line encodings written out here; faults of rows; caching; parts by seed."""
 
 import itertools
+import os
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 
-from lora_ft.data import encode, texts
-from lora_ft.data.encode import Template, hold_out, load_examples, sample
+from lora_ft.data import cache, encode, texts
+from lora_ft.data.encode import Template, load_examples
+from lora_ft.data.examples import chosen, held_count
 from lora_ft.errors import ConfigError, DataError
 
 PAIR = Template(prompt="Review: {text}\nSentiment:", completion=" {label}")
@@ -81,9 +83,13 @@ def test_end_of_sequence(write, make_tokenizer, plain):
     end = plain.eos_token_id
     found = [e["labels"] for e in load(path, template, plain).dataset]
     assert [labels.count(end) for labels in found] == [1, 1, 1] and all(labels[-1] == end for labels in found)
+    assert load(path, template, plain).report.empty == 1
+    assert "1 with an empty completion" in load(path, template, plain).report.summary()
+    endless = make_tokenizer()
+    endless.eos_token = None
     with pytest.raises(DataError, match=":2: nothing in it is supervised"):
-        load(path, template, plain, eos=False)
-    without = load(path, template, plain, eos=False, bad_rows="skip")
+        load(path, template, endless)
+    without = load(path, template, endless, bad_rows="skip")
     assert without.dataset["row"][:] == [0, 2]
     assert [labels.count(end) for labels in without.dataset["labels"]] == [0, 1]  # what the row itself says stays
 
@@ -194,6 +200,28 @@ def test_many_bad_rows_are_counted_and_the_first_listed(write, plain):
         load(write("b.jsonl", [{"text": "x"}] * 30), CLASSES, plain, bad_rows="skip")
 
 
+def test_lines_that_are_no_rows_are_bad_rows(write, plain):
+    """A wrong number of fields, or broken JSON: the next line is read all the same."""
+    for name, content in (
+        ("a.csv", "text,label\nx,y\nx\nx,y,z\nx,y\n"),
+        ("a.tsv", "text\tlabel\nx\ty\nx\nx\ty\tz\nx\ty\n"),
+        ("a.jsonl", '{"text": "x", "label": "y"}\n{"text": \n[1]\n{"text": "x", "label": "y"}\n'),
+    ):
+        path = write(name, content)
+        report = load(path, PAIR, plain, bad_rows="skip").report
+        assert (report.rows, report.used, report.skipped_count) == (4, 2, 2)
+        with pytest.raises(DataError, match="Mend it, or leave such rows out") as caught:
+            load(path, PAIR, plain)
+        assert str(caught.value).startswith(f"{path}:{2 if name == 'a.jsonl' else 3}: ")
+
+
+def test_kind_words_for_columns_and_labels(write, plain):
+    with pytest.raises(DataError, match=r'no column "text".*separated by ";": convert it'):
+        load(write("a.csv", "text;label\nx;y\n"), PAIR, plain)
+    with pytest.raises(DataError, match=r'is "Positive".* Is "positive" meant\?'):
+        load(write("a.jsonl", [{"text": "x", "label": "Positive"}]), CLASSES, plain)
+
+
 def test_numbers_in_templates_and_label_words_of_digits(write, plain):
     path = write("a.jsonl", [{"i": 3, "f": 2.5, "b": True, "s": "é{x}"}])
     example = load(path, Template("{i} {f} {b} {{i}}", "{s}"), plain).dataset[0]
@@ -201,7 +229,7 @@ def test_numbers_in_templates_and_label_words_of_digits(write, plain):
     stars = Template("{s}", " {n}", label_names={"n": ["1", "2", "3"]})
     path = write("b.jsonl", [{"s": "x", "n": "1"}, {"s": "x", "n": 2}])
     assert load(path, stars, plain).dataset["label"][:] == [1, 2]  # ids, never sometimes words
-    with pytest.raises(DataError, match="class 3"):
+    with pytest.raises(DataError, match="class 3.*words of digits are not read as words"):
         load(write("c.jsonl", [{"s": "x", "n": "3"}]), stars, plain)
 
 
@@ -229,27 +257,52 @@ def test_sample_is_seeded_ordered_and_taken_before_encoding(write, plain):
         picks[seed] = examples.dataset["row"][:]
         assert picks[seed] == sorted(set(picks[seed])) and len(picks[seed]) == 10
         whole = load(path, PAIR, plain, seed=seed)
-        assert sample(whole, 10, seed).dataset["row"][:] == picks[seed]
+        assert chosen(40, None, "rest", 10, seed).tolist() == picks[seed]
+        assert (
+            examples.report.not_sampled == 30
+            and "10 of 40 rows used, 30 not in the sample" in examples.report.summary()
+        )
         assert [whole.dataset[i]["input_ids"] for i in picks[seed]] == examples.dataset["input_ids"][:]
     assert picks[0] != picks[1]
     assert len(load(path, PAIR, plain, max_examples=1000).dataset) == 40
 
 
 def test_hold_out(write, plain):
-    path = write("a.jsonl", [{"t": "so it goes " * (i % 4) + str(i)} for i in range(50)])
-    examples = load(path, Template(text="{t}"), plain, 6, long_text="split")
+    rows = [{"t": "so it goes " * (i % 4) + str(i)} for i in range(50)]
+    path = write("a.jsonl", [*rows, {"t": None}])
+
+    def load_side(side, amount=0.1, seed=3, **settings):
+        settings |= {"held_out": amount, "side": side, "seed": seed, "long_text": "split", "bad_rows": "skip"}
+        return load(path, Template(text="{t}"), plain, 6, **settings)
+
+    everything = load_side("rest", None)
     for amount, count in ((7, 7), (0.1, 5), (0.001, 1)):
-        rest, held = hold_out(examples, amount, 3)
+        rest, held = load_side("rest", amount), load_side("held out", amount)
         a, b = set(rest.dataset["row"]), set(held.dataset["row"])
         assert len(b) == count == held.report.used == held.report.rows and not a & b and a | b == set(range(50))
-        assert len(rest.dataset) + len(held.dataset) == len(examples.dataset)  # pieces of a row on one side
-        assert rest.report.tokens + held.report.tokens == examples.report.tokens
+        assert len(rest.dataset) + len(held.dataset) == len(everything.dataset)  # pieces of a row on one side
+        assert rest.report.tokens + held.report.tokens == everything.report.tokens
         assert held.report.tokens == sum(map(len, held.dataset["input_ids"]))
-        assert set(hold_out(examples, amount, 3)[1].dataset["row"]) == b
-        assert set(hold_out(examples, amount, 4)[1].dataset["row"]) != b
+        assert (rest.report.held_out, rest.report.skipped_count, held.report.skipped_count) == (count, 1, 0)
+        assert f"{50 - count} of 51 rows used, {count} held out for evaluation" in rest.report.summary()
+        assert set(load_side("held out", amount).dataset["row"]) == b
+        assert set(load_side("held out", amount, seed=4).dataset["row"]) != b
+        some, few = load_side("rest", amount, max_examples=9), load_side("held out", amount, max_examples=1)
+        assert set(some.dataset["row"]) < a and set(few.dataset["row"]) <= b
+        assert (some.report.used, some.report.not_sampled, few.report.used) == (9, 41 - count, 1)
+        assert (few.report.rows, few.report.not_sampled) == (count, count - 1)
     for amount in (50, 60, 0):
         with pytest.raises(DataError, match="data.eval"):
-            hold_out(examples, amount, 0)
+            held_count(50, amount)
+
+
+def test_what_is_not_chosen_is_not_encoded(write, plain, monkeypatch):
+    path, encoded = write("a.jsonl", ROWS), []
+    real = encode.encode_pairs
+    monkeypatch.setattr(encode, "encode_pairs", lambda prompts, *a: encoded.extend(prompts) or real(prompts, *a))
+    load(path, PAIR, plain, held_out=0.5, side="rest", max_examples=3)
+    load(path, PAIR, plain, held_out=0.5, side="held out", max_examples=2)
+    assert len(encoded) == 5
 
 
 def test_made_once(write, plain, monkeypatch, own_cache):
@@ -312,3 +365,30 @@ def test_more_rows_than_a_batch(write, plain):
     for i in (0, 999, 1000, 2499):
         expected = oracle(plain, f"Review: {i}\nSentiment:", " " + "x" * (i % 3), 64)[0]
         assert examples.dataset[i]["input_ids"] == expected
+
+
+def test_old_entries_go_when_the_cache_grows_too_large(write, plain, own_cache, monkeypatch):
+    folder, names = own_cache / "lora_ft", "abcd"
+    made: dict[str, set[Path]] = {}
+    for age, name in enumerate(names):  # a is the oldest
+        before = set(folder.glob("*"))
+        load(write(f"{name}.jsonl", [{"text": name * 9, "label": "x"}] * 100), PAIR, plain)
+        made[name] = set(folder.glob("*")) - before
+        for path in made[name]:
+            os.utime(path, (1e9 + age, 1e9 + age))
+    foreign = [folder / "notes.arrow", folder / ("f" * 64 + ".txt"), folder.parent / "other.arrow"]
+    left = folder / ("e" * 64 + ".arrow.1-ab.partial")
+    for path in (*foreign, left):
+        path.write_bytes(b"x" * 10**6)
+        os.utime(path, (1e9, 1e9))
+    load(write("a.jsonl", [{"text": "a" * 9, "label": "x"}] * 100), PAIR, plain)  # used again: the newest
+    size = sum(p.stat().st_size for p in folder.glob("*.arrow") if p not in foreign)
+    monkeypatch.setattr(cache, "KEEP_BYTES", size * 3 // 4)
+    held = load(write("d.jsonl", [{"text": "d" * 9, "label": "x"}] * 100), PAIR, plain)
+    load(write("e.jsonl", [{"text": "e" * 9, "label": "x"}] * 100), PAIR, plain)
+    assert not any(p.exists() for p in made["b"] | {left}), "used longest ago"
+    assert all(p.exists() for p in [*made["a"], *made["d"], *foreign]), "used today, and files of others"
+    monkeypatch.setattr(cache, "KEEP_BYTES", 0)
+    monkeypatch.setattr(cache, "DAY", -60.0)
+    load(write("f.jsonl", ROWS), PAIR, plain)
+    assert not list(folder.glob("*[0-9a-f].json")) and held.dataset[0]["tokens"] > 0, "mapped still"

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -18,9 +19,11 @@ def rows(path):
 
 
 def refused(path) -> str:
-    with pytest.raises(DataError) as caught:
-        list(iter_rows(path))
-    return str(caught.value)
+    """What is said of the file, or of its first bad row."""
+    try:
+        return next(f"{row.where}: {row.problem}" for row in iter_rows(path) if row.problem)
+    except DataError as e:
+        return str(e)
 
 
 def test_jsonl(write):
@@ -102,6 +105,23 @@ def test_broken_csv(write, content, told):
     assert refused(path).startswith(path + told)
 
 
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("a.csv", "text;label\ngood, but long;1\n", 'delimiter=";"))\' < OLD > NEW'),
+        ("a.csv", "text\tlabel\ngood, but long\t1\n", 'separated by "\\t": name it .tsv'),
+        ("a.tsv", "text,label\ngood\tbad,1\n", 'separated by ",": name it .csv'),
+        ("a.csv", "text,label\rgood,1\rbad,0\r", "tr '\\r' '\\n' < OLD > NEW"),
+        ("a.jsonl", '{"text": "good"}\r{"text": "bad"}\r', "tr '\\r' '\\n' < OLD > NEW"),
+        ("a.jsonl.gz", b"\x1f\x8b", ".parquet. Unpack it first."),
+        ("a.xlsx", b"PK", "Save it as .csv"),
+        ("a.txt", "It was", "data.long_text: split"),
+    ],
+)
+def test_files_of_another_kind_say_how_to_convert_them(write, name, content, told):
+    assert told in refused(write(name, content))
+
+
 TABLE = [["text", "n"], ['say "hi"', "1"], ["two\nlines", "2"], ["a\ttab", "3"], ['"all"', "4"], ["plain", "5"]]
 
 
@@ -146,10 +166,16 @@ def test_parquet(tmp_path, write):
     assert "not a whole Parquet file" in refused(write("b.parquet", b"PAR1 nonsense"))
 
 
+def test_the_folder_of_a_data_set_says_how_to_convert_it(tmp_path):
+    datasets.Dataset.from_list([{"a": 1}]).save_to_disk(tmp_path / "saved")
+    assert "to_parquet" in refused(str(tmp_path / "saved"))
+
+
 def test_what_is_no_data_file(tmp_path, write):
     write("x.jsonl", "{}")
     assert "a folder" in refused(str(tmp_path)) and "x.jsonl" in refused(str(tmp_path))
     assert "no such file" in refused(str(tmp_path / "missing.jsonl"))
+    assert f"Is {tmp_path}/x.jsonl meant?" in refused(str(tmp_path / "x.jsnl.json"))
     assert ".parquet" in refused(write("x.txt", "hello"))
     for name in ("empty.jsonl", "empty.csv", "empty.tsv", "empty.json"):
         assert rows(write(name, "")) == []
@@ -164,7 +190,12 @@ def test_content_hash_is_the_content(write):
 
 def test_hub_out_of_reach_names_the_ways_on():
     told = refused("some-owner/some-data:config@train")  # tests run offline
-    assert "can't be reached" in told and "HF_HOME" in told and "--set data.train=FILE" in told
+    assert (
+        "no such file here" in told
+        and "can't be reached" in told
+        and "HF_HOME" in told
+        and "--set data.train=FILE" in told
+    )
 
 
 def test_the_hubs_cache_of_a_data_set_serves_offline():
@@ -180,3 +211,24 @@ def test_the_hubs_cache_of_a_data_set_serves_offline():
     assert [row.columns for row in iter_rows("some/reviews:small@test")] == [{"text": "a"}, {"text": "b"}]
     with pytest.raises(DataError, match="nothing"):
         list(iter_rows("some/reviews:nothing@test"))
+
+
+def test_one_config_and_split_in_the_hubs_cache_are_enough_offline():
+    """A download of one config leaves out the files of the first one, and maybe other splits of its own."""
+    repo = Path(os.environ["HF_HUB_CACHE"]) / "datasets--some--many"
+    snapshot = repo / "snapshots" / ("c" * 40)
+    (snapshot / "b").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("c" * 40)
+    (snapshot / "b/test-0.jsonl").write_text('{"text": "a"}\n')
+    splits = "  - {split: train, path: NAME/train-*}\n  - {split: test, path: NAME/test-*}\n"
+    configs = "".join(f"- config_name: {n}\n  data_files:\n{splits.replace('NAME', n)}" for n in "ab")
+    info = "dataset_info:\n- config_name: b\n  features: [{name: text, dtype: string}]\n  splits:\n"
+    info += "  - {name: train, num_bytes: 9, num_examples: 9}\n  - {name: test, num_bytes: 9, num_examples: 1}\n"
+    (snapshot / "README.md").write_text(f"---\nconfigs:\n{configs}{info}---\n")
+    assert [row.columns for row in iter_rows("some/many:b@test")] == [{"text": "a"}]
+    assert [row.columns for row in iter_rows("some/many:b")] == [{"text": "a"}]
+    with pytest.raises(DataError, match="train"):
+        list(iter_rows("some/many:b@train"))
+    with pytest.raises(DataError):
+        list(iter_rows("some/many:a@test"))

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from tests.base import write_base
 from tests.faults.command import cli, files, refused, refused_untouched, train, training
@@ -240,6 +241,22 @@ def test_a_tokenizer_of_more_ids_than_the_weights_know(folder):
     path.write_text(json.dumps(tokenizer))
     refused_untouched(folder, 4, "its weights know only", command=training("output=other"))
     refused_untouched(folder, 4, "its weights know only", command=("eval", "--other-base"))
+
+
+@pytest.mark.parametrize(("family", "code"), [("gpt2", 2), ("opt", 2), ("gptj", 2), ("llama", 0)])
+def test_rows_longer_than_the_base_has_positions(folder, family, code):
+    """Positions of a table end there, and nothing of an earlier run is lost; computed ones go on."""
+    shutil.rmtree(folder / "base")
+    write_base(folder / "base", family)
+    positions = AutoConfig.from_pretrained(folder / "base").max_position_embeddings
+    row = {"text": "good " * positions, "label": 1}
+    (folder / "train.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    longer = (*training(f"data.max_length={positions + 1}", "train.max_steps=1"), "--overwrite")
+    if code:
+        refused_untouched(folder, code, "data.max_length", f"to {positions} at most", command=longer)
+        longer = (*training(f"data.max_length={positions}", "train.max_steps=1"), "--overwrite")
+    ended = cli(folder, *longer)
+    assert ended.code == 0 and ("positions" in ended.err) == (code == 0), ended
 
 
 def test_a_chat_template_that_changed(fresh):
