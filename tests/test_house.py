@@ -12,7 +12,7 @@ ROOT = Path(lora_ft.__file__).parent
 FLOORS = [
     "errors signals",
     "names",
-    "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
+    "strict_yaml trainer_args setting_types schema config_problems config json_schema",  # config, top to bottom
     "layers.lora loss storage run_folder",
     "base model",
     "attention progress",
@@ -25,7 +25,7 @@ FLOORS = [
     "saving resume",
     "trainer",
     "train",
-    "check evaluate",
+    "check evaluate environment",
     "exits",
     "cli.app cli.prepare cli.run cli.use",
 ]

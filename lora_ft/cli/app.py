@@ -17,7 +17,7 @@ from lora_ft.signals import Stopped, Stopper
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich costs a third of the time that --help may take
     context_settings={"help_option_names": ["-h", "--help"]},
