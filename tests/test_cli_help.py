@@ -20,7 +20,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 def test_every_command_has_an_example_that_fits_a_terminal():
-    assert {"schema", "env"} <= set(COMMANDS)
+    assert {"schema", "env", "init", "export"} <= set(COMMANDS)
     for command in app.registered_commands:
         name, text = command.name or command.callback.__name__, command.callback.__doc__
         assert f"Example: lora-ft {name}" in text, name
@@ -35,6 +35,11 @@ def test_completion(shell):
     asked |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
     done = run(_LORA_FT_COMPLETE=f"complete_{shell}", **asked)
     assert "schema" in done.stdout and "train" not in done.stdout
+
+
+def test_completion_knows_the_settings():
+    asked = {"COMP_WORDS": "lora-ft train c.yaml --set adapter.r", "COMP_CWORD": "4"}
+    assert run(_LORA_FT_COMPLETE="complete_bash", **asked).stdout.split() == ["adapter.rank=", "adapter.rslora="]
 
 
 def test_schema_prints_what_the_files_have():

@@ -23,10 +23,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def settings_like(incomplete: str) -> list[str]:
+    """The settings that begin so, for the shell's completion of `--set`."""
+    from lora_ft.config_problems import SECTIONS
+
+    names = [f"{section}.{name}=" for section, model in SECTIONS.items() for name in model.model_fields]
+    return [name for name in [*names, "output="] if name.startswith(incomplete)]
+
+
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY.PATH=VALUE", help="Set one setting of the config; again for more, the last wins."
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        help="Set one setting of the config; again for more, the last wins.",
+        autocompletion=settings_like,
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,12 +1,41 @@
 """Commands for before a run: nothing is spent yet."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lora_ft import exits
 from lora_ft.cli.app import AllowPickle, AsJson, ConfigFile, Debug, Set, TrustRemoteCode, command
+
+
+@command
+def init(
+    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The file to write.")] = Path("config.yaml"),
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The base: a hub id, a folder, a .gguf file.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="A data file, or a hub id[:config][@split].")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="chat, classification, completion or text; else by the data's columns.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="The folder that gets the adapter; else out.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a config for a model and a data file; asks for what isn't given.
+
+    \b
+    Example: lora-ft init --model gpt2 --data reviews.csv
+    """
+    from lora_ft.starter import start
+
+    start(config, model, data, task, output, overwrite)
 
 
 @command
