@@ -209,7 +209,7 @@ def _pair(rows: Rows, prompt: str, completion: str, answer: str) -> dict[str, An
 
 
 def _gaps_told(rows: Rows, form: Form) -> Form:
-    """A row in which a column of the form is null, or a label empty, would stop a run: such rows are left out, and that is said."""
+    """Rows in which a column of the form is null, or a label empty, would stop a run: they are left out, and that is said."""
     labels = form.settings.get("label_names", {})
     gaps = sum(any(row.get(c) is None or c in labels and row[c] == "" for c in _used(form)) for row in rows)
     if not gaps:
