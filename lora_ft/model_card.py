@@ -69,5 +69,9 @@ Folded into the base, at no cost in inference: `lora-ft merge --adapter FOLDER`
 
 def served_rank(record: dict) -> int:
     """The smallest of vLLM's ranks that holds the file's: parts of a fused projection are stacked."""
-    rank = max(entry["rank"] * len(entry["parts"]) for entry in record["slices"].values())
+    return vllm_rank(max(entry["rank"] * len(entry["parts"]) for entry in record["slices"].values()))
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest of the ranks that vLLM's --max-lora-rank takes and that holds `rank`."""
     return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)

@@ -1,13 +1,14 @@
 """The types that settings have: what each accepts, how it is normalised, and a kind sentence for what it refuses.
 
-A validator raises ValueError with the sentence; lists become tuples, so that a config is frozen all through.
+A validator raises ValueError with the sentence; lists become tuples, so that a config is frozen all through. `_takes` says for
+the JSON Schema what a validator lets through.
 """
 
 import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
 from lora_ft.names import GROUPS, ROLES, nearest_role, shown, template_columns
 from lora_ft.trainer_args import SCHEDULERS
@@ -151,21 +152,65 @@ def _label_names(value: Any) -> Any:
     return {_column(column): _distinct(tuple(words))}
 
 
-Name = Annotated[str, AfterValidator(_name)]
+def _takes(*kinds: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema(kinds[0] if len(kinds) == 1 else {"anyOf": list(kinds)})
+
+
+def _list_of(item: dict[str, Any], **limits: Any) -> dict[str, Any]:
+    return {"type": "array", "items": item, "uniqueItems": True, **limits}
+
+
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_NULL: dict[str, Any] = {"type": "null"}
+_ROLE = {"enum": [*ROLES, *GROUPS]}
+_REPORTER = {"enum": list(REPORTERS)}
+_FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+_COUNT = {"type": "integer", "minimum": 1}
+_LAYER = {"type": "integer", "minimum": 0, "maximum": MAX_LAYERS - 1}
+_COLUMN = "^[^{}]+$"
+
+Name = Annotated[str, AfterValidator(_name), _takes(_TEXT)]
 LocalPath = Annotated[Name, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
-Names = Annotated[tuple[Name, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_listed), AfterValidator(_distinct), _takes(_TEXT, _list_of(_TEXT))]
 Targets = Annotated[
-    tuple[Annotated[str, AfterValidator(_role)], ...], BeforeValidator(_listed), AfterValidator(_distinct)
+    tuple[Annotated[str, AfterValidator(_role)], ...],
+    BeforeValidator(_listed),
+    AfterValidator(_distinct),
+    _takes(_ROLE, _list_of(_ROLE)),
 ]
 Reporters = Annotated[
-    tuple[Annotated[str, AfterValidator(_reporter)], ...], BeforeValidator(_reporters), AfterValidator(_distinct)
+    tuple[Annotated[str, AfterValidator(_reporter)], ...],
+    BeforeValidator(_reporters),
+    AfterValidator(_distinct),
+    _takes({"const": "none"}, _REPORTER, _list_of(_REPORTER)),
 ]
-Template = Annotated[str, AfterValidator(_template)]
-Supervised = Annotated[str, AfterValidator(_supervised)]
-Column = Annotated[str, AfterValidator(_column)]
-Steps = Annotated[int | float, BeforeValidator(_steps)]
-StepsOrNone = Annotated[int | float, BeforeValidator(_steps_or_none)]
-HeldOut = Annotated[tuple[Name, ...] | int | float | None, BeforeValidator(_held_out)]
-Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_layers)]
-LabelNames = Annotated[dict[str, tuple[str, ...]] | None, BeforeValidator(_label_names)]
-MicroBatch = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch)]
+Template = Annotated[str, AfterValidator(_template), _takes(_TEXT)]
+Supervised = Annotated[str, AfterValidator(_supervised), _takes(_TEXT)]
+Column = Annotated[str, AfterValidator(_column), _takes(_TEXT | {"pattern": _COLUMN})]
+Steps = Annotated[int | float, BeforeValidator(_steps), _takes(_FRACTION, _COUNT)]
+StepsOrNone = Annotated[int | float, BeforeValidator(_steps_or_none), _takes(_FRACTION, _COUNT | {"minimum": 0})]
+HeldOut = Annotated[
+    tuple[Name, ...] | int | float | None,
+    BeforeValidator(_held_out),
+    _takes(_TEXT, _list_of(_TEXT), _FRACTION, _COUNT, _NULL),
+]
+Layers = Annotated[
+    tuple[int, ...] | None,
+    BeforeValidator(_layers),
+    _takes(_list_of(_LAYER, minItems=1), {"type": "string", "pattern": r"^\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?$"}, _NULL),
+]
+LabelNames = Annotated[
+    dict[str, tuple[str, ...]] | None,
+    BeforeValidator(_label_names),
+    _takes(
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "patternProperties": {_COLUMN: _list_of(_TEXT, minItems=2)},
+            "additionalProperties": False,
+        },
+        _NULL,
+    ),
+]
+MicroBatch = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch), _takes({"const": "auto"}, _COUNT)]

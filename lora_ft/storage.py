@@ -27,7 +27,7 @@ def write_file(path: Path, data: bytes | str) -> None:
         FilesError: the folder is missing, read-only or full (with the bytes needed and free).
     """
     content = data.encode() if isinstance(data, str) else data
-    with _landing(path, len(content)) as temporary:
+    with landing(path, len(content)) as temporary:
         temporary.write_bytes(content)
 
 
@@ -56,7 +56,7 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = N
     from safetensors.torch import save_file
 
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
-    with _landing(path, needed) as temporary:
+    with landing(path, needed) as temporary:
         mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata or {"format": "pt"})  # puts a file of mode 0600 in the place of ours
         temporary.chmod(mode & 0o777)
@@ -185,8 +185,8 @@ def verify_manifest(folder: Path, entries: dict, error: type[UserError]) -> None
 
 
 @contextmanager
-def _landing(path: Path, needed: int) -> Iterator[Path]:
-    """An empty file with the umask's mode beside `path`, which it becomes at the end, made durable."""
+def landing(path: Path, needed: int) -> Iterator[Path]:
+    """An empty file with the umask's mode beside `path`, to fill; at the end it becomes `path`, made durable."""
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     with _as_files_error(path, needed):
         try:

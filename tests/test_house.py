@@ -12,7 +12,7 @@ ROOT = Path(lora_ft.__file__).parent
 FLOORS = [
     "errors signals",
     "names",
-    "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
+    "strict_yaml trainer_args setting_types schema config_problems config json_schema",  # config, top to bottom
     "layers.lora loss storage run_folder",
     "hub base model",
     "attention progress processes",
@@ -20,13 +20,16 @@ FLOORS = [
     "adapter.peft_config adapter.peft adapter.fit adapter.files",
     "adapter.disk adapter.prove adapter.shards adapter.merge",
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
+    "data.suggest",
     "data.batches data.prepare",
     "device scoring checkpoint record model_card sharding",
     "saving resume step",
     "trainer",
     "train",
-    "check evaluate",
+    "check evaluate environment starter",
     "exits launch",
+    "export.portable export.gguf_layout export.gguf_file export.gguf_vocabulary export.gguf_adapter export.gguf_model",
+    "export.hub export.command",
     "cli.app cli.prepare cli.run cli.use",
 ]
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms.split())}

@@ -11,10 +11,25 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.adapter.peft import PREFIX, WEIGHTS, AdapterFile, differences
 from lora_ft.adapter.peft_config import targeted
-from lora_ft.base import Base, digest, fingerprint
+from lora_ft.base import Base, digest, fingerprint, resolve
 from lora_ft.errors import ModelError
 from lora_ft.layers.lora import dimensions
 from lora_ft.model import tokenizer_hash
+
+
+def base_of(adapter: AdapterFile, name: str | None = None, allow_pickle: bool = False) -> Base:
+    """The files of the base that `name`, or else the adapter itself, names.
+
+    Raises:
+        ModelError: neither names one, or it isn't there.
+    """
+    recorded = (adapter.record or {}).get("base") or {}
+    name = name or recorded.get("name") or adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{adapter.folder}: doesn't say which base it was trained on. Name it with --base.")
+    if name == recorded.get("name"):
+        return resolve_of(adapter.folder, recorded, allow_pickle)
+    return resolve(name, allow_pickle=allow_pickle)
 
 
 def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear | Conv1D]:

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft import storage
 from lora_ft.adapter.disk import Edit, plan, stored_names
 from lora_ft.adapter.files import RECORD, WEIGHTS, write_record
-from lora_ft.adapter.fit import check_against, check_base, check_tokenizer
+from lora_ft.adapter.fit import base_of, check_against, check_base, check_tokenizer
 from lora_ft.adapter.peft import AdapterFile, read_adapter
 from lora_ft.adapter.prove import compare_logits, sample_rows
 from lora_ft.adapter.shards import check_copies, stored_keys, write_shards
-from lora_ft.base import Base, fingerprint, opened, resolve, resolve_of, stored_dtype, weight_files
+from lora_ft.base import Base, fingerprint, opened, stored_dtype, weight_files
 from lora_ft.errors import ModelError
 from lora_ft.model import load_base, load_tokenizer, skeleton
 
@@ -53,22 +53,13 @@ def merge_command(
     Raises:
         UserError: as `merge_adapter`; or no base is named, on the command line or in the adapter.
     """
-    found = read_adapter(adapter)
-    recorded = (found.record or {}).get("base") or {}
-    name = base or recorded.get("name") or found.config.get("base_model_name_or_path")
-    if not name:
-        raise ModelError(f"{adapter}: doesn't say which base it was trained on. Name it with --base.")
-    if name == recorded.get("name"):
-        files = resolve_of(adapter, recorded, allow_pickle)
-    else:
-        files = resolve(name, allow_pickle=allow_pickle)
-    here = adapter if adapter.name not in ("", "..") else adapter.resolve()
-    output = output or here.with_name(f"{here.name}-merged")
+    files = base_of(read_adapter(adapter), base, allow_pickle)
+    output = output or beside(adapter, "-merged")
     report = merge_adapter(
         files, adapter, output, verify=verify, other_base=other_base, trust_remote_code=trust_remote_code,
         progress=sys.stderr.isatty(),
     )  # fmt: skip
-    print(f"merged {adapter} into {name}: {output}")
+    print(f"merged {adapter} into {files.name}: {output}")
     print(f"  {report['modules']} matrices, stored as {report['dtype']}; largest error {report['matrix_error']:.3g}")
     if logits := report["logits"]:
         print(
@@ -81,6 +72,12 @@ def merge_command(
     else:
         print("  logits were not compared (--no-verify)")
     print(f"  {report['seconds']:.1f} s, {report['peak_memory_mb']} MB of memory at most")
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """The sibling of `folder` whose name is its name and `ending`."""
+    here = folder if folder.name not in ("", "..") else folder.resolve()
+    return here.with_name(here.name + ending)
 
 
 def merge_adapter(

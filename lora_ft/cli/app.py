@@ -18,16 +18,28 @@ from lora_ft.signals import Stopped, Stopper
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich costs a third of the time that --help may take
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def settings_like(incomplete: str) -> list[str]:
+    """The settings that begin so, for the shell's completion of `--set`."""
+    from lora_ft.config_problems import SECTIONS
+
+    names = [f"{section}.{name}=" for section, model in SECTIONS.items() for name in model.model_fields]
+    return [name for name in [*names, "output="] if name.startswith(incomplete)]
+
+
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY.PATH=VALUE", help="Set one setting of the config; again for more, the last wins."
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        help="Set one setting of the config; again for more, the last wins.",
+        autocompletion=settings_like,
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

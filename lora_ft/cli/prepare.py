@@ -1,7 +1,41 @@
 """Commands for before a run: nothing is spent yet."""
 
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from lora_ft import exits
 from lora_ft.cli.app import AllowPickle, AsJson, ConfigFile, Debug, Set, TrustRemoteCode, command
+
+
+@command
+def init(
+    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The file to write.")] = Path("config.yaml"),
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The base: a hub id, a folder, a .gguf file.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="A data file, or a hub id[:config][@split].")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="chat, classification, completion or text; else by the data's columns.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="The folder that gets the adapter; else out.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a config for a model and a data file; asks for what isn't given.
+
+    \b
+    Example: lora-ft init --model gpt2 --data reviews.csv
+    """
+    from lora_ft.starter import start
+
+    start(config, model, data, task, output, overwrite)
 
 
 @command
@@ -25,3 +59,37 @@ def check(
     from lora_ft.check import check
 
     check(settings, as_json=as_json, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+
+
+@command
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The reference page instead: every setting in words.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON Schema of a config, for completion in editors.
+
+    \b
+    Example: lora-ft schema > lora-ft.schema.json
+    """
+    from lora_ft.json_schema import reference, schema_text
+
+    sys.stdout.write(reference() if markdown else schema_text())
+
+
+@command
+def env(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Print versions, device and memory, for a bug report.
+
+    \b
+    Example: lora-ft env > env.txt
+    """
+    from lora_ft import environment
+
+    if as_json:
+        import json
+
+        print(json.dumps(environment.environment()))
+    else:
+        sys.stdout.write(environment.report())

@@ -1,5 +1,6 @@
 """Commands for what a run has left."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -78,4 +79,67 @@ def merge(
         other_base=other_base,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+    )
+
+
+class Form(StrEnum):
+    """What an export makes."""
+
+    peft = "peft"
+    merged = "merged"
+    gguf = "gguf"
+
+
+class Dtype(StrEnum):
+    """How a GGUF's matrices are stored."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@command
+def export(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="An adapter, a checkpoint; for a GGUF also a merged model.")
+    ],
+    to: Annotated[
+        Form, typer.Option(help="The part of PEFT's format that all read; a merged model; a file for llama.cpp.")
+    ],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="gguf: base and adapter in one, not the adapter alone.")
+    ] = False,
+    dtype: Annotated[
+        Dtype, typer.Option(help="gguf: of the matrices; auto: an adapter float32, a model as stored.")
+    ] = Dtype.auto,
+    output: Annotated[Path | None, typer.Option(metavar="PATH", help="Where; else beside FOLDER, by its name.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The base, if the record has none or it moved.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the logits of a whole model.")] = True,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Then upload it to this hub repository.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public; else private.")] = False,
+    other_base: OtherBase = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter as PEFT, vLLM or llama.cpp load it, or push it.
+
+    \b
+    Example: lora-ft export out --to gguf
+    """
+    exits.quiet()
+    from lora_ft.export.command import export_command
+
+    export_command(
+        folder,
+        str(to),
+        output=output,
+        base=base,
+        merged=merged,
+        dtype=str(dtype),
+        verify=verify,
+        push=push,
+        public=public,
+        other_base=other_base,
     )
