@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.adapter.peft import PREFIX, WEIGHTS, AdapterFile, differences
 from lora_ft.adapter.peft_config import targeted
-from lora_ft.base import Base, digest, fingerprint, resolve
+from lora_ft.base import Base, digest, fingerprint, resolve, resolve_of
 from lora_ft.errors import ModelError
 from lora_ft.layers.lora import dimensions
 from lora_ft.model import tokenizer_hash
