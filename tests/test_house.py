@@ -23,9 +23,10 @@ FLOORS = [
     "data.batches data.prepare",
     "device scoring checkpoint record model_card",
     "saving resume",
-    "trainer",
+    "trainer memory findings",
+    "preview",
     "train",
-    "check evaluate",
+    "timing look check shapes evaluate",
     "exits",
     "cli.app cli.prepare cli.run cli.use",
 ]

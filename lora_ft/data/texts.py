@@ -16,7 +16,7 @@ from lora_ft.data.template import BadRow, Columns, Template, pair_renderer, rend
 from lora_ft.errors import DataError
 from lora_ft.names import printable
 
-CODE = 2  # raise it when this package comes to encode the same rows otherwise: older cache entries are then left alone
+CODE = 3  # raise it when this package comes to encode the same rows otherwise: older cache entries are then left alone
 BATCH = 1000
 LISTED = 20  # bad rows named in a report
 SKIP_HINT = "Mend it, or leave such rows out with data.bad_rows: skip."
