@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import and_masks, eager_mask, packed_sequence_mask_function, sdpa_mask
 
 NAME = "lora_ft_packed"
+OWN_ATTENTION = {"bloom", "codegen"}  # take any attention's name, and never call it
 _lengths: list[int] | None = None  # of the examples in the row that is being computed; models pass no such thing down
 
 
@@ -41,6 +42,14 @@ class Packing:
                 if (how == "mask" or model._supports_attention_backend) and isolates(model, cls(how)):
                     return cls(how)
         return cls("alone")
+
+    @classmethod
+    def expected(cls, model: PreTrainedModel, longest: int) -> "Packing":
+        """What `of` will most likely find, by what the model says of itself: for a model without weights."""
+        if _frequencies_follow_length(model, longest):
+            return cls("alone")
+        own = model.config.model_type in OWN_ATTENTION or not model._supports_attention_backend
+        return cls("mask" if own else "attention")
 
     @contextmanager
     def row(self, model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[None]:
@@ -119,7 +128,7 @@ def _and_segments(mask: Callable) -> Callable:
     def masked(*args, mask_function, device="cpu", **kwargs):
         if _lengths is not None:
             segments = torch.arange(len(_lengths), device=device).repeat_interleave(
-                torch.tensor(_lengths, device=device)
+                torch.tensor(_lengths, device=device), output_size=sum(_lengths)
             )
             mask_function = and_masks(mask_function, packed_sequence_mask_function(segments[None]))
             kwargs["allow_is_causal_skip"] = False

@@ -1,79 +1,136 @@
-"""`lora-ft check`: everything short of training, within seconds: config, rows as the model sees them, targets, sizes."""
+"""`lora-ft check`: everything short of training, within seconds: config, rows as the model sees them, targets, memory.
 
-import itertools
+All that `train` would refuse before its first step is found here, all at once, by the same functions; the exit code is
+that of what training would meet first.
+"""
+
 import json
 
-import torch
 import yaml
-from rich.console import Console
-from rich.text import Text
+from transformers import PreTrainedModel
 
-from lora_ft.adapter.inject import inject_lora, lora_layers, trainable
-from lora_ft.base import resolve, weight_files
+from lora_ft import findings, preview
+from lora_ft.adapter.files import bytes_on_disk
+from lora_ft.adapter.inject import lora_layers, trainable
 from lora_ft.config import Config
-from lora_ft.data.batches import Cut, Plan
-from lora_ft.data.prepare import prepare
-from lora_ft.model import load_tokenizer, skeleton
-from lora_ft.names import printable
+from lora_ft.data.examples import Examples
+from lora_ft.look import Looked, look
 
 SHOWN_ROWS = 2
 
 
 def check(
-    config: Config, *, as_json: bool = False, trust_remote_code: bool = False, allow_pickle: bool = False
+    config: Config,
+    *,
+    as_json: bool = False,
+    time: bool = False,
+    other_base: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> None:
-    """Print what a run of `config` would do; the same errors as training for what is wrong."""
-    base = resolve(config.model.name, config.model.revision, allow_pickle)
-    if not base.gguf and not base.pickles:
-        weight_files(base)
-    tokenizer = load_tokenizer(base, trust_remote_code)
-    train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
-    train, adapter = config.train, config.adapter
-    model = skeleton(base, trust_remote_code)
-    weights = sum(p.numel() for p in model.parameters())
-    with torch.device("meta"):  # shapes without memory
-        inject_lora(model, adapter.targets, adapter.rank, adapter.alpha, modules=adapter.modules, layers=adapter.layers)
-    parameters = sum(p.numel() for p in trainable(model).values())
-    plan = Plan(train_set.dataset, train.batch_size, train.num_train_epochs, train.max_steps, Cut(1), train.seed)
-    facts = {
-        "train": train_set.report.as_dict(),
-        "eval": eval_set.report.as_dict() if eval_set else None,
-        "steps": len(plan),
-        "base_parameters": weights,
-        "trainable_parameters": parameters,
-        "trainable_share": parameters / weights,
-        "adapter_bytes": 4 * parameters,
-        "adam_bytes": 8 * parameters,
-        "targets": {path: list(layer.rows) for path, layer in lora_layers(model).items()},
-    }
+    """Print what a run of `config` would do.
+
+    Raises:
+        UserError: what training would refuse, all of it in one message, after what could be found out was printed.
+    """
+    found = look(config, time, other_base, trust_remote_code, allow_pickle)
     if as_json:
-        print(json.dumps({"config": config.model_dump(mode="json"), **facts}))
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False)
-    console.print(f"train: {train_set.report.summary()}", markup=False)
-    if eval_set:
-        console.print(f"eval: {eval_set.report.summary()}", markup=False)
-    for i in range(min(SHOWN_ROWS, len(train_set.dataset))):
-        example = train_set.dataset[i]
-        console.print(f"\nrow {example['row']}, {len(example['input_ids'])} tokens, supervised between » and «:")
-        console.print(seen(example, tokenizer))
-    console.print(
-        f"\ntargets: {len(facts['targets'])} modules, {', '.join(list(facts['targets'])[:4])} ...", markup=False
-    )
-    console.print(
-        f"trainable: {parameters:,} of {weights:,} parameters ({parameters / weights:.2%}); "
-        f"adapter {facts['adapter_bytes'] / 2**20:.1f} MiB, Adam's state {facts['adam_bytes'] / 2**20:.1f} MiB"
-    )
-    console.print(f"steps: {len(plan)} of {train.batch_size} examples")
+        print(json.dumps(as_dict(found)))
+    elif found.model or found.train:
+        show(found)
+    if found.errors:
+        raise type(found.errors[0])("\n".join(map(str, found.errors)))
 
 
-def seen(example: dict, tokenizer) -> Text:
-    """A row after template, truncation and masking; supervised tokens bold and between » and «."""
-    text = Text()
-    pairs = zip(example["input_ids"], example["labels"], strict=True)
-    for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[1] >= 0):
-        piece = tokenizer.decode([token for token, _ in run])  # a run at a time: a character may be several tokens
-        shown = "\n".join(printable(line, 100_000) for line in piece.split("\n"))
-        text.append(f"»{shown}«" if supervised else shown, style="bold green" if supervised else "")
-    return text
+def as_dict(found: Looked) -> dict:
+    """All of it for machines; null for what is not known."""
+    facts: dict = {"config": found.config.model_dump(mode="json"), "device": found.device}
+    if found.train:
+        facts |= {
+            "train": found.train.report.as_dict(),
+            "eval": found.eval.report.as_dict() if found.eval else None,
+            "lengths": preview.histogram(findings.lengths(found.train), found.config.data.max_length),
+            "supervised_share": found.train.report.supervised / found.train.report.tokens,
+            "end_token_learned": found.ends_learned,
+            "eval_examples_in_train": found.in_common,
+        }
+    if found.plan:
+        facts["steps"] = len(found.plan)
+    if found.model:
+        facts |= sizes(found.model) | {
+            "targets": {path: list(layer.rows) for path, layer in lora_layers(found.model).items()}
+        }
+    facts["memory"] = found.memory.as_dict() if found.memory else None
+    if found.timing:
+        facts["timing"] = found.timing.as_dict()
+    errors = [{"exit_code": e.exit_code, "message": str(e)} for e in found.errors]
+    return facts | {"warnings": found.warnings, "errors": errors}
+
+
+def sizes(model: PreTrainedModel) -> dict:
+    """Numbers of parameters, and the bytes of the adapter's file and of Adam's state."""
+    parameters = sum(p.numel() for p in trainable(model).values())
+    base = sum(p.numel() for p in model.parameters()) - parameters
+    return {
+        "base_parameters": base,
+        "trainable_parameters": parameters,
+        "trainable_share": parameters / (base + parameters),
+        "adapter_bytes": bytes_on_disk(model),
+        "adam_bytes": 8 * parameters,
+    }
+
+
+def show(found: Looked) -> None:
+    """All of it for people."""
+    out = preview.console()
+    settings = yaml.safe_dump(found.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=76)
+    out.print(settings.rstrip())
+    if found.train and found.tokenizer:
+        show_data(found, found.train, out)
+    if found.model:
+        about, layers = sizes(found.model), lora_layers(found.model)
+        preview.heading(out, f"adapter: {len(layers)} modules")
+        for line in preview.target_lines(layers):
+            out.print(line)
+        out.print(
+            f"  trainable: {about['trainable_parameters']:,} of {about['base_parameters']:,} parameters "
+            f"({about['trainable_share']:.2%}); {preview.size(about['adapter_bytes'])} on disk"
+        )
+    if found.memory:
+        where = "this GPU's allocator" if found.device == "cuda" else "on this CPU"
+        preview.heading(out, f"memory that training needs, {where}")
+        for line in preview.memory_lines(found.memory):
+            out.print(line)
+    if found.plan:
+        steps = f"steps: {len(found.plan):,} of {found.config.train.batch_size} examples"
+        preview.heading(out, steps if found.timing else f"{steps} (--time: how long they take)")
+    if found.timing:
+        for line in found.timing.lines():
+            out.print(f"  {line}")
+    if found.warnings:
+        out.print()
+    for warning in found.warnings:
+        preview.paragraph(out, f"warning: {warning}", "yellow")
+
+
+def show_data(found: Looked, train: Examples, out) -> None:
+    preview.heading(out, "data")
+    for which, examples in (("train", train), ("eval", found.eval)):
+        if examples:
+            preview.paragraph(out, f"  {which}: {examples.report.summary()}")
+    out.print(
+        f"  supervised: {train.report.supervised / train.report.tokens:.1%} of the tokens; an end token is learned in "
+        f"{found.ends_learned:,} of {len(train.dataset):,}"
+    )
+    preview.heading(out, f"tokens an example, before truncation to max_length {found.config.data.max_length}")
+    bins = preview.histogram(findings.lengths(train), found.config.data.max_length)
+    for line in preview.histogram_lines(bins, out.encoding):
+        out.print(line)
+    first = list(range(min(SHOWN_ROWS, len(train.dataset))))
+    cut = next((i for i, t in enumerate(train.dataset["truncated"]) if t and i not in first), None)
+    for i in [*first, *([cut] if cut is not None else [])]:
+        example = train.dataset[i]
+        tail = ", truncated" if example["truncated"] else ""
+        marks = "»«" if out.encoding.lower().startswith("utf") else ">><<"
+        preview.heading(out, f"{example['where']}: {example['tokens']} tokens{tail}; supervised between {marks}")
+        out.print(preview.seen(example, found.tokenizer, out.encoding))

@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lora_ft.base import Base, digest, stored_dtype
 from lora_ft.errors import ConfigError, ModelError, is_memory
@@ -30,11 +37,41 @@ def load_config(base: Base, trust_remote_code: bool = False):
     return config
 
 
-def skeleton(base: Base, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model on the meta device: its modules and shapes, no weights and no memory."""
+def skeleton(
+    base: Base, trust_remote_code: bool = False, *, device: str = "meta", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model on the meta device: its modules and shapes, no weights and no memory.
+
+    Where tensors have no values (FakeTensorMode), `device` is the one to pretend; dtype: None for the config's.
+    """
     config = load_config(base, trust_remote_code)
-    with _as_model_error(base, "can't be built", trust_remote_code), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with _as_model_error(base, "can't be built", trust_remote_code):
+        return build(config, device, dtype, trust_remote_code)
+
+
+def build(
+    config: PretrainedConfig, device: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A new model of a config; for the meta device, or where tensors have no values."""
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def dtype_of(base: Base, dtype: str, device: str) -> torch.dtype:
+    """What "auto" (as stored; float16 becomes float32 on CPU), "float32", "bfloat16" or "float16" mean for this base."""
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    stored = stored_dtype(base)
+    return torch.float32 if stored is torch.float16 and device == "cpu" else stored
+
+
+def end_tokens(base: Base, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids at which generation stops: the tokenizer's end of sequence, and those of the base's generation config."""
+    path = base.folder / "generation_config.json"
+    settings = json.loads(path.read_bytes()) if path.is_file() and not base.gguf else {}
+    listed = settings.get("eos_token_id")
+    found = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    return {i for i in found if isinstance(i, int)}
 
 
 def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, device: str = "cpu") -> PreTrainedModel:
@@ -46,8 +83,7 @@ def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, 
     Raises:
         ModelError: unknown architecture, code of its own, missing or damaged weights, NaN or inf (the tensor is named).
     """
-    stored = stored_dtype(base)
-    wanted = DTYPES.get(dtype, torch.float32 if stored is torch.float16 and device == "cpu" else stored)
+    wanted = dtype_of(base, dtype, device)
     config = load_config(base, trust_remote_code)
     with _as_model_error(base, "can't be loaded", trust_remote_code):
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -22,6 +22,19 @@ RECORD, LOG, LOCK = "lora_ft.json", "log.jsonl", ".lock"
 WRITTEN = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 
 
+def check_writable(output: Path) -> None:
+    """Refuse an output that can't be written, without making it.
+
+    Raises:
+        FilesError: it is a file, or the system says no.
+    """
+    if output.exists() and not output.is_dir():
+        raise FilesError(f"output {output}: a file. Name a folder: --set output=FOLDER.")
+    there = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FilesError(f"output {output}: {there} can't be written. Name another: --set output=FOLDER.")
+
+
 @contextmanager
 def claimed(output: Path) -> Iterator[None]:
     """Hold `output` for this process, made if need be (and removed again if nothing came into it).
@@ -30,8 +43,7 @@ def claimed(output: Path) -> Iterator[None]:
         FilesError: it is a file, can't be written, or another run holds it (its pid is named).
     """
     made = not output.exists()
-    if not made and not output.is_dir():
-        raise FilesError(f"output {output}: a file. Name a folder: --set output=FOLDER.")
+    check_writable(output)
     lock = output / LOCK
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device, with_accelerate
 from lora_ft.errors import ConfigError
-from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer, tokenizer_hash
+from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer, skeleton, tokenizer_hash
 from lora_ft.names import first_line, say
 from lora_ft.record import describe, read_record
 from lora_ft.saving import Run
@@ -68,6 +68,7 @@ def train(
             if before:
                 check_base(before, base, other_base)
             tokenizer = load_tokenizer(base, trust_remote_code)
+            rehearse(config, base, other_base, trust_remote_code)
             train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
         if before:
             resuming.check_data(before, tokenizer_hash(tokenizer), train_set, eval_set)
@@ -81,7 +82,10 @@ def train(
         check_vocabulary(model, base, max(largest_id(s) for s in (train_set, eval_set) if s))
         longest = max(s.report.longest for s in (train_set, eval_set) if s)
         check_length(model, base, longest)
-        parameters = adapt(model, config.adapter, config.train.seed, base, other_base)
+        adapted = adapt(model, config.adapter, config.train.seed)
+        parameters = sum(p.numel() for p in trainable(model).values())
+        percent = parameters / sum(p.numel() for p in model.parameters())
+        say(f"adapter: {len(adapted)} modules, {parameters:,} trainable parameters ({percent:.2%} of the model)")
         packing = Packing.of(model, longest)
         if packing.how == "alone":
             say("this model's RoPE follows the longest position in a row: each example gets a row of its own (slower)")
@@ -154,8 +158,22 @@ def train(
         print(output)
 
 
-def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int, base: Base, other_base: bool) -> int:
-    """Inject the config's adapter; its number of trainable parameters, which is also said."""
+def rehearse(config: Config, base: Base, other_base: bool, trust_remote_code: bool) -> PreTrainedModel:
+    """The adapted model without its weights: what `adapt` would refuse is refused before any data is read.
+
+    Raises:
+        ModelError: targets that aren't there; adapter.init_from is missing, doesn't fit, or is another base's.
+    """
+    model = skeleton(base, trust_remote_code)
+    with torch.device("meta"):
+        adapt(model, config.adapter, config.train.seed)
+    if config.adapter.init_from:
+        check_base(read_record(Path(config.adapter.init_from)), base, other_base)
+    return model
+
+
+def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> list[str]:
+    """Inject the config's adapter; the paths of the adapted modules."""
     adapted = inject_lora(
         model,
         adapter.targets,
@@ -168,12 +186,8 @@ def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int, base: Base,
         seed=seed,
     )
     if adapter.init_from:
-        check_base(read_record(Path(adapter.init_from)), base, other_base)
         initialize_from(model, Path(adapter.init_from))
-    parameters = sum(p.numel() for p in trainable(model).values())
-    share = parameters / sum(p.numel() for p in model.parameters())
-    say(f"adapter: {len(adapted)} modules, {parameters:,} trainable parameters ({share:.2%} of the model)")
-    return parameters
+    return adapted
 
 
 def arguments(config: Config, device: str) -> TrainingArguments:

@@ -156,6 +156,8 @@ def test_the_options_reach_the_work(monkeypatch, tmp_path):
     (config,), options = call("check", str(path), "--json")
     assert config.model.name == "gpt2" and options == {
         "as_json": True,
+        "time": False,
+        "other_base": False,
         "trust_remote_code": False,
         "allow_pickle": False,
     }

@@ -129,12 +129,13 @@ def test_a_second_run_needs_leave_and_touches_nothing_of_others(folder):
 
 
 def test_check_shows_rows_and_targets_without_training(folder):
-    done = lora_ft("check", "config.yaml", "--json", cwd=folder)
+    done = lora_ft("check", "config.yaml", "--json", "--set", "output=other", cwd=folder)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["steps"] == 12 and len(facts["targets"]) == 4
     assert facts["trainable_parameters"] == record(folder)["trainable_parameters"]
     assert "»" in lora_ft("check", "config.yaml", cwd=folder).stdout
+    assert not (folder / "other").exists()
 
 
 def test_eval_with_nothing_trained_says_how_to_get_there(tmp_path):

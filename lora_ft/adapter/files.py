@@ -64,6 +64,13 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str, *, record: dict
         write_record(folder, {**record, "slices": slices(model)}, [WEIGHTS, CONFIG])
 
 
+def bytes_on_disk(model: nn.Module) -> int:
+    """Bytes of the tensors that `save_adapter` writes: one rank for all modules, each as large as its widest part needs."""
+    layers = lora_layers(model).values()
+    R = max(layer.rank * len(layer.rows) for layer in layers)
+    return sum(4 * R * (layer.in_features + layer.out_features) for layer in layers)
+
+
 def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Iterable[str] = ()) -> None:
     """Write lora_ft.json with the manifest of `names`; `mentions` are listed by name only. Always the last file."""
     files = storage.manifest(folder, names) | dict.fromkeys(sorted(mentions))

@@ -62,8 +62,13 @@ def check_shape(path: Path, module: str, A: Tensor, B: Tensor, in_features: int,
 
 
 def check_copies(model: nn.Module, adapter: AdapterFile) -> None:
-    """ModelError unless the base weights in the file (PEFT adds those of an adapted head) are the model's own."""
+    """ModelError unless the base weights in the file (PEFT adds those of an adapted head) are the model's own.
+
+    Of a model on the meta device nothing is asked: its weights are yet to come.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    if any(p.is_meta for p in parameters.values()):
+        return  # a model without weights is asked for shapes only
     for name, copy in adapter.copies.items():
         module = name.rpartition(".")[0]
         key = name if name in parameters else name.replace(module, f"{module}.base", 1)  # adapted already

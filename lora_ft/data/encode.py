@@ -119,7 +119,7 @@ def _encode(
             for e in kept:
                 values = (
                     *(e.input_ids, e.labels, row, where, e.prompt_length, e.choices, label),
-                    *(len(e.input_ids), e.supervised, e.truncated, e.merged),
+                    *(len(e.input_ids), e.whole, e.supervised, e.truncated, e.merged),
                 )
                 for column, value in zip(out.values(), values, strict=True):
                     column.append(value)

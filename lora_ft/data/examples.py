@@ -23,6 +23,7 @@ EXAMPLES = pa.schema(
         "choices": pa.list_(IDS),
         "label": pa.int32(),
         "tokens": pa.int32(),  # len(input_ids)
+        "whole": pa.int32(),  # tokens before truncation
         "supervised": pa.int32(),
         "truncated": pa.bool_(),
         "merged": pa.bool_(),
@@ -86,10 +87,10 @@ class Examples:
     """Encoded examples.
 
     dataset: one row an example. input_ids, labels: int32 lists of one length; labels[i] is input_ids[i] where
-    supervised, else -100 (not shifted; never at i = 0). tokens, supervised: their numbers. row: position in the
-    sources, from 0; where: for messages. prompt_length: tokens before the completion (0 for text and chat). choices:
-    ids of each label word after the prompt, no end-of-sequence ([] if not a classification); label: the right one, or
-    -1. label_words: the words, in that order.
+    supervised, else -100 (not shifted; never at i = 0). tokens, supervised: their numbers; whole: tokens before
+    truncation. row: position in the sources, from 0; where: for messages. prompt_length: tokens before the completion
+    (0 for text and chat). choices: ids of each label word after the prompt, no end-of-sequence ([] if not a
+    classification); label: the right one, or -1. label_words: the words, in that order.
     """
 
     dataset: datasets.Dataset

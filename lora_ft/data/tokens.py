@@ -22,6 +22,7 @@ class Encoded(NamedTuple):
 
     input_ids: Ids
     labels: Ids
+    whole: int  # tokens before truncation
     prompt_length: int = 0
     choices: list[Ids] = []  # noqa: RUF012
     truncated: bool = False
@@ -104,6 +105,7 @@ def encode_pairs(
         yield Encoded(
             ids,
             labels,
+            whole=len(prompt) + len(whole),
             prompt_length=min(len(kept), max_length),
             choices=words,
             truncated=len(ids) < len(prompt) + len(whole),
@@ -142,6 +144,7 @@ def encode_texts(texts: list[str], max_length: int, split: bool, coder: Coder) -
                 Encoded(
                     coder.before + piece,
                     [IGNORE, *labels[1:]],
+                    whole=len(coder.before) + len(piece if split and size else body),
                     truncated=cut and not (split and size),
                     blank=len(coder.before) + len(body) < 2,
                 )
@@ -166,6 +169,7 @@ def encode_chats(texts: list[str], spans: list[list[int]], max_length: int, code
         yield Encoded(
             ids[:max_length].tolist(),
             labels[:max_length].tolist(),
+            whole=len(ids),
             truncated=len(ids) > max_length,
             blank=bool((labels == IGNORE).all()),
         )

@@ -149,7 +149,7 @@ def test_eval_and_merge(folder, signum):
         (["eval"], (lora_ft.evaluate, "load_base", 1)),
         (["merge", "--adapter", "out"], (lora_ft.adapter.shards, "merged", 2)),
         (["merge", "--adapter", "out"], (lora_ft.adapter.merge, "compare_logits", 1)),
-        (["check", "config.yaml"], (lora_ft.check, "load_tokenizer", 1)),
+        (["check", "config.yaml"], (lora_ft.look, "load_tokenizer", 1)),
     ):
         ended = cli(folder, *command, before=at(*place, signum))
         assert ended.code == CODES[signum] and ended.err.rstrip().endswith("stopped"), ended

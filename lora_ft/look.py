@@ -1,0 +1,128 @@
+"""What is to be known of a run before it begins, found by the functions that `train` uses, in the order it uses them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from lora_ft import findings, preview, resume, run_folder
+from lora_ft.base import Base, resolve, weight_files
+from lora_ft.config import Config
+from lora_ft.data.batches import Cut, Plan
+from lora_ft.data.examples import Examples, largest_id
+from lora_ft.data.prepare import prepare
+from lora_ft.device import micro_batch_tokens, prepare_device
+from lora_ft.errors import UserError
+from lora_ft.memory import Memory, available, estimate, largest_rows, moments_of, resident
+from lora_ft.model import check_vocabulary, dtype_of, end_tokens, load_tokenizer, skeleton
+from lora_ft.timing import Timing, time_steps
+from lora_ft.train import adapt, arguments, rehearse
+
+
+@dataclass
+class Looked:
+    """What was found out; what could not be is None, and why is in errors."""
+
+    config: Config
+    device: str = "cpu"
+    args: TrainingArguments | None = None
+    base: Base | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel | None = None  # adapted, without weights
+    train: Examples | None = None
+    eval: Examples | None = None
+    plan: Plan | None = None
+    memory: Memory | None = None
+    timing: Timing | None = None
+    ends_learned: int = 0
+    in_common: int = 0
+    warnings: list[str] = field(default_factory=list)
+    errors: list[UserError] = field(default_factory=list)
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """What is refused within is kept, and the rest goes on."""
+        try:
+            yield
+        except UserError as e:
+            self.errors.append(e)
+
+
+def look(config: Config, time: bool, other_base: bool, trust_remote_code: bool, allow_pickle: bool) -> Looked:
+    """Everything, in the order in which `train` would come to it."""
+    found = Looked(config)
+    with found.attempt():
+        run_folder.check_writable(Path(config.output))
+        resume.beginning(Path(config.output), config, resume=False, overwrite=False)
+    with found.attempt():
+        found.device = prepare_device(config)
+        found.args = arguments(config, found.device)
+    with found.attempt():
+        found.base = resolve(config.model.name, config.model.revision, allow_pickle)
+        if not found.base.gguf and not found.base.pickles:
+            weight_files(found.base)
+        found.tokenizer = load_tokenizer(found.base, trust_remote_code)
+    if not found.base or not found.tokenizer:
+        return found
+    with found.attempt():
+        found.model = rehearse(config, found.base, other_base, trust_remote_code)
+    with found.attempt():
+        found.train, found.eval = prepare(config.data, found.tokenizer, config.train.seed)
+    if found.train:
+        look_at_data(found, found.train, found.tokenizer, end_tokens(found.base, found.tokenizer))
+    if found.train and found.model:
+        with found.attempt():
+            check_vocabulary(found.model, found.base, max(largest_id(s) for s in (found.train, found.eval) if s))
+        if found.args and found.plan:
+            look_at_memory(found, found.base, found.args, found.plan, trust_remote_code)
+        if time and found.plan and not found.errors:
+            found.timing = time_steps(config, found.base, found.train, found.eval, found.device, trust_remote_code)
+    return found
+
+
+def look_at_data(found: Looked, train: Examples, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
+    config, data = found.config.train, found.config.data
+    found.ends_learned = findings.ends_learned(train, ends)
+    found.in_common = findings.in_common(train, found.eval) if found.eval else 0
+    found.warnings += findings.data_warnings(
+        data, train, found.eval, ends, found.ends_learned, found.in_common, tokenizer
+    )
+    cut = Cut(micro_batch_tokens(found.config, found.device))
+    found.plan = Plan(train.dataset, config.batch_size, config.num_train_epochs, config.max_steps, cut, config.seed)
+
+
+def look_at_memory(found: Looked, base: Base, args: TrainingArguments, plan: Plan, trust_remote_code: bool) -> None:
+    """The memory estimate, and a warning where it is more than there is."""
+    config, device = found.config, found.device
+    dtype = dtype_of(base, config.model.dtype, device)
+    runtime = 0 if device == "cuda" else resident()
+
+    def build() -> PreTrainedModel:
+        model = skeleton(base, trust_remote_code, device=device, dtype=dtype)
+        adapt(model, config.adapter.model_copy(update={"init_from": None}), config.train.seed)
+        return model
+
+    try:
+        found.memory = estimate(
+            build,
+            largest_rows(plan),
+            checkpointing=config.train.gradient_checkpointing,
+            autocast=torch.bfloat16 if args.bf16 else None,
+            moments=moments_of(args),
+            runtime=runtime,
+        )
+    except Exception as e:  # a model whose steps depend on values (routed experts): anything may come
+        found.warnings.append(
+            f"memory: not estimated, for this architecture's steps depend on values ({type(e).__name__}). "
+            "--time measures it."
+        )
+        return
+    free = available(device) + (0 if device == "cuda" else resident())
+    if free and found.memory.total > free:
+        found.warnings.append(
+            f"memory: training needs {preview.size(found.memory.total)}, and {preview.size(free)} are free. Lower "
+            "train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing or model.dtype: bfloat16."
+        )

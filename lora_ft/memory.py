@@ -1,0 +1,209 @@
+"""The memory that training will need, found by running its own step on tensors that have shapes but no values.
+
+torch's FakeTensorMode computes shapes, dtypes and devices of everything and allocates nothing, so one forward and backward
+of the real code (flat rows, fused LoRA, chunked logits, checkpointing) shows every tensor it would make and when each goes:
+their sum at its highest is the peak. So any family, method or setting is counted by what it does, and no constant is fitted.
+What the process itself takes, interpreter and libraries, is read from the system.
+
+One thing can't be seen so: on a CPU freed memory goes back to the C library's heap, whose holes stay resident. HEAP is its
+measured share; with every block mapped on its own (MALLOC_MMAP_THRESHOLD_) the peak is what is counted here, and a run a
+quarter slower.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from lora_ft.attention import Packing
+from lora_ft.data.batches import Plan
+from lora_ft.loss import supervised_loss
+
+HEAP = 0.25  # of activations and logits, by glibc's malloc; seen were 0.2 to 0.35
+LOOKED_AT = 5000  # steps of a plan that are searched for its largest rows
+
+
+class Row(NamedTuple):
+    """A flat row: lengths of its examples, and how many of its tokens are supervised."""
+
+    lengths: tuple[int, ...]
+    supervised: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the moment when training needs most.
+
+    runtime: interpreter and libraries (0 on a GPU, whose allocator doesn't hold them). adapter: what is trained, and its
+    gradients; weights: all other parameters and buffers. logits: tensors over the vocabulary, at most loss.CHUNK tokens
+    of them; activations: everything else that the step makes. heap: freed memory that the C library keeps (0 on a GPU).
+    """
+
+    runtime: int
+    weights: int
+    adapter: int
+    optimizer: int
+    activations: int
+    logits: int
+    heap: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self) | {"total": self.total}
+
+
+def largest_rows(plan: Plan) -> list[Row]:
+    """The rows that may need most memory: the one with most tokens, and the one with most of them supervised."""
+    sizes = plan.dataset.select_columns(["tokens", "supervised"]).with_format("numpy")[:]
+    rows = []
+    for step in range(min(len(plan), LOOKED_AT)):
+        examples = plan.examples(step)
+        lengths = [int(sizes["tokens"][i]) for i in examples]
+        for row in plan.cut.rows(lengths):
+            supervised = sum(int(sizes["supervised"][examples[i]]) for i in row)
+            rows.append(Row(tuple(lengths[i] for i in row), supervised))
+    most = max(rows, key=lambda row: (sum(row.lengths), row.supervised))
+    heads = max(rows, key=lambda row: (row.supervised, sum(row.lengths)))
+    return [most] if heads.supervised == most.supervised else [most, heads]
+
+
+def estimate(
+    build: Callable[[], PreTrainedModel],
+    rows: Sequence[Row],
+    *,
+    packing: Packing | None = None,
+    checkpointing: bool = False,
+    autocast: torch.dtype | None = None,
+    moments: int = 2,
+    runtime: int = 0,
+) -> Memory:
+    """Memory of training the model that `build` makes, on the row of `rows` that needs most.
+
+    Args:
+        build: makes the model, on the device and in the dtype of the run, what is trained requiring gradients. It is called
+            where tensors have no values.
+        packing: how examples are kept apart; None takes what the architecture is expected to use.
+        moments: numbers that the optimizer keeps for each that is trained (AdamW: 2).
+        runtime: bytes that the process has before the model is there; 0, as on a GPU, leaves its heap out too.
+
+    Raises:
+        RuntimeError or another error of torch's: the model computes something that depends on values.
+    """
+    with FakeTensorMode():
+        model = build()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        held = bytes_of([*model.parameters(), *model.buffers()])
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        way = packing or Packing.expected(model, max(max(row.lengths) for row in rows))
+        peaks = [_step(model, row, way, autocast) for row in rows]
+    growth = max(peaks, key=lambda peak: sum(peak.values()))
+    return Memory(
+        runtime=runtime,
+        weights=held - bytes_of(trained),
+        adapter=2 * bytes_of(trained),
+        optimizer=moments * sum(4 * p.numel() for p in trained),
+        activations=growth["activations"],
+        logits=growth["logits"],
+        heap=int(HEAP * sum(growth.values())) if runtime else 0,
+    )
+
+
+def _step(model: PreTrainedModel, row: Row, packing: Packing, autocast: torch.dtype | None) -> dict[str, int]:
+    """What a micro-batch makes on top of parameters and their gradients, in bytes at its peak."""
+    device, tokens = model.device, sum(row.lengths)
+    model.train()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None  # there from the step's first micro-batch on
+    head = model.get_output_embeddings()
+    counted = _Live([*model.parameters(), *model.buffers()], head.weight.shape[0] if head is not None else 0)
+    with counted:
+        ids, positions = (torch.zeros(1, tokens, dtype=torch.long, device=device) for _ in range(2))
+        keep, targets = (torch.zeros(row.supervised, dtype=torch.long, device=device) for _ in range(2))
+        with packing.row(model, row.lengths):
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                loss = supervised_loss(model, ids, positions, keep, targets)
+            loss.backward()
+    return counted.at_peak
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, by kind; at_peak has them at the moment of the largest sum."""
+
+    def __init__(self, known: Sequence[Tensor], vocabulary: int):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.known = {_storage(t) for tensor in known for t in (tensor, tensor.grad) if t is not None}
+        self.now = {"activations": 0, "logits": 0}
+        self.at_peak, self.peak = dict(self.now), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and _storage(tensor) not in self.known:
+                self.add(tensor)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        key, storage = _storage(tensor), tensor.untyped_storage()
+        kind = "logits" if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "activations"
+        self.known.add(key)
+        self.now[kind] += storage.nbytes()
+        weakref.finalize(storage, self.drop, key, kind, storage.nbytes())
+        if sum(self.now.values()) > self.peak:
+            self.at_peak, self.peak = dict(self.now), sum(self.now.values())
+
+    def drop(self, key: int, kind: str, size: int) -> None:
+        self.known.discard(key)
+        self.now[kind] -= size
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Their storages' bytes, a shared one (a tied head's) once."""
+    return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def moments_of(args: TrainingArguments) -> int:
+    """Numbers that the Trainer's optimizer keeps for each trained one, seen on a step of a tiny one."""
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    parameter = nn.Parameter(torch.zeros(8, device=args.device))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = kind([parameter], **settings)
+    optimizer.step()
+    state = optimizer.state[parameter].values()
+    return sum(isinstance(value, Tensor) and value.shape == parameter.shape for value in state)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now; 0 where the system doesn't tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def available(device: str) -> int:
+    """Bytes of memory that are free for a new process, 0 where the system doesn't tell."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0

@@ -1,0 +1,112 @@
+"""How long a run will take: two real steps timed after a warm-up, and some of the eval data, nothing written."""
+
+import math
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from lora_ft.attention import Packing
+from lora_ft.base import Base
+from lora_ft.config import Config
+from lora_ft.data.batches import Cut, Plan
+from lora_ft.data.examples import Examples
+from lora_ft.device import micro_batch_tokens
+from lora_ft.model import load_base
+from lora_ft.preview import duration
+from lora_ft.progress import peak_memory_mb
+from lora_ft.scoring import score
+from lora_ft.train import adapt, arguments
+from lora_ft.trainer import LoRATrainer
+
+WARM_UP, TIMED, SCORED = 1, 2, 64  # steps, steps, eval examples
+
+
+@dataclass(frozen=True)
+class Timing:
+    """seconds_training, seconds_evaluating: of the whole run, by the tokens a second that were measured."""
+
+    tokens_per_second: float
+    seconds_training: float
+    seconds_evaluating: float
+    evaluations: int
+    peak_memory_mb: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        evaluating = f" and {duration(self.seconds_evaluating)} for {self.evaluations} evaluations"
+        return [
+            f"about {duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens a second"
+            + (evaluating if self.evaluations else ""),
+            f"measured peak of these {WARM_UP + TIMED} steps: {self.peak_memory_mb:,.0f} MiB",
+        ]
+
+
+class Clock(TrainerCallback):
+    """When each step began and ended."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **_):
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **_):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.begun)
+
+
+def time_steps(
+    config: Config, base: Base, train: Examples, evaluation: Examples | None, device: str, trust_remote_code: bool
+) -> Timing:
+    """Load the model and time it on the run's first steps. Raises as `load_base` and training do."""
+    model = load_base(base, config.model.dtype, trust_remote_code, device)
+    adapt(model, config.adapter, config.train.seed)
+    packing = Packing.of(model, max(s.report.longest for s in (train, evaluation) if s))
+    settings = config.train
+    cut = Cut(micro_batch_tokens(config, device), packing.how == "alone")
+
+    def plan(steps: int | None) -> Plan:
+        return Plan(train.dataset, settings.batch_size, settings.num_train_epochs, steps, cut, settings.seed)
+
+    timed, whole, clock = plan(WARM_UP + TIMED), plan(settings.max_steps), Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = {"output": folder, "train": settings.model_copy(update={"report_to": ()})}
+        args = arguments(config.model_copy(update=quiet), device)
+        args.max_steps, args.save_strategy, args.eval_strategy = len(timed), "no", "no"
+        trainer = LoRATrainer(
+            model=model,
+            args=args,
+            plan=timed,
+            packing=packing,
+            evaluation=None,
+            save=lambda state, best: None,
+            log_line=lambda line: None,
+        )
+        trainer.add_callback(clock)
+        trainer.train_from(None)
+    tokens = [timed[i]["tokens"] for i in range(len(timed))]
+    speed = sum(tokens[WARM_UP:]) / sum(clock.seconds[WARM_UP:])
+    per_epoch = train.report.tokens
+    evaluations, evaluating = 0, 0.0
+    if evaluation:
+        every = settings.eval_steps if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * len(whole))
+        evaluations = len(whole) // int(every)
+        some = evaluation.dataset.select(range(min(SCORED, len(evaluation.dataset))))
+        begun = time.perf_counter()
+        score(model, some, packing, cut.micro_batch_tokens)
+        share = int(np.sum(some["tokens"])) / evaluation.report.tokens
+        evaluating = evaluations * (time.perf_counter() - begun) / share
+    return Timing(
+        tokens_per_second=speed,
+        seconds_training=per_epoch * len(whole) / whole.steps_per_epoch / speed,
+        seconds_evaluating=evaluating,
+        evaluations=evaluations,
+        peak_memory_mb=peak_memory_mb(torch.device(device)),
+    )
