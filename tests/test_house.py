@@ -13,7 +13,7 @@ FLOORS = [
     "errors signals",
     "names",
     "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
-    "layers.lora loss storage run_folder",
+    "layers.lora layers.activation loss storage run_folder",
     "base model",
     "attention progress",
     "adapter.roles adapter.targets adapter.inject",

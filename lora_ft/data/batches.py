@@ -46,9 +46,16 @@ class Cut(NamedTuple):
     alone: bool = False
 
     def rows(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of `lengths`, grouped into rows: longest first, each into the first row with room."""
+        """Indices of `lengths`, grouped into as few rows as fit, of equal sums where that fits: memory is the largest row's."""
         if self.alone:
             return [[i] for i in range(len(lengths))]
+        rows = self._first_fit(lengths)
+        even = deal(lengths, len(rows))
+        fits = max(sum(lengths[i] for i in row) for row in even) <= self.micro_batch_tokens if even else True
+        return even if fits else rows
+
+    def _first_fit(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Longest first, each into the first row with room."""
         rows: list[list[int]] = []
         room: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -60,6 +67,20 @@ class Cut(NamedTuple):
             rows[row].append(i)
             room[row] -= lengths[i]
         return rows
+
+
+def deal(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of `lengths` in `count` shares of nearly equal sums: longest first, each to the smallest share so far.
+
+    (Longest processing time first, Graham 1969: within 4/3 of the best deal, and far closer for many examples.)
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    sums = [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        smallest = sums.index(min(sums))
+        shares[smallest].append(i)
+        sums[smallest] += lengths[i]
+    return [sorted(share) for share in shares]
 
 
 def micro_batch(examples: Sequence[dict]) -> MicroBatch:
