@@ -4,7 +4,8 @@
 
 Rows train the same examples from the same initial A, each in a process of its own, and take turns round by round, so that
 the machine's drift hits all alike. A row's speed is the median over its steps of real tokens a second (padding is none);
-ratios are taken within a round: median, and least to most.
+ratios are of the n-th step of one to the n-th of the other within a round: median, and least to most. `--add` keeps the rounds
+that results.json has of a piece.
 
     lora-ft    the tool's own path
     peft       PEFT + Trainer, dynamic padding, the same batches in the same order
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--add", action="store_true")
     options = parser.parse_args()
     kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if kept.get("machine") != machine():
@@ -59,40 +61,46 @@ def main() -> None:
             make_model(model, options.smollm2, folder)
             for workload in options.workloads.split(","):
                 write_data(workload, options.sst2, options.e2e, folder)
-                found = turns(options.rows.split(","), options.rounds, workload, model, folder, options.steps)
-                piece = {"date": str(date.today()), "steps": options.steps, "rows": found}
+                piece = kept["pieces"].get(f"{model} {workload}", {}) if options.add else {}
+                piece = {"date": str(date.today()), "rows": piece.get("rows", {})}
                 kept["pieces"][f"{model} {workload}"] = piece
-                print("\n".join(report(f"{model} {workload}", found)), flush=True)
-                RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+                for _ in range(options.rounds):
+                    for row in options.rows.split(","):
+                        result = run_row(row, workload, model, folder, options.steps)
+                        piece["rows"].setdefault(row, []).append(result)
+                        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+                print("\n".join(report(f"{model} {workload}", piece["rows"])), flush=True)
     draw(kept, HERE.parent / "docs" / "bench.svg")
 
 
-def turns(rows: list[str], rounds: int, workload: str, model: str, folder: Path, steps: int) -> dict[str, list[dict]]:
-    """row -> one result a round, the rows one after the other in each round."""
-    found: dict[str, list[dict]] = {row: [] for row in rows}
-    for n in range(rounds):
-        for row in rows:
-            command = [sys.executable, str(HERE / "rows.py"), row, workload, model, str(folder), str(steps)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{model} {workload} {row}: {done.stderr[-3000:]}")
-            result = json.loads(done.stdout.splitlines()[-1])
-            rates = [t / s for t, s in zip(result["tokens"], result["seconds"], strict=True)]
-            result["tokens_per_second"] = statistics.median(rates)
-            found[row].append(result)
-            shown = f"{result['tokens_per_second']:7.0f} tokens/s, peak {result.get('peak_mb', 0):.0f} MiB"
-            print(f"{model} {workload} round {n + 1} {row:8} {shown}", file=sys.stderr, flush=True)
-    return found
+def run_row(row: str, workload: str, model: str, folder: Path, steps: int) -> dict:
+    """One row in a process of its own, as `rows.py` says; with the median speed of its steps."""
+    command = [sys.executable, str(HERE / "rows.py"), row, workload, model, str(folder), str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{model} {workload} {row}: {done.stderr[-3000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    result = {k: [round(x, 4) for x in v] if isinstance(v, list) else v for k, v in result.items()}
+    result["tokens_per_second"] = round(statistics.median(rates(result)), 1)
+    shown = f"{result['tokens_per_second']:7.0f} tokens/s, peak {result.get('peak_mb', 0):.0f} MiB"
+    print(f"{model} {workload} {row:8} {shown}", file=sys.stderr, flush=True)
+    return result
+
+
+def rates(result: dict) -> list[float]:
+    """Real tokens a second of each step."""
+    return [n / s for n, s in zip(result["tokens"], result["seconds"], strict=True)]
 
 
 def report(piece: str, found: dict[str, list[dict]]) -> list[str]:
     ours, lines = found["lora-ft"], []
     for row, theirs in found.items():
-        speed = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, theirs, strict=True)]
+        pairs = list(zip(ours, theirs, strict=False))
+        speed = [x / y for a, b in pairs for x, y in zip(rates(a), rates(b), strict=False)]
         rate = statistics.median(r["tokens_per_second"] for r in theirs)
         line = f"{piece}: {row:8} {rate:6.0f} tokens/s; lora-ft / {row} {spread(speed)}"
         if "peak_mb" in theirs[0]:
-            memory = [a["peak_mb"] / b["peak_mb"] for a, b in zip(ours, theirs, strict=True)]
+            memory = [a["peak_mb"] / b["peak_mb"] for a, b in pairs]
             line += f"; peak {statistics.median(r['peak_mb'] for r in theirs):.0f} MiB, ratio {spread(memory)}"
         if row in ("peft", "grouped", "trl"):
             apart, allowed = difference(row, ours[0]["losses"], theirs[0]["losses"])
@@ -101,7 +109,7 @@ def report(piece: str, found: dict[str, list[dict]]) -> list[str]:
     flops = [sum(r["flops"]) / sum(r["tokens"]) for r in found.get("floor", [])]  # of a real token
     peak = next((f for name, f in PEAK_FLOPS.items() if name in machine()["processor"]), None)
     if flops and peak:
-        used = [a["tokens_per_second"] * f / peak for a, f in zip(ours, flops, strict=True)]
+        used = [a["tokens_per_second"] * f / peak for a, f in zip(ours, flops, strict=False)]
         lines.append(f"{piece}: model FLOPs utilisation (4P and the adapters' own, never 6P) {spread(used)}")
     return lines
 
@@ -111,7 +119,7 @@ def difference(row: str, ours: list[float], theirs: list[float]) -> tuple[float,
     if row == "grouped":
         mean = statistics.mean(ours)
         return abs(mean - statistics.mean(theirs)), 0.02 * mean
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), 1e-3
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=False)), 1e-3
 
 
 def spread(values: list[float]) -> str:

@@ -190,7 +190,7 @@ def floor(model: PreTrainedModel, plan: Plan, steps: int) -> tuple[list[float], 
         for W, n, _ in products:
             shapes = [(n, W.shape[1]), (n, W.shape[0])]
             place[W.shape, n] = [torch.randn(s, dtype=W.dtype, device=W.device) for s in shapes * 2]
-        for _ in range(2):  # the first time for warming up
+        for _ in range(2 if step == 0 else 1):  # the first time for warming up
             begun = time.perf_counter()
             with torch.no_grad():
                 for W, n, grad in products:

@@ -122,7 +122,7 @@ def _attention_in_one_call(query, key, value, lengths, scaling, sliding_window) 
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """0, and where each example ends; (examples + 1,)."""
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    return ends.pin_memory().to(device, non_blocking=True)
+    return (ends.pin_memory() if device.type == "cuda" else ends).to(device, non_blocking=True)
 
 
 def _attention_written_out(q, k, v, scaling, dropout, window, softcap, sinks) -> Tensor:

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lora_ft.adapter.files import initialize_from
 from lora_ft.attention import Packing
 from lora_ft.checkpoint import Counts, RandomState, State
-from lora_ft.data.batches import Plan, Step
+from lora_ft.data.batches import Plan, Step, on_device
 from lora_ft.errors import NumbersError
 from lora_ft.loss import supervised_loss
 from lora_ft.progress import Bar, LastStep, peak_memory_mb
@@ -70,7 +70,8 @@ class LoRATrainer(Trainer):
     # ---- a step ----
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(self.plan, batch_size=1, shuffle=False, collate_fn=_only, num_workers=0)
+        pinned = self.args.device.type == "cuda"  # so that a copy to the GPU waits for nothing
+        return DataLoader(self.plan, batch_size=1, shuffle=False, collate_fn=_only, num_workers=0, pin_memory=pinned)
 
     def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch=None) -> torch.Tensor:
         """Gradients of one whole optimizer step; returns its mean loss per supervised token."""
@@ -81,7 +82,7 @@ class LoRATrainer(Trainer):
             self.stopper.check()
             if not len(micro["keep"]):
                 continue
-            micro = self._prepare_inputs(micro)
+            micro = on_device(micro, self.args.device)
             with self.packing.row(self.model, micro["lengths"]):  # still open in the backward: checkpointing recomputes
                 with self.compute_loss_context_manager():
                     loss = supervised_loss(

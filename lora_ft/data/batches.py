@@ -102,6 +102,12 @@ def micro_batch(examples: Sequence[dict]) -> MicroBatch:
     )
 
 
+def on_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch's tensors on `device`, without waiting for the copies where the memory is pinned."""
+    to = {key: x.to(device, non_blocking=True) for key, x in micro.items() if isinstance(x, Tensor)}
+    return micro | to  # type: ignore[return-value]
+
+
 class Plan(Dataset):
     """The optimizer steps of a run, each an epoch's shuffled examples in turn; an epoch's last step may be smaller."""
 
