@@ -30,8 +30,9 @@ N ?= 200
 kill-test: .venv/.installed
 	@$(BIN)/python scripts/kill_test.py -n $(N)
 
-# Speed and memory against PEFT + Trainer and the machine's floor; some 40 minutes on an idle machine.
+# Speed and memory against PEFT + Trainer, TRL and the machine's floor; over an hour on an idle machine.
 bench: assets
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 format: .venv/.installed

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-CHUNK = 256  # tokens whose logits are in memory at a time
+CHUNK = 128  # tokens whose logits are in memory at a time; half of that would slow the head's products by a fifth
 
 
 @dataclass
@@ -63,7 +63,7 @@ def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, position_ids: Te
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy summed over tokens, in float32. logits (tokens, vocabulary), targets (tokens,)."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return _SummedLoss.apply(logits, targets)
 
 
 def supervised_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
@@ -102,6 +102,29 @@ def _body_returns(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
 def _head_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
     for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         yield summed_loss(head_logits(model, h), t)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """L = -sum_t log p_t[y_t] with p = softmax(logits); dL/dlogits = p - onehot(y).
+
+    log p is turned into that gradient in place on the way: F.cross_entropy would hold four tensors of this size at once.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        gradient = F.log_softmax(logits, -1, dtype=torch.float32)
+        at_target = gradient.gather(-1, targets[:, None])
+        if ctx.needs_input_grad[0]:
+            gradient.exp_().scatter_add_(-1, targets[:, None], torch.full_like(at_target, -1.0))
+            ctx.save_for_backward(gradient)
+            ctx.dtype = logits.dtype
+        return -at_target.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dL):
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(dL).to(ctx.dtype), None  # in place: a second backward would raise
 
 
 class _ChunkedLoss(torch.autograd.Function):

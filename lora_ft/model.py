@@ -17,6 +17,7 @@ from transformers import (
 
 from lora_ft.base import Base, digest, stored_dtype
 from lora_ft.errors import ConfigError, ModelError, is_memory
+from lora_ft.layers.activation import fuse_gelu
 from lora_ft.names import printable, say
 
 CONFIGS = ("config.json", "generation_config.json")
@@ -105,6 +106,7 @@ def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, 
     if base.gguf:  # dequantized on load: an ordinary model from here on
         del model.hf_quantizer, model.config.quantization_config
         model.is_quantized = False
+    fuse_gelu(model)
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not all(torch.isfinite(v) for v in torch.aminmax(tensor.detach())):
             raise ModelError(f"model {base.name}: the weight {name} holds NaN or inf.")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lora_ft import processes
 from lora_ft.adapter.inject import trainable
 from lora_ft.attention import Packing
-from lora_ft.data.batches import MicroBatch, Share, Step
+from lora_ft.data.batches import Share, Step, on_device
 from lora_ft.errors import NumbersError
 from lora_ft.loss import supervised_loss
 
@@ -25,7 +25,6 @@ def add_gradients(
     packing: Packing,
     step: Step,
     share: Share,
-    to_device: Callable[[MicroBatch], MicroBatch],
     autocast: Callable[[], AbstractContextManager],
     check: Callable[[], None],
 ) -> Tensor:
@@ -38,7 +37,7 @@ def add_gradients(
         check()
         if not len(micro["keep"]) and not share.even:
             continue
-        micro = to_device(micro)
+        micro = on_device(micro, model.device)
         with packing.row(model, micro["lengths"]):  # still open in the backward: checkpointing recomputes
             with autocast():
                 loss = supervised_loss(

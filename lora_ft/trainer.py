@@ -74,7 +74,8 @@ class LoRATrainer(Trainer):
     # ---- a step ----
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(self.plan, batch_size=1, shuffle=False, collate_fn=_only, num_workers=0)
+        pinned = self.args.device.type == "cuda"  # so that a copy to the GPU waits for nothing
+        return DataLoader(self.plan, batch_size=1, shuffle=False, collate_fn=_only, num_workers=0, pin_memory=pinned)
 
     def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch=None) -> torch.Tensor:
         """Gradients of one whole optimizer step; returns its mean loss per supervised token."""
@@ -87,7 +88,6 @@ class LoRATrainer(Trainer):
             self.packing,
             inputs,
             self.plan.share,
-            self._prepare_inputs,
             self.compute_loss_context_manager,
             self.stopper.check,
         )

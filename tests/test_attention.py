@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lora_ft import attention
 from lora_ft.adapter.inject import inject_lora, trainable
 from lora_ft.attention import Packing, flat, isolates
 from tests.families import COMMON, FAMILIES, build, tiny_model, token_ids
@@ -122,3 +123,28 @@ def test_gradients_equal_those_of_a_padded_batch(family, checkpointing):
         (model(**flat(rows), use_cache=False).logits[0] * weight).sum().backward()
     for (name, p), g in zip(trainable(model).items(), wanted, strict=True):
         assert torch.allclose(p.grad, g, rtol=1e-4, atol=1e-5 * g.abs().max()), name
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_one_variable_length_call_is_asked_for_what_the_calls_one_by_one_compute(window, monkeypatch):
+    """The GPU's path, with torch's kernel replaced by its documentation: it needs a GPU itself."""
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        out = torch.zeros_like(query)  # (tokens, heads, head_dim)
+        for start, end in zip(cu_seq_q.tolist(), cu_seq_k.tolist()[1:], strict=False):
+            assert end - start <= max_q == max_k
+            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+            distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+            left, right = window_size
+            allowed = ((left < 0) | (distance <= left)) & (-distance <= right)
+            k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v)) if enable_gqa else (k, v)
+            scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
+            out[start:end] = (scores.softmax(-1) @ v).transpose(0, 1)
+        return out
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8) for heads in (6, 2, 2))
+    monkeypatch.setattr(attention, "_lengths", list(LENGTHS))
+    one_by_one, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, None, 0.3, sliding_window=window)
+    at_once = attention._attention_in_one_call(q, k, v, LENGTHS, 0.3, window)
+    assert torch.allclose(at_once, one_by_one, atol=1e-6)

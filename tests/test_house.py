@@ -13,7 +13,7 @@ FLOORS = [
     "errors signals",
     "names",
     "strict_yaml trainer_args setting_types schema config_problems config json_schema",  # config, top to bottom
-    "layers.lora loss storage run_folder",
+    "layers.lora layers.activation loss storage run_folder",
     "hub base model",
     "attention progress processes",
     "adapter.roles adapter.targets adapter.inject",

@@ -60,9 +60,16 @@ class Cut(NamedTuple):
     alone: bool = False
 
     def rows(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of `lengths`, grouped into rows: longest first, each into the first row with room."""
+        """Indices of `lengths`, grouped into as few rows as fit, of equal sums where that fits: memory is the largest row's."""
         if self.alone:
             return [[i] for i in range(len(lengths))]
+        rows = self._first_fit(lengths)
+        even = deal(lengths, len(rows))
+        fits = max(sum(lengths[i] for i in row) for row in even) <= self.micro_batch_tokens if even else True
+        return even if fits else rows
+
+    def _first_fit(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Longest first, each into the first row with room."""
         rows: list[list[int]] = []
         room: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -107,6 +114,12 @@ def micro_batch(examples: Sequence[dict]) -> MicroBatch:
         targets=torch.tensor(targets, dtype=torch.long),
         lengths=[len(example["input_ids"]) for example in examples],
     )
+
+
+def on_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch's tensors on `device`, without waiting for the copies where the memory is pinned."""
+    to = {key: x.to(device, non_blocking=True) for key, x in micro.items() if isinstance(x, Tensor)}
+    return micro | to  # type: ignore[return-value]
 
 
 class Plan(Dataset):

@@ -72,3 +72,10 @@ def test_max_steps_beats_epochs_and_may_pass_them():
     assert len(long) == 100 and long.examples(99)
     assert plan(epochs=0.5).steps == 3
     assert plan().epoch_at(6) == 1.0 and plan().epoch_at(3) == pytest.approx(12 / 23)
+
+
+def test_rows_are_as_few_as_fit_and_even():
+    lengths = [30, 9, 14, 22, 5, 18, 27, 11, 8, 16]  # 160
+    rows = Cut(64).rows(lengths)
+    sums = [sum(lengths[i] for i in row) for row in rows]
+    assert len(rows) == 3 and max(sums) - min(sums) <= 5

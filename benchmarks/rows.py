@@ -1,0 +1,211 @@
+"""One row of the benchmark, in a process of its own: `python benchmarks/rows.py ROW WORKLOAD MODEL FOLDER STEPS`.
+
+Prints one line of JSON: of every step after WARM its real tokens and seconds, the losses, the peak memory.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft_trainer import Collator
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from workloads import WORKLOADS, config_of
+
+from lora_ft.adapter.inject import inject_lora, lora_layers, trainable
+from lora_ft.attention import Packing
+from lora_ft.base import resolve
+from lora_ft.config import Config
+from lora_ft.data.batches import Cut, Plan
+from lora_ft.data.prepare import prepare
+from lora_ft.device import micro_batch_tokens, prepare_device
+from lora_ft.layers.lora import LoRALinear, out_in
+from lora_ft.loss import supervised_loss
+from lora_ft.model import load_base, load_tokenizer
+from lora_ft.progress import peak_memory_mb
+from lora_ft.trainer import LoRATrainer
+
+WARM = 3  # steps before time is taken
+
+
+class Stamps(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self):
+        self.at: list[float] = []
+
+    def on_step_end(self, *_, **__):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.at.append(time.perf_counter())
+
+
+class Counting(Collator):
+    """Dynamic padding that remembers the real tokens of each batch."""
+
+    def __init__(self, pad: int):
+        super().__init__(pad)
+        self.tokens: list[int] = []
+
+    def __call__(self, rows):
+        self.tokens.append(sum(len(r["input_ids"]) for r in rows))
+        return super().__call__(rows)
+
+
+def run(row: str, workload: str, model_name: str, folder: Path, steps: int) -> dict:
+    steps += WARM
+    config = config_of(workload, model_name, folder, WORKLOADS[workload]["batch"] * steps)
+    ours = row in ("lora-ft", "full")
+    if ours:
+        device = prepare_device(config)
+    else:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.backends.cuda.matmul.allow_tf32 = True
+    base = resolve(config.model.name)
+    tokenizer = load_tokenizer(base)
+    data = prepare(config.data, tokenizer, 0)[0].dataset
+    plan = Plan(data, config.train.batch_size, 1, steps, Cut(micro_batch_tokens(config, device)), 0)
+    tokens = [sum(data[i]["tokens"] for i in plan.examples(s)) for s in range(steps)]
+    model = load_base(base, "auto", device=device)
+    inject_lora(model, [], config.adapter.rank, config.adapter.alpha, modules=config.adapter.modules, seed=0)
+    if row == "floor":
+        seconds, flops = floor(model, plan, steps)
+        return {"tokens": tokens[WARM:], "seconds": seconds[WARM:], "flops": flops[WARM:]}
+    stamps = Stamps()
+    settings = dict(
+        output_dir=str(folder / "run"), use_cpu=device == "cpu", learning_rate=2e-4, warmup_steps=0, logging_steps=1,
+        save_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False, max_steps=steps,
+        bf16=model.dtype is torch.bfloat16 and not ours,
+    )  # fmt: skip
+    losses: list[dict] = []
+    if ours:
+        if row == "full":
+            all_weights(model)
+        arguments = TrainingArguments(**settings, per_device_train_batch_size=1)
+        trainer = LoRATrainer(model, arguments, plan, Packing.of(model, 1024), None, lambda *_: None, losses.append)
+        trainer.add_callback(stamps)
+        trainer.train_from(None)
+    else:
+        order = data.select([i for s in range(steps) for i in plan.examples(s)]).select_columns(["input_ids", "labels"])
+        collator = Counting(tokenizer.pad_token_id or 0)
+        trainer = peer(row, with_peft(model, config), order, tokenizer, collator, settings, config.train.batch_size)
+        trainer.add_callback(stamps)
+        trainer.train()
+        losses = trainer.state.log_history
+        if row == "grouped":
+            tokens = collator.tokens[:steps]
+    seconds = [b - a for a, b in zip(stamps.at, stamps.at[1:], strict=False)]
+    return {
+        "tokens": tokens[WARM:],
+        "seconds": seconds[WARM - 1 :],
+        "losses": [line["loss"] for line in losses if "loss" in line],
+        "peak_mb": peak_memory_mb(torch.device(device)),
+    }
+
+
+def all_weights(model: PreTrainedModel) -> None:
+    """Full fine-tuning with our engine: every weight of the base trained, no adapter."""
+    for layer in lora_layers(model).values():
+        layer.enabled = False
+    model.requires_grad_(True)
+    for p in trainable(model).values():
+        p.requires_grad_(False)
+
+
+def with_peft(model: PreTrainedModel, config: Config) -> PreTrainedModel:
+    """Our adapters replaced by PEFT's, with the same initial A."""
+    from peft import LoraConfig, get_peft_model
+
+    starts = {path: next(iter(layer.lora_A.values())).data for path, layer in lora_layers(model).items()}
+    for path, layer in lora_layers(model).items():
+        model.set_submodule(path, layer.base)
+    adapter = config.adapter
+    theirs = get_peft_model(
+        model,
+        LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=adapter.modules, task_type="CAUSAL_LM"),
+    )
+    for path, A in starts.items():
+        theirs.base_model.model.get_submodule(path).lora_A["default"].weight.data.copy_(A)
+    return theirs
+
+
+class InOrder(Trainer):
+    """The data in the order it has: lora-ft's batches."""
+
+    def _get_train_sampler(self, dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+def peer(row: str, model, data, tokenizer, collator, settings: dict, batch_size: int) -> Trainer:
+    """peft: dynamic padding. grouped: and length-grouped sampling. trl: SFTTrainer, padding-free, its fused loss."""
+    settings = settings | {"per_device_train_batch_size": batch_size}
+    if row == "trl":
+        from trl import SFTConfig, SFTTrainer
+
+        # one flat row a batch: isolated on CPU too, through the mask that transformers makes of restarting positions
+        class SFTInOrder(SFTTrainer):
+            _get_train_sampler = InOrder._get_train_sampler
+
+        arguments = SFTConfig(**settings, padding_free=True, max_length=None, gradient_checkpointing=False)
+        return SFTInOrder(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    kind, sampling = (Trainer, "group_by_length") if row == "grouped" else (InOrder, "random")
+    arguments = TrainingArguments(**settings, train_sampling_strategy=sampling)
+    return kind(model=model, args=arguments, train_dataset=data, data_collator=collator)
+
+
+def floor(model: PreTrainedModel, plan: Plan, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds a step of the products that no engine with a frozen base can do without; its FLOPs, adapters' own included.
+
+    For each linear layer X Wᵀ, and dY W where its input depends on an adapter (not below the first adapted layer, nor in
+    that layer's own projections of the input); the head at supervised positions only. Which products these are is taken
+    from a real forward, then they alone are run on random numbers, into memory that is there already.
+    """
+    calls: list[tuple[torch.Tensor, int, bool]] = []
+
+    def note(module, args):
+        layer = module.base if isinstance(module, LoRALinear) else module
+        calls.append((out_in(layer), args[0].shape[:-1].numel(), args[0].requires_grad))
+
+    watched = {type(layer.base) for layer in lora_layers(model).values()} | {torch.nn.Linear, LoRALinear}
+    inner = {layer.base for layer in lora_layers(model).values()}
+    for module in model.modules():
+        if type(module) in watched and module not in inner:
+            module.register_forward_pre_hook(note)
+    packing, seconds, flops = Packing.of(model, 1024), [], []
+    model.train()
+    for step in range(steps):
+        products = []
+        for micro in plan[step]["micro"]:
+            calls.clear()
+            row = {k: v.to(model.device) for k, v in micro.items() if k != "lengths"}
+            with packing.row(model, micro["lengths"]):
+                supervised_loss(model, **row)
+            whole: dict[int, tuple[torch.Tensor, int, bool]] = {}  # the head's chunks in one
+            for W, n, grad in calls:
+                whole[W.data_ptr()] = (W, n + whole.get(W.data_ptr(), (W, 0, grad))[1], grad)
+            products += whole.values()
+        place = {}
+        for W, n, _ in products:
+            shapes = [(n, W.shape[1]), (n, W.shape[0])]
+            place[W.shape, n] = [torch.randn(s, dtype=W.dtype, device=W.device) for s in shapes * 2]
+        for _ in range(2 if step == 0 else 1):  # the first time for warming up
+            begun = time.perf_counter()
+            with torch.no_grad():
+                for W, n, grad in products:
+                    X, dY, dX, Y = place[W.shape, n]
+                    torch.mm(X, W.T, out=Y)
+                    if grad:
+                        torch.mm(dY, W, out=dX)
+            if W.is_cuda:
+                torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+        adapters = 6 * plan[step]["tokens"] * sum(p.numel() for p in trainable(model).values())
+        flops.append(float(sum(2 * n * W.numel() * (2 if grad else 1) for W, n, grad in products) + adapters))
+    return seconds, flops
+
+
+if __name__ == "__main__":
+    name, workload, model, folder, steps = sys.argv[1:]
+    print(json.dumps(run(name, workload, model, Path(folder), int(steps))))

@@ -1,0 +1,78 @@
+"""What is trained in the benchmark: workloads, models, and both as a config of the tool."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+from lora_ft.config import Config, parse_config
+
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GPT2 = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+# model -> modules of (q and v, all). PEFT can't adapt q and v alone within GPT-2's c_attn: there all rows adapt it whole.
+MODULES = {
+    "smollm2": (["q_proj", "v_proj"], LLAMA),
+    "gpt2": (["attn.c_attn"], GPT2),
+    "llama1b": (["q_proj", "v_proj"], LLAMA),
+}
+MODELS = tuple(MODULES)
+WORKLOADS = {
+    "sst2": dict(batch=16, rank=8, every=False),
+    "e2e_qv": dict(batch=8, rank=4, every=False),
+    "e2e_all": dict(batch=8, rank=16, every=True),
+    "text": dict(batch=4, rank=16, every=True, length=512),
+    "text1024": dict(batch=8, rank=16, every=True, length=1024),
+}
+
+
+def config_of(workload: str, model: str, folder: Path, examples: int) -> Config:
+    """The workload on `examples` rows of its data, which `write_data` has left in `folder`."""
+    w = WORKLOADS[workload]
+    data: dict = {"train": str(folder / f"{workload}.jsonl"), "max_train_examples": examples}
+    if workload == "sst2":
+        data |= {"prompt": "Review: {sentence}\nSentiment:", "completion": " {label}", "max_length": 128}
+        data |= {"label_names": {"label": ["negative", "positive"]}}
+    elif "length" in w:
+        data |= {"text": "{text}", "max_length": w["length"]}
+    else:
+        data |= {"prompt": "{input}\n", "completion": "{output}", "max_length": 256}
+    adapter = {"rank": w["rank"], "alpha": 2 * w["rank"], "targets": [], "modules": MODULES[model][w["every"]]}
+    train = {"batch_size": w["batch"], "learning_rate": 2e-4}
+    return parse_config({"model": {"name": str(folder / model)}, "adapter": adapter, "data": data, "train": train})
+
+
+def write_data(workload: str, sst2: Path, e2e: Path, folder: Path) -> None:
+    """The workload's rows as FOLDER/WORKLOAD.jsonl."""
+    if workload == "sst2":
+        with sst2.open(newline="") as file:
+            rows = [
+                r | {"label": int(r["label"])} for r in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            ]
+    else:
+        lines = e2e.read_text().splitlines()
+        rows = [dict(zip(("input", "output"), line.split("||"), strict=True)) for line in lines]
+        if length := WORKLOADS[workload].get("length"):  # so many lines that a row has more tokens than that
+            n = math.ceil(length / 30)
+            rows = [{"text": "\n".join(lines[i : i + n])} for i in range(0, len(lines) - n, n)]
+    (folder / f"{workload}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_model(model: str, smollm2: Path, folder: Path) -> None:
+    """FOLDER/MODEL: SmolLM2 as it is, or another architecture's real shape with random weights and SmolLM2's tokenizer."""
+    if model == "smollm2":
+        (folder / model).symlink_to(smollm2.absolute())
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+
+    torch.manual_seed(0)
+    if model == "gpt2":  # its real shape; without dropout, so that losses can be compared
+        config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    else:  # Llama 3.2 1B's shape
+        config = LlamaConfig(
+            vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, rope_theta=500_000.0,
+        )  # fmt: skip
+    dtype = torch.float32 if model == "gpt2" else torch.bfloat16
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder / model)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder / model)
