@@ -13,10 +13,10 @@ FLOORS = [
     "errors signals",
     "names",
     "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
-    "layers.lora loss storage run_folder",
+    "layers.lora layers.many loss storage run_folder",
     "base model",
     "attention progress",
-    "adapter.roles adapter.targets adapter.inject",
+    "adapter.roles adapter.targets adapter.inject adapter.many",
     "adapter.peft_config adapter.peft adapter.fit adapter.files",
     "adapter.disk adapter.prove adapter.shards adapter.merge",
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from lora_ft.adapter.many import bare, bare_modules
 from lora_ft.adapter.peft import PREFIX, WEIGHTS, AdapterFile, differences
 from lora_ft.adapter.peft_config import targeted
 from lora_ft.base import Base, digest, fingerprint
@@ -24,8 +25,8 @@ def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear
         ModelError: modules missing or unexpected (both lists), or a tensor of the wrong shape (both shapes).
     """
     path = adapter.folder / WEIGHTS
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    head = next((n for n, m in linear.items() if m is model.get_output_embeddings()), None)
+    linear = {name: m for name, m in bare_modules(model).items() if isinstance(m, nn.Linear | Conv1D)}
+    head = next((n for n, m in linear.items() if m is bare(model.get_output_embeddings())), None)
     expected = targeted(adapter.config, linear, head)
     missing = set() if expected is None else expected - adapter.tensors.keys()
     unexpected = adapter.tensors.keys() - linear.keys()
