@@ -25,7 +25,8 @@ FLOORS = [
     "saving resume",
     "trainer",
     "train",
-    "check evaluate",
+    "prompts serving chat",
+    "check evaluate generate",
     "exits",
     "cli.app cli.prepare cli.run cli.use",
 ]
