@@ -12,16 +12,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from lora_ft import run_folder
 from lora_ft.adapter.files import CONFIG, load_adapter
-from lora_ft.adapter.fit import check_base, check_tokenizer
+from lora_ft.adapter.fit import check_trained_on
 from lora_ft.adapter.many import check_names, mixed, use
-from lora_ft.base import Base, resolve
+from lora_ft.base import resolve
 from lora_ft.config import parse_config
 from lora_ft.data.chat import Turn
 from lora_ft.data.template import BadRow
 from lora_ft.device import prepare_device
 from lora_ft.errors import ConfigError, DataError, ModelError
 from lora_ft.model import load_base, load_tokenizer
-from lora_ft.names import printable
 from lora_ft.prompts import Form, form_of
 from lora_ft.record import read_record
 from lora_ft.storage import read_json
@@ -54,7 +53,11 @@ class Served:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     forms: dict[str | None, Form]
-    sampling: GenerationConfig
+
+    @property
+    def sampling(self) -> GenerationConfig:
+        """How answers are generated. It is the model's own, for `generate` fills what another leaves open from there."""
+        return self.model.generation_config
 
     @property
     def names(self) -> list[str]:
@@ -101,9 +104,7 @@ class Served:
         ids = torch.tensor([[pad] * (longest - len(q.ids)) + q.ids for q in questions], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(q.ids)) + [1] * len(q.ids) for q in questions], device=ids.device)
         streamer = None if show is None else _Texts(lambda rows: show([self._answer(row).text for row in rows]))
-        out = self.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=self.sampling, streamer=streamer
-        )
+        out = self.model.generate(input_ids=ids, attention_mask=mask, streamer=streamer)
         return [self._answer(row) for row in out[:, longest:].tolist()]
 
     def _answer(self, ids: list[int]) -> Answer:
@@ -166,23 +167,15 @@ def load(
     base = resolve(base_name, pinned, allow_pickle)
     tokenizer = load_tokenizer(base, trust_remote_code)
     for name, record in records.items():
-        check_of(name, record, base, tokenizer, other_base)
+        check_trained_on(name, record, base, tokenizer, other_base)
     model = load_base(base, config.model.dtype, trust_remote_code, device)
     data = {name: parse_config(r["config"]).data if "config" in r else None for name, r in records.items()}
     forms: dict[str | None, Form] = {name: form_of(section, tokenizer, raw) for name, section in data.items()}
     forms[None] = form_of(parse_config(own["config"]).data if own and "config" in own else None, tokenizer, raw)
     for name, folder in adapters.items():
         load_adapter(model, folder, name)
-    return Served(model, tokenizer, forms, own_sampling(model, tokenizer, forms.values()))
-
-
-def check_of(name: str, record: dict, base: Base, tokenizer: PreTrainedTokenizerBase, other_base: bool) -> None:
-    """`check_base` and `check_tokenizer`, with the adapter's name in the message."""
-    try:
-        check_base(record, base, other_base)
-        check_tokenizer(record, base, tokenizer, other_base)
-    except ModelError as e:
-        raise ModelError(f"adapter {printable(name)}: {e}") from e
+    model.generation_config = own_sampling(model, tokenizer, forms.values())
+    return Served(model, tokenizer, forms)
 
 
 def most_positions(model: PreTrainedModel) -> int | None:

@@ -16,6 +16,7 @@ from lora_ft.base import Base, digest, fingerprint
 from lora_ft.errors import ModelError
 from lora_ft.layers.lora import dimensions
 from lora_ft.model import tokenizer_hash
+from lora_ft.names import printable
 
 
 def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear | Conv1D]:
@@ -109,3 +110,12 @@ def check_tokenizer(record: dict | None, base: Base, tokenizer: PreTrainedTokeni
     if not other_base:
         raise ModelError(f"{message} Restore it, or insist with --other-base.")
     print(f"warning: {message} Going on, as --other-base asks.", file=sys.stderr)
+
+
+def check_trained_on(name: str, record: dict, base: Base, tokenizer: PreTrainedTokenizerBase, other_base: bool) -> None:
+    """`check_base` and `check_tokenizer` for one of several adapters, whose name the message then has."""
+    try:
+        check_base(record, base, other_base)
+        check_tokenizer(record, base, tokenizer, other_base)
+    except ModelError as e:
+        raise ModelError(f"adapter {printable(name)}: {e}") from e

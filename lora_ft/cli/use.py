@@ -11,7 +11,12 @@ from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRem
 
 @command
 def eval(
-    folder: Annotated[Path, typer.Argument(help="An adapter, a checkpoint or a merged model.")] = Path("out"),
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FOLDER]...", help="An adapter, a checkpoint or a merged model; or adapters of one base."
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Settings for an adapter without a record of its own.")] = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Other data than the run's eval data.")] = None,
     base: Annotated[str | None, typer.Option(metavar="NAME", help="The base: hub id or folder.")] = None,
@@ -22,7 +27,7 @@ def eval(
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Score an adapter beside its base, or a merged model alone.
+    """Score an adapter beside its base, several on one base, or a merged model alone.
 
     \b
     Example: lora-ft eval out --data reviews-test.jsonl --json
@@ -35,7 +40,7 @@ def eval(
     from lora_ft.evaluate import evaluate_command
 
     evaluate_command(
-        folder,
+        folders or [Path("out")],
         config_path=config,
         data=data,
         base=base,
