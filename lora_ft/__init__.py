@@ -1,6 +1,6 @@
 """LoRA fine-tuning of causal language models from one YAML file; `lora-ft --help` has the commands.
 
-From Python: `inject_lora`, `load_adapter`, `merge`, `unmerge`.
+From Python: `inject_lora`, `load_adapter`, `merge`, `unmerge`; `use` and `mixed` for several adapters on one base.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_ft.adapter.files import load_adapter
     from lora_ft.adapter.inject import inject_lora, merge, unmerge
+    from lora_ft.adapter.many import mixed, use
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "inject_lora", "load_adapter", "merge", "unmerge"]
+__all__ = ["__version__", "inject_lora", "load_adapter", "merge", "mixed", "unmerge", "use"]
 
 _ROOMS = {"inject_lora": "inject", "load_adapter": "files", "merge": "inject", "unmerge": "inject"}
+_ROOMS |= {"mixed": "many", "use": "many"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from lora_ft import run_folder
 from lora_ft.adapter.files import CONFIG, load_adapter
-from lora_ft.adapter.fit import check_base, check_tokenizer
+from lora_ft.adapter.fit import check_base, check_tokenizer, check_trained_on
 from lora_ft.adapter.inject import disabled
+from lora_ft.adapter.many import use
 from lora_ft.attention import Packing
 from lora_ft.base import resolve, resolve_of
 from lora_ft.config import Config, load_config, parse_config
@@ -28,7 +29,7 @@ from lora_ft.storage import read_json
 
 
 def evaluate_command(
-    folder: Path,
+    folders: Sequence[Path],
     *,
     config_path: Path | None = None,
     data: str | None = None,
@@ -39,11 +40,15 @@ def evaluate_command(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> None:
-    """Print the scores of `folder`: a table, or with `as_json` an object.
+    """Print the scores of a folder, or of several adapters of one base: a table, or with `as_json` an object.
+
+    Several are scored on the same examples: what the command line says, else the eval data and template of the first.
 
     Raises:
         UserError: nothing trained there, no eval data, or the wrong base.
     """
+    folder = folders[0]
+    others = {str(other): read_record(other) or {} for other in check_several(folders)}
     is_adapter = run_folder.has_adapter(folder)
     if not is_adapter and not (folder / "config.json").is_file():
         raise ModelError(
@@ -70,27 +75,65 @@ def evaluate_command(
     if is_adapter:
         check_base(record, files, other_base)
         check_tokenizer(record, files, tokenizer, other_base)
+    for other, its_record in others.items():
+        check_trained_on(other, its_record, files, tokenizer, other_base)
+        tell_other_data(other, its_record, config)
     examples = evaluation_set(config.data, tokenizer, config.train.seed)
     print(f"eval: {examples.report.summary()}", file=sys.stderr)
     model = load_base(files, config.model.dtype, trust_remote_code, device)
     check_vocabulary(model, files, largest_id(examples))
     check_length(model, files, examples.report.longest)
-    if is_adapter:
+    for name in [str(folder), *others] if others else []:
+        load_adapter(model, name, name)
+    if is_adapter and not others:
         load_adapter(model, folder)
 
     packing = Packing.of(model, examples.report.longest)
     at_most = micro_batch_tokens(config, device)
     scores = {}
-    if is_adapter:
+    if others:
+        for adapter in (None, str(folder), *others):
+            use(model, adapter)
+            scores[adapter or "base"] = score(model, examples.dataset, packing, at_most).metrics()
+    elif is_adapter:
         with disabled(model):
             scores["base"] = score(model, examples.dataset, packing, at_most).metrics()
         scores["adapter"] = score(model, examples.dataset, packing, at_most).metrics()
     else:
         scores["model"] = score(model, examples.dataset, packing, at_most).metrics()
-    if as_json:
+    if as_json and others:
+        base_scores = scores.pop("base")
+        print(json.dumps({"examples": len(examples.dataset), "base": base_scores, "adapters": scores}))
+    elif as_json:
         print(json.dumps({"examples": len(examples.dataset), **scores}))
     else:
         show(len(examples.dataset), scores, examples.label_words)
+
+
+def check_several(folders: Sequence[Path]) -> Sequence[Path]:
+    """The folders after the first; where there are any, all must hold adapters, each named once.
+
+    Raises:
+        ConfigError: a whole model, or a folder twice. ModelError: nothing trained in one.
+    """
+    for i, folder in enumerate(folders if len(folders) > 1 else ()):
+        if folder in folders[:i]:
+            raise ConfigError(f"{folder}: named twice")
+        if not run_folder.has_adapter(folder):
+            if (folder / "config.json").is_file():
+                raise ConfigError(
+                    f"{folder}: a whole model. Several at once must be adapters of one base; score it alone."
+                )
+            raise ModelError(run_folder.unfinished(folder) or f"{folder}: nothing trained there.")
+    return folders[1:]
+
+
+def tell_other_data(folder: str, record: dict, config: Config) -> None:
+    """Say so where an adapter is scored on a template that isn't its own."""
+    own, ours = (record.get("config") or {}).get("data") or {}, config.data.model_dump(mode="json")
+    settings = [s for s in ("prompt", "completion", "text", "messages", "chat_template", "label_names") if s in own]
+    if differ := [setting for setting in settings if own[setting] != ours[setting]]:
+        print(f"note: {folder} was trained with another {', '.join(f'data.{s}' for s in differ)}", file=sys.stderr)
 
 
 def settings(

@@ -82,10 +82,15 @@ def nearest_role(word: str) -> str:
     return stem if stem in choices else nearest(stem, choices) or (first or ["all"])[0]
 
 
-def printable(text: str, limit: int = 200) -> str:
-    """Text of a user, safe to print: control characters and escape codes as \\x1b and the like; cut at `limit`."""
+def printable(text: str, limit: int = 200, keep: str = "") -> str:
+    """Text of a user, safe to print: control characters and escape codes as \\x1b and the like; cut at `limit`.
+
+    keep: control characters that may stay, such as line ends.
+    """
     cut = text if len(text) <= limit else text[: limit - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape", "backslashreplace").decode() for c in cut
+    )
 
 
 def say(message: str) -> None:

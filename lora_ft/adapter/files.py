@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_ft import storage
 from lora_ft.adapter.fit import check_against, check_copies, check_shape
 from lora_ft.adapter.inject import lora_layers
+from lora_ft.adapter.many import adapter_names, add_adapter
 from lora_ft.adapter.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Slices, differences, read_adapter
 from lora_ft.adapter.peft_config import CONFIG
 from lora_ft.errors import ModelError
@@ -87,20 +88,27 @@ def slices(model: nn.Module) -> dict[str, dict]:
     }
 
 
-def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = False) -> AdapterFile:
+def load_adapter(
+    model: nn.Module, folder: Path | str, name: str | None = None, *, trainable: bool = False
+) -> AdapterFile:
     """Put an adapter from files, ours or PEFT's, into `model`, whose base weights are frozen by this.
 
-    Ours come back in the parts they were trained in, bit for bit; PEFT's as one part of rank R a module.
+    Ours come back in the parts they were trained in, bit for bit; PEFT's as one part of rank R a module. Without a `name`
+    it is the model's one adapter, in use at once, to go on training or to merge. With a name it is one of as many as
+    wanted that share the base, none of them in use before `use(model, name)` or `mixed(model, names)`.
 
     Raises:
-        ModelError: as `read_adapter` and `check_against`; or the model has adapters already.
+        ModelError: as `read_adapter` and `check_against`; the model has its one adapter already, or one of this name.
     """
-    if lora_layers(model):
-        raise ModelError("the model has an adapter already: load the base again, or merge the first one")
+    if lora_layers(model) or (name is None and adapter_names(model)):
+        raise ModelError(
+            "the model has an adapter already: load the base again, or merge the first one; or load each by a name"
+        )
     adapter = read_adapter(Path(folder))
     linear = check_against(model, adapter)
     check_copies(model, adapter)
     model.requires_grad_(False)
+    layers = {}
     for module, (A, B) in adapter.tensors.items():
         base = linear[module]
         cut = adapter.slices.get(module) or Slices(A.shape[0], {WHOLE: Rows.whole(B.shape[0])})
@@ -108,7 +116,12 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
         fill(layer, A, B, adapter.folder / WEIGHTS, module)
         layer.requires_grad_(trainable)
         layer.base.requires_grad_(False)
-        model.set_submodule(module, layer.train(base.training))
+        layers[module] = layer.train(base.training)
+    if name is not None:
+        add_adapter(model, name, layers)
+        return adapter
+    for module, layer in layers.items():
+        model.set_submodule(module, layer)
     return adapter
 
 

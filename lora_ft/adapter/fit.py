@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from lora_ft.adapter.many import bare, bare_modules
 from lora_ft.adapter.peft import PREFIX, WEIGHTS, AdapterFile, differences
 from lora_ft.adapter.peft_config import targeted
 from lora_ft.base import Base, digest, fingerprint, resolve, resolve_of
 from lora_ft.errors import ModelError
 from lora_ft.layers.lora import dimensions
 from lora_ft.model import tokenizer_hash
+from lora_ft.names import printable
 
 
 def base_of(adapter: AdapterFile, name: str | None = None, allow_pickle: bool = False) -> Base:
@@ -39,8 +41,8 @@ def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear
         ModelError: modules missing or unexpected (both lists), or a tensor of the wrong shape (both shapes).
     """
     path = adapter.folder / WEIGHTS
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    head = next((n for n, m in linear.items() if m is model.get_output_embeddings()), None)
+    linear = {name: m for name, m in bare_modules(model).items() if isinstance(m, nn.Linear | Conv1D)}
+    head = next((n for n, m in linear.items() if m is bare(model.get_output_embeddings())), None)
     expected = targeted(adapter.config, linear, head)
     missing = set() if expected is None else expected - adapter.tensors.keys()
     unexpected = adapter.tensors.keys() - linear.keys()
@@ -128,3 +130,12 @@ def check_tokenizer(record: dict | None, base: Base, tokenizer: PreTrainedTokeni
     if not other_base:
         raise ModelError(f"{message} Restore it, or insist with --other-base.")
     print(f"warning: {message} Going on, as --other-base asks.", file=sys.stderr)
+
+
+def check_trained_on(name: str, record: dict, base: Base, tokenizer: PreTrainedTokenizerBase, other_base: bool) -> None:
+    """`check_base` and `check_tokenizer` for one of several adapters, whose name the message then has."""
+    try:
+        check_base(record, base, other_base)
+        check_tokenizer(record, base, tokenizer, other_base)
+    except ModelError as e:
+        raise ModelError(f"adapter {printable(name)}: {e}") from e

@@ -96,7 +96,10 @@ def merge(model: PreTrainedModel) -> dict[str, LoRALinear]:
     """
     layers = lora_layers(model)
     if not layers:
-        raise ModelError("there are no LoRA layers to merge: this model is merged already, or was never adapted")
+        raise ModelError(
+            "there are no LoRA layers to merge: this model is merged already, was never adapted, or has adapters by "
+            "name, of which the one to merge is loaded without a name"
+        )
     if ties_head(model, layers):
         set_tied(model, False)
     for path, layer in layers.items():

@@ -12,6 +12,7 @@ from lora_ft import names
 from lora_ft.adapter.roles import Layout, layout
 from lora_ft.errors import ConfigError, ModelError
 from lora_ft.layers.lora import WHOLE, LoRALinear, Rows
+from lora_ft.layers.many import ManyLoRALinear
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def find_targets(
         ConfigError: a word in `targets` is no role.
         ModelError: the architecture is unknown or lacks a role; a name or a layer matches nothing.
     """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
+    if any(isinstance(module, LoRALinear | ManyLoRALinear) for module in model.modules()):
         raise ModelError("this model has LoRA layers already: merge them, or load the base anew, to adapt it again")
     linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     found = by_role(model, linear, targets, layers) if targets else {}

@@ -12,7 +12,12 @@ from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRem
 
 @command
 def eval(
-    folder: Annotated[Path, typer.Argument(help="An adapter, a checkpoint or a merged model.")] = Path("out"),
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FOLDER]...", help="An adapter, a checkpoint or a merged model; or adapters of one base."
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Settings for an adapter without a record of its own.")] = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Other data than the run's eval data.")] = None,
     base: Annotated[str | None, typer.Option(metavar="NAME", help="The base: hub id or folder.")] = None,
@@ -23,7 +28,7 @@ def eval(
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Score an adapter beside its base, or a merged model alone.
+    """Score an adapter beside its base, several on one base, or a merged model alone.
 
     \b
     Example: lora-ft eval out --data reviews-test.jsonl --json
@@ -36,12 +41,81 @@ def eval(
     from lora_ft.evaluate import evaluate_command
 
     evaluate_command(
-        folder,
+        folders or [Path("out")],
         config_path=config,
         data=data,
         base=base,
         as_json=as_json,
         overrides=set or [],
+        other_base=other_base,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+
+
+@command
+def generate(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]...", help="Adapters of one base, or a whole model; else out."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="An adapter by a name; again for more. The first answers first."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The base: hub id or folder. Alone: without adapters.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Answer this, through the run's own template.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Answer each row: the template's columns, `messages` or `prompt`, and maybe `adapter`; or .txt lines.",
+        ),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Texts are prompts as they are, through no template.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most; else 256.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.001, help="Sample; else as the model's own config.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this share.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of sampling.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of --prompts at a time, whatever their adapters.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each answer.")] = False,
+    other_base: OtherBase = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a prompt or a file of them, or chat: a base, an adapter, or several adapters on one base.
+
+    \b
+    Example: lora-ft generate out --prompt "The best film of the year"
+             lora-ft generate --adapter a=out/a --adapter b=out/b --prompts prompts.jsonl --json
+    """
+    exits.quiet()
+    from lora_ft.generate import generate_command
+
+    generate_command(
+        folders or [],
+        adapters=adapter or [],
+        base=base,
+        prompt=prompt,
+        prompts=prompts,
+        raw=raw,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        greedy=greedy,
+        seed=seed,
+        batch_size=batch_size,
+        as_json=as_json,
         other_base=other_base,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
