@@ -117,9 +117,11 @@ def questions_of(served: Served, source: str, default: str | None) -> list[Quest
         DataError: a row that can't be read or asked, with its line. ModelError: the name of no adapter, likewise.
     """
     found = []
-    for where, columns in read_prompts(source):
+    for where, columns, problem in read_prompts(source):
         name = columns.get("adapter", default)
         try:
+            if problem:
+                raise BadRow(problem)
             if not isinstance(name, str | None):
                 raise BadRow("its adapter is no name")
             adapter = served.adapter(name)

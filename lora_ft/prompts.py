@@ -7,7 +7,7 @@ has one, else with the text as it is; so is every text with `raw`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def form_of(data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, raw: bo
             raise
         chat = None
     talks = chat is not None and not raw and template.prompt is None and template.text is None
-    return Form(template, chat, talks, coder(tokenizer, eos=False))
+    return Form(template, chat, talks, replace(coder(tokenizer), eos=[]))
 
 
 def read_prompts(source: str) -> Iterator[Row]:
