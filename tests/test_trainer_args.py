@@ -52,7 +52,7 @@ def test_schedulers_take_what_the_table_says():
     [
         ({"learning_rate": 1e-4}, "train.learning_rate"),
         ({"gradient_accumulation_steps": 2}, "micro-batches"),
-        ({"push_to_hub": True}, "hf upload"),
+        ({"push_to_hub": True}, "--push REPO"),
         ({"adam_beta3": 0.9}, "did you mean adam_beta"),
         ({"adam_beta2": 1}, "from 0 up to, not including, 1"),
         ({"adam_beta2": True}, "true does not fit"),

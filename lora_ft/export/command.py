@@ -14,7 +14,7 @@ from lora_ft.export.gguf_adapter import write_adapter_gguf
 from lora_ft.export.gguf_layout import FAMILIES
 from lora_ft.export.gguf_model import prove_gguf, write_model_gguf
 from lora_ft.export.portable import write_portable
-from lora_ft.model import load_base, load_tokenizer, skeleton
+from lora_ft.model import load_base, load_config, load_tokenizer, skeleton
 from lora_ft.model_card import vllm_rank
 
 
@@ -123,6 +123,8 @@ def export_model_gguf(
         size = write_model_gguf(base, temporary, dtype, adapter)
         proof = prove_gguf(temporary, dtype, base, adapter) if verify else "--no-verify"
     print(f"{target}: {portable_name(base.name)}{' + adapter' if adapter else ''}, {dtype}, {size / 2**20:.1f} MiB")
+    if window := getattr(load_config(base), "sliding_window", None):
+        print(f"  note: the model attends to the last {window:,} positions; llama.cpp, in this architecture, to all")
     if isinstance(proof, str):
         print(f"  logits were not compared ({proof})")
     else:

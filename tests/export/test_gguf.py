@@ -170,6 +170,13 @@ def test_matrices_have_the_dtype_and_vectors_float32(tmp_path, dtype, kind):
     assert np.array_equal(torch.from_numpy(found.copy()).to(getattr(torch, dtype)).float().numpy(), found)
 
 
+def test_a_sliding_window_is_told(tmp_path, capsys):
+    write_model(tmp_path / "base", "mistral", sliding_window=16)
+    export_command(tmp_path / "base", "gguf")
+    out = capsys.readouterr().out
+    assert "the last 16 positions" in out and "doesn't read sliding_window" in out
+
+
 def test_llama_3s_frequencies(tmp_path):
     rope = dict(rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
     rope["original_max_position_embeddings"] = 64
