@@ -15,7 +15,7 @@ from lora_ft.data.batches import Cut, Plan
 from lora_ft.data.examples import Examples, largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device
-from lora_ft.errors import UserError
+from lora_ft.errors import ModelError, UserError
 from lora_ft.memory import Memory, available, estimate, largest_rows, moments_of, resident
 from lora_ft.model import check_vocabulary, dtype_of, end_tokens, load_tokenizer, skeleton
 from lora_ft.timing import Timing, time_steps
@@ -114,11 +114,8 @@ def look_at_memory(found: Looked, base: Base, args: TrainingArguments, plan: Pla
             moments=moments_of(args),
             runtime=runtime,
         )
-    except Exception as e:  # a model whose steps depend on values (routed experts): anything may come
-        found.warnings.append(
-            f"memory: not estimated, for this architecture's steps depend on values ({type(e).__name__}). "
-            "--time measures it."
-        )
+    except ModelError as e:  # training may well work
+        found.warnings.append(f"{e} --time measures it.")
         return
     free = available(device) + (0 if device == "cuda" else resident())
     if free and found.memory.total > free:

@@ -10,6 +10,7 @@ measured share; with every block mapped on its own (MALLOC_MMAP_THRESHOLD_) the 
 quarter slower.
 """
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,7 +27,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from lora_ft.attention import Packing
 from lora_ft.data.batches import Plan
+from lora_ft.errors import ModelError
 from lora_ft.loss import supervised_loss
+from lora_ft.names import printable
 
 HEAP = 0.25  # of activations and logits, by glibc's malloc; seen were 0.2 to 0.35
 LOOKED_AT = 5000  # steps of a plan that are searched for its largest rows
@@ -37,6 +40,11 @@ class Row(NamedTuple):
 
     lengths: tuple[int, ...]
     supervised: int
+
+    def with_fewer(self, at_most: int = 32) -> "Row":
+        """The same tokens in fewer examples: attention's memory is linear in them, and the estimate stays quick."""
+        size = -(-len(self.lengths) // at_most)
+        return Row(tuple(sum(self.lengths[i : i + size]) for i in range(0, len(self.lengths), size)), self.supervised)
 
 
 @dataclass(frozen=True)
@@ -99,16 +107,25 @@ def estimate(
         runtime: bytes that the process has before the model is there; 0, as on a GPU, leaves its heap out too.
 
     Raises:
-        RuntimeError or another error of torch's: the model computes something that depends on values.
+        ModelError: the model computes something that depends on values, so the step can't be run.
     """
-    with FakeTensorMode():
-        model = build()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        held = bytes_of([*model.parameters(), *model.buffers()])
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        way = packing or Packing.expected(model, max(max(row.lengths) for row in rows))
-        peaks = [_step(model, row, way, autocast) for row in rows]
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it is said in the error
+    try:
+        with FakeTensorMode():
+            model = build()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            held = bytes_of([*model.parameters(), *model.buffers()])
+            if checkpointing:
+                model.activation_checkpointing_enable()
+            way = packing or Packing.expected(model, max(max(row.lengths) for row in rows))
+            peaks = [_step(model, row.with_fewer(), way, autocast) for row in rows]
+    except ModelError:
+        raise
+    except Exception as e:  # what a model may need of values, and torch of kernels, comes in many classes
+        why = printable((str(e) or type(e).__name__).splitlines()[0], 120)
+        raise ModelError(
+            f"memory: can't be estimated, for torch can't run this model's step without values ({why})."
+        ) from e
     growth = max(peaks, key=lambda peak: sum(peak.values()))
     return Memory(
         runtime=runtime,

@@ -39,7 +39,7 @@ class Timing:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        evaluating = f" and {duration(self.seconds_evaluating)} for {self.evaluations} evaluations"
+        evaluating = f" and {duration(self.seconds_evaluating)} for evaluating {self.evaluations} times"
         return [
             f"about {duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens a second"
             + (evaluating if self.evaluations else ""),
@@ -97,7 +97,7 @@ def time_steps(
     evaluations, evaluating = 0, 0.0
     if evaluation:
         every = settings.eval_steps if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * len(whole))
-        evaluations = len(whole) // int(every)
+        evaluations = math.ceil(len(whole) / every)  # the last step is always evaluated
         some = evaluation.dataset.select(range(min(SCORED, len(evaluation.dataset))))
         begun = time.perf_counter()
         score(model, some, packing, cut.micro_batch_tokens)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from lora_ft.adapter.inject import inject_lora, trainable
 from lora_ft.attention import Packing
+from lora_ft.errors import ModelError
 from lora_ft.loss import supervised_loss
 from lora_ft.memory import Row, estimate, moments_of
 from tests.families import COMMON, FAMILIES, tiny_model
@@ -93,6 +94,11 @@ def test_checkpointing_needs_less_and_a_longer_row_more():
 def test_the_logits_of_a_row_are_those_of_a_chunk():
     few, many = (estimate(lambda: without_values("llama"), [Row((900,), n)]) for n in (300, 899))
     assert many.logits == few.logits
+
+
+def test_a_model_whose_step_needs_values_is_told():
+    with pytest.raises(ModelError, match="without values"):
+        estimate(lambda: without_values("mixtral"), [ROW])
 
 
 @pytest.mark.parametrize("optimizer, moments", [("adamw_torch", 2), ("sgd", 0), ("rmsprop", 1)])
