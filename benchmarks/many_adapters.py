@@ -103,6 +103,9 @@ def main() -> None:
     alone = solo()
     with mixed(model, rows):
         difference = (next_token(token, mixed_cache) - alone).abs().max().item()
+    bare_caches = [cache(None, prompts[i : i + 1]) for i in range(asked.rows)]
+    bare = torch.cat([next_token(token[i : i + 1], past) for i, past in enumerate(bare_caches)])
+    of_the_base = (next_token(token, base_cache) - bare).abs().max().item()
     for _ in range(asked.rounds):
         times.setdefault("token, one at a time", []).append(seconds(solo))
         times.setdefault("generate, one at a time", []).append(seconds(generate_solo))
@@ -119,7 +122,9 @@ def main() -> None:
     )
     result = {
         **{key: value for key, value in vars(asked).items() if key != "json"},
-        "largest_difference_of_logits": difference,
+        "largest_logit": alone.abs().max().item(),
+        "largest_difference_mixed_from_alone": difference,
+        "largest_difference_of_the_bare_base_batch_from_alone": of_the_base,
         "milliseconds": ms,
         "times_faster": {
             kind: round(ms[f"{kind}, one at a time"] / ms[f"{kind}, mixed batch"], 2) for kind in ("token", "generate")

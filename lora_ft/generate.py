@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from lora_ft import run_folder
 from lora_ft.chat import aloud, chat, visible
+from lora_ft.data.sources import Row
 from lora_ft.data.template import BadRow
 from lora_ft.errors import ConfigError, DataError, ModelError
 from lora_ft.names import printable
@@ -47,6 +48,7 @@ def generate_command(
     if as_json and prompt is None and prompts is None:
         raise ConfigError("--json goes with --prompt or --prompts")
     named, base = which(folders, adapters, base)
+    rows = list(read_prompts(prompts)) if prompts is not None else []  # what can't be read is told before all loading
     served = load(
         named,
         base,
@@ -67,7 +69,7 @@ def generate_command(
         torch.manual_seed(seed)
     first = next(iter(served.names), None)
     if prompts is not None:
-        answer_file(served, questions_of(served, prompts, first), batch_size, as_json)
+        answer_file(served, questions_of(served, rows, prompts, first), batch_size, as_json)
     elif prompt is not None and as_json:
         answer_file(served, [served.question(first, prompt, "--prompt")], 1, as_json)
     elif prompt is not None:
@@ -110,14 +112,14 @@ def which(folders: Sequence[Path], adapters: Sequence[str], base: str | None) ->
     return found, base
 
 
-def questions_of(served: Served, source: str, default: str | None) -> list[Question]:
-    """The questions of a prompts file; a row's `adapter` says whom to ask, else it is `default`.
+def questions_of(served: Served, rows: Sequence[Row], source: str, default: str | None) -> list[Question]:
+    """The questions of a prompts file's rows; a row's `adapter` says whom to ask, else it is `default`.
 
     Raises:
-        DataError: a row that can't be read or asked, with its line. ModelError: the name of no adapter, likewise.
+        DataError: a row that can't be asked, with its line. ModelError: the name of no adapter, likewise.
     """
     found = []
-    for where, columns, problem in read_prompts(source):
+    for where, columns, problem in rows:
         name = columns.get("adapter", default)
         try:
             if problem:

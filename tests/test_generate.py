@@ -278,6 +278,21 @@ def test_reset_forgets_and_too_long_is_told(here, capsys, monkeypatch):
     assert out == ["great", by_peft("talk", said("is it a bad movie")).strip()] and "128 positions" in err
 
 
+def test_ctrl_c_stops_an_answer_and_not_the_chat(here, capsys, monkeypatch):
+    real, calls = serving.Served.answers, []
+
+    def answers(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(serving.Served, "answers", answers)
+    out, err = chat(capsys, monkeypatch, ["is it a bad movie", "is it a good movie"], "talk")
+    assert out == ["", "great"] and "stopped; that answer is no part of the chat" in err
+    assert calls[1][1][0].text == said("is it a good movie")  # as if the first had not been asked
+
+
 def test_a_template_with_columns_wants_rows(here, capsys, monkeypatch):
     record = json.loads(Path("reviews/lora_ft.json").read_text())
     record["config"]["data"]["prompt"] = "{title}: {text}"
@@ -326,6 +341,7 @@ def test_a_chat_in_a_terminal(here):
         type_in("is it a bad movie\n")
         until("base | talk> ")
         assert re.search("┃.*base.*┃.*talk.*┃", screen) and "│" in screen
+        time.sleep(0.5)  # the line editor, just before it waits for a key, could miss it
         type_in("\x03")
         until("stopped")
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130

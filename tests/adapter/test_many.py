@@ -74,8 +74,7 @@ def test_a_mixed_batch_is_what_peft_computes(tmp_path, family):
         assert torch.allclose(logits(model, ids), logits(theirs.eval(), ids, adapter_names=names), atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams, family", [(1, f) for f in FAMILIES] + [(3, f) for f in ("gpt2", "llama", "gpt_neox")])
 def test_generation_with_padding_and_cache(tmp_path, family, beams):
     model = served(tmp_path, family)
     lengths = [4, 9, 6, 2, 7, 5, 9]
