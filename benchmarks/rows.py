@@ -1,6 +1,6 @@
 """One row of the benchmark, in a process of its own: `python benchmarks/rows.py ROW WORKLOAD MODEL FOLDER STEPS`.
 
-Prints one line of JSON: of every step after WARM its real tokens and seconds, the losses, the peak memory.
+Prints one line of JSON: of every step after the first few its real tokens and seconds, the losses, the peak memory.
 """
 
 import json
@@ -26,8 +26,6 @@ from lora_ft.loss import supervised_loss
 from lora_ft.model import load_base, load_tokenizer
 from lora_ft.progress import peak_memory_mb
 from lora_ft.trainer import LoRATrainer
-
-WARM = 3  # steps before time is taken
 
 
 class Stamps(TrainerCallback):
@@ -55,7 +53,8 @@ class Counting(Collator):
 
 
 def run(row: str, workload: str, model_name: str, folder: Path, steps: int) -> dict:
-    steps += WARM
+    warm = 1 if "length" in WORKLOADS[workload] else 3  # steps before time is taken; long ones are fewer
+    steps += warm
     config = config_of(workload, model_name, folder, WORKLOADS[workload]["batch"] * steps)
     ours = row in ("lora-ft", "full")
     if ours:
@@ -72,7 +71,7 @@ def run(row: str, workload: str, model_name: str, folder: Path, steps: int) -> d
     inject_lora(model, [], config.adapter.rank, config.adapter.alpha, modules=config.adapter.modules, seed=0)
     if row == "floor":
         seconds, flops = floor(model, plan, steps)
-        return {"tokens": tokens[WARM:], "seconds": seconds[WARM:], "flops": flops[WARM:]}
+        return {"tokens": tokens[warm:], "seconds": seconds[warm:], "flops": flops[warm:]}
     stamps = Stamps()
     settings = dict(
         output_dir=str(folder / "run"), use_cpu=device == "cpu", learning_rate=2e-4, warmup_steps=0, logging_steps=1,
@@ -98,8 +97,8 @@ def run(row: str, workload: str, model_name: str, folder: Path, steps: int) -> d
             tokens = collator.tokens[:steps]
     seconds = [b - a for a, b in zip(stamps.at, stamps.at[1:], strict=False)]
     return {
-        "tokens": tokens[WARM:],
-        "seconds": seconds[WARM - 1 :],
+        "tokens": tokens[warm:],
+        "seconds": seconds[warm - 1 :],
         "losses": [line["loss"] for line in losses if "loss" in line],
         "peak_mb": peak_memory_mb(torch.device(device)),
     }
