@@ -2,6 +2,8 @@
 
 import resource
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 from tqdm import tqdm
@@ -52,3 +54,23 @@ def peak_memory_mb(device: torch.device) -> float:
 def say(message: str) -> None:
     """A line of progress on stderr, a user's control characters shown escaped."""
     print("\n".join(printable(line, 2000) for line in message.split("\n")), file=sys.stderr, flush=True)
+
+
+def shown(metrics: dict) -> str:
+    """Metrics in a line of progress."""
+    return ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+
+
+@contextmanager
+def trackers(report_to: Sequence[str]) -> Iterator[None]:
+    """While a run reports: what trackers print goes to stderr, and W&B's run ends with ours, not with the process."""
+    failed = True
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+        failed = False
+    finally:
+        if "wandb" in report_to:
+            import wandb
+
+            wandb.finish(exit_code=int(failed))
