@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path, PureWindowsPath
 from string import Formatter
 from typing import Any
 
@@ -28,6 +29,12 @@ def is_local(name: str) -> bool:
         or name.lower().endswith(SUFFIXES)
         or ("/" in name and os.path.isdir(name.split("/")[0]))
     )
+
+
+def portable_name(name: str) -> str:
+    """A hub id or relative path as it is, of an absolute path the last part: what may leave this machine."""
+    absolute = Path(name).is_absolute() or PureWindowsPath(name).is_absolute() or name.startswith("~")
+    return PureWindowsPath(name).name if absolute else name
 
 
 def parse_hub_data(source: str) -> tuple[str, str | None, str | None]:

@@ -3,6 +3,8 @@
 import resource
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 from tqdm import tqdm
@@ -60,3 +62,23 @@ def peak_memory_mb(device: torch.device) -> float:
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def shown(metrics: dict) -> str:
+    """Metrics in a line of progress."""
+    return ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+
+
+@contextmanager
+def trackers(report_to: Sequence[str]) -> Iterator[None]:
+    """While a run reports: what trackers print goes to stderr, and W&B's run ends with ours, not with the process."""
+    failed = True
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+        failed = False
+    finally:
+        if "wandb" in report_to:
+            import wandb
+
+            wandb.finish(exit_code=int(failed))

@@ -3,6 +3,7 @@
 output/                 the adapter, when the run has ended (lora_ft.json is written last)
 output/log.jsonl        a line a logged step
 output/tensorboard/     TensorBoard's files
+output/report.html, curves.png, samples.json  to look at
 output/checkpoints/step-N/
 """
 
@@ -19,7 +20,10 @@ from lora_ft.errors import FilesError
 from lora_ft.storage import append_line, read_json, verify_manifest
 
 RECORD, LOG, LOCK = "lora_ft.json", "log.jsonl", ".lock"
+REPORT, CURVES, SAMPLES = "report.html", "curves.png", "samples.json"
+REPORTS = (REPORT, CURVES, SAMPLES)
 WRITTEN = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+MENTIONED = (LOG, "tensorboard", *REPORTS)  # by name only in an adapter's manifest
 
 
 def check_writable(output: Path) -> None:
@@ -103,6 +107,7 @@ def check_foreign(output: Path) -> None:
     foreign = [name for name in WRITTEN if (output / name).exists() and name not in listed]
     if LOG not in listed and (output / LOG).exists() and not (output / LOG).read_bytes().startswith(b'{"step": '):
         foreign.append(LOG)
+    foreign += [name for name in REPORTS if (output / name).exists() and not is_ours(output / name)]
     if foreign and not checkpoints(output):
         raise FilesError(
             f"output {output}: {', '.join(foreign)} there is not of a run of this tool and would be written over. Move it, "
@@ -209,12 +214,20 @@ def clear(output: Path) -> None:
     if (output / RECORD).is_file():
         remove_listed(output)
     (output / LOG).unlink(missing_ok=True)
+    for name in REPORTS:  # of a run that never ended
+        if is_ours(output / name):
+            (output / name).unlink()
+
+
+def is_ours(report: Path) -> bool:
+    """Whether a report's file is there and of this tool, by what stands in each at its beginning."""
+    return report.is_file() and b"lora-ft" in report.read_bytes()[:1024]
 
 
 def _remove_leftovers(output: Path) -> None:
     """Remove what killed runs had begun to write or remove; called by the lock's holder, so none of them is alive."""
     for path in output.glob(".*.tmp-*"):
-        if re.fullmatch(rf"\.({'|'.join(map(re.escape, (RECORD, *WRITTEN)))})\.tmp-\d+", path.name):
+        if re.fullmatch(rf"\.({'|'.join(map(re.escape, (RECORD, *WRITTEN, *REPORTS)))})\.tmp-\d+", path.name):
             path.unlink()
     for path in (output / "checkpoints").glob(".step-*.partial-*"):
         if re.fullmatch(r"\.step-\d+\.partial-\d+", path.name) and not path.is_symlink():

@@ -1,7 +1,7 @@
 """What a run leaves on disk: checkpoints on the way, the adapter at its end."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,10 @@ from lora_ft.adapter.files import CONFIG, WEIGHTS, initialize_from, save_adapter
 from lora_ft.adapter.inject import trainable
 from lora_ft.errors import FilesError
 from lora_ft.model_card import model_card
-from lora_ft.storage import read_json, require_space, staged_folder, verify_manifest, write_file
+from lora_ft.names import say
+from lora_ft.report.runs import read_run
+from lora_ft.report.write import write_report
+from lora_ft.storage import read_json, require_space, staged_folder, verify_manifest, write_file, write_json
 
 CARD = "README.md"
 SMALL_FILES = 2**20  # bytes that a record, card and configs take at most
@@ -55,17 +58,34 @@ class Run:
         """Let checkpoints older than `step` go, but for the best."""
         run_folder.rotate(self.output, self.save_total_limit, {step} | ({best_step} if best_step else set()))
 
-    def finish(self, step: int, last: int, timings: dict) -> dict:
-        """Leave the adapter of `step` in the output folder, its record last. Returns its metrics."""
+    def finish(self, step: int, last: int, timings: dict, samples: Callable[[], list[dict]] | None = None) -> dict:
+        """Leave the adapter of `step` in the output folder, with a report, its record last. Returns its metrics.
+
+        samples: makes what the report shows of the adapter's answers.
+        """
         if step != last:
             initialize_from(self.model, run_folder.checkpoint_of(self.output, step))
         metrics = self.evaluations.get(step, {})
         about = {"kind": "adapter", "step": step, "steps": last, "metrics": metrics, "timings": timings}
         (self.output / run_folder.RECORD).unlink(missing_ok=True)  # of a run that was made longer
-        self.land(
-            self.output, about, mentions=[n for n in (run_folder.LOG, "tensorboard") if (self.output / n).exists()]
-        )
+        self.report(about=about, samples=samples)
+        self.land(self.output, about, mentions=[name for name in run_folder.MENTIONED if (self.output / name).exists()])
         return metrics
+
+    def report(
+        self, why: str | None = None, about: dict | None = None, samples: Callable[[], list[dict]] | None = None
+    ) -> None:
+        """Write report.html and curves.png of what there is so far; a failure is a warning, for the run is more than these.
+
+        why: what ended the run early. about: what its record is going to say of the end.
+        """
+        try:
+            if samples:
+                made = {"made_by": "lora-ft", "step": (about or {}).get("step"), "samples": samples()}
+                write_json(self.output / run_folder.SAMPLES, made)
+            write_report(read_run(self.output, self.record | (about or {}), why))
+        except Exception as e:
+            say(f"warning: no report ({type(e).__name__}: {e})")
 
     def land(self, folder: Path, about: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:
         """Write an adapter's four files, the record last; its manifest covers the `state` files that are there."""

@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from lora_ft import processes, run_folder
 from lora_ft import resume as resuming
 from lora_ft.adapter.files import initialize_from
 from lora_ft.adapter.fit import check_base
-from lora_ft.adapter.inject import inject_lora, trainable
+from lora_ft.adapter.inject import disabled, inject_lora, trainable
 from lora_ft.attention import Packing
 from lora_ft.base import Base, resolve
 from lora_ft.checkpoint import State
@@ -24,14 +25,16 @@ from lora_ft.data.batches import Cut, Plan, Share
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device, with_accelerate
-from lora_ft.errors import ConfigError
+from lora_ft.errors import ConfigError, NumbersError
 from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer, skeleton, tokenizer_hash
 from lora_ft.names import first_line, say
+from lora_ft.progress import shown, trackers
 from lora_ft.record import describe, read_record
+from lora_ft.samples import generate_samples
 from lora_ft.saving import Run
 from lora_ft.scoring import score
 from lora_ft.sharding import load_sharded
-from lora_ft.signals import Stopper
+from lora_ft.signals import Stopped, Stopper
 from lora_ft.trainer import LoRATrainer
 
 
@@ -104,6 +107,14 @@ def train(
         )
         record = describe(config, base, tokenizer, model, train_set, eval_set)
         record |= {"trainable_parameters": parameters, "planned_steps": len(plan), "machine": machine(device)}
+        if eval_set and before and "base_metrics" in before:
+            record |= {k: before[k] for k in ("base_metrics", "base_seconds")}
+        elif eval_set:
+            scoring = time.perf_counter()
+            with disabled(model):
+                record["base_metrics"] = score(model, eval_set.dataset, packing, at_most, share=share).metrics()
+            record["base_seconds"] = round(time.perf_counter() - scoring, 1)
+            say(f"the base's eval, {record['base_seconds']:.0f} s: {shown(record['base_metrics'])}")
         if before and is_main:
             resuming.go_on(before, record, state, len(plan), output)
         elif is_main:
@@ -141,7 +152,13 @@ def train(
             stopper=stopper,
         )
         say(f"training: {len(plan)} steps of {config.train.batch_size} examples")
-        trainer.train_from(state, begin)
+        try:
+            with trackers(config.train.report_to):
+                trainer.train_from(state, begin)
+        except (Stopped, NumbersError) as ended:
+            if is_main:
+                run.report(str(ended))
+            raise
 
         if not is_main:
             return
@@ -151,10 +168,15 @@ def train(
             say(f"stopped early at step {last}: no improvement in the last {patience} evaluations")
         step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
         seconds = time.perf_counter() - begun
-        metrics = run.finish(step, last, {"seconds": round(seconds, 1)})
-        shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        samples = None
+        if eval_set and not eval_set.label_words and not sharded:  # a classification has its confusion table
+            samples = partial(generate_samples, model, tokenizer, eval_set, max(10.0, 0.05 * seconds))
+        metrics = run.finish(step, last, {"seconds": round(seconds, 1)}, samples)
         which = f"step {step}, the best of {last}" if step != last else f"step {step}"
-        say(f"done in {seconds:.0f} s: {output} holds the adapter of {which}" + (f" ({shown})" if shown else ""))
+        say(
+            f"done in {seconds:.0f} s: {output} holds the adapter of {which}"
+            + (f" ({shown(metrics)})" if metrics else "")
+        )
         print(output)
 
 

@@ -148,7 +148,7 @@ def outcome(folder: Path) -> dict[str, object]:
         "adapter": storage.sha256(out / "adapter_model.safetensors"),
         "state": (last.name, storage.sha256(last / "state.safetensors")),
         "log": [{k: v for k, v in line.items() if k not in TIMES} for line in lines],
-        "metrics": (record["step"], record["steps"], record["metrics"]),
+        "metrics": (record["step"], record["steps"], record["metrics"], record["base_metrics"]),
         "files": sorted(str(p.relative_to(out)) for p in out.rglob("*")),
     }
 
@@ -173,6 +173,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is shared by forks, and a killed one may have held it
+    import lora_ft.report.png  # matplotlib
     import lora_ft.train  # noqa: F401 (imported once, before the forks)
     from tests.base import write_run
 

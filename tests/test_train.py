@@ -39,6 +39,8 @@ def test_what_a_run_leaves(folder):
         "README.md",
         "lora_ft.json",
         "log.jsonl",
+        "report.html",
+        "curves.png",
         "checkpoints",
     }
     for checkpoint in (folder / "out/checkpoints").iterdir():

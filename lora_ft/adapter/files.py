@@ -6,7 +6,7 @@ files say the same to every reader: h = W x + s B A x. The record's `slices` say
 """
 
 from collections.abc import Iterable
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lora_ft.adapter.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Slices, d
 from lora_ft.adapter.peft_config import CONFIG
 from lora_ft.errors import ModelError
 from lora_ft.layers.lora import WHOLE, LoRALinear, Rows
+from lora_ft.names import portable_name
 
 __all__ = ["CONFIG", "RECORD", "WEIGHTS", "AdapterFile", "initialize_from", "load_adapter", "read_adapter"]
 __all__ += ["save_adapter", "slices", "write_record"]
@@ -219,9 +220,3 @@ def suffixes(name: str) -> list[str]:
     """Shortest first: c_attn, attn.c_attn, 0.attn.c_attn, ..."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-
-
-def portable_name(base_name: str) -> str:
-    """A hub id or relative path as it is, of an absolute path the last part."""
-    absolute = Path(base_name).is_absolute() or PureWindowsPath(base_name).is_absolute() or base_name.startswith("~")
-    return PureWindowsPath(base_name).name if absolute else base_name

@@ -1,6 +1,7 @@
 """The run itself."""
 
 import sys
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -43,7 +44,8 @@ def train(
     many = wanted(processes, on_gpus=not settings.trainer.get("use_cpu"))
     if many > 1:
         raise SystemExit(launch(many, sys.argv[1:]))
-    from lora_ft.train import train
+    with redirect_stdout(sys.stderr):  # transformers greets W&B's offline mode on stdout
+        from lora_ft.train import train
 
     train(
         settings,

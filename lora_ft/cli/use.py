@@ -217,3 +217,24 @@ def export(
         public=public,
         other_base=other_base,
     )
+
+
+@command
+def report(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[OUT ...]", help="Outputs of runs, finished or not; else out.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page; else OUT/report.html, or compare-report.html for several."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Make report.html anew from a run's files, or compare several runs on one page.
+
+    \b
+    Example: lora-ft report out/rank8 out/rank16
+    """
+    from lora_ft.report.write import report_command
+
+    report_command(folders or [Path("out")], output)

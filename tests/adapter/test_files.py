@@ -14,6 +14,7 @@ from lora_ft import storage
 from lora_ft.adapter import files
 from lora_ft.adapter.inject import inject_lora, lora_layers, trainable
 from lora_ft.errors import ModelError
+from lora_ft.names import portable_name
 
 IDS = token_ids(rows=2, length=11)
 
@@ -168,7 +169,7 @@ def test_the_files_are_padded_to_one_rank_and_say_nothing_of_this_machine(tmp_pa
     [("org/model", "org/model"), ("models/x", "models/x"), ("/a/b/", "b"), ("~/b", "b"), (r"C:\a\b", "b")],
 )
 def test_names_of_bases(name, written):
-    assert files.portable_name(name) == written
+    assert portable_name(name) == written
 
 
 def test_same_adapter_same_bytes_and_modes_of_the_umask(tmp_path):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import lora_ft.adapter.merge
 import lora_ft.check
 import lora_ft.evaluate
+import lora_ft.report.png  # matplotlib
 import lora_ft.train  # noqa: F401 (imported once, before the forks)
 from lora_ft.cli import main
 

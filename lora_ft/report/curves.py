@@ -1,0 +1,95 @@
+"""Which curves a run's log gives, and those of several runs."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from lora_ft.report.charts import Chart, Line, chart, running_mean
+from lora_ft.report.runs import Run
+from lora_ft.report.scores import scalars, title_of, written
+
+
+def points(run: Run, y: str, x: str = "step") -> list[tuple[float, float]]:
+    return [(line[x], line[y]) for line in run.lines if x in line and y in line]
+
+
+def smoothed(values: Sequence[tuple[float, float]], name: str) -> list[Line]:
+    mean = running_mean(values)
+    return (
+        [Line(name, values, "raw"), Line(f"{name}, running mean", mean, "mean")]
+        if mean
+        else [Line(name, values, "mean")]
+    )
+
+
+def logged_metrics(runs: Sequence[Run]) -> list[str]:
+    """What evaluations logged beside losses; perplexity says what loss does."""
+    names = dict.fromkeys(k for run in runs for line in run.lines for k in line if k.startswith("eval_"))
+    return [n for n in names if not n.endswith(("loss", "perplexity"))]
+
+
+def base_line(run: Run, name: str) -> list[Line]:
+    value, steps = scalars(run.base_metrics.get("", {})).get(name), [line["step"] for line in run.lines]
+    return [Line("base", [(min(steps), value), (max(steps), value)], "base")] if value is not None and steps else []
+
+
+def clock(runs: Sequence[Run]) -> tuple[str, float]:
+    """The unit in which the longest of the runs is best told, and its seconds."""
+    longest = max((line.get("seconds", 0) for run in runs for line in run.lines), default=0)
+    return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
+
+
+def curves(run: Run) -> list[Chart]:
+    losses = dict.fromkeys(k for line in run.lines for k in line if k.startswith("eval_") and k.endswith("loss"))
+    evals = [Line(k.replace("eval_", "eval ", 1), points(run, k), "eval", dots=True) for k in losses]
+    loss = [*smoothed(points(run, "loss"), "training"), *base_line(run, "loss"), *evals]
+    charts = [
+        chart("Loss", loss, may_be_log=True),
+        chart("Learning rate", [Line("", points(run, "learning_rate"), "mean")], zero=True),
+    ]
+    for name in logged_metrics([run])[:8]:
+        own = name.removeprefix("eval_")
+        line = Line("adapter", points(run, name), "eval", dots=True)
+        charts.append(chart(f"Eval {title_of(own)}", [*base_line(run, own), line], form=partial(written, own)))
+    unit, seconds = clock([run])
+    over = {
+        name: [(s / seconds, y) for s, y in points(run, name, "seconds")]
+        for name in ("tokens_per_second", "peak_memory_mb")
+    }
+    charts += [
+        chart("Gradient norm", smoothed(points(run, "grad_norm"), "norm"), may_be_log=True),
+        chart("Tokens per second", smoothed(over["tokens_per_second"], "tokens/s"), unit, zero=True),
+        chart(
+            "Peak memory so far, MiB",
+            [Line("", over["peak_memory_mb"], "mean")],
+            unit,
+            zero=True,
+            form=lambda y: f"{y:,.0f}",
+        ),
+    ]
+    return [c for c in charts if c]
+
+
+def curves_of_all(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
+    """One line a run in each chart."""
+
+    def each(y: str, dots: bool = False, x: str = "step", per: float = 1.0, mean: bool = False) -> list[Line]:
+        lines = []
+        for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+            found = [(x_value / per, value) for x_value, value in points(run, y, x)]
+            lines.append(Line(name, (running_mean(found) if mean else []) or found, f"run-{i % 8 + 1}", dots))
+        return lines
+
+    unit, seconds = clock(runs)
+    charts = [
+        chart("Training loss", each("loss", mean=True), may_be_log=True),
+        chart("Eval loss", each("eval_loss", dots=True), may_be_log=True),
+        *(
+            chart(f"Eval {title_of(own)}", each(name, dots=True), form=partial(written, own))
+            for name in logged_metrics(runs)[:8]
+            for own in [name.removeprefix("eval_")]
+        ),
+        chart("Learning rate", each("learning_rate"), zero=True),
+        chart("Tokens per second", each("tokens_per_second", x="seconds", per=seconds, mean=True), unit, zero=True),
+        chart("Peak memory so far, MiB", each("peak_memory_mb", x="seconds", per=seconds), unit, zero=True),
+    ]
+    return [c for c in charts if c]

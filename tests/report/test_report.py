@@ -1,0 +1,311 @@
+"""report.html, curves.png, `lora-ft report`: what they show, that they are harmless, and that no run fails by them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_ft.saving
+import lora_ft.train
+from lora_ft.base import resolve
+from lora_ft.config import load_config
+from lora_ft.data.prepare import evaluation_set
+from lora_ft.errors import FilesError, ModelError, NumbersError
+from lora_ft.model import load_base, load_tokenizer
+from lora_ft.report.runs import read_run
+from lora_ft.report.write import report_command
+from lora_ft.scoring import Scores
+from lora_ft.signals import Stopped, Stopper
+from lora_ft.storage import verify_manifest
+from lora_ft.train import train
+from tests.base import lora_ft as command_line
+from tests.base import write_run
+
+HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror=z>"\'&amp;'
+CLASSES = ["data.label_names={label: [negative, '" + HOSTILE.replace("'", "''") + "']}", "train.logging_steps=1"]
+
+
+def run(folder: Path, *changes: str, resume: bool = False, overwrite: bool = False) -> None:
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        train(load_config("config.yaml", changes), resume=resume, overwrite=overwrite)
+    finally:
+        os.chdir(here)
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "out/lora_ft.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory):
+    """A classification whose second label is meant to break out of the page."""
+    folder = write_run(tmp_path_factory.mktemp("classified"), "gpt2")
+    run(folder, *CLASSES, "adapter.dropout=0.1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    """A run that has free answers, to rows that are meant to break out of the page."""
+    folder = write_run(tmp_path_factory.mktemp("generated"))
+    rows = [{"text": f"{i} {HOSTILE}", "label": f"good {HOSTILE}"} for i in range(6)]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(folder, "data.label_names=null", "data.max_length=2000")
+    return folder
+
+
+@pytest.fixture
+def folder(classified, tmp_path):
+    """What the run began with, without its output."""
+    shutil.copytree(classified, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("out"))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """tags: (name, attributes) of all elements. text: all of it that a reader sees."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def harmless(page: Page) -> None:
+    """Nothing runs and nothing is asked of anywhere; the hostile text is text."""
+    names, attributes = {tag for tag, _ in page.tags}, {(k, v) for _, found in page.tags for k, v in found.items()}
+    assert not names & {"script", "img", "iframe", "link", "object", "a", "base", "form"}
+    assert not [k for k, _ in attributes if k in ("src", "href", "srcset") or k.startswith("on")]
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in attributes
+    assert "url(" not in page.text and "@import" not in page.text
+    assert "<script>alert(1)</script><img src=" in page.text
+
+
+def test_the_result_comes_first_with_intervals_and_both_confusion_tables(classified):
+    page, about = Page(classified / "out/report.html"), record(classified)
+    harmless(page)
+    for metrics in (about["base_metrics"], about["metrics"]):
+        assert f"{metrics['accuracy']:.1%}" in page.text
+        assert " to ".join(f"{end:.1%}" for end in metrics["accuracy_ci95"]) in page.text
+    assert (
+        page.text.index("Result")
+        < page.text.index("Curves")
+        < page.text.index("Data")
+        < page.text.index("The whole config")
+    )
+    counts = [n for metrics in (about["base_metrics"], about["metrics"]) for row in metrics["confusion"] for n in row]
+    assert sum(1 for tag, a in page.tags if tag == "td" and "--share" in (a.get("style") or "")) == len(counts) == 8
+    assert about["data"]["train"]["content"] in page.text and about["base"]["fingerprint"] in page.text
+    charts = {a["aria-label"].partition(" by ")[0] for _, a in page.tags if "aria-label" in a}
+    assert {"Loss", "Learning rate", "Eval accuracy", "Tokens per second", "Peak memory so far, MiB"} <= charts
+    assert not (classified / "out/samples.json").exists()
+
+
+def test_free_answers_of_base_and_adapter_stand_side_by_side(generated):
+    harmless(Page(generated / "out/report.html"))
+    samples = json.loads((generated / "out/samples.json").read_text())["samples"]
+    assert len(samples) == 4
+    assert all(s["prompt"].startswith("Review:") and s["reference"] == f" good {HOSTILE}" for s in samples)
+    tokenizer, model = load_tokenizer(resolve(str(generated / "base"))), load_base(resolve(str(generated / "base")))
+    prompt = tokenizer(samples[0]["prompt"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        first = model(prompt).logits[0, -1].argmax()
+    assert tokenizer.decode([first], skip_special_tokens=True) == samples[0]["base"][: len(tokenizer.decode([first]))]
+
+
+def test_the_base_is_scored_as_what_it_is(classified):
+    config = load_config(classified / "config.yaml", CLASSES)
+    tokenizer, model = load_tokenizer(resolve(str(classified / "base"))), load_base(resolve(str(classified / "base")))
+    here = os.getcwd()
+    os.chdir(classified)
+    examples = evaluation_set(config.data, tokenizer, 0).dataset
+    os.chdir(here)
+    losses = []
+    for example in examples:
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"][1:])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits[labels >= 0], labels[labels >= 0], reduction="sum"))
+    supervised = sum(label >= 0 for example in examples for label in example["labels"])
+    assert record(classified)["base_metrics"]["loss"] == pytest.approx(float(sum(losses)) / supervised, rel=1e-4)
+    assert record(classified)["base_seconds"] >= 0
+
+
+def test_scoring_the_base_changes_nothing_of_the_run(classified, folder, monkeypatch):
+    """With dropout: a random number drawn for it would show."""
+    scored, calls = lora_ft.train.score, []
+
+    def not_the_base(*args, **options):
+        calls.append(1)
+        return Scores(1, 1.0, 1) if len(calls) == 1 else scored(*args, **options)
+
+    monkeypatch.setattr(lora_ft.train, "score", not_the_base)
+    run(folder, *CLASSES, "adapter.dropout=0.1")
+    assert record(folder)["base_metrics"] == {"loss": 1.0, "perplexity": pytest.approx(2.71828, abs=1e-4)}
+    name = "out/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (classified / name).read_bytes()
+    times = {"seconds", "tokens_per_second", "peak_memory_mb"}
+    logs = [[json.loads(line) for line in (f / "out/log.jsonl").read_text().splitlines()] for f in (folder, classified)]
+    ours, theirs = ([{k: v for k, v in line.items() if k not in times} for line in log] for log in logs)
+    assert ours == theirs
+
+
+def test_a_report_that_fails_is_a_warning(folder, monkeypatch, capsys):
+    def fails(run):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(lora_ft.saving, "write_report", fails)
+    run(folder, "train.max_steps=1")
+    assert "warning: no report" in capsys.readouterr().err
+    about = record(folder)
+    assert "report.html" not in about["files"]
+    verify_manifest(folder / "out", about["files"], FilesError)
+
+
+def test_listed_by_name_only(classified):
+    files = record(classified)["files"]
+    assert files["report.html"] is None and files["curves.png"] is None
+    assert (classified / "out/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def stopped(folder: Path, monkeypatch, look: int, *changes: str) -> None:
+    """A run that a signal stops at the look-th look for one."""
+    count = 0
+
+    def check(self):
+        nonlocal count
+        count += 1
+        if count == look:
+            raise Stopped(15, self.hint)
+
+    monkeypatch.setattr(Stopper, "check", check)
+    with pytest.raises(Stopped):
+        run(folder, *changes)
+    monkeypatch.undo()
+
+
+def test_an_interrupted_run_has_one_that_its_files_give_again(folder, monkeypatch):
+    stopped(folder, monkeypatch, 30, *CLASSES)
+    page = Page(folder / "out/report.html")
+    harmless(page)
+    assert "Not finished" in page.text and "which is saved" in page.text and "--resume" in page.text
+    (folder / "out/report.html").unlink()
+    code = "import sys, lora_ft.cli; sys.argv = ['lora-ft', 'report', 'out']\ntry: lora_ft.cli.main()\n"
+    code += "except SystemExit as e: assert not e.code\nassert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "out/report.html\n", done.stderr
+    again = Page(folder / "out/report.html")
+    harmless(again)
+    assert "Not finished" in again.text and "base" in again.text
+    run(folder, *CLASSES, resume=True)
+    assert "Not finished" not in Page(folder / "out/report.html").text
+
+
+def test_a_run_that_met_nan_shows_how_it_came_to_it(folder, monkeypatch):
+    loss, calls = lora_ft.trainer.supervised_loss, []
+
+    def spoilt(*args, **options):
+        calls.append(1)
+        return loss(*args, **options) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr("lora_ft.trainer.supervised_loss", spoilt)
+    with pytest.raises(NumbersError):
+        run(folder, "train.save_steps=9", "train.eval_steps=9", "train.logging_steps=1")
+    page = Page(folder / "out/report.html")
+    assert "Not finished: step 2 of 12" in page.text and "not a finite number" in page.text
+    assert not (folder / "out/checkpoints").exists(), "no record to make it from again, but the page is there"
+    monkeypatch.undo()
+    run(folder, "train.max_steps=1")  # it holds no run, so nothing needs to be asked
+    assert "Not finished" not in Page(folder / "out/report.html").text
+
+
+def test_a_signal_before_the_first_step_leaves_none(folder, monkeypatch):
+    stopped(folder, monkeypatch, 1)
+    assert not (folder / "out/report.html").exists()
+
+
+def test_overwrite_takes_ours_and_leaves_a_users(folder, monkeypatch):
+    stopped(folder, monkeypatch, 20)
+    before = (folder / "out/report.html").read_text()
+    monkeypatch.setattr(lora_ft.saving, "write_report", lambda run: None)
+    run(folder, "train.max_steps=1", overwrite=True)
+    assert before and not (folder / "out/report.html").exists() and not (folder / "out/curves.png").exists()
+    monkeypatch.undo()
+    (folder / "out/report.html").write_text("mine")
+    run(folder, "train.max_steps=1", overwrite=True)
+    with pytest.raises(FilesError, match=r"report\.html"):
+        report_command([folder / "out"], None)
+    shutil.rmtree(folder / "out/checkpoints")
+    with pytest.raises(FilesError, match=r"report\.html"):
+        run(folder, "train.max_steps=1", overwrite=True)
+    assert (folder / "out/report.html").read_text() == "mine"
+
+
+def test_several_runs_on_one_page(classified, generated, tmp_path):
+    done = command_line("report", str(classified / "out"), str(generated / "out"), cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "compare-report.html\n", done.stderr
+    page = Page(tmp_path / "compare-report.html")
+    harmless(page)
+    assert str(classified / "out") in page.text and str(generated / "out") in page.text
+    assert "data.max_length" in page.text and "adapter.dropout" in page.text and "train.batch_size" not in page.text
+    assert "not scored on the same eval data" in page.text
+
+
+def test_what_is_no_run_is_said_to_be_none(classified, tmp_path):
+    for place, words in ((tmp_path, "no run"), (sorted((classified / "out/checkpoints").iterdir())[0], "a checkpoint")):
+        with pytest.raises(ModelError, match=words):
+            report_command([place], None)
+    shutil.copytree(classified / "out", tmp_path / "out")
+    about = record(classified)
+    del about["config"]
+    (tmp_path / "out/lora_ft.json").write_text(json.dumps(about))
+    with pytest.raises(FilesError, match="config"):
+        report_command([tmp_path / "out"], None)
+
+
+def test_a_log_with_a_cut_line_and_numbers_that_are_none_is_read(classified, tmp_path):
+    shutil.copytree(classified / "out", tmp_path / "out")
+    with (tmp_path / "out/log.jsonl").open("a") as log:
+        log.write('{"step": 13, "loss": NaN, "grad_norm": 1.0}\n[]\n{"step": 14, "lo')
+    lines = read_run(tmp_path / "out").lines
+    assert lines[-1] == {"step": 13, "grad_norm": 1.0}
+    report_command([tmp_path / "out"], tmp_path / "page.html")
+    assert (tmp_path / "page.html").exists()
+
+
+# ---- in a browser ----
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(not BROWSER, reason="no chromium")
+def test_no_page_is_wider_than_a_phone(classified, generated, tmp_path):
+    """Each page in a frame of 320 pixels: what it would have to be scrolled to the side by, written into a title."""
+    report_command([classified / "out", generated / "out", generated / "out"], tmp_path / "compare.html")
+    for page in (classified / "out/report.html", generated / "out/report.html", tmp_path / "compare.html"):
+        (tmp_path / "frame.html").write_text(
+            f'<iframe id=f src="file://{page}" width=320 height=800 onload="const d = f.contentDocument.documentElement; '
+            "document.title = d.scrollWidth + ' of ' + d.clientWidth\"></iframe>"
+        )
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+        flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        flags += [f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files", "--dump-dom"]
+        done = subprocess.run(
+            [BROWSER, *flags, f"file://{tmp_path / 'frame.html'}"], capture_output=True, text=True, timeout=60
+        )
+        width, _, room = done.stdout.partition("<title>")[2].partition("</title>")[0].partition(" of ")
+        assert room and int(width) <= int(room), (page, done.stdout[:500])
