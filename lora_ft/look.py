@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from lora_ft import findings, preview, resume, run_folder
+from lora_ft.arguments import arguments
 from lora_ft.base import Base, resolve, weight_files
 from lora_ft.config import Config
 from lora_ft.data.batches import Cut, Plan
@@ -19,7 +20,7 @@ from lora_ft.errors import ModelError, UserError
 from lora_ft.memory import Memory, available, estimate, largest_rows, moments_of, resident
 from lora_ft.model import check_vocabulary, dtype_of, end_tokens, load_tokenizer, skeleton
 from lora_ft.timing import Timing, time_steps
-from lora_ft.train import adapt, arguments, rehearse
+from lora_ft.train import adapt, rehearse
 
 
 @dataclass

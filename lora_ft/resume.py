@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_ft import run_folder
+from lora_ft import run_folder, run_log
 from lora_ft.checkpoint import State
 from lora_ft.config import Config, resume_class
 from lora_ft.data.examples import Examples
@@ -99,7 +99,7 @@ def go_on(before: dict, record: dict, state: State | None, steps: int, output: P
             "follows the schedule of the new length, so the result is not that of a run that had this length from the start"
         )
     check_surroundings(before, record)
-    run_folder.cut_log(output, state.values["log_size"])
+    run_log.cut(output, state.values["log_size"])
 
 
 def newest_checkpoint(output: Path) -> Path | None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_ft.errors import FilesError
-from lora_ft.storage import append_line, read_json, verify_manifest
+from lora_ft.storage import read_json, verify_manifest
 
 RECORD, LOG, LOCK = "lora_ft.json", "log.jsonl", ".lock"
 REPORT, CURVES, SAMPLES = "report.html", "curves.png", "samples.json"
@@ -237,24 +237,3 @@ def _remove_leftovers(output: Path) -> None:
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not os.listdir(folder):
         folder.rmdir()
-
-
-def log_line(output: Path, line: dict) -> None:
-    append_line(output / LOG, line)
-
-
-def log_size(output: Path) -> int:
-    """Bytes of the log, which are on the disk when this returns: a checkpoint is about to count on them."""
-    log = output / LOG
-    if not log.exists():
-        return 0
-    with log.open("rb") as f:
-        os.fsync(f.fileno())
-    return log.stat().st_size
-
-
-def cut_log(output: Path, size: int) -> None:
-    """Cut the log back to what a checkpoint knew of."""
-    log = output / LOG
-    if log.exists() and log.stat().st_size > size:
-        os.truncate(log, size)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lora_ft import checkpoint, run_folder
+from lora_ft import checkpoint, run_folder, run_log
 from lora_ft.adapter.files import CONFIG, WEIGHTS, initialize_from, save_adapter, slices, write_record
 from lora_ft.adapter.inject import trainable
 from lora_ft.errors import FilesError
@@ -43,7 +43,7 @@ class Run:
         )
         if best_step in self.evaluations:
             state.values["best"] = {"step": best_step, "metrics": self.evaluations[best_step]}
-        state.values["log_size"] = run_folder.log_size(self.output)
+        state.values["log_size"] = run_log.size(self.output)
         about = {"kind": "checkpoint", "step": state.step, "metrics": self.evaluations.get(state.step, {})}
         with staged_folder(folder) as staged:
             state.write(staged)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from lora_ft.arguments import arguments
 from lora_ft.attention import Packing
 from lora_ft.base import Base
 from lora_ft.config import Config
@@ -19,7 +20,7 @@ from lora_ft.model import load_base
 from lora_ft.preview import duration
 from lora_ft.progress import peak_memory_mb
 from lora_ft.scoring import score
-from lora_ft.train import adapt, arguments
+from lora_ft.train import adapt
 from lora_ft.trainer import LoRATrainer
 
 WARM_UP, TIMED, SCORED = 1, 2, 64  # steps, steps, eval examples

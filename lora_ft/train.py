@@ -1,6 +1,5 @@
 """`lora-ft train`: from a config to an adapter, top to bottom."""
 
-import os
 import shlex
 import sys
 import time
@@ -9,14 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers import PreTrainedModel
 
-from lora_ft import processes, run_folder
+from lora_ft import processes, run_folder, run_log
 from lora_ft import resume as resuming
 from lora_ft.adapter.files import initialize_from
 from lora_ft.adapter.fit import check_base
 from lora_ft.adapter.inject import disabled, inject_lora, trainable
+from lora_ft.arguments import arguments
 from lora_ft.attention import Packing
 from lora_ft.base import Base, resolve
 from lora_ft.checkpoint import State
@@ -25,9 +24,9 @@ from lora_ft.data.batches import Cut, Plan, Share
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device, with_accelerate
-from lora_ft.errors import ConfigError, NumbersError
+from lora_ft.errors import NumbersError
 from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer, skeleton, tokenizer_hash
-from lora_ft.names import first_line, say
+from lora_ft.names import say
 from lora_ft.progress import shown, trackers
 from lora_ft.record import describe, read_record
 from lora_ft.samples import generate_samples
@@ -147,7 +146,7 @@ def train(
             packing=packing,
             evaluation=evaluation if eval_set else None,
             save=save,
-            log_line=lambda line: run_folder.log_line(output, line) if is_main else None,
+            log_line=lambda line: run_log.write_line(output, line) if is_main else None,
             patience=config.train.early_stopping_patience,
             stopper=stopper,
         )
@@ -210,54 +209,6 @@ def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> list[str
     if adapter.init_from:
         initialize_from(model, Path(adapter.init_from))
     return adapted
-
-
-def arguments(config: Config, device: str) -> TrainingArguments:
-    """The Trainer's settings but for max_steps. What the plan and this tool's own files take care of is switched off.
-
-    Raises:
-        ConfigError: the Trainer refuses a value, or a reporter isn't installed.
-    """
-    train, output, evaluates = config.train, Path(config.output), config.data.eval is not None
-    missing = set(train.report_to) - set(get_available_reporting_integrations())
-    if missing:
-        raise ConfigError(
-            f"train.report_to: {', '.join(sorted(missing))} is not installed. Install it, or leave it out."
-        )
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
-    metric = train.metric_for_best_model
-    settings = dict(
-        output_dir=str(output),
-        use_cpu=device == "cpu",
-        per_device_train_batch_size=1,  # an item of the plan is a whole step
-        gradient_accumulation_steps=1,
-        max_steps=1,  # of the plan, once there is one
-        remove_unused_columns=False,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        activation_checkpointing=train.gradient_checkpointing,
-        seed=train.seed,
-        logging_steps=train.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=train.eval_steps,
-        save_strategy="steps",
-        save_steps=train.save_steps,
-        metric_for_best_model=f"eval_{metric}" if evaluates else None,
-        greater_is_better=metric != "loss",
-        report_to=list(train.report_to),
-        disable_tqdm=True,  # the bar is ours
-    )
-    try:
-        args = TrainingArguments(**settings | {k: v for k, v in config.trainer.items() if k != "fsdp"})
-        if args.n_gpu > 1:
-            args._n_gpu = 1  # else the Trainer wraps the model in DataParallel, which would cut a row into pieces
-    except (ValueError, RuntimeError, ImportError) as e:
-        raise ConfigError(f"the Trainer refuses these settings: {first_line(e)}") from e
-    return args
 
 
 def machine(device: str) -> dict:

@@ -13,7 +13,7 @@ FLOORS = [
     "errors signals",
     "names",
     "strict_yaml trainer_args setting_types schema config_problems config json_schema",  # config, top to bottom
-    "layers.lora layers.activation layers.many loss storage run_folder",
+    "layers.lora layers.activation layers.many loss storage run_folder run_log",
     "hub base model",
     "attention progress processes",
     "adapter.roles adapter.targets adapter.inject adapter.many",
@@ -22,7 +22,7 @@ FLOORS = [
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
     "data.suggest",
     "data.batches data.prepare",
-    "device scoring samples checkpoint record model_card sharding",
+    "arguments device scoring samples checkpoint record model_card sharding",
     "report.runs report.scores report.charts report.curves report.figures report.png report.write",
     "saving resume step",
     "trainer memory findings",

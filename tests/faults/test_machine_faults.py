@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import lora_ft.step
 import lora_ft.train
-import lora_ft.trainer
 from lora_ft import run_folder
 from lora_ft.saving import is_whole
 from tests.faults.command import TRAIN, cli, files, refused, refused_untouched, settings, train
@@ -46,7 +46,7 @@ def at_step(step: int, fault):
     """Puts `fault(loss)` in the place of a step's loss; a step is one micro-batch here."""
 
     def arm():
-        original, count = lora_ft.trainer.supervised_loss, 0
+        original, count = lora_ft.step.supervised_loss, 0
 
         def loss(*args, **options):
             nonlocal count
@@ -54,7 +54,7 @@ def at_step(step: int, fault):
             found = original(*args, **options)
             return fault(found) if count == step else found
 
-        lora_ft.trainer.supervised_loss = loss
+        lora_ft.step.supervised_loss = loss
 
     return arm
 

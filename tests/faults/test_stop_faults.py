@@ -18,6 +18,7 @@ import lora_ft.evaluate
 import lora_ft.model
 import lora_ft.scoring
 import lora_ft.signals
+import lora_ft.step
 import lora_ft.trainer
 from lora_ft import run_folder
 from lora_ft.checkpoint import State
@@ -59,16 +60,16 @@ BEFORE_THE_FIRST_STEP = {
     "encoding": (lora_ft.data.encode, "encode_pairs", 1),
     "loading": (lora_ft.model.AutoModelForCausalLM, "from_pretrained", 1),
     "adapting": (lora_ft.train, "adapt", 1),
-    "the first step": (lora_ft.trainer, "supervised_loss", 1),
+    "the first step": (lora_ft.step, "supervised_loss", 1),
 }
 AFTER_IT = {
-    "a step": (lora_ft.trainer, "supervised_loss", 5),
-    "the step before a checkpoint": (lora_ft.trainer, "supervised_loss", 3),
+    "a step": (lora_ft.step, "supervised_loss", 5),
+    "the step before a checkpoint": (lora_ft.step, "supervised_loss", 3),
     "an evaluation": (lora_ft.scoring, "_answer", 3),
     "saving": (State, "write", 2),
     "rotation": (run_folder, "rotate", 3),
     "the log": (run_folder, "log_line", 4),
-    "the last step": (lora_ft.trainer, "supervised_loss", 12),
+    "the last step": (lora_ft.step, "supervised_loss", 12),
     "the last checkpoint": (State, "write", 4),
     "the end": (Run, "finish", 1),
 }
