@@ -36,7 +36,8 @@ def check_writable(output: Path) -> None:
         raise FilesError(f"output {output}: a file. Name a folder: --set output=FOLDER.")
     there = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not os.access(there, os.W_OK | os.X_OK):
-        raise FilesError(f"output {output}: {there} can't be written. Name another: --set output=FOLDER.")
+        why = "Read-only file system" if os.statvfs(there).f_flag & os.ST_RDONLY else "Permission denied"
+        raise FilesError(f"output {output}: {there} can't be written ({why}). Name another: --set output=FOLDER.")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 from tests.faults.command import main
 
@@ -25,6 +26,7 @@ def ranks(count: int, work: Callable[[], object]) -> list[int]:
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             os.environ.update({k: str(v) for k, v in own.items()}, MASTER_ADDR="localhost", MASTER_PORT=str(port))
             torch.set_num_threads(1)
+            AcceleratorState._reset_state(reset_partial_state=True)  # what earlier tests left in this process
             work()
             code = 0
         except SystemExit as e:

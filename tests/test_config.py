@@ -218,7 +218,7 @@ REFUSED = [
     ("train.metric_for_best_model", "macro_f1", "needs data.label_names"),
     ("model.dtype", "int8", "bfloat16"),
     ("trainer.learning_rate", "1", "train.learning_rate"),
-    ("trainer.fsdp", "full_shard", "not supported yet"),
+    ("trainer.fsdp", "full_shard", "true or false"),
     ("trainer.lr_scheduler_kwargs", "{power: 2}", "means nothing to linear"),
     ("output", "''", "no name"),
 ]

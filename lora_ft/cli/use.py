@@ -28,7 +28,7 @@ def eval(
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Score an adapter beside its base, several on one base, or a merged model alone.
+    """Score an adapter or several beside their base, or a merged model alone.
 
     \b
     Example: lora-ft eval out --data reviews-test.jsonl --json
@@ -92,11 +92,11 @@ def generate(
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Answer a prompt or a file of them, or chat: a base, an adapter, or several adapters on one base.
+    """Answer a prompt or a file of prompts, or chat; adapters share one base.
 
     \b
     Example: lora-ft generate out --prompt "The best film of the year"
-             lora-ft generate --adapter a=out/a --adapter b=out/b --prompts prompts.jsonl --json
+             lora-ft generate --adapter a=out/a --adapter b=out/b --prompts p.jsonl
     """
     exits.quiet()
     from lora_ft.generate import generate_command

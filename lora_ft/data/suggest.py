@@ -67,7 +67,10 @@ def suggest(source: str, task: str | None = None) -> Suggestion:
         DataError: no such file, a line that can't be read, or no rows.
         ConfigError: the columns don't allow the task, or any (they are named).
     """
-    rows = [row.columns for row in itertools.islice(iter_rows(source), LOOKED_AT + 1)]
+    read = list(itertools.islice(iter_rows(source), LOOKED_AT + 1))
+    if wrong := next((row for row in read if row.problem), None):
+        raise DataError(f"{wrong.where}: {wrong.problem}.")
+    rows = [row.columns for row in read]
     if not rows:
         raise DataError(f"{printable(source)}: holds no rows.")
     partial, rows = len(rows) > LOOKED_AT, rows[:LOOKED_AT]
