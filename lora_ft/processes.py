@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lora_ft.errors import ConfigError
-from lora_ft.progress import say
+from lora_ft.names import say
 from lora_ft.signals import Stopped
 
 T = TypeVar("T")
