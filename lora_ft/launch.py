@@ -11,7 +11,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lora_ft.errors import ConfigError
-from lora_ft.exits import BUG, say
+from lora_ft.exits import BUG
+from lora_ft.names import say
 
 LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE")  # a launcher's mark on the processes it starts
 

@@ -28,8 +28,8 @@ class Bar(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, **_):
-        shown = None if state.is_world_process_zero else True  # None: on a terminal only
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=shown)
+        # disable=None: on a terminal only
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
         self.said, self.first, self.begun = state.global_step, state.global_step, time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
@@ -40,7 +40,7 @@ class Bar(TrainerCallback):
             return
         shown = f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:.0f} tokens/s"
         self.bar.set_postfix_str(shown)
-        if self.bar.disable and state.is_world_process_zero and state.global_step - self.said >= state.max_steps / 10:
+        if self.bar.disable and state.global_step - self.said >= state.max_steps / 10:
             self.said = state.global_step
             pace = (time.perf_counter() - self.begun) / (state.global_step - self.first)
             left = tqdm.format_interval(pace * (state.max_steps - state.global_step))
