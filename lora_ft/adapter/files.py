@@ -101,6 +101,8 @@ def load_adapter(
     Raises:
         ModelError: as `read_adapter` and `check_against`; the model has its one adapter already, or one of this name.
     """
+    if name is not None and trainable:
+        raise ValueError("an adapter by a name is for use alone: load the one to train without a name")
     if lora_layers(model) or (name is None and adapter_names(model)):
         raise ModelError(
             "the model has an adapter already: load the base again, or merge the first one; or load each by a name"

@@ -141,6 +141,8 @@ def test_named_and_unnamed_adapters_keep_apart(tmp_path):
     ):
         with pytest.raises(ModelError, match=r"adapter|LoRA layers"):
             refused()
+    with pytest.raises(ValueError, match="without a name"):
+        load_adapter(model, tmp_path / "small", "more", trainable=True)
     one = tiny_model("llama")
     load_adapter(one, tmp_path / "small")
     with pytest.raises(ModelError, match="has an adapter already"):
