@@ -129,8 +129,8 @@ class State:
             raise FilesError(f"{folder / JSON}: holds no step, so it is no state of a run.")
         return cls(values["step"], read_tensors(folder / TENSORS), values)
 
-    def restore_optimizer(self, model: nn.Module, optimizer) -> None:
-        """Give the optimizer its moments and settings back, on the parameters' devices."""
+    def restore_optimizer(self, model: nn.Module, optimizer, scheduler) -> None:
+        """Give optimizer and scheduler their moments, settings and place back, on the parameters' devices."""
         inner = _inner(optimizer)
         names = {id(p): name for name, p in trainable(model).items()}
         for group, settings in zip(inner.param_groups, self.values["groups"], strict=True):
@@ -141,6 +141,10 @@ class State:
                 # a 0-dim `step` stays where the optimizer wants it: on the CPU, unless fused on a GPU
                 fused = bool(group.get("fused")) and p.is_cuda
                 inner.state[p] = {k: v.to(p.device) if v.dim() or fused else v.clone() for k, v in moments.items()}
+
+        scheduler.load_state_dict(self.values["scheduler"])
+        for group, peak, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = peak * share(scheduler.last_epoch)  # as before, or what a longer run's schedule says here
 
     def generators(self) -> RandomState:
         return RandomState({k: v for k, v in self.tensors.items() if k.startswith("random.")}, self.values["random"])

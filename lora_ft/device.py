@@ -7,24 +7,50 @@ from pathlib import Path
 
 import torch
 
+from lora_ft import processes
 from lora_ft.config import Config
 from lora_ft.errors import ConfigError
 
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # what `auto` means; fixed, so that a run can be repeated
+LONGEST_WAIT = 4 * 3600  # seconds that processes wait for each other: one of them encodes the data for all
 
 
 def prepare_device(config: Config) -> str:
-    """ "cuda" or "cpu". On a CPU denormal numbers are flushed to zero, in all of torch's threads if this comes early."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "this is one of several processes (WORLD_SIZE), which would each train alone: several processes aren't "
-            "supported yet. Start lora-ft without a launcher."
-        )
+    """ "cuda" (the current GPU) or "cpu", where the other processes of the run, if it has several, are met.
+
+    On a CPU denormal numbers are flushed to zero, in all of torch's threads if this comes early.
+
+    Raises:
+        ConfigError: as `processes.join`.
+    """
     torch.set_flush_denormal(True)
     keep_freed_memory()
     use_no_more_threads_than_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for float32 bases on GPUs that have it; nothing on a CPU
-    return "cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu"
+    processes.join(device, config.trainer.get("ddp_timeout", LONGEST_WAIT), config.trainer.get("ddp_backend"))
+    return device
+
+
+def with_accelerate(config: Config) -> Config:
+    """The config with what `accelerate launch` and its config file ask for, where the config says nothing of it.
+
+    Raises:
+        ConfigError: they ask for what lora-ft hasn't.
+    """
+    asked = {name.removeprefix("ACCELERATE_"): value for name, value in os.environ.items() if "ACCELERATE_" in name}
+    on = {name for name, value in asked.items() if value.lower() in ("true", "1")}
+    precision = asked.get("MIXED_PRECISION", "no")
+    unknown = on & {"USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"}
+    if unknown or precision not in ("no", "bf16"):
+        what = ", ".join(sorted(unknown)) or f"mixed precision {precision}"
+        raise ConfigError(
+            f"accelerate's config asks for {what}, which lora-ft hasn't. It has bf16, and FSDP for a base too big for one "
+            "device: run `accelerate config` again, or start with `lora-ft train CONFIG --processes N`."
+        )
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # the base is sharded by lora_ft.sharding, not by accelerate
+    found = {"use_cpu": "USE_CPU" in on, "fsdp": "USE_FSDP" in on, "bf16": precision == "bf16"}
+    return config.model_copy(update={"trainer": {k: v for k, v in found.items() if v} | config.trainer})
 
 
 def micro_batch_tokens(config: Config, device: str) -> int:

@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lora_ft import processes
 from lora_ft.attention import Packing, flat
-from lora_ft.data.batches import Cut
+from lora_ft.data.batches import ALL, NOTHING, Cut, Share, deal
 from lora_ft.errors import NumbersError
 from lora_ft.loss import logits_in_chunks
 
@@ -93,26 +94,32 @@ def score(
     packing: Packing,
     micro_batch_tokens: int,
     check: Callable[[], None] = lambda: None,
+    share: Share = ALL,
 ) -> Scores:
     """Score `model` (set to eval mode meanwhile) on the encoded examples of `dataset`.
 
-    `check` is called before each row of micro-batches: the place to stop at.
+    `check` is called before each row of micro-batches: the place to stop at. Of several processes each scores its share of
+    the examples; what is returned are the sums over all.
     """
     cut = Cut(micro_batch_tokens, packing.how == "alone")
     scores = Scores(examples=len(dataset))
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=None)
-    block = 256  # examples sorted by length at a time: long rows fill well, memory stays flat
+    block = 256 * share.of  # examples sorted by length at a time: long rows fill well, memory stays flat
+    choices = len(dataset[0]["choices"]) if len(dataset) else 0
+    scores.confusion = [[0] * choices for _ in range(choices)]
     for start in range(0, len(dataset), block):
-        examples = [dataset[i] for i in range(start, min(start + block, len(dataset)))]
+        lengths = [len(ids) for ids in dataset[start : start + block]["input_ids"]]
+        examples = [dataset[start + i] for i in deal(lengths, share.of)[share.rank]]
         by_sequence: dict[tuple[int, tuple[int, ...]], list[_Query]] = {}
         for index, example in enumerate(examples):
             for query in _queries(index, example):
                 by_sequence.setdefault((index, tuple(query.ids)), []).append(query)
         sequences = list(by_sequence.values())
         answers = [[0.0] * len(e["choices"]) for e in examples]
-        for row in cut.rows([len(s[0].ids) for s in sequences]):
+        rows = cut.rows([len(s[0].ids) for s in sequences])
+        for row in rows:
             check()
             for query, logprobs in _answer(model, packing, [sequences[i] for i in row]):
                 if not all(map(math.isfinite, logprobs)):
@@ -127,12 +134,18 @@ def score(
                     answers[query.example][query.choice] = sum(logprobs)
         for example, answer in zip(examples, answers, strict=True):
             if answer:
-                if not scores.confusion:
-                    scores.confusion = [[0] * len(answer) for _ in answer]
                 scores.confusion[example["label"]][max(range(len(answer)), key=answer.__getitem__)] += 1
-        bar.update(len(examples))
+        for _ in range(processes.most(len(rows)) - len(rows) if share.even else 0):
+            list(_answer(model, packing, [[_Query(0, -1, NOTHING["input_ids"], [], [])]]))
+        bar.update(len(lengths))
     bar.close()
     model.train(was_training)
+    if share.of > 1:
+        numbers = [scores.loss_sum, scores.tokens, *(n for row in scores.confusion for n in row)]
+        totals = torch.tensor(numbers, dtype=torch.float64, device=model.device)
+        processes.add_up([totals])
+        scores.loss_sum, scores.tokens = totals[0].item(), int(totals[1])
+        scores.confusion = totals[2:].long().view(choices, choices).tolist()
     return scores
 
 

@@ -3,10 +3,12 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SECONDS = 8  # that a stop may take where nothing has to be saved
+ONE_SIGNAL = 1.0  # seconds within which a launcher and the terminal may both deliver what the user sent once
 
 
 class Stopped(BaseException):
@@ -31,6 +33,7 @@ class Stopper:
     def __init__(self) -> None:
         self.deferred = False
         self.received: int | None = None
+        self._since = 0.0
         self.hint = ""  # what is said after "stopped"
         self._last_resort: threading.Timer | None = None
 
@@ -53,8 +56,10 @@ class Stopper:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if "LOCAL_RANK" in os.environ and time.monotonic() - self._since < ONE_SIGNAL:
+                return
             os._exit(128 + signum)
-        self.received = signum
+        self.received, self._since = signum, time.monotonic()
         if not self.deferred:
             self._last_resort = threading.Timer(SECONDS, os._exit, [128 + signum])
             self._last_resort.daemon = True

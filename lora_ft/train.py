@@ -4,14 +4,15 @@ import os
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from lora_ft import processes, run_folder
 from lora_ft import resume as resuming
-from lora_ft import run_folder
 from lora_ft.adapter.files import initialize_from
 from lora_ft.adapter.fit import check_base
 from lora_ft.adapter.inject import inject_lora, trainable
@@ -19,16 +20,17 @@ from lora_ft.attention import Packing
 from lora_ft.base import Base, resolve
 from lora_ft.checkpoint import State
 from lora_ft.config import AdapterConfig, Config
-from lora_ft.data.batches import Cut, Plan
+from lora_ft.data.batches import Cut, Plan, Share
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
-from lora_ft.device import micro_batch_tokens, prepare_device
+from lora_ft.device import micro_batch_tokens, prepare_device, with_accelerate
 from lora_ft.errors import ConfigError
 from lora_ft.model import check_vocabulary, load_base, load_tokenizer, tokenizer_hash
 from lora_ft.progress import say
 from lora_ft.record import describe, read_record
 from lora_ft.saving import Run
 from lora_ft.scoring import score
+from lora_ft.sharding import load_sharded
 from lora_ft.signals import Stopper
 from lora_ft.trainer import LoRATrainer
 
@@ -49,36 +51,40 @@ def train(
             good.
         Stopped: a signal came; what was done is saved.
     """
-    output, begun = Path(config.output), time.perf_counter()
-    with Stopper() as stopper, run_folder.claimed(output):
+    output, begun, is_main = Path(config.output), time.perf_counter(), processes.is_main()
+    with processes.only_main_talks(), Stopper() as stopper, run_folder.claimed(output) if is_main else nullcontext():
         stopper.hint = how_to_go_on(begun="--overwrite" not in sys.argv)
-        begin = resuming.beginning(output, config, resume, overwrite)
-        before = resuming.read_run(begin) if begin else None
+        config = with_accelerate(config)
+        device = prepare_device(config)
+        begin = processes.from_main(lambda: resuming.beginning(output, config, resume, overwrite))
+        before = processes.from_main(lambda: resuming.read_run(begin) if begin else None)
         if before and before["kind"] == "adapter":
             say(f"already finished: {output} holds the adapter of this config. Nothing to do.")
             return
 
-        device = prepare_device(config)
         args = arguments(config, device)
-        base = resolve(config.model.name, config.model.revision, allow_pickle)
-        if before:
-            check_base(before, base, other_base)
-        tokenizer = load_tokenizer(base, trust_remote_code)
-        train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
+        with processes.first_on_node():
+            base = resolve(config.model.name, config.model.revision, allow_pickle)
+            if before:
+                check_base(before, base, other_base)
+            tokenizer = load_tokenizer(base, trust_remote_code)
+            train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
         if before:
             resuming.check_data(before, tokenizer_hash(tokenizer), train_set, eval_set)
         say(f"data: {train_set.report.summary()}")
         if eval_set:
             say(f"eval: {eval_set.report.summary()}")
 
-        model = load_base(base, config.model.dtype, trust_remote_code, device)
+        sharded = bool(config.trainer.get("fsdp")) and processes.count() > 1
+        load = load_sharded if sharded else load_base
+        model = load(base, config.model.dtype, trust_remote_code, device)
         check_vocabulary(model, base, max(largest_id(s) for s in (train_set, eval_set) if s))
         parameters = adapt(model, config.adapter, config.train.seed, base, other_base)
         packing = Packing.of(model, max(s.report.longest for s in (train_set, eval_set) if s))
         if packing.how == "alone":
             say("this model's RoPE follows the longest position in a row: each example gets a row of its own (slower)")
-        state = State.read(begin) if begin else None
-        at_most = micro_batch_tokens(config, device)
+        state = processes.from_main(lambda: State.read(begin) if begin else None)
+        at_most, share = micro_batch_tokens(config, device), Share(processes.rank(), processes.count(), even=sharded)
         if state and config.train.micro_batch_tokens == "auto":
             at_most = state.values["micro_batch_tokens"]  # as the run began
         plan = Plan(
@@ -88,12 +94,13 @@ def train(
             config.train.max_steps,
             Cut(at_most, packing.how == "alone"),
             config.train.seed,
+            share,
         )
         record = describe(config, base, tokenizer, model, train_set, eval_set)
         record |= {"trainable_parameters": parameters, "planned_steps": len(plan), "machine": machine(device)}
-        if before:
+        if before and is_main:
             resuming.go_on(before, record, state, len(plan), output)
-        else:
+        elif is_main:
             # with --overwrite a whole run, else at most the log of one that was killed before its first checkpoint
             run_folder.clear(output)
 
@@ -101,18 +108,19 @@ def train(
         run = Run(output, model, record, config.train.save_total_limit)
         if state and (best := state.values.get("best")):
             run.evaluations[best["step"]] = best["metrics"]
-        if state:
+        if state and is_main:
             run.rotate(state.step, state.values["trainer"]["best_global_step"])  # killed right before it
 
         def evaluation(step: int) -> dict:
             assert eval_set is not None
-            scores = score(model, eval_set.dataset, packing, at_most, check=stopper.check)
+            scores = score(model, eval_set.dataset, packing, at_most, stopper.check, share)
             run.evaluations[step] = scores.metrics()
             return run.evaluations[step]
 
         def save(state: State, best_step: int | None) -> None:
-            state.values["micro_batch_tokens"] = at_most
-            run.save(state, best_step)
+            if is_main:
+                state.values["micro_batch_tokens"] = at_most
+                run.save(state, best_step)
 
         args.max_steps = len(plan)
         trainer = LoRATrainer(
@@ -122,13 +130,15 @@ def train(
             packing=packing,
             evaluation=evaluation if eval_set else None,
             save=save,
-            log_line=lambda line: run_folder.log_line(output, line),
+            log_line=lambda line: run_folder.log_line(output, line) if is_main else None,
             patience=config.train.early_stopping_patience,
             stopper=stopper,
         )
         say(f"training: {len(plan)} steps of {config.train.batch_size} examples")
         trainer.train_from(state, begin)
 
+        if not is_main:
+            return
         last = trainer.state.global_step
         step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
         seconds = time.perf_counter() - begun
@@ -201,7 +211,7 @@ def arguments(config: Config, device: str) -> TrainingArguments:
         disable_tqdm=True,  # the bar is ours
     )
     try:
-        args = TrainingArguments(**settings | config.trainer)
+        args = TrainingArguments(**settings | {k: v for k, v in config.trainer.items() if k != "fsdp"})
         if args.n_gpu > 1:
             args._n_gpu = 1  # else the Trainer wraps the model in DataParallel, which would cut a row into pieces
     except (ValueError, RuntimeError, ImportError) as e:
@@ -210,7 +220,7 @@ def arguments(config: Config, device: str) -> TrainingArguments:
 
 
 def machine(device: str) -> dict:
-    return {"device": device, "threads": torch.get_num_threads(), "processes": 1}
+    return {"device": device, "threads": torch.get_num_threads(), "processes": processes.count()}
 
 
 def how_to_go_on(begun: bool) -> str:

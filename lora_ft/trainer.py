@@ -1,12 +1,13 @@
 """The one Trainer subclass: a step is a list of flat micro-batches.
 
 An item of the plan is a whole optimizer step (data/batches.py), so gradient accumulation, batch sizes and epochs are the
-plan's and the Trainer sees one long epoch. The loss is the sum over supervised tokens divided by their number in the whole
-step, so that cutting a step into micro-batches changes no gradient beyond rounding.
+plan's and the Trainer sees one long epoch.
+
+Of several processes each has the adapter and computes its share of a step's examples; one sum of the adapter's gradients over
+the processes ends the step, so nothing needs to be wrapped around the model and nothing of its size is sent.
 """
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,14 +19,15 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from lora_ft import processes
 from lora_ft.adapter.files import initialize_from
+from lora_ft.adapter.inject import trainable
 from lora_ft.attention import Packing
 from lora_ft.checkpoint import Counts, RandomState, State
 from lora_ft.data.batches import Plan, Step, on_device
-from lora_ft.errors import NumbersError
-from lora_ft.loss import supervised_loss
 from lora_ft.progress import Bar, LastStep, peak_memory_mb
 from lora_ft.signals import Stopped, Stopper
+from lora_ft.step import add_gradients, check_finite
 
 
 class LoRATrainer(Trainer):
@@ -64,6 +66,8 @@ class LoRATrainer(Trainer):
         callbacks = [LastStep(), *([self.early_stopping] if self.early_stopping else []), Bar()]
         stand_in = plan if evaluation else None  # the Trainer wants to see a data set; `evaluate` has its own
         super().__init__(model=model, args=args, train_dataset=plan, eval_dataset=stand_in, callbacks=callbacks)
+        # Keeps DistributedDataParallel off the model: `training_step` sums the gradients.
+        self.is_distributed_loading_by_transformers = processes.count() > 1
         for unwanted in (PrinterCallback, ProgressCallback):
             self.remove_callback(unwanted)
 
@@ -75,22 +79,19 @@ class LoRATrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch=None) -> torch.Tensor:
         """Gradients of one whole optimizer step; returns its mean loss per supervised token."""
+        if processes.count() > 1:  # a function of the step, so that a checkpoint needs no process but the main one
+            torch.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) * 65_537 + processes.rank())
         self.generators_before = RandomState.now()  # a step that is broken off is repeated from here
         model.train()
-        total = torch.zeros((), device=self.args.device)
-        for micro in inputs["micro"]:
-            self.stopper.check()
-            if not len(micro["keep"]):
-                continue
-            micro = on_device(micro, self.args.device)
-            with self.packing.row(self.model, micro["lengths"]):  # still open in the backward: checkpointing recomputes
-                with self.compute_loss_context_manager():
-                    loss = supervised_loss(
-                        model, micro["input_ids"], micro["position_ids"], micro["keep"], micro["targets"]
-                    )
-                self.accelerator.backward(loss / inputs["total"])
-            total += loss.detach()
-        self.stopper.check()
+        total = add_gradients(
+            self.model,
+            self.packing,
+            inputs,
+            self.plan.share,
+            lambda micro: on_device(micro, self.args.device),
+            self.compute_loss_context_manager,
+            self.stopper.check,
+        )
         self.step_now, self.step_loss = inputs, total
         return total / max(1, inputs["total"])
 
@@ -98,13 +99,7 @@ class LoRATrainer(Trainer):
         """Called right before the optimizer's step: the last moment to keep NaN and inf out of the weights."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         step, loss, norm = self.step_now, float(self.step_loss), float(grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = "loss" if not math.isfinite(loss) else "gradient"
-            rows = ", ".join(step["rows"][:16])
-            raise NumbersError(
-                f"step {self.state.global_step + 1}: the {what} is not a finite number. The step's rows: {rows}. "
-                f" Nothing of it was saved. Lower train.learning_rate, or look at those rows."
-            )
+        check_finite(self.state.global_step + 1, step, loss, norm)
         self.counts.add(loss, step["total"], step["tokens"])
         return norm
 
@@ -168,14 +163,13 @@ class LoRATrainer(Trainer):
         self.resumed, self.resumed_adapter = state, adapter
         self.stopper.deferred = True
         try:
-            if state is None:
-                self.train()
-            else:
-                with tempfile.TemporaryDirectory() as folder:  # the Trainer reads its own state from a file
+            with tempfile.TemporaryDirectory() as folder, processes.together():
+                if state:  # the Trainer reads its own state from a file
                     (Path(folder) / "trainer_state.json").write_text(json.dumps(state.values["trainer"]))
-                    self.train(resume_from_checkpoint=folder)
+                self.train(resume_from_checkpoint=folder if state else None)
             self.stopper.check()  # a signal that came with the last step
         except Stopped as stop:
+            stop.hint = self.stopper.hint
             if self.state.global_step == 0:
                 stop.args = ("stopped before the end of the first step: nothing to save",)
             else:
@@ -208,6 +202,12 @@ class LoRATrainer(Trainer):
 
     # What the Trainer would read from its own files (pickles among them) comes from the checkpoint's state.
 
+    def _move_model_to_device(self, model, device) -> None:
+        """Nothing: it was loaded where it computes, and a sharded one can't be moved."""
+
+    def _sync_replicated_trainable_parameters(self, model) -> None:
+        """Nothing: they begin alike on all processes, and `training_step` keeps them so."""
+
     def _init_training_state(self, max_steps, *args, **kwargs):
         place = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(
@@ -217,18 +217,14 @@ class LoRATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         assert self.resumed_adapter is not None
-        initialize_from(self.model, self.resumed_adapter)
+        if processes.is_main():
+            initialize_from(self.model, self.resumed_adapter)
+        processes.copy_from_main(list(trainable(self.model).values()))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         assert self.resumed is not None
         values = self.resumed.values
-        self.resumed.restore_optimizer(self.model, self.optimizer)
-        self.lr_scheduler.load_state_dict(values["scheduler"])
-        schedule = zip(
-            self.optimizer.param_groups, self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True
-        )
-        for group, peak, share in schedule:  # the same as before, or what a longer run's schedule says here
-            group["lr"] = peak * share(self.lr_scheduler.last_epoch)
+        self.resumed.restore_optimizer(self.model, self.optimizer, self.lr_scheduler)
         self.counts = Counts(**values["counts"])
         self.started -= values["seconds"]
         self.generators_resumed = self.resumed.generators()

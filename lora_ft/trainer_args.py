@@ -60,6 +60,7 @@ ALLOWED = {
     "ddp_backend": Allowed(("nccl", "gloo", "mpi", "xccl", "hccl"), "rounding"),
     "ddp_bucket_cap_mb": Allowed(int, "rounding", 1),
     "ddp_timeout": Allowed(int, "free", 1),
+    "fsdp": Allowed(bool, "rounding"),
     "logging_first_step": Allowed(bool, "free"),
     "log_on_each_node": Allowed(bool, "free"),
     "log_level": Allowed(_LEVELS, "free"),
@@ -81,7 +82,7 @@ _PUSH = "nothing is pushed while training; push the finished folder with `hf upl
 _CODE = "it replaces parts of the model's own computation, which lora-ft relies on"
 _KERNEL = "not supported: micro-batches have varying shapes"
 _DDP = "set by lora-ft, so that each step is one all-reduce of the adapter"
-_SHARD = "not supported yet"
+_SHARD = "not supported: a run is several processes (--processes), with trainer.fsdp each keeps a share of the base"
 _SCRIPT = "the commands say it: lora-ft train, lora-ft eval"
 
 # field -> why it can't be set
@@ -148,7 +149,6 @@ REFUSED = {
     "ddp_static_graph": _DDP,
     "local_rank": "the launcher sets it",
     "parallelism_config": _SHARD,
-    "fsdp": _SHARD,
     "fsdp_config": _SHARD,
     "deepspeed": _SHARD,
     "debug": "run `lora-ft train CONFIG --debug`",

@@ -15,18 +15,18 @@ FLOORS = [
     "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
     "layers.lora layers.activation loss storage run_folder",
     "base model",
-    "attention progress",
+    "attention progress processes",
     "adapter.roles adapter.targets adapter.inject",
     "adapter.peft_config adapter.peft adapter.fit adapter.files",
     "adapter.disk adapter.prove adapter.shards adapter.merge",
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
     "data.batches data.prepare",
-    "device scoring checkpoint record model_card",
-    "saving resume",
+    "device scoring checkpoint record model_card sharding",
+    "saving resume step",
     "trainer",
     "train",
     "check evaluate",
-    "exits",
+    "exits launch",
     "cli.app cli.prepare cli.run cli.use",
 ]
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms.split())}

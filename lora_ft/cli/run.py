@@ -1,5 +1,6 @@
 """The run itself."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -15,6 +16,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, or begin.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that `output` holds.")] = False,
     other_base: OtherBase = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Train in N processes on this machine; else one for each visible GPU, or one."
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
@@ -31,6 +38,11 @@ def train(
         raise ConfigError("--resume and --overwrite: give one; --resume goes on, --overwrite begins anew")
     settings = load_config(config, set or ())
     exits.quiet()
+    from lora_ft.launch import launch, wanted
+
+    many = wanted(processes, on_gpus=not settings.trainer.get("use_cpu"))
+    if many > 1:
+        raise SystemExit(launch(many, sys.argv[1:]))
     from lora_ft.train import train
 
     train(

@@ -1,7 +1,8 @@
 """Which examples make a step, and how a step is cut into flat micro-batches.
 
-One item of the plan is one whole optimizer step. It is a pure function of the seed and the step's number, so a run can go on
-anywhere; and how it is cut (`micro_batch_tokens`) changes neither its examples nor, beyond rounding, its gradient.
+One item of the plan is one whole optimizer step, or a process's share of it. It is a pure function of the seed and the step's
+number, so a run can go on anywhere; and how it is shared out and cut (`micro_batch_tokens`) changes neither its examples nor,
+beyond rounding, its gradient.
 """
 
 import math
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_ft.attention import flat
+
+NOTHING = {"input_ids": [0], "labels": [-100]}  # an example with nothing to learn from
 
 
 class MicroBatch(TypedDict):
@@ -31,12 +34,23 @@ class MicroBatch(TypedDict):
 
 
 class Step(TypedDict):
-    """micro: the micro-batches. total: supervised tokens of the whole step. tokens: its tokens. rows: where they stand."""
+    """micro: this process's micro-batches. Of the whole step: total, its supervised tokens; tokens; rows, where they stand."""
 
     micro: list[MicroBatch]
     total: int
     tokens: int
     rows: list[str]
+
+
+class Share(NamedTuple):
+    """A process's share of each step: the `rank`-th `of` so many. even: with as many micro-batches as any other has."""
+
+    rank: int = 0
+    of: int = 1
+    even: bool = False
+
+
+ALL = Share()
 
 
 class Cut(NamedTuple):
@@ -112,9 +126,16 @@ class Plan(Dataset):
     """The optimizer steps of a run, each an epoch's shuffled examples in turn; an epoch's last step may be smaller."""
 
     def __init__(
-        self, dataset: datasets.Dataset, batch_size: int, epochs: float, max_steps: int | None, cut: Cut, seed: int
+        self,
+        dataset: datasets.Dataset,
+        batch_size: int,
+        epochs: float,
+        max_steps: int | None,
+        cut: Cut,
+        seed: int,
+        share: Share = ALL,
     ):
-        self.dataset, self.batch_size, self.cut, self.seed = dataset, batch_size, cut, seed
+        self.dataset, self.batch_size, self.cut, self.seed, self.share = dataset, batch_size, cut, seed, share
         self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
         self.steps = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch))
         self._epoch: tuple[int, list[int]] = (-1, [])
@@ -138,6 +159,12 @@ class Plan(Dataset):
     def __getitem__(self, step: int) -> Step:
         examples = [self.dataset[i] for i in self.examples(step)]
         lengths = [len(e["input_ids"]) for e in examples]
-        micro = [micro_batch([examples[i] for i in row]) for row in self.cut.rows(lengths)]
-        total = sum(len(m["targets"]) for m in micro)
+        shares = [
+            [[share[i] for i in row] for row in self.cut.rows([lengths[i] for i in share])]
+            for share in deal(lengths, self.share.of)
+        ]
+        micro = [micro_batch([examples[i] for i in row]) for row in shares[self.share.rank]]
+        if self.share.even:
+            micro += [micro_batch([NOTHING])] * (max(map(len, shares)) - len(micro))
+        total = sum(sum(label >= 0 for label in e["labels"][1:]) for e in examples)
         return Step(micro=micro, total=total, tokens=sum(lengths), rows=[e["where"] for e in examples])
