@@ -20,7 +20,7 @@ import lora_ft.scoring
 import lora_ft.signals
 import lora_ft.step
 import lora_ft.trainer
-from lora_ft import run_folder
+from lora_ft import run_folder, run_log
 from lora_ft.checkpoint import State
 from lora_ft.saving import Run, is_whole
 from tests.faults.command import TRAIN, cli, files, start
@@ -68,7 +68,7 @@ AFTER_IT = {
     "an evaluation": (lora_ft.scoring, "_answer", 3),
     "saving": (State, "write", 2),
     "rotation": (run_folder, "rotate", 3),
-    "the log": (run_folder, "log_line", 4),
+    "the log": (run_log, "write_line", 4),
     "the last step": (lora_ft.step, "supervised_loss", 12),
     "the last checkpoint": (State, "write", 4),
     "the end": (Run, "finish", 1),
