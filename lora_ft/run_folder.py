@@ -27,17 +27,17 @@ MENTIONED = (LOG, "tensorboard", *REPORTS)  # by name only in an adapter's manif
 
 
 def check_writable(output: Path) -> None:
-    """Refuse an output that can't be written, without making it.
-
-    Raises:
-        FilesError: it is a file, or the system says no.
-    """
-    if output.exists() and not output.is_dir():
-        raise FilesError(f"output {output}: a file. Name a folder: --set output=FOLDER.")
+    """FilesError for an output that is a file or that the system won't let us write; nothing is made."""
+    _check_no_file(output)
     there = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not os.access(there, os.W_OK | os.X_OK):
         why = "Read-only file system" if os.statvfs(there).f_flag & os.ST_RDONLY else "Permission denied"
         raise FilesError(f"output {output}: {there} can't be written ({why}). Name another: --set output=FOLDER.")
+
+
+def _check_no_file(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise FilesError(f"output {output}: a file. Name a folder: --set output=FOLDER.")
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def claimed(output: Path) -> Iterator[None]:
         FilesError: it is a file, can't be written, or another run holds it (its pid is named).
     """
     made = not output.exists()
-    check_writable(output)
+    _check_no_file(output)
     lock = output / LOCK
     try:
         output.mkdir(parents=True, exist_ok=True)
