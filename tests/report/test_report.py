@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lora_ft.saving
+import lora_ft.step
 import lora_ft.train
 from lora_ft.base import resolve
 from lora_ft.config import load_config
@@ -216,13 +217,13 @@ def test_an_interrupted_run_has_one_that_its_files_give_again(folder, monkeypatc
 
 
 def test_a_run_that_met_nan_shows_how_it_came_to_it(folder, monkeypatch):
-    loss, calls = lora_ft.trainer.supervised_loss, []
+    loss, calls = lora_ft.step.supervised_loss, []
 
     def spoilt(*args, **options):
         calls.append(1)
         return loss(*args, **options) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr("lora_ft.trainer.supervised_loss", spoilt)
+    monkeypatch.setattr("lora_ft.step.supervised_loss", spoilt)
     with pytest.raises(NumbersError):
         run(folder, "train.save_steps=9", "train.eval_steps=9", "train.logging_steps=1")
     page = Page(folder / "out/report.html")
