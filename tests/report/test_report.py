@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lora_ft.saving
+import lora_ft.step
 import lora_ft.train
 from lora_ft.base import resolve
 from lora_ft.config import load_config
