@@ -12,6 +12,7 @@ from lora_ft.adapter.inject import inject_lora, lora_layers, trainable
 from lora_ft.base import resolve, weight_files
 from lora_ft.config import Config
 from lora_ft.data.batches import Cut, Plan
+from lora_ft.data.examples import reports
 from lora_ft.data.prepare import prepare
 from lora_ft.model import load_tokenizer, skeleton
 from lora_ft.names import printable
@@ -27,7 +28,7 @@ def check(
     if not base.gguf and not base.pickles:
         weight_files(base)
     tokenizer = load_tokenizer(base, trust_remote_code)
-    train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
+    train_set, eval_sets = prepare(config.data, tokenizer, config.train.seed)
     train, adapter = config.train, config.adapter
     model = skeleton(base, trust_remote_code)
     weights = sum(p.numel() for p in model.parameters())
@@ -37,7 +38,7 @@ def check(
     plan = Plan(train_set.dataset, train.batch_size, train.num_train_epochs, train.max_steps, Cut(1), train.seed)
     facts = {
         "train": train_set.report.as_dict(),
-        "eval": eval_set.report.as_dict() if eval_set else None,
+        "eval": reports(eval_sets),
         "steps": len(plan),
         "base_parameters": weights,
         "trainable_parameters": parameters,
@@ -52,8 +53,8 @@ def check(
     console = Console(highlight=False, soft_wrap=True)
     console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False)
     console.print(f"train: {train_set.report.summary()}", markup=False)
-    if eval_set:
-        console.print(f"eval: {eval_set.report.summary()}", markup=False)
+    for name, examples in eval_sets.items():
+        console.print(f"{f'eval {name}'.strip()}: {examples.report.summary()}", markup=False)
     for i in range(min(SHOWN_ROWS, len(train_set.dataset))):
         example = train_set.dataset[i]
         console.print(f"\nrow {example['row']}, {len(example['input_ids'])} tokens, supervised between » and «:")

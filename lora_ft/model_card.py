@@ -5,9 +5,8 @@ from pathlib import Path
 import yaml
 
 from lora_ft.adapter.files import portable_name
+from lora_ft.metric_names import title
 from lora_ft.names import is_local
-
-TITLE = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 
 def model_card(record: dict) -> str:
@@ -22,7 +21,7 @@ def model_card(record: dict) -> str:
         "tags": ["lora", "lora-ft", "transformers"],
         **({"datasets": sorted({s.split(":")[0].split("@")[0] for s in sources})} if sources else {}),
     }
-    metrics = [(TITLE[k], v) for k, v in record.get("metrics", {}).items() if k in TITLE]
+    metrics = [(title(k), v) for k, v in record.get("metrics", {}).items() if title(k)]
     table = "".join(f"| {key} | {value:.4f} |\n" for key, value in metrics)
     targets = ", ".join([*adapter["targets"], *adapter["modules"]])
     examples = record["data"]["train"]["examples"]

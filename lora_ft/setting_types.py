@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
-from lora_ft.names import GROUPS, ROLES, nearest_role, shown, template_columns
+from lora_ft.metric_names import TEXT_METRICS
+from lora_ft.names import GROUPS, ROLES, nearest, nearest_role, shown, template_columns
 from lora_ft.trainer_args import SCHEDULERS
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Metric = Literal["loss", "accuracy", "macro_f1"]
 Scheduler = Literal[*SCHEDULERS]  # type: ignore[valid-type]
 REPORTERS = (
     *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune"),
@@ -75,14 +75,32 @@ def _layers(value: Any) -> Any:
 
 
 def _held_out(value: Any) -> Any:
-    """data.eval: sources, or how much of the training data to hold out."""
+    """Sources, or how much of the training data to hold out. Checks all there is: a union's own messages say little."""
     hint = "give a data source or several, a fraction below 1 (0.05), a count from 1 (500), or null"
-    if value is None or isinstance(value, str | list | tuple):
-        return _listed(value)
+    if isinstance(value, str | list | tuple):
+        sources = _listed(value)
+        if not sources or not all(isinstance(source, str) for source in sources):
+            raise ValueError(f"{shown(value)} does not fit; {hint}")
+        return _distinct(tuple(map(_name, sources)))
     fits = isinstance(value, float) and 0 < value < 1 or isinstance(value, int) and value >= 1
     if isinstance(value, bool) or not fits:
         raise ValueError(f"{shown(value)} does not fit; {hint}")
     return value
+
+
+def _eval_sets(value: Any) -> Any:
+    """data.eval: one set without a name, or a mapping of names to sets."""
+    if not isinstance(value, dict):
+        return None if value is None else _held_out(value)
+    hint = "give names and their data, as in {dev: dev.jsonl, test: test.jsonl}"
+    if not value:
+        raise ValueError(f"names no eval set; {hint}")
+    for name in value:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ValueError(
+                f"{shown(name)} is no name of an eval set, which is text of letters, digits, . _ -; {hint}"
+            )
+    return {name: _held_out(source) for name, source in value.items()}
 
 
 def _steps(value: Any) -> Any:
@@ -113,6 +131,14 @@ def _reporters(value: Any) -> Any:
 def _reporter(word: str) -> str:
     if word not in REPORTERS:
         raise ValueError(f"{shown(word)} is not known; give some of {', '.join(REPORTERS)}, or [] for none")
+    return word
+
+
+def _text_metric(word: str) -> str:
+    if word not in TEXT_METRICS:
+        near = nearest(word, TEXT_METRICS)
+        meant = f"did you mean {near}?" if near else f"give some of {', '.join(TEXT_METRICS)}"
+        raise ValueError(f"{shown(word)} is no metric of texts; {meant}")
     return word
 
 
@@ -163,7 +189,11 @@ Supervised = Annotated[str, AfterValidator(_supervised)]
 Column = Annotated[str, AfterValidator(_column)]
 Steps = Annotated[int | float, BeforeValidator(_steps)]
 StepsOrNone = Annotated[int | float, BeforeValidator(_steps_or_none)]
-HeldOut = Annotated[tuple[Name, ...] | int | float | None, BeforeValidator(_held_out)]
+EvalSet = tuple[str, ...] | int | float
+EvalSets = Annotated[EvalSet | dict[str, EvalSet] | None, BeforeValidator(_eval_sets)]
+TextMetrics = Annotated[
+    tuple[Annotated[str, AfterValidator(_text_metric)], ...], BeforeValidator(_listed), AfterValidator(_distinct)
+]
 Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_layers)]
 LabelNames = Annotated[dict[str, tuple[str, ...]] | None, BeforeValidator(_label_names)]
 MicroBatch = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch)]

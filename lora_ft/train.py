@@ -25,11 +25,12 @@ from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device, with_accelerate
 from lora_ft.errors import ConfigError
+from lora_ft.evaluation import evaluator
+from lora_ft.generation_metrics import check_installed
 from lora_ft.model import check_vocabulary, load_base, load_tokenizer, tokenizer_hash
 from lora_ft.progress import say
 from lora_ft.record import describe, read_record
 from lora_ft.saving import Run
-from lora_ft.scoring import score
 from lora_ft.sharding import load_sharded
 from lora_ft.signals import Stopper
 from lora_ft.trainer import LoRATrainer
@@ -63,24 +64,27 @@ def train(
             return
 
         args = arguments(config, device)
+        if config.train.predict_with_generate:
+            check_installed(config.generation.metrics)
         with processes.first_on_node():
             base = resolve(config.model.name, config.model.revision, allow_pickle)
             if before:
                 check_base(before, base, other_base)
             tokenizer = load_tokenizer(base, trust_remote_code)
-            train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
+            train_set, eval_sets = prepare(config.data, tokenizer, config.train.seed)
+        sets = [train_set, *eval_sets.values()]
         if before:
-            resuming.check_data(before, tokenizer_hash(tokenizer), train_set, eval_set)
+            resuming.check_data(before, tokenizer_hash(tokenizer), train_set, eval_sets)
         say(f"data: {train_set.report.summary()}")
-        if eval_set:
-            say(f"eval: {eval_set.report.summary()}")
+        for name, examples in eval_sets.items():
+            say(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
 
         sharded = bool(config.trainer.get("fsdp")) and processes.count() > 1
         load = load_sharded if sharded else load_base
         model = load(base, config.model.dtype, trust_remote_code, device)
-        check_vocabulary(model, base, max(largest_id(s) for s in (train_set, eval_set) if s))
+        check_vocabulary(model, base, max(map(largest_id, sets)))
         parameters = adapt(model, config.adapter, config.train.seed, base, other_base)
-        packing = Packing.of(model, max(s.report.longest for s in (train_set, eval_set) if s))
+        packing = Packing.of(model, max(s.report.longest for s in sets))
         if packing.how == "alone":
             say("this model's RoPE follows the longest position in a row: each example gets a row of its own (slower)")
         state = processes.from_main(lambda: State.read(begin) if begin else None)
@@ -96,7 +100,7 @@ def train(
             config.train.seed,
             share,
         )
-        record = describe(config, base, tokenizer, model, train_set, eval_set)
+        record = describe(config, base, tokenizer, model, train_set, eval_sets)
         record |= {"trainable_parameters": parameters, "planned_steps": len(plan), "machine": machine(device)}
         if before and is_main:
             resuming.go_on(before, record, state, len(plan), output)
@@ -111,10 +115,10 @@ def train(
         if state and is_main:
             run.rotate(state.step, state.values["trainer"]["best_global_step"])  # killed right before it
 
+        scored = evaluator(model, tokenizer, eval_sets, config, packing, at_most, stopper.check, share)
+
         def evaluation(step: int) -> dict:
-            assert eval_set is not None
-            scores = score(model, eval_set.dataset, packing, at_most, stopper.check, share)
-            run.evaluations[step] = scores.metrics()
+            run.evaluations[step] = scored()
             return run.evaluations[step]
 
         def save(state: State, best_step: int | None) -> None:
@@ -128,7 +132,7 @@ def train(
             args=args,
             plan=plan,
             packing=packing,
-            evaluation=evaluation if eval_set else None,
+            evaluation=evaluation if eval_sets else None,
             save=save,
             log_line=lambda line: run_folder.log_line(output, line) if is_main else None,
             patience=config.train.early_stopping_patience,
@@ -206,7 +210,7 @@ def arguments(config: Config, device: str) -> TrainingArguments:
         save_strategy="steps",
         save_steps=train.save_steps,
         metric_for_best_model=f"eval_{metric}" if evaluates else None,
-        greater_is_better=metric != "loss",
+        greater_is_better=not metric.endswith("loss"),
         report_to=list(train.report_to),
         disable_tqdm=True,  # the bar is ours
     )

@@ -11,7 +11,7 @@ ROOT = Path(lora_ft.__file__).parent
 # From the ground up. A room imports rooms of floors below, and of its own floor where the floor says so.
 FLOORS = [
     "errors signals",
-    "names",
+    "names metric_names",
     "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
     "layers.lora loss storage run_folder",
     "base model",
@@ -20,8 +20,8 @@ FLOORS = [
     "adapter.peft_config adapter.peft adapter.fit adapter.files",
     "adapter.disk adapter.prove adapter.shards adapter.merge",
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
-    "data.batches data.prepare",
-    "device scoring checkpoint record model_card sharding",
+    "data.batches data.prepare data.references",
+    "device decoding generation_metrics scoring score_table evaluation checkpoint record model_card sharding",
     "saving resume step",
     "trainer",
     "train",

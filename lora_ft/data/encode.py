@@ -70,7 +70,7 @@ def load_examples(
         **counts(dataset),
     )
     words = template.label_names[template.label_column] if template.label_names and template.label_column else []
-    return Examples(dataset, report, list(words))
+    return Examples(dataset, report, list(words), texts)
 
 
 def _encode(

@@ -81,12 +81,19 @@ class Examples:
     supervised, else -100 (not shifted; never at i = 0). tokens, supervised: their numbers. row: position in the
     sources, from 0; where: for messages. prompt_length: tokens before the completion (0 for text and chat). choices:
     ids of each label word after the prompt, no end-of-sequence ([] if not a classification); label: the right one, or
-    -1. label_words: the words, in that order.
+    -1. label_words: the words, in that order. texts: the texts of at least these rows (data/texts.py), by `row` ascending.
     """
 
     dataset: datasets.Dataset
     report: EncodingReport
     label_words: list[str]
+    texts: datasets.Dataset
+
+
+def reports(sets: dict[str, Examples]) -> dict[str, Any] | None:
+    """Of a single set without a name its report; of named ones theirs by name; of none None."""
+    found = {name: examples.report.as_dict() for name, examples in sets.items()}
+    return found.get("", found or None)
 
 
 def largest_id(examples: Examples) -> int:
@@ -102,13 +109,13 @@ def hold_out(examples: Examples, amount: int | float, seed: int) -> tuple[Exampl
     Raises:
         DataError: nothing would be left on one side.
     """
-    rows = np.unique(_rows(examples))
+    rows = np.unique(row_numbers(examples.dataset))
     count = amount if isinstance(amount, int) else max(1, round(len(rows) * amount))
     if not 0 < count < len(rows):
         raise DataError(
             f"data.eval: {amount} of {len(rows):,} usable rows can't be held out and leave rows to train on."
         )
-    held = np.isin(_rows(examples), rows[sample_indices(len(rows), count, seed)])
+    held = np.isin(row_numbers(examples.dataset), rows[sample_indices(len(rows), count, seed)])
     rest = _part(examples, np.flatnonzero(~held), "rest", amount, seed)
     # What was skipped and dropped is told once, with the training rows.
     eval_part = _part(examples, np.flatnonzero(held), "held out", amount, seed)
@@ -119,10 +126,10 @@ def hold_out(examples: Examples, amount: int | float, seed: int) -> tuple[Exampl
 
 def sample(examples: Examples, at_most: int | None, seed: int) -> Examples:
     """A seeded sample of at most so many rows, in their order; None takes all."""
-    rows = np.unique(_rows(examples))
+    rows = np.unique(row_numbers(examples.dataset))
     if at_most is None or at_most >= len(rows):
         return examples
-    chosen = np.isin(_rows(examples), rows[sample_indices(len(rows), at_most, seed)])
+    chosen = np.isin(row_numbers(examples.dataset), rows[sample_indices(len(rows), at_most, seed)])
     return _part(examples, np.flatnonzero(chosen), "sample", at_most, seed)
 
 
@@ -136,8 +143,9 @@ def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
     return np.sort(np.argsort(draws, kind="stable")[:count])
 
 
-def _rows(examples: Examples) -> np.ndarray:
-    return _column(examples.dataset, "row")
+def row_numbers(dataset: datasets.Dataset) -> np.ndarray:
+    """Of each example (or text) the position of its row in the sources."""
+    return _column(dataset, "row")
 
 
 def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
@@ -146,7 +154,7 @@ def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
 
 def _part(examples: Examples, indices: np.ndarray, *which: Any) -> Examples:
     dataset = examples.dataset.select(indices)
-    used = len(np.unique(_rows(examples)[indices]))
+    used = len(np.unique(row_numbers(examples.dataset)[indices]))
     sha256 = key_of(examples.report.sha256, *which)
     totals = counts(examples.dataset, indices)
     report = replace(examples.report, used=used, examples=len(dataset), sha256=sha256, **totals)  # type: ignore[arg-type]

@@ -4,33 +4,47 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.config import DataConfig
+from lora_ft.config import DataConfig, eval_sets
 from lora_ft.data.encode import Examples, Template, hold_out, load_examples, sample
 from lora_ft.errors import ConfigError
 
 
-def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Examples, Examples | None]:
-    """Training and eval examples; what `data.eval` holds out of train is in one of them only."""
-    if not isinstance(data.eval, int | float):
-        train_set = _load(data, data.train, tokenizer, data.max_train_examples, seed)
-        return train_set, evaluation_set(data, tokenizer, seed) if data.eval else None
-    rest, held = hold_out(_load(data, data.train, tokenizer, None, seed), data.eval, seed)
-    return sample(rest, data.max_train_examples, seed), sample(held, data.max_eval_examples, seed)
+def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Examples, dict[str, Examples]]:
+    """Training examples, and the eval sets by name (one without a name is ""; none: {}).
+
+    What `data.eval` holds out of train is in one of them only; of several such sets each takes from what the one before
+    has left.
+    """
+    amounts = {name: amount for name, amount in eval_sets(data.eval).items() if isinstance(amount, int | float)}
+    train_set = _load(data, data.train, tokenizer, None if amounts else data.max_train_examples, seed)
+    held = {}
+    for name, amount in amounts.items():
+        train_set, rows = hold_out(train_set, amount, seed)
+        held[name] = sample(rows, data.max_eval_examples, seed)
+    return sample(train_set, data.max_train_examples, seed), _eval_sets(data, held, tokenizer, seed)
 
 
-def evaluation_set(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Examples:
-    """The eval examples alone.
+def evaluation_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Examples]:
+    """The eval sets alone; train is read only where something is held out of it.
 
     Raises:
         ConfigError: there is no eval data.
     """
     if data.eval is None:
         raise ConfigError("no eval data: the run had none (data.eval). Name some: --data FILE.")
-    if isinstance(data.eval, int | float):
-        held = prepare(data, tokenizer, seed)[1]
-        assert held is not None
-        return held
-    return _load(data, data.eval, tokenizer, data.max_eval_examples, seed)
+    if any(isinstance(source, int | float) for source in eval_sets(data.eval).values()):
+        return prepare(data, tokenizer, seed)[1]
+    return _eval_sets(data, {}, tokenizer, seed)
+
+
+def _eval_sets(
+    data: DataConfig, held: dict[str, Examples], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> dict[str, Examples]:
+    """The sets in the config's order, what is not held out of train from its own sources."""
+    return {
+        name: _load(data, source, tokenizer, data.max_eval_examples, seed) if isinstance(source, tuple) else held[name]
+        for name, source in eval_sets(data.eval).items()
+    }
 
 
 def _load(
