@@ -40,9 +40,10 @@ def load_examples(
     """
     content = key_of([content_hash(source) for source in sources])
     settings = [template.as_dict(), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed, eos]
-    texts, read = load_texts(sources, content, template, tokenizer, bad_rows, eos)
-    if max_examples is not None and max_examples < len(texts):
-        texts = texts.select(sample_indices(len(texts), max_examples, seed))
+    whole, read = load_texts(sources, content, template, tokenizer, bad_rows, eos)
+    texts = whole
+    if max_examples is not None and max_examples < len(whole):
+        texts = whole.select(sample_indices(len(whole), max_examples, seed))
     chat = chat_format(tokenizer, template.chat_template).template if template.messages else None
     sha256 = key_of(content, settings, chat)
     coding = coder(tokenizer, eos)
@@ -70,7 +71,7 @@ def load_examples(
         **counts(dataset),
     )
     words = template.label_names[template.label_column] if template.label_names and template.label_column else []
-    return Examples(dataset, report, list(words), texts)
+    return Examples(dataset, report, list(words), whole)
 
 
 def _encode(

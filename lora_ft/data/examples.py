@@ -81,7 +81,8 @@ class Examples:
     supervised, else -100 (not shifted; never at i = 0). tokens, supervised: their numbers. row: position in the
     sources, from 0; where: for messages. prompt_length: tokens before the completion (0 for text and chat). choices:
     ids of each label word after the prompt, no end-of-sequence ([] if not a classification); label: the right one, or
-    -1. label_words: the words, in that order. texts: the texts of at least these rows (data/texts.py), by `row` ascending.
+    -1. label_words: the words, in that order. texts: those of the whole set (data/texts.py), of which the
+    examples may be a sample, by `row` ascending.
     """
 
     dataset: datasets.Dataset
@@ -115,12 +116,16 @@ def hold_out(examples: Examples, amount: int | float, seed: int) -> tuple[Exampl
         raise DataError(
             f"data.eval: {amount} of {len(rows):,} usable rows can't be held out and leave rows to train on."
         )
-    held = np.isin(row_numbers(examples.dataset), rows[sample_indices(len(rows), count, seed)])
+    chosen = rows[sample_indices(len(rows), count, seed)]
+    held, held_texts = (np.isin(row_numbers(table), chosen) for table in (examples.dataset, examples.texts))
     rest = _part(examples, np.flatnonzero(~held), "rest", amount, seed)
+    rest = replace(rest, texts=examples.texts.select(np.flatnonzero(~held_texts)))
     # What was skipped and dropped is told once, with the training rows.
     eval_part = _part(examples, np.flatnonzero(held), "held out", amount, seed)
     return rest, replace(
-        eval_part, report=replace(eval_part.report, rows=count, skipped=[], skipped_count=0, dropped=0)
+        eval_part,
+        report=replace(eval_part.report, rows=count, skipped=[], skipped_count=0, dropped=0),
+        texts=examples.texts.select(np.flatnonzero(held_texts)),
     )
 
 

@@ -1,9 +1,7 @@
 """What a model is asked to write, and what people wrote there: distinct prompts, each with all of its references."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft.data.chat import chat_format
@@ -32,9 +30,10 @@ def questions(
     max_prompts: int | None = None,
     seed: int = 0,
 ) -> Questions:
-    """The prompts of these rows in order, each once; rows with the same prompt are one prompt with several references.
+    """The prompts of the examples in order, each once, with all the references that the whole set has for it.
 
-    Of a chat the last assistant turn is the reference, and what stands before it the prompt.
+    Rows with the same prompt are one prompt with several references. Of a chat the last assistant turn is the reference,
+    and what stands before it the prompt.
 
     Args:
         room: tokens of a prompt at most; a longer one loses its start, as in training.
@@ -42,10 +41,15 @@ def questions(
     """
     coding = coder(tokenizer, eos=False)
     ends = chat_format(tokenizer, template.chat_template).end_tokens if template.messages else frozenset()
+    wanted = set(row_numbers(examples.dataset).tolist())
     by_prompt: dict[str, list[str]] = {}
-    for prompt, reference in _pairs(examples, ends):
+    asked_for: dict[str, None] = {}  # a set that keeps its order
+    for row in examples.texts:
+        prompt, reference = _pair(row, ends)
         by_prompt.setdefault(prompt, []).append(reference)
-    prompts = list(by_prompt)
+        if row["row"] in wanted:
+            asked_for[prompt] = None
+    prompts = list(asked_for)
     if max_prompts is not None and max_prompts < len(prompts):
         prompts = [prompts[i] for i in sample_indices(len(prompts), max_prompts, seed)]
     # a chat's special tokens are in its text already
@@ -59,14 +63,11 @@ def questions(
     )
 
 
-def _pairs(examples: Examples, ends: frozenset[str]) -> Iterator[tuple[str, str]]:
-    """(prompt, reference) of each row that the examples are of."""
-    wanted, there = np.unique(row_numbers(examples.dataset)), row_numbers(examples.texts)
-    for row in examples.texts.select(np.searchsorted(there, wanted)):
-        prompt, reference = row["prompt"], row["completion"]
-        if row["spans"]:
-            start, end = row["spans"][-2:]
-            prompt, reference = reference[:start], reference[start:end]
-            closing = next((token for token in ends if reference.endswith(token)), "")
-            reference = reference.removesuffix(closing)
-        yield prompt, reference
+def _pair(row: dict, ends: frozenset[str]) -> tuple[str, str]:
+    """(prompt, reference) of a row's texts."""
+    if not row["spans"]:
+        return row["prompt"], row["completion"]
+    start, end = row["spans"][-2:]
+    chat, reference = row["completion"], row["completion"][start:end]
+    closing = next((token for token in ends if reference.endswith(token)), "")
+    return chat[:start], reference.removesuffix(closing)

@@ -20,17 +20,24 @@ def test_rows_are_grouped_by_prompt(write, with_bos):
     assert asked.ends == [with_bos.eos_token_id] and asked.cut == 0
 
 
-def test_only_the_rows_of_a_part_are_asked_for(write, plain):
-    path = write("rows.jsonl", ROWS * 4)
-    examples = load_examples([path], PAIRS, plain, max_length=50)
-    for part in (
-        sample(examples, 7, 1),
-        *hold_out(examples, 6, 2),
-        load_examples([path], PAIRS, plain, max_length=50, max_examples=7),
-    ):
-        rows = [(ROWS * 4)[i] for i in part.dataset["row"]]
+def test_a_held_out_part_knows_its_own_references_only(write, plain):
+    rows = [{"x": "abcdef"[i % 6], "y": f"n{i}"} for i in range(24)]
+    examples = load_examples([write("rows.jsonl", rows)], PAIRS, plain, max_length=50)
+    for part in hold_out(examples, 9, 2):
+        its = [rows[i] for i in part.dataset["row"]]
         asked = questions(part, PAIRS, plain, room=50)
-        assert sum(map(len, asked.references)) == len(rows)
+        assert sum(map(len, asked.references)) == len(its)
+        for prompt, references in zip(asked.prompts, asked.references, strict=True):
+            assert references == [f" {row['y']}" for row in its if f"Review: {row['x']} ->" == prompt]
+
+
+def test_a_sample_of_rows_keeps_all_references_of_its_prompts(write, plain):
+    rows = [{"x": "abcdef"[i % 6], "y": f"n{i}"} for i in range(24)]
+    path = write("rows.jsonl", rows)
+    examples = load_examples([path], PAIRS, plain, max_length=50)
+    for part in (sample(examples, 4, 1), load_examples([path], PAIRS, plain, max_length=50, max_examples=4)):
+        asked = questions(part, PAIRS, plain, room=50)
+        assert asked.prompts == list(dict.fromkeys(f"Review: {rows[i]['x']} ->" for i in part.dataset["row"]))
         for prompt, references in zip(asked.prompts, asked.references, strict=True):
             assert references == [f" {row['y']}" for row in rows if f"Review: {row['x']} ->" == prompt]
 
