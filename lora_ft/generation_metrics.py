@@ -4,6 +4,7 @@ The arithmetic is sacrebleu's and rouge-score's; here is only how a prompt with 
 """
 
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ def questions_for(
     """What the model is asked for one eval set; a prompt leaves room for the new tokens within the model's positions.
 
     Raises:
-        ConfigError: it leaves none.
+        ConfigError: it leaves none; or rouge_l can't read the references.
     """
     data, generation = config.data, config.generation
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -80,6 +81,8 @@ def questions_for(
         )
     template, seed = template_of(data), config.train.seed
     asked = questions(examples, template, tokenizer, room=room, max_prompts=generation.max_prompts, seed=seed)
+    if "rouge_l" in generation.metrics and not any(re.search("[a-zA-Z0-9]", r) for rs in asked.references for r in rs):
+        raise ConfigError("generation.metrics: rouge_l reads the letters a to z and digits, and no reference has any.")
     if asked.cut:
         say(
             f"generation: {asked.cut:,} of {len(asked.ids):,} prompts are longer than {room} tokens and lose their start"
@@ -104,4 +107,6 @@ def write(
     found = decode(
         model, asked.ids, how, asked.ends, batch_size=generation.batch_size, seed=config.train.seed, check=check
     )
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+    # a GPT-2 tokenizer may be set to write "end." for the tokens "end ."
+    plainly = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [tokenizer.decode(ids, **plainly).strip() for ids in found]

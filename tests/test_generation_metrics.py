@@ -9,11 +9,13 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from lora_ft import generation_metrics
 from lora_ft.config import load_config
-from lora_ft.errors import ConfigError
+from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluate import evaluate_command
 from lora_ft.generation_metrics import check_installed, text_metrics
+from lora_ft.signals import Stopped
 from lora_ft.train import train
 from tests.base import write_run
+from tests.test_resume import log, stop_at
 
 ALL = ["bleu", "rouge_l", "exact_match"]
 TEXTS = ["the cat sat on the mat", " A pub in the city centre . ", "nothing of the kind at all", "Blue Spice"]
@@ -119,6 +121,32 @@ def test_eval_repeats_the_figures_of_training(folder, capsys):
         assert found["base"].keys() == found["adapter"].keys()
     assert sets["dev"]["base"]["exact_match"] == 0  # a random model
     assert sets["dev"]["adapter"]["rouge_l"] > sets["dev"]["base"]["rouge_l"]
+
+
+def test_a_run_goes_on_only_with_the_data_of_every_set(folder):
+    before = (folder / "eval.jsonl").read_bytes()
+    (folder / "eval.jsonl").write_bytes(before + before.splitlines(keepends=True)[0])
+    try:
+        with pytest.raises(DataError, match="data.eval.dev has other content"):
+            train(load_config("config.yaml", [*SETTINGS, "train.num_train_epochs=9"]), resume=True)
+    finally:
+        (folder / "eval.jsonl").write_bytes(before)
+
+
+def test_stopped_while_generating_it_ends_in_the_same_bits(folder, tmp_path, monkeypatch):
+    settings = [*SETTINGS, "generation.do_sample=true", "adapter.dropout=0.1", "train.max_steps=6"]
+    settings += ["train.metric_for_best_model=dev_loss"]
+    train(load_config("config.yaml", [*settings, f"output={tmp_path / 'whole'}"]))
+    broken = load_config("config.yaml", [*settings, f"output={tmp_path / 'broken'}"])
+    for stops, check in enumerate((12, 9, 19, 8)):
+        stop_at(monkeypatch, check)
+        with pytest.raises(Stopped):
+            train(broken, resume=stops > 0)
+    monkeypatch.undo()
+    train(broken, resume=True)
+    assert log(tmp_path / "broken") == log(tmp_path / "whole")
+    ended = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("broken", "whole")]
+    assert ended[0] == ended[1]
 
 
 def test_data_on_the_command_line_beats_named_sets(folder, capsys):
