@@ -16,12 +16,12 @@ from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import evaluation_sets
 from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ConfigError, ModelError
-from lora_ft.generation_metrics import check_installed, questions_for, text_metrics, write
+from lora_ft.evaluation import evaluate_set
+from lora_ft.generation_metrics import check_installed, questions_for
 from lora_ft.model import check_vocabulary, load_base, load_tokenizer
 from lora_ft.progress import say
 from lora_ft.record import read_record
 from lora_ft.score_table import Result, save_texts, show
-from lora_ft.scoring import score
 from lora_ft.storage import read_json
 
 
@@ -88,12 +88,9 @@ def evaluate_command(
         result = Result(name, len(examples.dataset), examples.label_words, asked)
         for who in ("base", "adapter") if is_adapter else ("model",):
             with disabled(model) if who == "base" else nullcontext():
-                metrics = score(model, examples.dataset, packing, at_most).metrics()
-                if asked:
-                    texts = write(model, tokenizer, asked, config)
-                    metrics |= text_metrics(config.generation.metrics, texts, asked.references)
-                    result.texts[who] = texts
-            result.scores[who] = metrics
+                result.scores[who], result.texts[who] = evaluate_set(
+                    model, tokenizer, examples, asked, config, packing, at_most
+                )
         results.append(result)
     if as_json:
         found = {result.name: {"examples": result.examples, **result.scores} for result in results}

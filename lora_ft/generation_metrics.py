@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_ft import processes
 from lora_ft.config import Config
+from lora_ft.data.batches import ALL, Share, deal
 from lora_ft.data.examples import Examples
 from lora_ft.data.prepare import template_of
 from lora_ft.data.references import Questions, questions
@@ -96,17 +98,27 @@ def write(
     asked: Questions,
     config: Config,
     check: Callable[[], None] = lambda: None,
+    share: Share = ALL,
 ) -> list[str]:
-    """What the model writes after each prompt, decoded as the config says."""
+    """What the model writes after each prompt, decoded as the config says.
+
+    Of several processes each decodes its share of the prompts; all return the texts of all. (Where the base is sharded they
+    compute each token together, so each decodes every prompt.)
+    """
     generation = config.generation
     names = ["max_new_tokens", "num_beams", "no_repeat_ngram_size", "do_sample"]
     # transformers warns of a setting that means nothing to a kind of decoding
     names += ["length_penalty"] if generation.num_beams > 1 else []
     names += ["temperature", "top_k", "top_p"] if generation.do_sample else []
     how = GenerationConfig(**{name: getattr(generation, name) for name in names})
-    found = decode(
-        model, asked.ids, how, asked.ends, batch_size=generation.batch_size, seed=config.train.seed, check=check
-    )
+    dealt = [list(range(len(asked.ids)))] if share.even else deal([len(ids) for ids in asked.ids], share.of)
+    mine = [asked.ids[i] for i in dealt[0 if share.even else share.rank]]
+    found = decode(model, mine, how, asked.ends, batch_size=generation.batch_size, seed=config.train.seed, check=check)
     # a GPT-2 tokenizer may be set to write "end." for the tokens "end ."
     plainly = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [tokenizer.decode(ids, **plainly).strip() for ids in found]
+    written = [tokenizer.decode(ids, **plainly).strip() for ids in found]
+    texts = [""] * len(asked.ids)
+    for indices, theirs in zip(dealt, [written] if share.even else processes.from_all(written), strict=True):
+        for i, text in zip(indices, theirs, strict=True):
+            texts[i] = text
+    return texts
