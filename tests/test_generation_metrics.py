@@ -14,7 +14,6 @@ from lora_ft.evaluate import evaluate_command
 from lora_ft.generation_metrics import check_installed, text_metrics
 from lora_ft.signals import Stopped
 from lora_ft.train import train
-from tests import several
 from tests.base import write_run
 from tests.test_resume import log, stop_at
 
@@ -148,17 +147,6 @@ def test_stopped_while_generating_it_ends_in_the_same_bits(folder, tmp_path, mon
     assert log(tmp_path / "broken") == log(tmp_path / "whole")
     ended = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("broken", "whole")]
     assert ended[0] == ended[1]
-
-
-@pytest.mark.parametrize("more", [(), ("trainer.fsdp=true",)])
-def test_several_processes_share_out_the_prompts(folder, tmp_path, more):
-    settings = [*SETTINGS, "train.max_steps=20", "train.metric_for_best_model=dev_loss"]
-    train(load_config("config.yaml", [*settings, f"output={tmp_path / 'one'}"]))
-    several.train(folder, 2, *settings, f"output={tmp_path / 'two'}", *more)
-    evaluations = [[line for line in log(tmp_path / name) if "eval_dev_loss" in line] for name in ("one", "two")]
-    assert len(evaluations[0]) == 2 and any(line["eval_dev_rouge_l"] for line in evaluations[0])
-    for one, two in zip(*evaluations, strict=True):
-        assert two == pytest.approx(one, rel=1e-3)
 
 
 def test_data_on_the_command_line_beats_named_sets(folder, capsys):
