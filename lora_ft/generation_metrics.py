@@ -111,14 +111,15 @@ def write(
     names += ["length_penalty"] if generation.num_beams > 1 else []
     names += ["temperature", "top_k", "top_p"] if generation.do_sample else []
     how = GenerationConfig(**{name: getattr(generation, name) for name in names})
-    dealt = [list(range(len(asked.ids)))] if share.even else deal([len(ids) for ids in asked.ids], share.of)
-    mine = [asked.ids[i] for i in dealt[0 if share.even else share.rank]]
+    by_itself = share.even or share.of == 1
+    dealt = [list(range(len(asked.ids)))] if by_itself else deal([len(ids) for ids in asked.ids], share.of)
+    mine = [asked.ids[i] for i in dealt[0 if by_itself else share.rank]]
     found = decode(model, mine, how, asked.ends, batch_size=generation.batch_size, seed=config.train.seed, check=check)
     # a GPT-2 tokenizer may be set to write "end." for the tokens "end ."
     plainly = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
     written = [tokenizer.decode(ids, **plainly).strip() for ids in found]
     texts = [""] * len(asked.ids)
-    for indices, theirs in zip(dealt, [written] if share.even else processes.from_all(written), strict=True):
+    for indices, theirs in zip(dealt, [written] if by_itself else processes.from_all(written), strict=True):
         for i, text in zip(indices, theirs, strict=True):
             texts[i] = text
     return texts
