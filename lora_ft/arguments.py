@@ -46,7 +46,7 @@ def arguments(config: Config, device: str) -> TrainingArguments:
         save_strategy="steps",
         save_steps=train.save_steps,
         metric_for_best_model=f"eval_{metric}" if evaluates else None,
-        greater_is_better=metric != "loss",
+        greater_is_better=not metric.endswith("loss"),
         report_to=list(train.report_to),
         disable_tqdm=True,  # the bar is ours
     )

@@ -13,7 +13,7 @@ from lora_ft import findings, preview
 from lora_ft.adapter.files import bytes_on_disk
 from lora_ft.adapter.inject import lora_layers, trainable
 from lora_ft.config import Config
-from lora_ft.data.examples import Examples
+from lora_ft.data.examples import Examples, reports
 from lora_ft.look import Looked, look
 
 SHOWN_ROWS = 2
@@ -48,11 +48,11 @@ def as_dict(found: Looked) -> dict:
     if found.train:
         facts |= {
             "train": found.train.report.as_dict(),
-            "eval": found.eval.report.as_dict() if found.eval else None,
+            "eval": reports(found.eval),
             "lengths": preview.histogram(findings.lengths(found.train), found.config.data.max_length),
             "supervised_share": found.train.report.supervised / found.train.report.tokens,
             "end_token_learned": found.ends_learned,
-            "eval_examples_in_train": found.in_common,
+            "eval_examples_in_train": found.in_common.get("", found.in_common or 0),
         }
     if found.plan:
         facts["steps"] = len(found.plan)
@@ -115,9 +115,8 @@ def show(found: Looked) -> None:
 
 def show_data(found: Looked, train: Examples, out) -> None:
     preview.heading(out, "data")
-    for which, examples in (("train", train), ("eval", found.eval)):
-        if examples:
-            preview.paragraph(out, f"  {which}: {examples.report.summary()}")
+    for which, examples in (("train", train), *((f"eval {name}".strip(), of) for name, of in found.eval.items())):
+        preview.paragraph(out, f"  {which}: {examples.report.summary()}")
     out.print(
         f"  supervised: {train.report.supervised / train.report.tokens:.1%} of the tokens; an end token is learned in "
         f"{found.ends_learned:,} of {len(train.dataset):,}"

@@ -10,20 +10,26 @@ from typing import Any, Literal, get_origin
 from lora_ft import strict_yaml, trainer_args
 from lora_ft.config_problems import SECTIONS, field_at, plain_type, refused, rules, unknown
 from lora_ft.errors import ConfigError
+from lora_ft.metric_names import CHOOSING
 from lora_ft.names import nearest, printable, shown
-from lora_ft.schema import AdapterConfig, Config, DataConfig, ModelConfig, TrainConfig
+from lora_ft.schema import AdapterConfig, Config, DataConfig, GenerationConfig, ModelConfig, TrainConfig, eval_sets
 
 __all__ = [
+    "NOT_TRAINING",
     "AdapterConfig",
     "Config",
     "DataConfig",
+    "GenerationConfig",
     "ModelConfig",
     "TrainConfig",
+    "eval_sets",
     "load_config",
     "parse_config",
     "resume_class",
 ]
 
+# As overrides: how a run chooses its best step counts for nothing where a model is only scored, maybe on other sets.
+NOT_TRAINING = ("train.metric_for_best_model=loss", "train.predict_with_generate=false")
 AT_MOST = 30  # lines of a message
 COMMAND_LINE = 10**9  # the "line" of what `--set` gave: sorts last
 
@@ -101,7 +107,16 @@ def _config(document: strict_yaml.Document, overrides: Sequence[str], source: st
             wrong.append((_line(path, lines), path, message))
     if wrong:
         raise ConfigError(_message(wrong, source))
-    return config
+    return _naming_its_set(config)
+
+
+def _naming_its_set(config: Config) -> Config:
+    """Of several eval sets the first governs. Its name is written out, so that the record tells when another one does."""
+    first, key = next(iter(eval_sets(config.data.eval)), ""), config.train.metric_for_best_model
+    if not first or key not in CHOOSING:
+        return config
+    train = config.train.model_copy(update={"metric_for_best_model": f"{first}_{key}"})
+    return config.model_copy(update={"train": train})
 
 
 def _without(data: dict[str, Any], places: set[Any]) -> dict[str, Any]:

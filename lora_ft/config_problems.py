@@ -8,17 +8,28 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from lora_ft import trainer_args
+from lora_ft.metric_names import CHOOSING, TEXT_METRICS, by_set, of_set
 from lora_ft.names import nearest, shown, template_columns
-from lora_ft.schema import AdapterConfig, Config, DataConfig, ModelConfig, TrainConfig
+from lora_ft.schema import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    GenerationConfig,
+    ModelConfig,
+    TrainConfig,
+    eval_sets,
+)
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelConfig,
     "adapter": AdapterConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "generation": GenerationConfig,
 }
 
 Place = tuple[str, ...]  # ("data", "eval")
+NEEDS_EVAL = "needs data.eval: a data source, or a fraction (0.05) or count (500) held out of data.train"
 
 
 def refused(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str, Place | None]]:
@@ -99,6 +110,7 @@ _EXAMPLES = {
     "adapter": "adapter: {rank: 8}",
     "data": "data: {train: reviews.jsonl}",
     "train": "train: {learning_rate: 1e-4}",
+    "generation": "generation: {metrics: [bleu]}",
 }
 
 
@@ -169,22 +181,63 @@ def rules(config: Config) -> Iterator[tuple[Place, tuple[Place, ...], str]]:
             "nothing would be trained; name a role here or a module in adapter.modules",
         )
     if data.eval is None:
-        needs = "needs data.eval: a data source, or a fraction (0.05) or count (500) held out of data.train"
-        if train.early_stopping_patience is not None:
-            yield ("train", "early_stopping_patience"), (("data", "eval"),), needs
-        if data.max_eval_examples is not None:
-            yield ("data", "max_eval_examples"), (("data", "eval"),), needs
-        if train.metric_for_best_model != "loss":
-            yield ("train", "metric_for_best_model"), (("data", "eval"),), f"{train.metric_for_best_model} {needs}"
-        for name in ("eval_on_start", "eval_delay"):
-            if config.trainer.get(name):
-                yield ("trainer", name), (("data", "eval"),), needs
-    if data.label_names is None and train.metric_for_best_model != "loss":
-        involved = (("data", "label_names"),)
-        message = f"{train.metric_for_best_model} needs data.label_names, which makes eval a classification"
-        yield ("train", "metric_for_best_model"), involved, message
+        for where, given in (
+            (("train", "early_stopping_patience"), train.early_stopping_patience),
+            (("train", "predict_with_generate"), train.predict_with_generate),
+            (("data", "max_eval_examples"), data.max_eval_examples),
+            (("trainer", "eval_on_start"), config.trainer.get("eval_on_start")),
+            (("trainer", "eval_delay"), config.trainer.get("eval_delay")),
+        ):
+            if given:
+                yield where, (("data", "eval"),), NEEDS_EVAL
+    yield from _metric_rules(config)
+    yield from _generation_rules(config)
     kwargs = config.trainer.get("lr_scheduler_kwargs", {})
     if problem := trainer_args.scheduler_problem(train.lr_scheduler_type, kwargs if isinstance(kwargs, dict) else {}):
         at = ("trainer", "lr_scheduler_kwargs") if kwargs else ("train", "lr_scheduler_type")
         hint = "" if kwargs else ", in trainer.lr_scheduler_kwargs"
         yield at, (("train", "lr_scheduler_type"), ("trainer", "lr_scheduler_kwargs")), problem + hint
+
+
+def _metric_rules(config: Config) -> Iterator[tuple[Place, tuple[Place, ...], str]]:
+    """What metric_for_best_model may be."""
+    data, train = config.data, config.train
+    key, at, names = train.metric_for_best_model, ("train", "metric_for_best_model"), list(eval_sets(data.eval))
+    found = of_set(key, names or [""])
+    if found is None:
+        choices = [name for set_name in ("", *names) for name in by_set(set_name, dict.fromkeys(CHOOSING))]
+        near = nearest(key, choices)
+        meant = f"did you mean {near}?" if near else f"give one of {', '.join(choices[:20])}"
+        yield at, (("data", "eval"),), f"{shown(key)} is no metric here; {meant}"
+        return
+    if key != "loss" and data.eval is None:
+        yield at, (("data", "eval"),), f"{key} {NEEDS_EVAL}"
+    if found[1] in ("accuracy", "macro_f1") and data.label_names is None:
+        message = f"{found[1]} needs data.label_names, which makes eval a classification"
+        yield at, (("data", "label_names"),), message
+    if found[1] in TEXT_METRICS and not (train.predict_with_generate and found[1] in config.generation.metrics):
+        others = (("train", "predict_with_generate"), ("generation", "metrics"))
+        yield (
+            at,
+            others,
+            f"{found[1]} is computed in training only with it in generation.metrics and predict_with_generate",
+        )
+
+
+def _generation_rules(config: Config) -> Iterator[tuple[Place, tuple[Place, ...], str]]:
+    """What texts are generated for, and which settings mean something to which kind of decoding."""
+    generation, data = config.generation, config.data
+    if generation.metrics and data.text is not None:
+        message = "compares with completions, or an assistant's turns; data.text has neither: leave it out"
+        yield ("generation", "metrics"), (("data", "text"),), message
+    if config.train.predict_with_generate and not generation.metrics:
+        at, others = ("train", "predict_with_generate"), (("generation", "metrics"),)
+        yield at, others, f"needs generation.metrics: some of {', '.join(TEXT_METRICS)}"
+    for names, needed, there in (
+        (("temperature", "top_k", "top_p"), "do_sample: true", generation.do_sample),
+        (("length_penalty",), "num_beams from 2", generation.num_beams > 1),
+    ):
+        for name in names:
+            if not there and getattr(generation, name) != GenerationConfig.model_fields[name].default:
+                involved = (("generation", "do_sample"), ("generation", "num_beams"))
+                yield ("generation", name), involved, f"means nothing without generation.{needed}"

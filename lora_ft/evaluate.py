@@ -1,13 +1,9 @@
 """`lora-ft eval`: an adapter beside its base, or a whole model, on eval data."""
 
 import json
-import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lora_ft import run_folder
 from lora_ft.adapter.files import CONFIG, load_adapter
@@ -16,15 +12,17 @@ from lora_ft.adapter.inject import disabled
 from lora_ft.adapter.many import use
 from lora_ft.attention import Packing
 from lora_ft.base import resolve, resolve_of
-from lora_ft.config import Config, load_config, parse_config
+from lora_ft.config import NOT_TRAINING, Config, load_config, parse_config
 from lora_ft.data.examples import largest_id
-from lora_ft.data.prepare import evaluation_set
+from lora_ft.data.prepare import evaluation_sets
 from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ConfigError, ModelError
+from lora_ft.evaluation import evaluate_set
+from lora_ft.generation_metrics import check_installed, questions_for
 from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer
-from lora_ft.names import printable
+from lora_ft.names import say
 from lora_ft.record import read_record
-from lora_ft.scoring import score
+from lora_ft.score_table import Result, save_texts, show
 from lora_ft.storage import read_json
 
 
@@ -35,6 +33,7 @@ def evaluate_command(
     data: str | None = None,
     base: str | None = None,
     as_json: bool = False,
+    texts_path: Path | None = None,
     overrides: Sequence[str] = (),
     other_base: bool = False,
     trust_remote_code: bool = False,
@@ -66,6 +65,11 @@ def evaluate_command(
         model_name = recorded.get("name") or read_json(folder / CONFIG, ModelError).get("base_model_name_or_path")
     config = settings(folder, record, config_path, data, model_name, overrides)
 
+    if texts_path and not config.generation.metrics:
+        raise ConfigError("--texts: nothing is generated: name metrics, as in --set generation.metrics=[bleu].")
+    if texts_path and not texts_path.absolute().parent.is_dir():
+        raise ConfigError(f"--texts: {texts_path.parent} is no folder; make it, or name another.")
+    check_installed(config.generation.metrics)
     device = prepare_device(config)
     if is_adapter and config.model.name == recorded.get("name"):
         files = resolve_of(folder, recorded, allow_pickle)
@@ -78,36 +82,40 @@ def evaluate_command(
     for other, its_record in others.items():
         check_trained_on(other, its_record, files, tokenizer, other_base)
         tell_other_data(other, its_record, config)
-    examples = evaluation_set(config.data, tokenizer, config.train.seed)
-    print(f"eval: {examples.report.summary()}", file=sys.stderr)
+    sets = evaluation_sets(config.data, tokenizer, config.train.seed)
+    for name, examples in sets.items():
+        say(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
+    longest = max(examples.report.longest for examples in sets.values())
     model = load_base(files, config.model.dtype, trust_remote_code, device)
-    check_vocabulary(model, files, largest_id(examples))
-    check_length(model, files, examples.report.longest)
+    check_vocabulary(model, files, max(map(largest_id, sets.values())))
+    check_length(model, files, longest)
     for name in [str(folder), *others] if others else []:
         load_adapter(model, name, name)
     if is_adapter and not others:
         load_adapter(model, folder)
 
-    packing = Packing.of(model, examples.report.longest)
+    packing = Packing.of(model, longest)
     at_most = micro_batch_tokens(config, device)
-    scores = {}
-    if others:
-        for adapter in (None, str(folder), *others):
-            use(model, adapter)
-            scores[adapter or "base"] = score(model, examples.dataset, packing, at_most).metrics()
-    elif is_adapter:
-        with disabled(model):
-            scores["base"] = score(model, examples.dataset, packing, at_most).metrics()
-        scores["adapter"] = score(model, examples.dataset, packing, at_most).metrics()
+    results = []
+    for name, examples in sets.items():
+        asked = questions_for(model, tokenizer, examples, config) if config.generation.metrics else None
+        result = Result(name, len(examples.dataset), examples.label_words, asked)
+        for who in ("base", str(folder), *others) if others else ("base", "adapter") if is_adapter else ("model",):
+            if others:
+                use(model, None if who == "base" else who)
+            with disabled(model) if who == "base" and not others else nullcontext():
+                result.scores[who], result.texts[who] = evaluate_set(
+                    model, tokenizer, examples, asked, config, packing, at_most
+                )
+        results.append(result)
+    if as_json:
+        found = {result.name: result.as_dict(several=bool(others)) for result in results}
+        print(json.dumps(found.get("", {"sets": found})))
     else:
-        scores["model"] = score(model, examples.dataset, packing, at_most).metrics()
-    if as_json and others:
-        base_scores = scores.pop("base")
-        print(json.dumps({"examples": len(examples.dataset), "base": base_scores, "adapters": scores}))
-    elif as_json:
-        print(json.dumps({"examples": len(examples.dataset), **scores}))
-    else:
-        show(len(examples.dataset), scores, examples.label_words)
+        for result in results:
+            show(result)
+    if texts_path:
+        save_texts(texts_path, results)
 
 
 def check_several(folders: Sequence[Path]) -> Sequence[Path]:
@@ -133,14 +141,14 @@ def tell_other_data(folder: str, record: dict, config: Config) -> None:
     own, ours = (record.get("config") or {}).get("data") or {}, config.data.model_dump(mode="json")
     settings = [s for s in ("prompt", "completion", "text", "messages", "chat_template", "label_names") if s in own]
     if differ := [setting for setting in settings if own[setting] != ours[setting]]:
-        print(f"note: {folder} was trained with another {', '.join(f'data.{s}' for s in differ)}", file=sys.stderr)
+        say(f"note: {folder} was trained with another {', '.join(f'data.{s}' for s in differ)}")
 
 
 def settings(
     folder: Path, record: dict, config_path: Path | None, data: str | None, model: str | None, overrides: Sequence[str]
 ) -> Config:
     """The config to score with: the file's, else the record's, with the command line's model and data."""
-    changes = [f"model.name={model}"] if model else []
+    changes = [*NOT_TRAINING, *([f"model.name={model}"] if model else [])]
     if data:  # all of it, unless the command line says otherwise
         changes += [f"data.eval={json.dumps(data, ensure_ascii=False)}", "data.max_eval_examples=null"]
     changes += overrides
@@ -155,35 +163,3 @@ def settings(
             "--set data.completion=..."
         )
     return parse_config({"model": {"name": model}, "data": {"train": data}}, changes, "the command line")
-
-
-def show(examples: int, scores: dict[str, dict], words: list[str]) -> None:
-    """A table for people, on stdout."""
-    console = Console(highlight=False)
-    table = Table(title=f"{examples} examples")
-    table.add_column("")
-    for who in scores:
-        table.add_column(who, justify="right")
-    some = next(iter(scores.values()))
-    for name in ("loss", "perplexity", "accuracy", "macro_f1"):
-        if name in some:
-            cells = []
-            for metrics in scores.values():
-                low, high = metrics["accuracy_ci95"] if name == "accuracy" else (None, None)
-                interval = f" ({low:.1%} to {high:.1%})" if low is not None else ""
-                cells.append((f"{metrics[name]:.1%}" if name == "accuracy" else f"{metrics[name]:.4f}") + interval)
-            table.add_row({"macro_f1": "macro-F1"}.get(name, name), *cells)
-    console.print(table)
-    for who, metrics in scores.items():
-        if "confusion" in metrics:
-            console.print(confusion_table(who, metrics["confusion"], words))
-
-
-def confusion_table(who: str, confusion: list[list[int]], words: list[str]) -> Table:
-    table = Table(title=f"{who}: true label by row, answer by column")
-    table.add_column("")
-    for word in words:
-        table.add_column(Text(printable(word)), justify="right")
-    for word, row in zip(words, confusion, strict=True):
-        table.add_row(Text(printable(word)), *map(str, row))
-    return table

@@ -20,7 +20,7 @@ REFUSED = {
 }
 LOWER_MEMORY = (
     "these lower it: train.micro_batch_tokens, data.max_length, train.gradient_checkpointing: true, "
-    "model.dtype: bfloat16, adapter.rank"
+    "model.dtype: bfloat16, adapter.rank, generation.batch_size"
 )
 
 

@@ -3,7 +3,7 @@
 Nothing here refuses: what training refuses is an error and raised where training raises it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import datasets
 import numpy as np
@@ -70,14 +70,19 @@ def lengths(examples: Examples) -> pa.Array:
 
 
 def data_warnings(
-    data: DataConfig, train: Examples, evaluation: Examples | None, ends: set[int], learned: int, common: int, tokenizer
+    data: DataConfig,
+    train: Examples,
+    evals: Mapping[str, Examples],
+    ends: set[int],
+    learned: int,
+    common: Mapping[str, int],
+    tokenizer,
 ) -> list[str]:
-    """Sentences about the data, each with what to do about it. learned, common: as `ends_learned` and `in_common`."""
+    """Sentences about the data, each with what to do about it. learned, common: as `ends_learned`, `in_common`."""
     found = []
     total = len(train.dataset)
-    for which, examples in (("train", train), ("eval", evaluation)):
-        if examples is None:
-            continue
+    named = {name: f"eval.{name}" if name else "eval" for name in evals}
+    for which, examples in (("train", train), *((named[name], examples) for name, examples in evals.items())):
         report = examples.report
         if report.truncated:
             longest, loses = int(lengths(examples).max()), "start" if data.prompt is not None else "end"
@@ -106,11 +111,12 @@ def data_warnings(
         )
     elif learned < total / 2:
         found.append(f"data.train: only {learned:,} of {total:,} examples end in a supervised end token.")
-    if common and evaluation:
-        found.append(
-            f"data.eval: {common:,} of {len(evaluation.dataset):,} examples are also in data.train, token for token: "
-            "the evaluation flatters the adapter. Remove them from one of the two."
-        )
+    for name, examples in evals.items():
+        if common[name]:
+            found.append(
+                f"data.{named[name]}: {common[name]:,} of {len(examples.dataset):,} examples are also in data.train, token "
+                "for token: the evaluation flatters the adapter. Remove them from one of the two."
+            )
     if data.messages is None and data.text is None and (pairs := alike_labels(train, tokenizer)):
         one, other = (printable(text, 30) for text in pairs[0])
         more = f" (and {len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""

@@ -17,6 +17,7 @@ from lora_ft.data.examples import Examples, largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ModelError, UserError
+from lora_ft.generation_metrics import check_installed, questions_for
 from lora_ft.memory import Memory, available, estimate, largest_rows, moments_of, resident
 from lora_ft.model import check_vocabulary, dtype_of, end_tokens, load_tokenizer, skeleton
 from lora_ft.timing import Timing, time_steps
@@ -34,12 +35,12 @@ class Looked:
     tokenizer: PreTrainedTokenizerBase | None = None
     model: PreTrainedModel | None = None  # adapted, without weights
     train: Examples | None = None
-    eval: Examples | None = None
+    eval: dict[str, Examples] = field(default_factory=dict)  # by name, as `prepare` has them
     plan: Plan | None = None
     memory: Memory | None = None
     timing: Timing | None = None
     ends_learned: int = 0
-    in_common: int = 0
+    in_common: dict[str, int] = field(default_factory=dict)  # of each eval set, with the training examples
     warnings: list[str] = field(default_factory=list)
     errors: list[UserError] = field(default_factory=list)
 
@@ -62,6 +63,9 @@ def look(config: Config, time: bool, other_base: bool, trust_remote_code: bool, 
         found.device = prepare_device(config)
         found.args = arguments(config, found.device)
     with found.attempt():
+        if config.train.predict_with_generate:
+            check_installed(config.generation.metrics)
+    with found.attempt():
         found.base = resolve(config.model.name, config.model.revision, allow_pickle)
         if not found.base.gguf and not found.base.pickles:
             weight_files(found.base)
@@ -76,7 +80,10 @@ def look(config: Config, time: bool, other_base: bool, trust_remote_code: bool, 
         look_at_data(found, found.train, found.tokenizer, end_tokens(found.base, found.tokenizer))
     if found.train and found.model:
         with found.attempt():
-            check_vocabulary(found.model, found.base, max(largest_id(s) for s in (found.train, found.eval) if s))
+            check_vocabulary(found.model, found.base, max(map(largest_id, [found.train, *found.eval.values()])))
+        with found.attempt():
+            for examples in found.eval.values() if config.train.predict_with_generate else ():
+                questions_for(found.model, found.tokenizer, examples, config)
         if found.args and found.plan:
             look_at_memory(found, found.base, found.args, found.plan, trust_remote_code)
         if time and found.plan and not found.errors:
@@ -87,7 +94,7 @@ def look(config: Config, time: bool, other_base: bool, trust_remote_code: bool, 
 def look_at_data(found: Looked, train: Examples, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
     config, data = found.config.train, found.config.data
     found.ends_learned = findings.ends_learned(train, ends)
-    found.in_common = findings.in_common(train, found.eval) if found.eval else 0
+    found.in_common = {name: findings.in_common(train, examples) for name, examples in found.eval.items()}
     found.warnings += findings.data_warnings(
         data, train, found.eval, ends, found.ends_learned, found.in_common, tokenizer
     )

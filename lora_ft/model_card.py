@@ -5,9 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from lora_ft.metric_names import title
 from lora_ft.names import is_local, portable_name
 
-TITLE = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "macro_f1": "macro-F1"}
 HUB_METRIC = {"accuracy": "accuracy", "macro_f1": "f1", "perplexity": "perplexity"}  # ours -> the Hub's name
 
 
@@ -80,15 +80,18 @@ def head(record: dict) -> ModelCardData:
 
 
 def _sources(data: dict, which: str) -> list[str]:
-    """The names of a set's sources; what is held out of the training data comes from there."""
-    found = data["train"] if which == "eval" and isinstance(data["eval"], int | float) else data[which]
-    return [found] if isinstance(found, str) else list(found or [])
+    """The names of the sources of train, or of all eval sets; what is held out of the training data comes from there."""
+    found: list[str] = []
+    for source in data["eval"].values() if isinstance(data[which], dict) else [data[which]]:
+        source = data["train"] if isinstance(source, int | float) else source
+        found += [source] if isinstance(source, str) else source or []
+    return found
 
 
 def scores(record: dict) -> str:
     """A table of the adapter's scores, beside the base's where they were taken."""
     metrics, base = record.get("metrics", {}), record.get("base_metrics", {})
-    rows = [f"| {TITLE[k]} | {_number(base.get(k))} | {_number(v)} |\n" for k, v in metrics.items() if k in TITLE]
+    rows = [f"| {title(k)} | {_number(base.get(k))} | {_number(v)} |\n" for k, v in metrics.items() if title(k)]
     return f"\n| on the eval data | base | adapter |\n|---|---|---|\n{''.join(rows)}" if rows else ""
 
 

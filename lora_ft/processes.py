@@ -126,6 +126,16 @@ def from_main(make: Callable[[], T]) -> T:
     return value[0]  # type: ignore[return-value]
 
 
+def from_all(value: T) -> list[T]:
+    """Every process's value, by rank, in every one."""
+    if count() == 1:
+        return [value]
+    values: list = [None] * count()
+    with together():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def copy_from_main(tensors: Sequence[Tensor]) -> None:
     """Overwrite tensors with those of the main process."""
     if count() > 1:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft.adapter.files import RECORD
 from lora_ft.base import Base, digest, fingerprint
 from lora_ft.config import Config
-from lora_ft.data.encode import Examples
+from lora_ft.data.examples import Examples, reports
 from lora_ft.errors import ModelError
 from lora_ft.model import tokenizer_hash
 from lora_ft.storage import read_json
@@ -23,7 +23,7 @@ def describe(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     train_set: Examples,
-    eval_set: Examples | None,
+    eval_sets: dict[str, Examples],
 ) -> dict:
     """What is known of a run before its first step."""
     return {
@@ -39,7 +39,7 @@ def describe(
         "chat_template": digest(tokenizer.chat_template)
         if config.data.messages and not config.data.chat_template
         else None,
-        "data": {"train": train_set.report.as_dict(), "eval": eval_set.report.as_dict() if eval_set else None},
+        "data": {"train": train_set.report.as_dict(), "eval": reports(eval_sets)},
         "seed": config.train.seed,
         "versions": {"python": platform.python_version(), "lora_ft": version("lora-ft")}
         | {name: version(name) for name in PACKAGES},

@@ -177,7 +177,7 @@ def check_surroundings(record: dict, here: dict) -> None:
             say(f"warning: {', '.join(different)}: the result may differ by rounding.")
 
 
-def check_data(record: dict, tokenizer_hash: str, train_set: Examples, eval_set: Examples | None) -> None:
+def check_data(record: dict, tokenizer_hash: str, train_set: Examples, eval_sets: dict[str, Examples]) -> None:
     """Refuse other data, another tokenizer or chat template than the run began with.
 
     Raises:
@@ -186,11 +186,16 @@ def check_data(record: dict, tokenizer_hash: str, train_set: Examples, eval_set:
     """
     if record["tokenizer"] != tokenizer_hash:
         raise ModelError("--resume: the tokenizer changed since the run began. Restore it, or begin anew: --overwrite.")
-    for which, examples in (("train", train_set), ("eval", eval_set)):
-        was = record["data"][which] or {}
-        if examples and was.get("content") != examples.report.content:
+    evals = record["data"]["eval"] or {}
+    checked = [("train", train_set, record["data"]["train"])]
+    checked += [
+        (f"eval.{name}" if name else "eval", e, evals.get(name) if name else evals) for name, e in eval_sets.items()
+    ]
+    for which, examples, was in checked:
+        before = was if isinstance(was, dict) else {}
+        if before.get("content") != examples.report.content:
             raise DataError(
                 f"--resume: data.{which} has other content than when the run began. Restore it, or: --overwrite."
             )
-        if examples and was.get("sha256") != examples.report.sha256:
+        if before.get("sha256") != examples.report.sha256:
             raise ModelError(f"--resume: data.{which} is encoded otherwise now: the chat template changed. Restore it.")

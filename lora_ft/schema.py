@@ -8,14 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lora_ft.data_types import Column, EvalSet, EvalSets, LabelNames, Supervised, Template
 from lora_ft.setting_types import (
-    Column,
     Dtype,
-    HeldOut,
-    LabelNames,
     Layers,
     LocalPath,
-    Metric,
     MicroBatch,
     Name,
     Names,
@@ -23,9 +20,8 @@ from lora_ft.setting_types import (
     Scheduler,
     Steps,
     StepsOrNone,
-    Supervised,
     Targets,
-    Template,
+    TextMetrics,
 )
 
 # What changing a setting means for a run that is resumed.
@@ -33,6 +29,11 @@ RESULT: dict[str, Any] = {"resume": "result"}  # another result: refused
 ROUNDING: dict[str, Any] = {"resume": "rounding"}  # only rounding, and where dropout masks fall: a warning
 FREE: dict[str, Any] = {"resume": "free"}  # nothing
 LONGER: dict[str, Any] = {"resume": "longer"}  # more of it goes on, with the schedule derived again
+
+
+def eval_sets(value: EvalSets) -> dict[str, EvalSet]:
+    """data.eval as a mapping of names to sets; a single set without a name is called ""."""
+    return value if isinstance(value, dict) else {} if value is None else {"": value}
 
 
 class Section(BaseModel):
@@ -84,16 +85,17 @@ class DataConfig(Section):
         description="a local jsonl, json, csv, tsv or parquet file, or a hub id[:config][@split]; or a list of them",
         json_schema_extra=RESULT,
     )
-    eval: HeldOut = Field(
+    eval: EvalSets = Field(
         None,
-        description="the same as train, or a fraction (0.05) or count (500) held out of train by seed, or null",
+        description="the same as train, or a fraction (0.05) or count (500) held out of train by seed, or null; "
+        "or several such, by name: {dev: 0.05, test: test.jsonl}",
         json_schema_extra=RESULT,
     )
     max_train_examples: int | None = Field(
         None, ge=1, description="train on a seeded sample of so many", json_schema_extra=RESULT
     )
     max_eval_examples: int | None = Field(
-        None, ge=1, description="evaluate on a seeded sample of so many", json_schema_extra=RESULT
+        None, ge=1, description="evaluate on a seeded sample of so many, of each set", json_schema_extra=RESULT
     )
     prompt: Template | None = Field(
         None, description="first form: a text with columns in braces, not supervised", json_schema_extra=RESULT
@@ -160,8 +162,16 @@ class TrainConfig(Section):
     save_total_limit: int | None = Field(
         2, ge=1, description="checkpoints kept, beside the best; null for all", json_schema_extra=FREE
     )
-    metric_for_best_model: Metric = Field(
-        "loss", description="on the eval data; accuracy and macro_f1 with label_names", json_schema_extra=RESULT
+    metric_for_best_model: Name = Field(
+        "loss",
+        description="on the eval data: loss, with label_names accuracy and macro_f1, with predict_with_generate one of "
+        "generation.metrics; of several sets the first's, or by name as in dev_loss",
+        json_schema_extra=RESULT,
+    )
+    predict_with_generate: bool = Field(
+        False,
+        description="evaluations in training generate too, for generation.metrics: slow, so off",
+        json_schema_extra=RESULT,
     )
     load_best_model_at_end: bool = Field(
         True, description="with eval data: the output gets the best adapter, not the last", json_schema_extra=RESULT
@@ -174,11 +184,40 @@ class TrainConfig(Section):
     )
 
 
+class GenerationConfig(Section):
+    metrics: TextMetrics = Field(
+        (),
+        description="scores of generated texts against the completions, by lora-ft eval: bleu, rouge_l, exact_match",
+        json_schema_extra=RESULT,
+    )
+    max_prompts: int | None = Field(
+        None, ge=1, description="generate for a seeded sample of so many distinct prompts", json_schema_extra=RESULT
+    )
+    max_new_tokens: int = Field(128, ge=1, description="tokens of a generated text at most", json_schema_extra=RESULT)
+    batch_size: int = Field(32, ge=1, description="prompts decoded at a time", json_schema_extra=ROUNDING)
+    num_beams: int = Field(1, ge=1, description="beam search, from 2; 1: greedy", json_schema_extra=RESULT)
+    length_penalty: float = Field(
+        1.0, description="beams: above 0 favours longer texts, below 0 shorter ones", json_schema_extra=RESULT
+    )
+    no_repeat_ngram_size: int = Field(
+        0, ge=0, description="no sequence of so many tokens comes twice; 0: no such rule", json_schema_extra=RESULT
+    )
+    do_sample: bool = Field(False, description="sample, by train.seed", json_schema_extra=RESULT)
+    temperature: float = Field(1.0, gt=0, description="do_sample: below 1 is less random", json_schema_extra=RESULT)
+    top_k: int = Field(
+        0, ge=0, description="do_sample: among so many likeliest tokens; 0: all", json_schema_extra=RESULT
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="do_sample: among the likeliest of this share", json_schema_extra=RESULT
+    )
+
+
 class Config(Section):
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
     train: TrainConfig = TrainConfig()
+    generation: GenerationConfig = GenerationConfig()
     trainer: dict[str, Any] = Field(
         {}, description="any other field of transformers.TrainingArguments", json_schema_extra=FREE
     )

@@ -1,6 +1,6 @@
 """The types that settings have: what each accepts, how it is normalised, and a kind sentence for what it refuses.
 
-A validator raises ValueError with the sentence; lists become tuples, so that a config is frozen all through. `_takes` says for
+A validator raises ValueError with the sentence; lists become tuples, so that a config is frozen all through. `takes` says for
 the JSON Schema what a validator lets through.
 """
 
@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
-from lora_ft.names import GROUPS, ROLES, nearest_role, shown, template_columns
+from lora_ft.metric_names import TEXT_METRICS
+from lora_ft.names import GROUPS, ROLES, nearest, nearest_role, shown
 from lora_ft.trainer_args import SCHEDULERS
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Metric = Literal["loss", "accuracy", "macro_f1"]
 Scheduler = Literal[*SCHEDULERS]  # type: ignore[valid-type]
 REPORTERS = (
     *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune"),
@@ -23,21 +23,21 @@ REPORTERS = (
 MAX_LAYERS = 10_000
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """One text is a list of one; lists become tuples."""
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     for n, value in enumerate(values):
         if value in values[:n]:
             raise ValueError(f"{shown(value)} is given twice; keep one")
     return values
 
 
-def _name(text: str) -> str:
+def name_of(text: str) -> str:
     if not text.strip() or any(ord(c) < 32 for c in text):
         raise ValueError(f"{shown(text)} is no name; give a path or a hub id")
     return text
@@ -73,18 +73,7 @@ def _layers(value: Any) -> Any:
     for number in value:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_LAYERS:
             raise ValueError(f"{shown(number)} is no layer's number; {hint}")
-    return tuple(sorted(_distinct(tuple(value))))
-
-
-def _held_out(value: Any) -> Any:
-    """data.eval: sources, or how much of the training data to hold out."""
-    hint = "give a data source or several, a fraction below 1 (0.05), a count from 1 (500), or null"
-    if value is None or isinstance(value, str | list | tuple):
-        return _listed(value)
-    fits = isinstance(value, float) and 0 < value < 1 or isinstance(value, int) and value >= 1
-    if isinstance(value, bool) or not fits:
-        raise ValueError(f"{shown(value)} does not fit; {hint}")
-    return value
+    return tuple(sorted(distinct(tuple(value))))
 
 
 def _steps(value: Any) -> Any:
@@ -109,7 +98,7 @@ def _micro_batch(value: Any) -> Any:
 
 
 def _reporters(value: Any) -> Any:
-    return () if value == "none" else _listed(value)
+    return () if value == "none" else listed(value)
 
 
 def _reporter(word: str) -> str:
@@ -118,99 +107,57 @@ def _reporter(word: str) -> str:
     return word
 
 
-def _template(text: str) -> str:
-    if not text:
-        raise ValueError("is empty; give a text with columns in braces, as in {sentence}")
-    template_columns(text)
-    return text
+def _text_metric(word: str) -> str:
+    if word not in TEXT_METRICS:
+        near = nearest(word, TEXT_METRICS)
+        meant = f"did you mean {near}?" if near else f"give some of {', '.join(TEXT_METRICS)}"
+        raise ValueError(f"{shown(word)} is no metric of texts; {meant}")
+    return word
 
 
-def _supervised(text: str) -> str:
-    if not template_columns(_template(text)):
-        raise ValueError("names no column; put one in braces, as in {label}")
-    return text
-
-
-def _column(name: str) -> str:
-    if not name or "{" in name or "}" in name:
-        raise ValueError(f"{shown(name)} is no column; give its bare name, as in `messages: messages`")
-    return name
-
-
-def _label_names(value: Any) -> Any:
-    if value is None:
-        return None
-    hint = "give one column and its words by class id, as in {label: [negative, positive]}"
-    if not isinstance(value, dict) or len(value) != 1:
-        raise ValueError(f"{shown(value)} does not fit; {hint}")
-    column, words = next(iter(value.items()))
-    if not isinstance(words, list | tuple) or len(words) < 2:
-        raise ValueError(f"two words at least; {hint}")
-    for word in words:
-        if not isinstance(word, str) or not word:
-            raise ValueError(f"the word {shown(word)} is no text; {hint}, in quotes where it looks like something else")
-    return {_column(column): _distinct(tuple(words))}
-
-
-def _takes(*kinds: dict[str, Any]) -> WithJsonSchema:
+def takes(*kinds: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema(kinds[0] if len(kinds) == 1 else {"anyOf": list(kinds)})
 
 
-def _list_of(item: dict[str, Any], **limits: Any) -> dict[str, Any]:
+def list_of(item: dict[str, Any], **limits: Any) -> dict[str, Any]:
     return {"type": "array", "items": item, "uniqueItems": True, **limits}
 
 
-_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
-_NULL: dict[str, Any] = {"type": "null"}
+TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+NULL: dict[str, Any] = {"type": "null"}
 _ROLE = {"enum": [*ROLES, *GROUPS]}
 _REPORTER = {"enum": list(REPORTERS)}
-_FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-_COUNT = {"type": "integer", "minimum": 1}
+FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+COUNT = {"type": "integer", "minimum": 1}
 _LAYER = {"type": "integer", "minimum": 0, "maximum": MAX_LAYERS - 1}
-_COLUMN = "^[^{}]+$"
+_TEXT_METRIC = {"enum": list(TEXT_METRICS)}
 
-Name = Annotated[str, AfterValidator(_name), _takes(_TEXT)]
+Name = Annotated[str, AfterValidator(name_of), takes(TEXT)]
 LocalPath = Annotated[Name, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
-Names = Annotated[tuple[Name, ...], BeforeValidator(_listed), AfterValidator(_distinct), _takes(_TEXT, _list_of(_TEXT))]
+Names = Annotated[tuple[Name, ...], BeforeValidator(listed), AfterValidator(distinct), takes(TEXT, list_of(TEXT))]
 Targets = Annotated[
     tuple[Annotated[str, AfterValidator(_role)], ...],
-    BeforeValidator(_listed),
-    AfterValidator(_distinct),
-    _takes(_ROLE, _list_of(_ROLE)),
+    BeforeValidator(listed),
+    AfterValidator(distinct),
+    takes(_ROLE, list_of(_ROLE)),
 ]
 Reporters = Annotated[
     tuple[Annotated[str, AfterValidator(_reporter)], ...],
     BeforeValidator(_reporters),
-    AfterValidator(_distinct),
-    _takes({"const": "none"}, _REPORTER, _list_of(_REPORTER)),
+    AfterValidator(distinct),
+    takes({"const": "none"}, _REPORTER, list_of(_REPORTER)),
 ]
-Template = Annotated[str, AfterValidator(_template), _takes(_TEXT)]
-Supervised = Annotated[str, AfterValidator(_supervised), _takes(_TEXT)]
-Column = Annotated[str, AfterValidator(_column), _takes(_TEXT | {"pattern": _COLUMN})]
-Steps = Annotated[int | float, BeforeValidator(_steps), _takes(_FRACTION, _COUNT)]
-StepsOrNone = Annotated[int | float, BeforeValidator(_steps_or_none), _takes(_FRACTION, _COUNT | {"minimum": 0})]
-HeldOut = Annotated[
-    tuple[Name, ...] | int | float | None,
-    BeforeValidator(_held_out),
-    _takes(_TEXT, _list_of(_TEXT), _FRACTION, _COUNT, _NULL),
+Steps = Annotated[int | float, BeforeValidator(_steps), takes(FRACTION, COUNT)]
+StepsOrNone = Annotated[int | float, BeforeValidator(_steps_or_none), takes(FRACTION, COUNT | {"minimum": 0})]
+TextMetrics = Annotated[
+    tuple[Annotated[str, AfterValidator(_text_metric)], ...],
+    BeforeValidator(listed),
+    AfterValidator(distinct),
+    takes(_TEXT_METRIC, list_of(_TEXT_METRIC)),
 ]
 Layers = Annotated[
     tuple[int, ...] | None,
     BeforeValidator(_layers),
-    _takes(_list_of(_LAYER, minItems=1), {"type": "string", "pattern": r"^\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?$"}, _NULL),
+    takes(list_of(_LAYER, minItems=1), {"type": "string", "pattern": r"^\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?$"}, NULL),
 ]
-LabelNames = Annotated[
-    dict[str, tuple[str, ...]] | None,
-    BeforeValidator(_label_names),
-    _takes(
-        {
-            "type": "object",
-            "minProperties": 1,
-            "maxProperties": 1,
-            "patternProperties": {_COLUMN: _list_of(_TEXT, minItems=2)},
-            "additionalProperties": False,
-        },
-        _NULL,
-    ),
-]
-MicroBatch = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch), _takes({"const": "auto"}, _COUNT)]
+MicroBatch = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch), takes({"const": "auto"}, COUNT)]

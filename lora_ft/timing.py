@@ -3,6 +3,7 @@
 import math
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -64,12 +65,12 @@ class Clock(TrainerCallback):
 
 
 def time_steps(
-    config: Config, base: Base, train: Examples, evaluation: Examples | None, device: str, trust_remote_code: bool
+    config: Config, base: Base, train: Examples, evals: Mapping[str, Examples], device: str, trust_remote_code: bool
 ) -> Timing:
     """Load the model and time it on the run's first steps. Raises as `load_base` and training do."""
     model = load_base(base, config.model.dtype, trust_remote_code, device)
     adapt(model, config.adapter, config.train.seed)
-    packing = Packing.of(model, max(s.report.longest for s in (train, evaluation) if s))
+    packing = Packing.of(model, max(s.report.longest for s in (train, *evals.values())))
     settings = config.train
     cut = Cut(micro_batch_tokens(config, device), packing.how == "alone")
 
@@ -96,14 +97,15 @@ def time_steps(
     speed = sum(tokens[WARM_UP:]) / sum(clock.seconds[WARM_UP:])
     per_epoch = train.report.tokens
     evaluations, evaluating = 0, 0.0
-    if evaluation:
+    if evals:
         every = settings.eval_steps if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * len(whole))
         evaluations = math.ceil(len(whole) / every)  # the last step is always evaluated
+    for evaluation in evals.values():
         some = evaluation.dataset.select(range(min(SCORED, len(evaluation.dataset))))
         begun = time.perf_counter()
         score(model, some, packing, cut.micro_batch_tokens)
         share = int(np.sum(some["tokens"])) / evaluation.report.tokens
-        evaluating = evaluations * (time.perf_counter() - begun) / share
+        evaluating += evaluations * (time.perf_counter() - begun) / share
     return Timing(
         tokens_per_second=speed,
         seconds_training=per_epoch * len(whole) / whole.steps_per_epoch / speed,

@@ -25,13 +25,14 @@ from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device, with_accelerate
 from lora_ft.errors import NumbersError
+from lora_ft.evaluation import evaluator
+from lora_ft.generation_metrics import check_installed
 from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer, skeleton, tokenizer_hash
 from lora_ft.names import say
 from lora_ft.progress import shown, trackers
 from lora_ft.record import describe, read_record
 from lora_ft.samples import generate_samples
 from lora_ft.saving import Run
-from lora_ft.scoring import score
 from lora_ft.sharding import load_sharded
 from lora_ft.signals import Stopped, Stopper
 from lora_ft.trainer import LoRATrainer
@@ -65,24 +66,27 @@ def train(
             return
 
         args = arguments(config, device)
+        if config.train.predict_with_generate:
+            check_installed(config.generation.metrics)
         with processes.first_on_node():
             base = resolve(config.model.name, config.model.revision, allow_pickle)
             if before:
                 check_base(before, base, other_base)
             tokenizer = load_tokenizer(base, trust_remote_code)
             rehearse(config, base, other_base, trust_remote_code)
-            train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
+            train_set, eval_sets = prepare(config.data, tokenizer, config.train.seed)
+        sets = [train_set, *eval_sets.values()]
         if before:
-            resuming.check_data(before, tokenizer_hash(tokenizer), train_set, eval_set)
+            resuming.check_data(before, tokenizer_hash(tokenizer), train_set, eval_sets)
         say(f"data: {train_set.report.summary()}")
-        if eval_set:
-            say(f"eval: {eval_set.report.summary()}")
+        for name, examples in eval_sets.items():
+            say(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
 
         sharded = bool(config.trainer.get("fsdp")) and processes.count() > 1
         load = load_sharded if sharded else load_base
         model = load(base, config.model.dtype, trust_remote_code, device)
-        check_vocabulary(model, base, max(largest_id(s) for s in (train_set, eval_set) if s))
-        longest = max(s.report.longest for s in (train_set, eval_set) if s)
+        check_vocabulary(model, base, max(map(largest_id, sets)))
+        longest = max(s.report.longest for s in sets)
         check_length(model, base, longest)
         adapted = adapt(model, config.adapter, config.train.seed)
         parameters = sum(p.numel() for p in trainable(model).values())
@@ -104,14 +108,15 @@ def train(
             config.train.seed,
             share,
         )
-        record = describe(config, base, tokenizer, model, train_set, eval_set)
+        record = describe(config, base, tokenizer, model, train_set, eval_sets)
         record |= {"trainable_parameters": parameters, "planned_steps": len(plan), "machine": machine(device)}
-        if eval_set and before and "base_metrics" in before:
+        scored = evaluator(model, tokenizer, eval_sets, config, packing, at_most, share)
+        if eval_sets and before and "base_metrics" in before:
             record |= {k: before[k] for k in ("base_metrics", "base_seconds")}
-        elif eval_set:
+        elif eval_sets:
             scoring = time.perf_counter()
             with disabled(model):
-                record["base_metrics"] = score(model, eval_set.dataset, packing, at_most, share=share).metrics()
+                record["base_metrics"] = scored()
             record["base_seconds"] = round(time.perf_counter() - scoring, 1)
             say(f"the base's eval, {record['base_seconds']:.0f} s: {shown(record['base_metrics'])}")
         if before and is_main:
@@ -128,9 +133,7 @@ def train(
             run.rotate(state.step, state.values["trainer"]["best_global_step"])  # killed right before it
 
         def evaluation(step: int) -> dict:
-            assert eval_set is not None
-            scores = score(model, eval_set.dataset, packing, at_most, stopper.check, share)
-            run.evaluations[step] = scores.metrics()
+            run.evaluations[step] = scored(stopper.check)
             return run.evaluations[step]
 
         def save(state: State, best_step: int | None) -> None:
@@ -144,7 +147,7 @@ def train(
             args=args,
             plan=plan,
             packing=packing,
-            evaluation=evaluation if eval_set else None,
+            evaluation=evaluation if eval_sets else None,
             save=save,
             log_line=lambda line: run_log.write_line(output, line) if is_main else None,
             patience=config.train.early_stopping_patience,
@@ -168,8 +171,9 @@ def train(
         step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
         seconds = time.perf_counter() - begun
         samples = None
-        if eval_set and not eval_set.label_words and not sharded:  # a classification has its confusion table
-            samples = partial(generate_samples, model, tokenizer, eval_set, max(10.0, 0.05 * seconds))
+        first = next(iter(eval_sets.values()), None)
+        if first and not first.label_words and not sharded:  # a classification has its confusion table
+            samples = partial(generate_samples, model, tokenizer, first, max(10.0, 0.05 * seconds))
         metrics = run.finish(step, last, {"seconds": round(seconds, 1)}, samples)
         which = f"step {step}, the best of {last}" if step != last else f"step {step}"
         say(

@@ -146,6 +146,9 @@ ACCEPTED = [
     ("data.eval", "500", 500),
     ("data.eval", "nyu-mll/glue:sst2@validation", ("nyu-mll/glue:sst2@validation",)),
     ("data.eval", "[a.csv]", ("a.csv",)),
+    ("data.eval", "{dev: 0.1, test: a.csv, more: [b.csv]}", {"dev": 0.1, "test": ("a.csv",), "more": ("b.csv",)}),
+    ("generation.metrics", "bleu", ("bleu",)),
+    ("generation.metrics", "[rouge_l, exact_match]", ("rouge_l", "exact_match")),
     ("data.label_names", "{label: [no, yes]}", {"label": ("no", "yes")}),
     ("train.warmup_steps", "0", 0),
     ("train.warmup_steps", "0.5", 0.5),
@@ -189,7 +192,13 @@ REFUSED = [
     ("adapter.targets", "'q,v'", "[q, v]"),
     ("adapter.targets", "[]", "nothing would be trained"),
     *[("adapter.layers", given, "6-11") for given in ("11-6", "[]", "6", "[-1]", "[true]", "0-1000000000", "[1, 1.0]")],
-    *[("data.eval", given, "a fraction below 1") for given in ("0", "1.5", "-1", "true", "500.0", ".nan", "{a: 1}")],
+    *[("data.eval", given, "a fraction below 1") for given in ("0", "1.5", "-1", "true", "500.0", ".nan", "[]", "[3]")],
+    *[("data.eval", given, "dev: dev.jsonl") for given in ("{}", "{a b: x}")],
+    *[
+        ("data.eval", given, "a fraction below 1")
+        for given in ("{dev: null}", "{dev: {a: b}}", "{dev: []}", "{dev: 0}")
+    ],
+    ("data.eval", "['']", "no name"),
     ("data.train", "[]", "jsonl"),
     ("data.train", "''", "no name"),
     ("data.label_names", "{label: [a]}", "two words"),
@@ -216,6 +225,14 @@ REFUSED = [
     ("train.early_stopping_patience", "2", "needs data.eval"),
     ("train.metric_for_best_model", "acuracy", "did you mean accuracy?"),
     ("train.metric_for_best_model", "macro_f1", "needs data.label_names"),
+    ("train.metric_for_best_model", "bleu", "predict_with_generate"),
+    ("train.metric_for_best_model", "dev_loss", "is no metric here"),
+    ("train.predict_with_generate", "true", "needs generation.metrics"),
+    ("generation.metrics", "[blue]", "did you mean bleu?"),
+    ("generation.metrics", "[bleu, bleu]", "given twice"),
+    ("generation.top_p", "0.9", "do_sample: true"),
+    ("generation.length_penalty", "0.9", "num_beams from 2"),
+    ("generation.num_beams", "0", "from 1"),
     ("model.dtype", "int8", "bfloat16"),
     ("trainer.learning_rate", "1", "train.learning_rate"),
     ("trainer.fsdp", "full_shard", "true or false"),
@@ -374,4 +391,4 @@ def test_every_setting_has_a_description_and_a_resume_class():
 
 def test_there_is_a_json_schema():
     schema = Config.model_json_schema()
-    assert set(schema["properties"]) == {"model", "adapter", "data", "train", "trainer", "output"}
+    assert set(schema["properties"]) == {"model", "adapter", "data", "train", "generation", "trainer", "output"}

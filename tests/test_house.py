@@ -11,8 +11,8 @@ ROOT = Path(lora_ft.__file__).parent
 # From the ground up. A room imports rooms of floors below, and of its own floor where the floor says so.
 FLOORS = [
     "errors signals",
-    "names",
-    "strict_yaml trainer_args setting_types schema config_problems config json_schema",  # config, top to bottom
+    "names metric_names",
+    "strict_yaml trainer_args setting_types data_types schema config_problems config json_schema",  # config, top to bottom
     "layers.lora layers.activation layers.many loss storage run_folder run_log",
     "hub base model",
     "attention progress processes",
@@ -21,8 +21,8 @@ FLOORS = [
     "adapter.disk adapter.prove adapter.shards adapter.merge",
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
     "data.suggest",
-    "data.batches data.prepare",
-    "arguments device scoring samples checkpoint record model_card sharding",
+    "data.batches data.prepare data.references",
+    "arguments device decoding generation_metrics scoring samples score_table evaluation checkpoint record model_card sharding",
     "report.runs report.scores report.charts report.curves report.figures report.png report.write",
     "saving resume step",
     "trainer memory findings",

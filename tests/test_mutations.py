@@ -220,14 +220,14 @@ def test_records_that_a_run_goes_on_from(ended, checkpoint, tmp_path):
         (run / "out/lora_ft.json").unlink()
     config = load_config(run / "config.yaml", ["train.max_steps=4", "train.save_steps=3"])
     base, record = resolve(str(run / "base"), None), json.loads(path.read_text())
-    data = Examples(None, SimpleNamespace(**record["data"]["train"]), [])
+    data = Examples(None, SimpleNamespace(**record["data"]["train"]), [], None)
 
     def read():
         begin = beginning(run / "out", config, True, False)
         before = read_record(begin)
         if before["kind"] == "checkpoint":
             check_base(before, base, False)
-            check_data(before, record["tokenizer"], data, None)
+            check_data(before, record["tokenizer"], data, {})
             with redirect_stderr(StringIO()):
                 go_on(before, record, State.read(begin), 4, run / "out")
 

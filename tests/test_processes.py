@@ -19,10 +19,13 @@ from lora_ft import launch, processes
 from lora_ft.adapter.inject import inject_lora, trainable
 from lora_ft.attention import Packing
 from lora_ft.base import resolve
+from lora_ft.config import load_config
 from lora_ft.data.batches import Cut, Plan, Share, deal
+from lora_ft.data.references import Questions
 from lora_ft.errors import ConfigError
+from lora_ft.generation_metrics import write
 from lora_ft.loss import supervised_loss
-from lora_ft.model import load_base
+from lora_ft.model import load_base, load_tokenizer
 from lora_ft.sharding import load_sharded
 from tests.base import CONFIG, write_base, write_run
 from tests.several import ranks, train
@@ -103,6 +106,24 @@ def test_a_step_sums_the_adapters_gradients_once_and_sends_nothing_else(folder):
         processes.leave()
 
     assert ranks(2, work) == [0, 0]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_prompts_of_text_metrics_are_shared_out(folder, sharded):
+    def work():
+        processes.join("cpu", 60)
+        base = resolve(str(folder / "base"))
+        tokenizer = load_tokenizer(base)
+        prompts = ["the film", "a good bad movie that was", "it", "Review: sad", "great awful and it made me happy"]
+        asked = Questions(prompts, tokenizer(prompts)["input_ids"], [["x"]] * 5, [2], 0)
+        config = load_config(folder / "config.yaml", ["generation.max_new_tokens=6", "generation.batch_size=2"])
+        alone = write(load_base(base), tokenizer, asked, config)
+        share = Share(processes.rank(), processes.count(), even=sharded)
+        model = load_sharded(base, "float32", False, "cpu") if sharded else load_base(base)
+        assert write(model, tokenizer, asked, config, share=share) == alone and len(set(alone)) == 5
+        processes.leave()
+
+    assert ranks(3, work) == [0, 0, 0]
 
 
 def test_large_gradients_go_in_buckets(monkeypatch):

@@ -22,6 +22,10 @@ def eval(
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Other data than the run's eval data.")] = None,
     base: Annotated[str | None, typer.Option(metavar="NAME", help="The base: hub id or folder.")] = None,
     as_json: AsJson = False,
+    texts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what was generated for generation.metrics, as JSON lines."),
+    ] = None,
     set: Set = None,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -34,9 +38,9 @@ def eval(
     Example: lora-ft eval out --data reviews-test.jsonl --json
     """
     if config:  # a mistake in it is answered now, with what the command line and the record add left out
-        from lora_ft.config import load_config
+        from lora_ft.config import NOT_TRAINING, load_config
 
-        load_config(config, ["model.name=stands in", *(["data.eval=1"] if data else []), *(set or [])])
+        load_config(config, [*NOT_TRAINING, "model.name=stands in", *(["data.eval=1"] if data else []), *(set or [])])
     exits.quiet()
     from lora_ft.evaluate import evaluate_command
 
@@ -46,6 +50,7 @@ def eval(
         data=data,
         base=base,
         as_json=as_json,
+        texts_path=texts,
         overrides=set or [],
         other_base=other_base,
         trust_remote_code=trust_remote_code,

@@ -1,6 +1,6 @@
 """From sources to encoded examples, in two cached stages: rows to texts, then texts to ids and labels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Literal
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft.data.cache import Write, cached, key_of
 from lora_ft.data.chat import chat_format
-from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, Side, chosen, counts, held_count
+from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, counts, part_of, sample_indices
 from lora_ft.data.sources import content_hash
 from lora_ft.data.template import Template
 from lora_ft.data.texts import BATCH, CODE, LISTED, BadRows, load_texts, names_of
@@ -28,14 +28,14 @@ def load_examples(
     max_length: int,
     long_text: Literal["truncate", "split"] = "truncate",
     bad_rows: Literal["error", "skip"] = "error",
-    held_out: int | float | None = None,
-    side: Side = "rest",
+    held_out: Sequence[int | float] = (),
+    part: int | None = None,
     max_examples: int | None = None,
     seed: int = 0,
 ) -> Examples:
     """Rows of the sources, one after the other, as examples; a seeded sample of `max_examples` of them, in their order.
 
-    With `held_out` (see `chosen`) only the rows of one `side`. What isn't chosen isn't encoded.
+    With `held_out` only the rows of one `part` (see `part_of`). What isn't chosen isn't encoded.
 
     Raises:
         DataError: a source or row that can't be read or encoded, label words with equal ids, or nothing left to train
@@ -43,12 +43,14 @@ def load_examples(
     """
     content = key_of([content_hash(source) for source in sources])
     settings = [template.as_dict(), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed]
-    settings += [held_out, side]
-    texts, read = load_texts(sources, content, template, tokenizer, bad_rows)
-    usable = len(texts)
-    held = held_count(usable, held_out) if held_out is not None else 0
-    if held or (max_examples is not None and max_examples < usable):
-        texts = texts.select(chosen(usable, held_out, side, max_examples, seed))
+    settings += [list(held_out), part]
+    whole, read = load_texts(sources, content, template, tokenizer, bad_rows)
+    usable, rest = len(whole), part is None
+    if held_out:
+        whole = whole.select(part_of(usable, held_out, part, seed))
+    texts = whole
+    if max_examples is not None and max_examples < len(whole):
+        texts = whole.select(sample_indices(len(whole), max_examples, seed))
     chat = chat_format(tokenizer, template.chat_template).template if template.messages else None
     sha256 = key_of(content, settings, chat)
     coding = coder(tokenizer)
@@ -64,14 +66,12 @@ def load_examples(
             f"{names_of(sources)}: nothing supervised is left in any of the {len(texts):,} rows after truncation to "
             f"{max_length} tokens. Raise data.max_length."
         )
-    rest = side == "rest"  # what was skipped is told once, with the training rows
-    of = usable - held if rest else held
     report = EncodingReport(
-        rows=read["rows"] if rest else held,
+        rows=read["rows"] if rest else len(whole),  # what was skipped is told once, with the training rows
         used=made["used"],
         examples=len(dataset),
-        held_out=held if rest else 0,
-        not_sampled=of - len(texts),
+        held_out=usable - len(whole) if rest else 0,
+        not_sampled=len(whole) - len(texts),
         skipped=((read["skipped"] if rest else []) + made["skipped"])[:LISTED],
         skipped_count=(read["skipped_count"] if rest else 0) + made["skipped_count"],
         dropped=made["dropped"],
@@ -81,7 +81,7 @@ def load_examples(
         **counts(dataset),
     )
     words = template.label_names[template.label_column] if template.label_names and template.label_column else []
-    return Examples(dataset, report, list(words))
+    return Examples(dataset, report, list(words), whole)
 
 
 def _encode(

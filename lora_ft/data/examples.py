@@ -1,8 +1,9 @@
 """Encoded examples, what is known of them, and their parts by seed."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,7 +12,6 @@ import pyarrow.compute as pc
 
 from lora_ft.errors import DataError
 
-Side = Literal["rest", "held out"]
 IDS = pa.list_(pa.int32())
 EXAMPLES = pa.schema(
     {
@@ -90,12 +90,20 @@ class Examples:
     supervised, else -100 (not shifted; never at i = 0). tokens, supervised: their numbers; whole: tokens before
     truncation. row: position in the sources, from 0; where: for messages. prompt_length: tokens before the completion
     (0 for text and chat). choices: ids of each label word after the prompt, no end-of-sequence ([] if not a
-    classification); label: the right one, or -1. label_words: the words, in that order.
+    classification); label: the right one, or -1. label_words: the words, in that order. texts: those of the whole set
+    (data/texts.py), of which the examples may be a sample, by `row` ascending.
     """
 
     dataset: datasets.Dataset
     report: EncodingReport
     label_words: list[str]
+    texts: datasets.Dataset
+
+
+def reports(sets: dict[str, Examples]) -> dict[str, Any] | None:
+    """Of a single set without a name its report; of named ones theirs by name; of none None."""
+    found = {name: examples.report.as_dict() for name, examples in sets.items()}
+    return found.get("", found or None)
 
 
 def largest_id(examples: Examples) -> int:
@@ -118,16 +126,18 @@ def held_count(population: int, held_out: int | float) -> int:
     return count
 
 
-def chosen(population: int, held_out: int | float | None, side: Side, at_most: int | None, seed: int) -> np.ndarray:
-    """Which of `population` rows: those held out for evaluation or the rest, and of these a sample; ascending.
+def part_of(population: int, held_out: Sequence[int | float], part: int | None, seed: int) -> np.ndarray:
+    """Which of `population` rows are a part, ascending: that of the amount held_out[part] (as in `held_count`), or the rest.
 
-    held_out: as in `held_count`; None holds out none. at_most: the sample's size; None takes all.
+    Each amount is taken from what the one before has left.
     """
-    rows = np.arange(population)
-    if held_out is not None:
-        held = sample_indices(population, held_count(population, held_out), seed)
-        rows = held if side == "held out" else np.setdiff1d(rows, held)
-    return rows if at_most is None else rows[sample_indices(len(rows), at_most, seed)]
+    rest = np.arange(population)
+    for i, amount in enumerate(held_out):
+        held = rest[sample_indices(len(rest), held_count(len(rest), amount), seed)]
+        if i == part:
+            return held
+        rest = np.setdiff1d(rest, held)
+    return rest
 
 
 def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
@@ -138,6 +148,11 @@ def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
     generator = random.Random(seed)
     draws = np.fromiter((generator.random() for _ in range(population)), float, population)
     return np.sort(np.argsort(draws, kind="stable")[:count])
+
+
+def row_numbers(dataset: datasets.Dataset) -> np.ndarray:
+    """Of each example (or text) the position of its row in the sources."""
+    return _column(dataset, "row")
 
 
 def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:

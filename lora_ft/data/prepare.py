@@ -1,32 +1,46 @@
 """From the config's data section to encoded examples, for training and for evaluation."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.config import DataConfig
+from lora_ft.config import DataConfig, eval_sets
 from lora_ft.data.encode import Examples, Template, load_examples
-from lora_ft.data.examples import Side
 from lora_ft.errors import ConfigError
 
 
-def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Examples, Examples | None]:
-    """Training and eval examples; what `data.eval` holds out of train is in one of them only."""
-    train_set = _load(data, data.train, tokenizer, data.max_train_examples, seed)
-    return train_set, evaluation_set(data, tokenizer, seed) if data.eval is not None else None
+def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Examples, dict[str, Examples]]:
+    """Training examples, and the eval sets by name (one without a name is ""; none: {}).
+
+    What `data.eval` holds out of train is in one of them only; of several such sets each takes from what the one before
+    has left.
+    """
+    train_set = _load(data, data.train, tokenizer, data.max_train_examples, seed, _amounts(data))
+    return train_set, evaluation_sets(data, tokenizer, seed) if data.eval is not None else {}
 
 
-def evaluation_set(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Examples:
-    """The eval examples alone.
+def evaluation_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Examples]:
+    """The eval sets alone, in the config's order.
 
     Raises:
         ConfigError: there is no eval data.
     """
     if data.eval is None:
         raise ConfigError("no eval data: the run had none (data.eval). Name some: --data FILE.")
-    if isinstance(data.eval, int | float):
-        return _load(data, data.train, tokenizer, data.max_eval_examples, seed, "held out")
-    return _load(data, data.eval, tokenizer, data.max_eval_examples, seed)
+    amounts, found = _amounts(data), {}
+    for name, source in eval_sets(data.eval).items():
+        if isinstance(source, tuple):
+            found[name] = _load(data, source, tokenizer, data.max_eval_examples, seed)
+        else:
+            part = list(amounts).index(name)
+            found[name] = _load(data, data.train, tokenizer, data.max_eval_examples, seed, amounts, part)
+    return found
+
+
+def _amounts(data: DataConfig) -> dict[str, int | float]:
+    """The eval sets that are held out of train: how much of it each takes."""
+    return {name: amount for name, amount in eval_sets(data.eval).items() if isinstance(amount, int | float)}
 
 
 def _load(
@@ -35,9 +49,9 @@ def _load(
     tokenizer: PreTrainedTokenizerBase,
     at_most: int | None,
     seed: int,
-    side: Side = "rest",
+    amounts: Mapping[str, int | float] | None = None,
+    part: int | None = None,
 ) -> Examples:
-    held_out = data.eval if isinstance(data.eval, int | float) else None
     return load_examples(
         list(sources),
         template_of(data),
@@ -45,8 +59,8 @@ def _load(
         max_length=data.max_length,
         long_text=data.long_text,
         bad_rows=data.bad_rows,
-        held_out=held_out,
-        side=side,
+        held_out=tuple((amounts or {}).values()),
+        part=part,
         max_examples=at_most,
         seed=seed,
     )

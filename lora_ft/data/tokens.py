@@ -59,6 +59,13 @@ class Coder:
         """Ids of the text by itself, nothing added."""
         return self.plain.encode(text).ids
 
+    def cut_start(self, prompt: Ids, room: int) -> Ids:
+        """The prompt's end, as much as there is room for; what the tokenizer adds before a text (BOS) is kept."""
+        if len(prompt) <= room:
+            return prompt
+        first, tail = len(self.before), max(room - len(self.before), 0)
+        return prompt[:first] + (prompt[first:][-tail:] if tail else [])
+
     def without_eos(self, ids: Ids) -> Ids:
         """A template may spell the end-of-sequence token out; it must not come twice."""
         return ids[:-1] if self.eos and ids[-1:] == self.eos else ids
@@ -95,10 +102,7 @@ def encode_pairs(
         completion, words = encoded[right], encoded if choices[i] else []
         whole = completion + coder.eos
         room = max_length - max(len(whole), *(len(w) + len(coder.eos) for w in words), 0)
-        kept = prompt
-        if len(prompt) > room:
-            tail = max(room - len(coder.before), 0)
-            kept = prompt[: len(coder.before)] + (prompt[len(coder.before) :][-tail:] if tail else [])
+        kept = coder.cut_start(prompt, room)
         ids = (kept + whole)[:max_length]
         labels = [IGNORE] * len(kept) + whole
         labels = [IGNORE, *labels[1:]][: len(ids)]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+from lora_ft.metric_names import by_set
 from lora_ft.report.charts import Chart, Line, chart, running_mean
 from lora_ft.report.runs import Run
 from lora_ft.report.scores import scalars, title_of, written
@@ -28,7 +29,10 @@ def logged_metrics(runs: Sequence[Run]) -> list[str]:
 
 
 def base_line(run: Run, name: str) -> list[Line]:
-    value, steps = scalars(run.base_metrics.get("", {})).get(name), [line["step"] for line in run.lines]
+    flat = {
+        key: value for of, metrics in run.base_metrics.items() for key, value in by_set(of, scalars(metrics)).items()
+    }
+    value, steps = flat.get(name), [line["step"] for line in run.lines]
     return [Line("base", [(min(steps), value), (max(steps), value)], "base")] if value is not None and steps else []
 
 

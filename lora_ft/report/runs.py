@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def read_run(folder: Path, record: dict | None = None, why: str | None = None) -
     step, metrics = (record.get("step"), record.get("metrics")) if finished else latest_metrics(checkpoints, lines)
     last = record.get("steps") if finished else max(reached, default=0)
     step, last = (value if isinstance(value, int) else 0 for value in (step, last))
-    base = by_set(record.get("base_metrics"))
-    return Run(folder, record, lines, step, last, finished, why, by_set(metrics), base, read_samples(folder, step))
+    own, base = (by_set(found, set_names(record)) for found in (metrics, record.get("base_metrics")))
+    return Run(folder, record, lines, step, last, finished, why, own, base, read_samples(folder, step))
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -82,7 +83,7 @@ def read_log(folder: Path) -> list[dict]:
 
 def latest_metrics(checkpoints: list[Path], lines: list[dict]) -> tuple[int, dict]:
     """The step of the last evaluation and its metrics: a checkpoint's, which has all, or else the log's."""
-    evaluated = [line for line in lines if "eval_loss" in line]
+    evaluated = [line for line in lines if any(k.startswith("eval_") and k.endswith("loss") for k in line)]
     step = evaluated[-1]["step"] if evaluated else 0
     for checkpoint in reversed(checkpoints):
         if run_folder.step_of(checkpoint) == step:
@@ -93,12 +94,20 @@ def latest_metrics(checkpoints: list[Path], lines: list[dict]) -> tuple[int, dic
     return step, {name.removeprefix("eval_"): value for name, value in names if name.startswith("eval_")}
 
 
-def by_set(metrics: object) -> dict[str, dict]:
-    """Metrics of each eval set by its name: a value that is itself a table is a set of its own."""
-    if not isinstance(metrics, dict):
-        return {}
-    own = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
-    return ({"": own} if own else {}) | {name: value for name, value in metrics.items() if isinstance(value, dict)}
+def set_names(record: dict) -> list[str]:
+    """The names of a run's eval sets; none where there is but one, without a name."""
+    data = record["config"].get("data")
+    sets = data.get("eval") if isinstance(data, dict) else None
+    return list(sets) if isinstance(sets, dict) else []
+
+
+def by_set(metrics: object, names: Sequence[str]) -> dict[str, dict]:
+    """Metrics of each eval set by its name, which their own names begin with (lora_ft/metric_names.py)."""
+    found: dict[str, dict] = {}
+    for key, value in metrics.items() if isinstance(metrics, dict) else ():
+        name = max((n for n in names if key.startswith(f"{n}_")), key=len, default="")
+        found.setdefault(name, {})[key.removeprefix(f"{name}_") if name else key] = value
+    return found
 
 
 def read_samples(folder: Path, step: int) -> list[dict]:

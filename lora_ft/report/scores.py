@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_ft.model_card import TITLE
+from lora_ft.metric_names import by_set, title
 from lora_ft.report.runs import Run
 
 LESS_IS_BETTER = ("loss", "perplexity")
@@ -17,7 +17,7 @@ def written(name: str, value: float) -> str:
 
 
 def title_of(name: str) -> str:
-    return TITLE.get(name, name.replace("_", " "))
+    return title(name) or name.replace("_", " ")
 
 
 def interval(name: str, metrics: dict) -> list[float] | None:
@@ -67,10 +67,12 @@ def results(run: Run) -> list[dict[str, Any]]:
 
 def headline(run: Run) -> dict[str, str] | None:
     """The one figure to read first: what the run chose its best by, or accuracy; None without a base to set it against."""
-    for name in run.metrics:
-        base, adapter = scalars(run.base_metrics.get(name, {})), scalars(run.metrics[name])
-        chosen = (run.record["config"].get("train") or {}).get("metric_for_best_model")
-        for metric in (chosen if chosen != "loss" else "", "accuracy", "loss"):
+    chosen = str((run.record["config"].get("train") or {}).get("metric_for_best_model"))
+    for name in sorted(run.metrics, key=lambda name: chosen not in by_set(name, run.metrics[name])):
+        base, adapter = (
+            by_set(name, scalars(of)) | scalars(of) for of in (run.base_metrics.get(name, {}), run.metrics[name])
+        )
+        for metric in (chosen if not chosen.endswith("loss") else "", "accuracy", "loss"):
             if metric in base and metric in adapter:
                 title, values = title_of(metric), {"base": base[metric], "adapter": adapter[metric]}
                 texts = {who: written(metric, value) for who, value in values.items()}

@@ -10,7 +10,7 @@ import pytest
 
 from lora_ft.data import cache, encode, texts
 from lora_ft.data.encode import Template, load_examples
-from lora_ft.data.examples import chosen, held_count
+from lora_ft.data.examples import held_count, sample_indices
 from lora_ft.errors import ConfigError, DataError
 
 PAIR = Template(prompt="Review: {text}\nSentiment:", completion=" {label}")
@@ -257,7 +257,7 @@ def test_sample_is_seeded_ordered_and_taken_before_encoding(write, plain):
         picks[seed] = examples.dataset["row"][:]
         assert picks[seed] == sorted(set(picks[seed])) and len(picks[seed]) == 10
         whole = load(path, PAIR, plain, seed=seed)
-        assert chosen(40, None, "rest", 10, seed).tolist() == picks[seed]
+        assert sample_indices(40, 10, seed).tolist() == picks[seed]
         assert (
             examples.report.not_sampled == 30
             and "10 of 40 rows used, 30 not in the sample" in examples.report.summary()
@@ -271,13 +271,13 @@ def test_hold_out(write, plain):
     rows = [{"t": "so it goes " * (i % 4) + str(i)} for i in range(50)]
     path = write("a.jsonl", [*rows, {"t": None}])
 
-    def load_side(side, amount=0.1, seed=3, **settings):
-        settings |= {"held_out": amount, "side": side, "seed": seed, "long_text": "split", "bad_rows": "skip"}
+    def load_side(part, *amounts, seed=3, **settings):
+        settings |= {"held_out": amounts, "part": part, "seed": seed, "long_text": "split", "bad_rows": "skip"}
         return load(path, Template(text="{t}"), plain, 6, **settings)
 
-    everything = load_side("rest", None)
+    everything = load_side(None)
     for amount, count in ((7, 7), (0.1, 5), (0.001, 1)):
-        rest, held = load_side("rest", amount), load_side("held out", amount)
+        rest, held = load_side(None, amount), load_side(0, amount)
         a, b = set(rest.dataset["row"]), set(held.dataset["row"])
         assert len(b) == count == held.report.used == held.report.rows and not a & b and a | b == set(range(50))
         assert len(rest.dataset) + len(held.dataset) == len(everything.dataset)  # pieces of a row on one side
@@ -285,12 +285,15 @@ def test_hold_out(write, plain):
         assert held.report.tokens == sum(map(len, held.dataset["input_ids"]))
         assert (rest.report.held_out, rest.report.skipped_count, held.report.skipped_count) == (count, 1, 0)
         assert f"{50 - count} of 51 rows used, {count} held out for evaluation" in rest.report.summary()
-        assert set(load_side("held out", amount).dataset["row"]) == b
-        assert set(load_side("held out", amount, seed=4).dataset["row"]) != b
-        some, few = load_side("rest", amount, max_examples=9), load_side("held out", amount, max_examples=1)
+        assert set(load_side(0, amount).dataset["row"]) == b
+        assert set(load_side(0, amount, seed=4).dataset["row"]) != b
+        some, few = load_side(None, amount, max_examples=9), load_side(0, amount, max_examples=1)
         assert set(some.dataset["row"]) < a and set(few.dataset["row"]) <= b
         assert (some.report.used, some.report.not_sampled, few.report.used) == (9, 41 - count, 1)
         assert (few.report.rows, few.report.not_sampled) == (count, count - 1)
+    several = [load_side(part, 7, 0.1, 3) for part in (0, 1, 2, None)]  # each of what the one before has left
+    assert [examples.report.used for examples in several] == [7, 4, 3, 36] and several[3].report.held_out == 14
+    assert sorted(row for examples in several for row in set(examples.dataset["row"])) == list(range(50))
     for amount in (50, 60, 0):
         with pytest.raises(DataError, match="data.eval"):
             held_count(50, amount)
@@ -300,8 +303,8 @@ def test_what_is_not_chosen_is_not_encoded(write, plain, monkeypatch):
     path, encoded = write("a.jsonl", ROWS), []
     real = encode.encode_pairs
     monkeypatch.setattr(encode, "encode_pairs", lambda prompts, *a: encoded.extend(prompts) or real(prompts, *a))
-    load(path, PAIR, plain, held_out=0.5, side="rest", max_examples=3)
-    load(path, PAIR, plain, held_out=0.5, side="held out", max_examples=2)
+    load(path, PAIR, plain, held_out=[0.5], max_examples=3)
+    load(path, PAIR, plain, held_out=[0.5], part=0, max_examples=2)
     assert len(encoded) == 5
 
 

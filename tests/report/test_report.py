@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import lora_ft.evaluation
 import lora_ft.saving
 import lora_ft.step
-import lora_ft.train
 from lora_ft.base import resolve
 from lora_ft.config import load_config
-from lora_ft.data.prepare import evaluation_set
+from lora_ft.data.prepare import evaluation_sets
 from lora_ft.errors import FilesError, ModelError, NumbersError
 from lora_ft.model import load_base, load_tokenizer
 from lora_ft.report.runs import read_run
@@ -133,7 +133,7 @@ def test_the_base_is_scored_as_what_it_is(classified):
     tokenizer, model = load_tokenizer(resolve(str(classified / "base"))), load_base(resolve(str(classified / "base")))
     here = os.getcwd()
     os.chdir(classified)
-    examples = evaluation_set(config.data, tokenizer, 0).dataset
+    examples = evaluation_sets(config.data, tokenizer, 0)[""].dataset
     os.chdir(here)
     losses = []
     for example in examples:
@@ -148,13 +148,13 @@ def test_the_base_is_scored_as_what_it_is(classified):
 
 def test_scoring_the_base_changes_nothing_of_the_run(classified, folder, monkeypatch):
     """With dropout: a random number drawn for it would show."""
-    scored, calls = lora_ft.train.score, []
+    scored, calls = lora_ft.evaluation.score, []
 
     def not_the_base(*args, **options):
         calls.append(1)
         return Scores(1, 1.0, 1) if len(calls) == 1 else scored(*args, **options)
 
-    monkeypatch.setattr(lora_ft.train, "score", not_the_base)
+    monkeypatch.setattr(lora_ft.evaluation, "score", not_the_base)
     run(folder, *CLASSES, "adapter.dropout=0.1")
     assert record(folder)["base_metrics"] == {"loss": 1.0, "perplexity": pytest.approx(2.71828, abs=1e-4)}
     name = "out/adapter_model.safetensors"

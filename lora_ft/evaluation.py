@@ -1,0 +1,63 @@
+"""An eval set's metrics: of the model's probabilities, and of what it writes where it is asked to."""
+
+from collections.abc import Callable, Mapping
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_ft.attention import Packing
+from lora_ft.config import Config
+from lora_ft.data.batches import ALL, Share
+from lora_ft.data.examples import Examples
+from lora_ft.data.references import Questions
+from lora_ft.generation_metrics import questions_for, text_metrics, write
+from lora_ft.metric_names import by_set
+from lora_ft.scoring import score
+
+
+def evaluate_set(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    asked: Questions | None,
+    config: Config,
+    packing: Packing,
+    micro_batch_tokens: int,
+    check: Callable[[], None] = lambda: None,
+    share: Share = ALL,
+) -> tuple[dict, list[str]]:
+    """The metrics of one set, and what the model wrote after the prompts in `asked` (nothing if it is None)."""
+    metrics = score(model, examples.dataset, packing, micro_batch_tokens, check, share).metrics()
+    texts = write(model, tokenizer, asked, config, check, share) if asked else []
+    if asked:
+        metrics |= text_metrics(config.generation.metrics, texts, asked.references)
+    return metrics, texts
+
+
+def evaluator(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_sets: Mapping[str, Examples],
+    config: Config,
+    packing: Packing,
+    micro_batch_tokens: int,
+    share: Share,
+) -> Callable[..., dict]:
+    """A function for training's evaluations: the metrics of all sets now, by name (lora_ft/metric_names.py).
+
+    It takes a `check` as `score` does, or nothing.
+    """
+    asked = {
+        name: questions_for(model, tokenizer, examples, config) if config.train.predict_with_generate else None
+        for name, examples in eval_sets.items()
+    }
+
+    def metrics(check: Callable[[], None] = lambda: None) -> dict:
+        found: dict = {}
+        for name, examples in eval_sets.items():
+            its, _ = evaluate_set(
+                model, tokenizer, examples, asked[name], config, packing, micro_batch_tokens, check, share
+            )
+            found |= by_set(name, its)
+        return found
+
+    return metrics

@@ -1,0 +1,89 @@
+"""How scores are shown: a table for each eval set, and what was written after its first prompt; all texts in a file."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lora_ft.data.references import Questions
+from lora_ft.metric_names import TITLES
+from lora_ft.names import printable
+from lora_ft.storage import write_file
+
+
+@dataclass
+class Result:
+    """Of one eval set the metrics of each, base and adapter or a whole model, and what they wrote if they were asked."""
+
+    name: str
+    examples: int
+    label_words: list[str]
+    asked: Questions | None
+    scores: dict[str, dict] = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+
+    def as_dict(self, several: bool) -> dict:
+        """For machines; of several adapters, each under its name beside the base."""
+        if not several:
+            return {"examples": self.examples, **self.scores}
+        adapters = {who: metrics for who, metrics in self.scores.items() if who != "base"}
+        return {"examples": self.examples, "base": self.scores["base"], "adapters": adapters}
+
+
+def show(result: Result) -> None:
+    """Tables for people, on stdout, and what was written after the first prompt."""
+    console = Console(highlight=False)
+    table = Table(title=f"{f'{result.name}: ' if result.name else ''}{result.examples:,} examples")
+    table.add_column("")
+    for who in result.scores:
+        table.add_column(who, justify="right")
+    for name in TITLES:
+        if name in next(iter(result.scores.values())):
+            table.add_row(TITLES[name], *(figure(name, metrics) for metrics in result.scores.values()))
+    console.print(table)
+    for who, metrics in result.scores.items():
+        if "confusion" in metrics:
+            console.print(confusion_table(who, metrics["confusion"], result.label_words))
+    if result.asked:
+        show_first(result.asked, result.texts, console)
+
+
+def figure(name: str, metrics: dict) -> str:
+    """A metric as people read it."""
+    if name == "accuracy":
+        low, high = metrics["accuracy_ci95"]
+        return f"{metrics[name]:.1%} ({low:.1%} to {high:.1%})"
+    return {"exact_match": "{:.1%}", "bleu": "{:.2f}"}.get(name, "{:.4f}").format(metrics[name])
+
+
+def show_first(asked: Questions, texts: dict[str, list[str]], console: Console) -> None:
+    references = sum(map(len, asked.references))
+    console.print(f"\n{len(asked.prompts):,} prompts with {references:,} references. The first:")
+    shown = [("prompt", asked.prompts[0]), ("reference", asked.references[0][0])]
+    for who, text in [*shown, *((who, texts[who][0]) for who in texts)]:
+        console.print(Text(f"  {who:10} {printable(text.strip(), 1000)}"), soft_wrap=True)
+
+
+def save_texts(path: Path, results: list[Result]) -> None:
+    """A line for each prompt: the prompt, its references, and what each wrote."""
+    lines = [
+        {**({"set": result.name} if result.name else {}), "prompt": prompt, "references": references}
+        | {who: texts[i] for who, texts in result.texts.items()}
+        for result in results
+        if result.asked
+        for i, (prompt, references) in enumerate(zip(result.asked.prompts, result.asked.references, strict=True))
+    ]
+    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def confusion_table(who: str, confusion: list[list[int]], words: list[str]) -> Table:
+    table = Table(title=f"{who}: true label by row, answer by column")
+    table.add_column("")
+    for word in words:
+        table.add_column(Text(printable(word)), justify="right")
+    for word, row in zip(words, confusion, strict=True):
+        table.add_row(Text(printable(word)), *map(str, row))
+    return table
