@@ -8,11 +8,12 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from lora_ft.adapter.inject import inject_lora, lora_layers, trainable
+from lora_ft.adapter.inject import lora_layers, trainable
 from lora_ft.base import resolve, weight_files
 from lora_ft.config import Config
 from lora_ft.data.batches import Cut, Plan
 from lora_ft.data.prepare import prepare
+from lora_ft.methods.verbs import inject
 from lora_ft.model import load_tokenizer, skeleton
 from lora_ft.names import printable
 
@@ -28,11 +29,11 @@ def check(
         weight_files(base)
     tokenizer = load_tokenizer(base, trust_remote_code)
     train_set, eval_set = prepare(config.data, tokenizer, config.train.seed)
-    train, adapter = config.train, config.adapter
+    train = config.train
     model = skeleton(base, trust_remote_code)
     weights = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):  # shapes without memory
-        inject_lora(model, adapter.targets, adapter.rank, adapter.alpha, modules=adapter.modules, layers=adapter.layers)
+        adapted = inject(model, config.adapter, train.seed, tokenizer)
     parameters = sum(p.numel() for p in trainable(model).values())
     plan = Plan(train_set.dataset, train.batch_size, train.num_train_epochs, train.max_steps, Cut(1), train.seed)
     facts = {
@@ -58,9 +59,8 @@ def check(
         example = train_set.dataset[i]
         console.print(f"\nrow {example['row']}, {len(example['input_ids'])} tokens, supervised between » and «:")
         console.print(seen(example, tokenizer))
-    console.print(
-        f"\ntargets: {len(facts['targets'])} modules, {', '.join(list(facts['targets'])[:4])} ...", markup=False
-    )
+    names = ", ".join(list(facts["targets"])[:4])
+    console.print(f"\n{config.adapter.method}: {adapted}" + (f", {names} ..." if names else ""), markup=False)
     console.print(
         f"trainable: {parameters:,} of {weights:,} parameters ({parameters / weights:.2%}); "
         f"adapter {facts['adapter_bytes'] / 2**20:.1f} MiB, Adam's state {facts['adam_bytes'] / 2**20:.1f} MiB"

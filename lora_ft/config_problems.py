@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from lora_ft import trainer_args
 from lora_ft.names import nearest, shown, template_columns
-from lora_ft.schema import AdapterConfig, Config, DataConfig, ModelConfig, TrainConfig
+from lora_ft.schema import AdapterConfig, Config, DataConfig, ModelConfig, TrainConfig, methods_of
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelConfig,
@@ -159,7 +159,17 @@ def rules(config: Config) -> Iterator[tuple[Place, tuple[Place, ...], str]]:
         yield ("data", "chat_template"), paths, "is used with messages only; remove it, or give data.messages"
     if data.long_text == "split" and forms and data.text is None:
         yield ("data", "long_text"), paths, "split is for the form text only; remove it, or give data.text"
-    if not adapter.targets and not adapter.modules:
+    for name in sorted(adapter.model_fields_set - {"method"}):
+        if adapter.method not in (methods := methods_of(name)):
+            of = f"is of method {' and '.join(methods)}; this config's is {adapter.method}"
+            yield ("adapter", name), (("adapter", "method"),), f"{of}, so remove it, or change adapter.method"
+    if adapter.method == "full" and config.model.dtype in ("bfloat16", "float16"):
+        hint = "leave it auto; trainer.bf16 gives bfloat16 arithmetic on float32 weights"
+        yield ("model", "dtype"), (("adapter", "method"),), f"full trains float32 weights; {hint}"
+    if adapter.method in ("full", "bias") and config.trainer.get("fsdp"):
+        hint = f"{adapter.method} trains weights of the base, so leave fsdp out, or take lora, bottleneck or prompt"
+        yield ("trainer", "fsdp"), (("adapter", "method"),), f"shards a frozen base; {hint}"
+    if adapter.method == "lora" and not adapter.targets and not adapter.modules:
         involved = (("adapter", "targets"), ("adapter", "modules"))
         yield (
             ("adapter", "targets"),

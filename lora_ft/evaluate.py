@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -10,9 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_ft import run_folder
-from lora_ft.adapter.files import CONFIG, load_adapter
+from lora_ft.adapter.files import CONFIG
 from lora_ft.adapter.fit import check_base, check_tokenizer
-from lora_ft.adapter.inject import disabled
 from lora_ft.attention import Packing
 from lora_ft.base import resolve
 from lora_ft.config import Config, load_config, parse_config
@@ -20,6 +20,7 @@ from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import evaluation_set
 from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ConfigError, ModelError
+from lora_ft.methods.verbs import load, read_by
 from lora_ft.model import check_vocabulary, load_base, load_tokenizer
 from lora_ft.names import printable
 from lora_ft.record import read_record
@@ -44,10 +45,10 @@ def evaluate_command(
     Raises:
         UserError: nothing trained there, no eval data, or the wrong base.
     """
-    is_adapter = run_folder.has_adapter(folder)
-    if not is_adapter and not (folder / "config.json").is_file():
+    is_adapter, unfinished = run_folder.has_adapter(folder), run_folder.unfinished(folder)
+    if unfinished or (not is_adapter and not (folder / "config.json").is_file()):
         raise ModelError(
-            run_folder.unfinished(folder)
+            unfinished
             or f"{folder}: nothing trained there. Train first, `lora-ft train CONFIG`, or name a folder: `lora-ft eval FOLDER`."
         )
     if base and not is_adapter:
@@ -72,18 +73,16 @@ def evaluate_command(
     print(f"eval: {examples.report.summary()}", file=sys.stderr)
     model = load_base(files, config.model.dtype, trust_remote_code, device)
     check_vocabulary(model, files, largest_id(examples))
-    if is_adapter:
-        load_adapter(model, folder)
-
-    packing = Packing.of(model, examples.report.longest)
+    bare = load(model, folder) if is_adapter else nullcontext
+    read = read_by(model, examples)
+    packing = Packing.of(model, read.report.longest)
     at_most = micro_batch_tokens(config, device)
     scores = {}
     if is_adapter:
-        with disabled(model):
+        with bare():
             scores["base"] = score(model, examples.dataset, packing, at_most).metrics()
-        scores["adapter"] = score(model, examples.dataset, packing, at_most).metrics()
-    else:
-        scores["model"] = score(model, examples.dataset, packing, at_most).metrics()
+    whole = not (folder / CONFIG).is_file()
+    scores["model" if whole else "adapter"] = score(model, read.dataset, packing, at_most).metrics()
     if as_json:
         print(json.dumps({"examples": len(examples.dataset), **scores}))
     else:

@@ -8,14 +8,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from lora_ft import processes, run_folder
 from lora_ft import resume as resuming
-from lora_ft.adapter.files import initialize_from
 from lora_ft.adapter.fit import check_base
-from lora_ft.adapter.inject import inject_lora, trainable
+from lora_ft.adapter.inject import trainable
 from lora_ft.attention import Packing
 from lora_ft.base import Base, resolve
 from lora_ft.checkpoint import State
@@ -24,7 +23,8 @@ from lora_ft.data.batches import Cut, Plan, Share
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device, with_accelerate
-from lora_ft.errors import ConfigError
+from lora_ft.errors import ConfigError, ModelError
+from lora_ft.methods.verbs import inject, method_of, read_by, restore
 from lora_ft.model import check_vocabulary, load_base, load_tokenizer, tokenizer_hash
 from lora_ft.progress import say
 from lora_ft.record import describe, read_record
@@ -79,7 +79,8 @@ def train(
         load = load_sharded if sharded else load_base
         model = load(base, config.model.dtype, trust_remote_code, device)
         check_vocabulary(model, base, max(largest_id(s) for s in (train_set, eval_set) if s))
-        parameters = adapt(model, config.adapter, config.train.seed, base, other_base)
+        parameters = adapt(model, config.adapter, config.train.seed, tokenizer, base, other_base)
+        train_set, eval_set = read_by(model, train_set), eval_set and read_by(model, eval_set)
         packing = Packing.of(model, max(s.report.longest for s in (train_set, eval_set) if s))
         if packing.how == "alone":
             say("this model's RoPE follows the longest position in a row: each example gets a row of its own (slower)")
@@ -105,7 +106,7 @@ def train(
             run_folder.clear(output)
 
         stopper.hint = how_to_go_on(begun=True)
-        run = Run(output, model, record, config.train.save_total_limit)
+        run = Run(output, model, tokenizer, record, config.train.save_total_limit)
         if state and (best := state.values.get("best")):
             run.evaluations[best["step"]] = best["metrics"]
         if state and is_main:
@@ -149,25 +150,25 @@ def train(
         print(output)
 
 
-def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int, base: Base, other_base: bool) -> int:
-    """Inject the config's adapter; its number of trainable parameters, which is also said."""
-    adapted = inject_lora(
-        model,
-        adapter.targets,
-        adapter.rank,
-        adapter.alpha,
-        dropout=adapter.dropout,
-        rslora=adapter.rslora,
-        modules=adapter.modules,
-        layers=adapter.layers,
-        seed=seed,
-    )
+def adapt(
+    model: PreTrainedModel,
+    adapter: AdapterConfig,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Base,
+    other_base: bool,
+) -> int:
+    """Inject what the config says; its number of trainable parameters, which is also said."""
+    adapted = inject(model, adapter, seed, tokenizer)
     if adapter.init_from:
-        check_base(read_record(Path(adapter.init_from)), base, other_base)
-        initialize_from(model, Path(adapter.init_from))
+        start = Path(adapter.init_from)
+        if (found := method_of(start)) != adapter.method:
+            raise ModelError(f"adapter.init_from: {start} is of method {found}, this run's is {adapter.method}.")
+        check_base(read_record(start), base, other_base)
+        restore(model, start)
     parameters = sum(p.numel() for p in trainable(model).values())
     share = parameters / sum(p.numel() for p in model.parameters())
-    say(f"adapter: {len(adapted)} modules, {parameters:,} trainable parameters ({share:.2%} of the model)")
+    say(f"{adapter.method}: {adapted}, {parameters:,} trainable parameters ({share:.2%} of the model)")
     return parameters
 
 

@@ -13,7 +13,7 @@ FLOORS = [
     "errors signals",
     "names",
     "strict_yaml trainer_args setting_types schema config_problems config",  # config, top to bottom
-    "layers.lora loss storage run_folder",
+    "layers.lora layers.bottleneck layers.prompt loss storage run_folder",
     "base model",
     "attention progress processes",
     "adapter.roles adapter.targets adapter.inject",
@@ -21,6 +21,8 @@ FLOORS = [
     "adapter.disk adapter.prove adapter.shards adapter.merge",
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
     "data.batches data.prepare",
+    "methods.files methods.switch",
+    "methods.lora methods.full methods.bottleneck methods.prompt methods.bias methods.verbs methods.merge",
     "device scoring checkpoint record model_card sharding",
     "saving resume step",
     "trainer",
