@@ -76,7 +76,9 @@ def test_eval_scores_it_beside_its_base_as_the_last_evaluation_did(ran, capsys):
     scores = evaluated(folder, "out", capsys)
     name = "model" if method == "full" else "adapter"
     assert scores[name]["loss"] == pytest.approx(record["metrics"]["loss"], rel=1e-6)
-    alone = evaluated(folder, "base", capsys, data="eval.jsonl", config_path=folder / "config.yaml")["model"]
+    alone = evaluated(
+        folder, "base", capsys, data="eval.jsonl", config_path=folder / "config.yaml", overrides=SETTINGS
+    )["model"]
     assert scores["base"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     assert scores["base"]["loss"] > scores[name]["loss"]
     checkpoint = sorted((folder / "out/checkpoints").iterdir())[-1]
