@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,7 @@ from lora_ft.evaluate import evaluate_command
 from lora_ft.methods.merge import merge_command
 from lora_ft.signals import Stopped
 from lora_ft.train import train
+from tests import several
 from tests.base import CONFIG, write_base, write_run
 from tests.test_resume import log, stop_at
 
@@ -199,3 +201,17 @@ def test_full_in_a_lower_precision_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG.replace("{rank: 4, alpha: 8}", "{method: full}"))
     with pytest.raises(UserError, match=r"model.dtype: full trains float32 weights; .*trainer.bf16"):
         load_config(tmp_path / "config.yaml", ["model.dtype=bfloat16"])
+
+
+def test_two_processes_train_every_weight_as_one_does(tmp_path):
+    write_run(tmp_path, config=CONFIG.replace("rank: 4, alpha: 8", "method: full").replace("3.0e-2", "1.0e-3"))
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # of the runs in this process, which the forks would inherit
+    for count in (1, 2):
+        several.train(tmp_path, count, f"output=by{count}", *SETTINGS)
+    one, two = (log(tmp_path / f"by{count}") for count in (1, 2))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for name in ("loss", "eval_loss", "grad_norm"):
+        a, b = ([line[name] for line in lines if name in line] for lines in (one, two))
+        assert a == pytest.approx(b, rel=1e-3) and a
