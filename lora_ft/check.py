@@ -15,6 +15,7 @@ from lora_ft.adapter.inject import lora_layers, trainable
 from lora_ft.config import Config
 from lora_ft.data.examples import Examples, reports
 from lora_ft.look import Looked, look
+from lora_ft.methods.verbs import adds
 
 SHOWN_ROWS = 2
 
@@ -57,7 +58,7 @@ def as_dict(found: Looked) -> dict:
     if found.plan:
         facts["steps"] = len(found.plan)
     if found.model:
-        facts |= sizes(found.model) | {
+        facts |= sizes(found.model, found.config.adapter.method) | {
             "targets": {path: list(layer.rows) for path, layer in lora_layers(found.model).items()}
         }
     facts["memory"] = found.memory.as_dict() if found.memory else None
@@ -67,15 +68,15 @@ def as_dict(found: Looked) -> dict:
     return facts | {"warnings": found.warnings, "errors": errors}
 
 
-def sizes(model: PreTrainedModel) -> dict:
+def sizes(model: PreTrainedModel, method: str) -> dict:
     """Numbers of parameters, and the bytes of the adapter's file and of Adam's state."""
     parameters = sum(p.numel() for p in trainable(model).values())
-    base = sum(p.numel() for p in model.parameters()) - parameters
+    whole = sum(p.numel() for p in model.parameters())
     return {
-        "base_parameters": base,
+        "base_parameters": whole - (parameters if adds(method) else 0),
         "trainable_parameters": parameters,
-        "trainable_share": parameters / (base + parameters),
-        "adapter_bytes": bytes_on_disk(model),
+        "trainable_share": parameters / whole,
+        "adapter_bytes": bytes_on_disk(model) if method == "lora" else 4 * parameters,
         "adam_bytes": 8 * parameters,
     }
 
@@ -88,8 +89,8 @@ def show(found: Looked) -> None:
     if found.train and found.tokenizer:
         show_data(found, found.train, out)
     if found.model:
-        about, layers = sizes(found.model), lora_layers(found.model)
-        preview.heading(out, f"adapter: {len(layers)} modules")
+        about, layers = sizes(found.model, found.config.adapter.method), lora_layers(found.model)
+        preview.heading(out, f"{found.config.adapter.method}: {found.adapted}")
         for line in preview.target_lines(layers):
             out.print(line)
         out.print(

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, get_origin
 
 from lora_ft import strict_yaml, trainer_args
-from lora_ft.config_problems import SECTIONS, field_at, plain_type, refused, rules, unknown
+from lora_ft.adapter_settings import AdapterConfig
+from lora_ft.config_problems import SECTIONS, field_at, plain_type, refused, unknown
+from lora_ft.config_rules import rules
 from lora_ft.errors import ConfigError
 from lora_ft.metric_names import CHOOSING
 from lora_ft.names import nearest, printable, shown
-from lora_ft.schema import AdapterConfig, Config, DataConfig, GenerationConfig, ModelConfig, TrainConfig, eval_sets
+from lora_ft.schema import Config, DataConfig, GenerationConfig, ModelConfig, TrainConfig, eval_sets
 
 __all__ = [
     "NOT_TRAINING",

@@ -8,7 +8,6 @@ from pathlib import Path
 from lora_ft import run_folder
 from lora_ft.adapter.files import CONFIG, load_adapter
 from lora_ft.adapter.fit import check_base, check_tokenizer, check_trained_on
-from lora_ft.adapter.inject import disabled
 from lora_ft.adapter.many import use
 from lora_ft.attention import Packing
 from lora_ft.base import resolve, resolve_of
@@ -19,6 +18,7 @@ from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ConfigError, ModelError
 from lora_ft.evaluation import evaluate_set
 from lora_ft.generation_metrics import check_installed, questions_for
+from lora_ft.methods.verbs import asked_by, load, method_of, read_by
 from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer
 from lora_ft.names import say
 from lora_ft.record import read_record
@@ -48,10 +48,10 @@ def evaluate_command(
     """
     folder = folders[0]
     others = {str(other): read_record(other) or {} for other in check_several(folders)}
-    is_adapter = run_folder.has_adapter(folder)
-    if not is_adapter and not (folder / "config.json").is_file():
+    is_adapter, unfinished = run_folder.has_adapter(folder), run_folder.unfinished(folder)
+    if unfinished or (not is_adapter and not (folder / "config.json").is_file()):
         raise ModelError(
-            run_folder.unfinished(folder)
+            unfinished
             or f"{folder}: nothing trained there. Train first, `lora-ft train CONFIG`, or name a folder: `lora-ft eval FOLDER`."
         )
     if base and not is_adapter:
@@ -85,14 +85,15 @@ def evaluate_command(
     sets = evaluation_sets(config.data, tokenizer, config.train.seed)
     for name, examples in sets.items():
         say(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
-    longest = max(examples.report.longest for examples in sets.values())
     model = load_base(files, config.model.dtype, trust_remote_code, device)
     check_vocabulary(model, files, max(map(largest_id, sets.values())))
-    check_length(model, files, longest)
     for name in [str(folder), *others] if others else []:
         load_adapter(model, name, name)
-    if is_adapter and not others:
-        load_adapter(model, folder)
+    bare = load(model, folder) if is_adapter and not others else nullcontext
+    read = {name: read_by(model, examples) for name, examples in sets.items()}
+    longest = max(examples.report.longest for examples in read.values())
+    check_length(model, files, longest)
+    whole = not (folder / CONFIG).is_file()  # also full fine-tuning's
 
     packing = Packing.of(model, longest)
     at_most = micro_batch_tokens(config, device)
@@ -100,13 +101,13 @@ def evaluate_command(
     for name, examples in sets.items():
         asked = questions_for(model, tokenizer, examples, config) if config.generation.metrics else None
         result = Result(name, len(examples.dataset), examples.label_words, asked)
-        for who in ("base", str(folder), *others) if others else ("base", "adapter") if is_adapter else ("model",):
+        own = [str(folder), *others] if others else ["model" if whole else "adapter"]
+        for who in ["base", *own] if is_adapter else own:
             if others:
                 use(model, None if who == "base" else who)
-            with disabled(model) if who == "base" and not others else nullcontext():
-                result.scores[who], result.texts[who] = evaluate_set(
-                    model, tokenizer, examples, asked, config, packing, at_most
-                )
+            given = (examples, asked) if who == "base" else (read[name], asked_by(model, asked))
+            with bare() if who == "base" else nullcontext():
+                result.scores[who], result.texts[who] = evaluate_set(model, tokenizer, *given, config, packing, at_most)
         results.append(result)
     if as_json:
         found = {result.name: result.as_dict(several=bool(others)) for result in results}
@@ -133,6 +134,8 @@ def check_several(folders: Sequence[Path]) -> Sequence[Path]:
                     f"{folder}: a whole model. Several at once must be adapters of one base; score it alone."
                 )
             raise ModelError(run_folder.unfinished(folder) or f"{folder}: nothing trained there.")
+        if (method := method_of(folder)) != "lora":
+            raise ConfigError(f"{folder}: of method {method}. Several at once must be LoRA adapters; score it alone.")
     return folders[1:]
 
 

@@ -1,15 +1,18 @@
 """An eval set's metrics: of the model's probabilities, and of what it writes where it is asked to."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_ft.adapter.inject import disabled
 from lora_ft.attention import Packing
 from lora_ft.config import Config
 from lora_ft.data.batches import ALL, Share
 from lora_ft.data.examples import Examples
 from lora_ft.data.references import Questions
 from lora_ft.generation_metrics import questions_for, text_metrics, write
+from lora_ft.methods.verbs import asked_by, read_by
 from lora_ft.metric_names import by_set
 from lora_ft.scoring import score
 
@@ -44,20 +47,25 @@ def evaluator(
 ) -> Callable[..., dict]:
     """A function for training's evaluations: the metrics of all sets now, by name (lora_ft/metric_names.py).
 
-    It takes a `check` as `score` does, or nothing.
+    It takes a `check` as `score` does, or nothing; with `base` it scores the base, of a model that has only been injected
+    into (all methods start as their base, but for virtual tokens, which the base isn't given).
     """
     asked = {
         name: questions_for(model, tokenizer, examples, config) if config.train.predict_with_generate else None
         for name, examples in eval_sets.items()
     }
 
-    def metrics(check: Callable[[], None] = lambda: None) -> dict:
+    adapted = {name: (read_by(model, e), asked_by(model, asked[name])) for name, e in eval_sets.items()}
+
+    def metrics(check: Callable[[], None] = lambda: None, base: bool = False) -> dict:
         found: dict = {}
-        for name, examples in eval_sets.items():
-            its, _ = evaluate_set(
-                model, tokenizer, examples, asked[name], config, packing, micro_batch_tokens, check, share
-            )
-            found |= by_set(name, its)
+        with disabled(model) if base else nullcontext():
+            for name, examples in eval_sets.items():
+                read, prompts = (examples, asked[name]) if base else adapted[name]
+                its, _ = evaluate_set(
+                    model, tokenizer, read, prompts, config, packing, micro_batch_tokens, check, share
+                )
+                found |= by_set(name, its)
         return found
 
     return metrics

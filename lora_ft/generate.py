@@ -13,6 +13,7 @@ from lora_ft.chat import aloud, chat, visible
 from lora_ft.data.sources import Row
 from lora_ft.data.template import BadRow
 from lora_ft.errors import ConfigError, DataError, ModelError
+from lora_ft.methods.verbs import method_of
 from lora_ft.names import printable
 from lora_ft.prompts import read_prompts
 from lora_ft.serving import BASE, Answer, Question, Served, load, override
@@ -95,7 +96,8 @@ def which(folders: Sequence[Path], adapters: Sequence[str], base: str | None) ->
             raise ConfigError(f"--adapter {printable(text)}: give NAME=DIR, as in --adapter reviews=out/reviews")
         pairs.append((name, Path(given)))
     for name, folder in pairs:
-        if not run_folder.has_adapter(folder) and (folder / "config.json").is_file():
+        whole = not run_folder.has_adapter(folder) or method_of(folder) == "full"
+        if whole and (folder / "config.json").is_file():
             if len(pairs) > 1 or base:
                 raise ConfigError(
                     f"{folder}: a whole model, not an adapter. Give it alone, or as the --base of adapters."

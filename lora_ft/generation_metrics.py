@@ -17,6 +17,7 @@ from lora_ft.data.prepare import template_of
 from lora_ft.data.references import Questions, questions
 from lora_ft.decoding import decode
 from lora_ft.errors import ConfigError
+from lora_ft.methods.verbs import virtual_ids
 from lora_ft.names import say
 
 NEEDS = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}  # import names
@@ -75,7 +76,11 @@ def questions_for(
     """
     data, generation = config.data, config.generation
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = data.max_length if positions is None else min(data.max_length, positions - generation.max_new_tokens)
+    room = (
+        data.max_length
+        if positions is None
+        else min(data.max_length, positions - generation.max_new_tokens - len(virtual_ids(model)))
+    )
     if room < 1:
         raise ConfigError(
             f"generation.max_new_tokens: {generation.max_new_tokens} leaves no room for a prompt in the model's "

@@ -135,7 +135,9 @@ def _plain(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     named = schema.get("properties")  # a setting may be called title
-    plain = {key: _plain(value) for key, value in schema.items() if key not in ("title", "resume", "properties")}
+    plain = {
+        key: _plain(value) for key, value in schema.items() if key not in ("title", "resume", "methods", "properties")
+    }
     return plain | ({"properties": {name: _plain(entry) for name, entry in named.items()}} if named else {})
 
 

@@ -19,9 +19,10 @@ from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ModelError, UserError
 from lora_ft.generation_metrics import check_installed, questions_for
 from lora_ft.memory import Memory, available, estimate, largest_rows, moments_of, resident
+from lora_ft.methods.verbs import inject
 from lora_ft.model import check_vocabulary, dtype_of, end_tokens, load_tokenizer, skeleton
 from lora_ft.timing import Timing, time_steps
-from lora_ft.train import adapt, rehearse
+from lora_ft.train import rehearse
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Looked:
     base: Base | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     model: PreTrainedModel | None = None  # adapted, without weights
+    adapted: str = ""  # what of it, in words
     train: Examples | None = None
     eval: dict[str, Examples] = field(default_factory=dict)  # by name, as `prepare` has them
     plan: Plan | None = None
@@ -73,7 +75,7 @@ def look(config: Config, time: bool, other_base: bool, trust_remote_code: bool, 
     if not found.base or not found.tokenizer:
         return found
     with found.attempt():
-        found.model = rehearse(config, found.base, other_base, trust_remote_code)
+        found.model, found.adapted = rehearse(config, found.base, found.tokenizer, other_base, trust_remote_code)
     with found.attempt():
         found.train, found.eval = prepare(config.data, found.tokenizer, config.train.seed)
     if found.train:
@@ -87,7 +89,9 @@ def look(config: Config, time: bool, other_base: bool, trust_remote_code: bool, 
         if found.args and found.plan:
             look_at_memory(found, found.base, found.args, found.plan, trust_remote_code)
         if time and found.plan and not found.errors:
-            found.timing = time_steps(config, found.base, found.train, found.eval, found.device, trust_remote_code)
+            found.timing = time_steps(
+                config, found.base, found.tokenizer, found.train, found.eval, found.device, trust_remote_code
+            )
     return found
 
 
@@ -104,13 +108,14 @@ def look_at_data(found: Looked, train: Examples, tokenizer: PreTrainedTokenizerB
 
 def look_at_memory(found: Looked, base: Base, args: TrainingArguments, plan: Plan, trust_remote_code: bool) -> None:
     """The memory estimate, and a warning where it is more than there is."""
-    config, device = found.config, found.device
+    config, device, tokenizer = found.config, found.device, found.tokenizer
+    assert tokenizer
     dtype = dtype_of(base, config.model.dtype, device)
     runtime = 0 if device == "cuda" else resident()
 
     def build() -> PreTrainedModel:
         model = skeleton(base, trust_remote_code, device=device, dtype=dtype)
-        adapt(model, config.adapter.model_copy(update={"init_from": None}), config.train.seed)
+        inject(model, config.adapter, config.train.seed, tokenizer)
         return model
 
     try:

@@ -8,6 +8,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from lora_ft.metric_names import title
 from lora_ft.names import is_local, portable_name
 
+TITLES = {
+    "lora": "A LoRA adapter for",
+    "full": "A fine-tuned",
+    "bottleneck": "Bottleneck adapters for",
+    "prompt": "A tuned prompt for",
+    "bias": "Tuned biases for",
+}
+LIBRARY = {"lora": "peft", "prompt": "peft", "full": "transformers"}
 HUB_METRIC = {"accuracy": "accuracy", "macro_f1": "f1", "perplexity": "perplexity"}  # ours -> the Hub's name
 
 
@@ -20,7 +28,7 @@ def model_card(record: dict) -> str:
 {head(record).to_yaml()}
 ---
 
-# A LoRA adapter for {code(base)}
+# {TITLES[method_of(record)]} {code(base)}
 
 Trained with lora-ft on {record["data"]["train"]["examples"]:,} examples from {code(sources)}, on {local}{code(base)}:
 {what_it_is(record)}, {record["trainable_parameters"]:,} trainable parameters, seed {record["seed"]}, step {
@@ -35,12 +43,27 @@ The base has no name on the Hub here. Before you publish this, add it to the hea
     }{scores(record)}
 ## Use
 
-`ADAPTER` is this folder, or its id on the Hub. With PEFT:
+`ADAPTER` is this folder, or its id on the Hub. {use(record)}"""
+
+
+def use(record: dict) -> str:
+    """How to use what was trained, with other libraries where they read it."""
+    match method_of(record):
+        case "full":
+            return 'With transformers, as any model: `AutoModelForCausalLM.from_pretrained("ADAPTER")`.\n'
+        case "bottleneck":
+            return "With lora-ft: `lora-ft eval ADAPTER`. No other library reads this format.\n"
+        case "bias":
+            return "Folded into the base, for any library: `lora-ft merge --adapter ADAPTER`.\n"
+    peft = f"""With PEFT:
 
 ```python
 {peft_snippet(record, "ADAPTER")}
 ```
-
+"""
+    if method_of(record) == "prompt":
+        return peft
+    return f"""{peft}
 With transformers alone (which wants peft installed):
 
 ```python
@@ -69,9 +92,9 @@ def head(record: dict) -> ModelCardData:
     ]
     return ModelCardData(
         base_model=base if is_hub(record) else None,
-        library_name="peft",
+        library_name=LIBRARY.get(method_of(record), "lora-ft"),
         pipeline_tag="text-generation",
-        tags=["lora", "lora-ft", "transformers"],
+        tags=[method_of(record), "lora-ft", "transformers"],
         datasets=trained_on or None,
         metrics=sorted(metrics) or None,
         model_name="adapter" if results else None,
@@ -99,10 +122,25 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
+def method_of(record: dict) -> str:
+    return record["config"]["adapter"].get("method", "lora")
+
+
 def what_it_is(record: dict) -> str:
+    """The method and its main settings, in words."""
     adapter = record["config"]["adapter"]
-    targets = ", ".join([*adapter["targets"], *adapter["modules"]])
-    return f"LoRA of rank {adapter['rank']}, alpha {adapter['alpha']:g} on {targets}"
+    match method_of(record):
+        case "lora":
+            targets = ", ".join([*adapter["targets"], *adapter["modules"]])
+            return f"LoRA of rank {adapter['rank']}, alpha {adapter['alpha']:g} on {targets}"
+        case "bottleneck":
+            return f"bottleneck adapters of size {adapter['bottleneck_size']}, placement {adapter['placement']}"
+        case "prompt":
+            return f"{adapter['virtual_tokens']} virtual tokens"
+        case "bias":
+            return "every bias term"
+        case _:
+            return "every weight"
 
 
 def is_hub(record: dict) -> bool:

@@ -23,6 +23,8 @@ RECORD, LOG, LOCK = "lora_ft.json", "log.jsonl", ".lock"
 REPORT, CURVES, SAMPLES = "report.html", "curves.png", "samples.json"
 REPORTS = (REPORT, CURVES, SAMPLES)
 WRITTEN = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+MODEL = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+TEMPLATE = "chat_template.jinja"  # this and MODEL: of full fine-tuning, which writes a whole model
 MENTIONED = (LOG, "tensorboard", *REPORTS)  # by name only in an adapter's manifest
 
 
@@ -80,8 +82,10 @@ def claimed(output: Path) -> Iterator[None]:
 
 
 def has_adapter(output: Path) -> bool:
-    """Whether a finished adapter is there, of a run or of another tool."""
-    return (output / "adapter_config.json").is_file() and unfinished(output) is None
+    """Whether something trained is there, of a run or of another tool: an adapter, or full fine-tuning's whole model."""
+    record = read_json(output / RECORD, FilesError) if (output / RECORD).is_file() else {}
+    there = (output / "adapter_config.json").is_file() or record.get("kind") in ("adapter", "checkpoint")
+    return there and unfinished(output) is None
 
 
 def unfinished(output: Path) -> str | None:
@@ -102,11 +106,13 @@ def check_foreign(output: Path) -> None:
         FilesError: a merged model or another tool's adapter is there, or a file of the user's with one of our names.
     """
     record = read_json(output / RECORD, FilesError) if (output / RECORD).is_file() else {}
+    files = record.get("files") or {}
     if (output / "config.json").exists():  # transformers would load an adapter beside it as part of that model
-        raise FilesError(f"output {output}: holds a model. Name another folder: --set output=FOLDER.")
-    listed = record.get("files") or {}
-    foreign = [name for name in WRITTEN if (output / name).exists() and name not in listed]
-    if LOG not in listed and (output / LOG).exists() and not (output / LOG).read_bytes().startswith(b'{"step": '):
+        ended = record.get("kind") == "adapter" and "config.json" in files  # full fine-tuning's
+        if not ended and not any("config.json" in listed(checkpoint) for checkpoint in checkpoints(output)):
+            raise FilesError(f"output {output}: holds a model. Name another folder: --set output=FOLDER.")
+    foreign = [name for name in WRITTEN if (output / name).exists() and name not in files]
+    if LOG not in files and (output / LOG).exists() and not (output / LOG).read_bytes().startswith(b'{"step": '):
         foreign.append(LOG)
     foreign += [name for name in REPORTS if (output / name).exists() and not is_ours(output / name)]
     if foreign and not checkpoints(output):
@@ -210,6 +216,9 @@ def put_aside(checkpoint: Path) -> Path:
 def clear(output: Path) -> None:
     """Remove an earlier run: what its manifests list, its checkpoints and its log. Foreign files stay."""
     for checkpoint in checkpoints(output):
+        if not (output / RECORD).is_file():  # killed while its whole model landed
+            for name in set(listed(checkpoint)).intersection((*MODEL, TEMPLATE)):
+                (output / name).unlink(missing_ok=True)
         remove_checkpoint(checkpoint)
     _remove_if_empty(output / "checkpoints")
     if (output / RECORD).is_file():
@@ -228,7 +237,8 @@ def is_ours(report: Path) -> bool:
 def _remove_leftovers(output: Path) -> None:
     """Remove what killed runs had begun to write or remove; called by the lock's holder, so none of them is alive."""
     for path in output.glob(".*.tmp-*"):
-        if re.fullmatch(rf"\.({'|'.join(map(re.escape, (RECORD, *WRITTEN, *REPORTS)))})\.tmp-\d+", path.name):
+        ours = "|".join(map(re.escape, (RECORD, *WRITTEN, *MODEL, TEMPLATE, *REPORTS)))
+        if re.fullmatch(rf"\.({ours})\.tmp-\d+", path.name):
             path.unlink()
     for path in (output / "checkpoints").glob(".step-*.partial-*"):
         if re.fullmatch(r"\.step-\d+\.partial-\d+", path.name) and not path.is_symlink():

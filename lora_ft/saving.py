@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import checkpoint, run_folder, run_log
-from lora_ft.adapter.files import CONFIG, WEIGHTS, initialize_from, save_adapter, slices, write_record
+from lora_ft.adapter.files import write_record
 from lora_ft.adapter.inject import trainable
 from lora_ft.errors import FilesError
+from lora_ft.methods import verbs
 from lora_ft.model_card import model_card
 from lora_ft.names import say
 from lora_ft.report.runs import read_run
@@ -27,6 +28,7 @@ class Run:
 
     output: Path
     model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     record: dict
     save_total_limit: int | None
     evaluations: dict[int, dict] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Run:
         samples: makes what the report shows of the adapter's answers.
         """
         if step != last:
-            initialize_from(self.model, run_folder.checkpoint_of(self.output, step))
+            verbs.restore(self.model, run_folder.checkpoint_of(self.output, step))
         metrics = self.evaluations.get(step, {})
         about = {"kind": "adapter", "step": step, "steps": last, "metrics": metrics, "timings": timings}
         (self.output / run_folder.RECORD).unlink(missing_ok=True)  # of a run that was made longer
@@ -88,11 +90,12 @@ class Run:
             say(f"warning: no report ({type(e).__name__}: {e})")
 
     def land(self, folder: Path, about: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:
-        """Write an adapter's four files, the record last; its manifest covers the `state` files that are there."""
-        record = self.record | about | {"slices": slices(self.model)}
-        save_adapter(self.model, folder, record["base"]["name"])
+        """Write what was trained and its card, the record last; its manifest covers the `state` files that are there."""
+        method, base = self.record["config"]["adapter"]["method"], self.record["base"]["name"]
+        files, more = verbs.save(method, self.model, folder, base, self.tokenizer)
+        record = self.record | about | more
         write_file(folder / CARD, model_card(record))
-        write_record(folder, record, [WEIGHTS, CONFIG, *state], [CARD, *mentions])
+        write_record(folder, record, [*files, *state], [CARD, *mentions])
 
 
 def is_whole(folder: Path) -> bool:

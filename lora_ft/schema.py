@@ -6,12 +6,13 @@ is the door: it reads files, and adds the rules between settings.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from lora_ft.adapter_settings import AdapterConfig
 from lora_ft.data_types import Column, EvalSet, EvalSets, LabelNames, Supervised, Template
+from lora_ft.section import FREE, LONGER, RESULT, ROUNDING, Section
 from lora_ft.setting_types import (
     Dtype,
-    Layers,
     LocalPath,
     MicroBatch,
     Name,
@@ -20,24 +21,13 @@ from lora_ft.setting_types import (
     Scheduler,
     Steps,
     StepsOrNone,
-    Targets,
     TextMetrics,
 )
-
-# What changing a setting means for a run that is resumed.
-RESULT: dict[str, Any] = {"resume": "result"}  # another result: refused
-ROUNDING: dict[str, Any] = {"resume": "rounding"}  # only rounding, and where dropout masks fall: a warning
-FREE: dict[str, Any] = {"resume": "free"}  # nothing
-LONGER: dict[str, Any] = {"resume": "longer"}  # more of it goes on, with the schedule derived again
 
 
 def eval_sets(value: EvalSets) -> dict[str, EvalSet]:
     """data.eval as a mapping of names to sets; a single set without a name is called ""."""
     return value if isinstance(value, dict) else {} if value is None else {"": value}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -51,32 +41,6 @@ class ModelConfig(Section):
     )
     dtype: Dtype = Field(
         "auto", description="auto: as stored, but float16 becomes float32 on a CPU", json_schema_extra=RESULT
-    )
-
-
-class AdapterConfig(Section):
-    method: Literal["lora"] = Field("lora", description="how the base is adapted", json_schema_extra=RESULT)
-    rank: int = Field(8, ge=1, le=65536, description="rows of A and columns of B", json_schema_extra=RESULT)
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank", json_schema_extra=RESULT)
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead", json_schema_extra=RESULT)
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input", json_schema_extra=RESULT)
-    targets: Targets = Field(
-        ("q", "v"),
-        description="roles q k v o gate up down, or groups attention (q k v o), mlp (gate up down), all (both)",
-        json_schema_extra=RESULT,
-    )
-    modules: Names = Field(
-        (),
-        description="more modules by exact name or dotted suffix, for what no role reaches",
-        json_schema_extra=RESULT,
-    )
-    layers: Layers = Field(
-        None, description='which layers: null for all, a list [0, 1, 2], or a range "6-11"', json_schema_extra=RESULT
-    )
-    init_from: LocalPath | None = Field(
-        None,
-        description="begin from this adapter's weights (lora-ft's or PEFT's) instead of A random, B zero",
-        json_schema_extra=RESULT,
     )
 
 

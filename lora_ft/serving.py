@@ -20,6 +20,7 @@ from lora_ft.data.chat import Turn
 from lora_ft.data.template import BadRow
 from lora_ft.device import prepare_device
 from lora_ft.errors import ConfigError, DataError, ModelError
+from lora_ft.methods.verbs import method_of
 from lora_ft.model import load_base, load_tokenizer
 from lora_ft.prompts import Form, form_of
 from lora_ft.record import read_record
@@ -151,6 +152,8 @@ def load(
     for folder in adapters.values():
         if not run_folder.has_adapter(folder):
             raise ModelError(run_folder.unfinished(folder) or f"{folder}: no adapter there ({CONFIG} is missing).")
+        if (method := method_of(folder)) != "lora":
+            raise ModelError(f"{folder}: of method {method}; only LoRA adapters and whole models are served.")
     records = {name: read_record(folder) or {} for name, folder in adapters.items()}
     first = next(iter(records.values()), {})
     recorded = first.get("base") or {}

@@ -15,10 +15,10 @@ from lora_ft.adapter.files import bytes_on_disk
 from lora_ft.adapter.inject import lora_layers, trainable
 from lora_ft.base import Base
 from lora_ft.config import Config
-from lora_ft.errors import ModelError
+from lora_ft.errors import ConfigError, ModelError
 from lora_ft.memory import Memory, Row, estimate
+from lora_ft.methods import lora
 from lora_ft.model import DTYPES, build, load_config
-from lora_ft.train import adapt
 
 # name -> the shape; GPT-3's from Brown et al. 2020, table 2.1, whose blocks are GPT-2's, in 16 bit as the LoRA paper trained it
 SHAPES: dict[str, dict] = {
@@ -41,13 +41,15 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust_remo
     Raises:
         ModelError: none of these; or the config's targets aren't in the model.
     """
+    if config.adapter.method != "lora":
+        raise ConfigError(f"adapter.method: {config.adapter.method}; a shape's sizes are known for lora, beside full.")
     known = shape_config(shape, trust_remote_code)
     stored = DTYPES.get(config.model.dtype) or getattr(known, "dtype", None) or torch.float32
     row = row_of(config)
 
-    def lora() -> PreTrainedModel:
+    def with_lora() -> PreTrainedModel:
         model = build(known, "cpu", stored, trust_remote_code)
-        adapt(model, config.adapter, config.train.seed)
+        lora.inject(model, config.adapter, config.train.seed, None)
         return model
 
     def full() -> PreTrainedModel:
@@ -55,12 +57,12 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust_remo
 
     with torch.device("meta"):
         adapted = build(known, "meta", stored, trust_remote_code)
-        adapt(adapted, config.adapter, config.train.seed)
+        lora.inject(adapted, config.adapter, config.train.seed, None)
     parameters = sum(p.numel() for p in trainable(adapted).values())
     base = sum(p.numel() for p in adapted.parameters()) - parameters
     checkpointing = config.train.gradient_checkpointing
     memory = {
-        name: estimate(make, [row], checkpointing=checkpointing) for name, make in (("lora", lora), ("full", full))
+        name: estimate(make, [row], checkpointing=checkpointing) for name, make in (("lora", with_lora), ("full", full))
     }
     facts = {
         "shape": shape,

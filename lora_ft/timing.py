@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from lora_ft.arguments import arguments
 from lora_ft.attention import Packing
@@ -17,11 +17,11 @@ from lora_ft.config import Config
 from lora_ft.data.batches import Cut, Plan
 from lora_ft.data.examples import Examples
 from lora_ft.device import micro_batch_tokens
+from lora_ft.methods.verbs import inject, read_by
 from lora_ft.model import load_base
 from lora_ft.preview import duration
 from lora_ft.progress import peak_memory_mb
 from lora_ft.scoring import score
-from lora_ft.train import adapt
 from lora_ft.trainer import LoRATrainer
 
 WARM_UP, TIMED, SCORED = 1, 2, 64  # steps, steps, eval examples
@@ -65,11 +65,18 @@ class Clock(TrainerCallback):
 
 
 def time_steps(
-    config: Config, base: Base, train: Examples, evals: Mapping[str, Examples], device: str, trust_remote_code: bool
+    config: Config,
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Examples,
+    evals: Mapping[str, Examples],
+    device: str,
+    trust_remote_code: bool,
 ) -> Timing:
     """Load the model and time it on the run's first steps. Raises as `load_base` and training do."""
     model = load_base(base, config.model.dtype, trust_remote_code, device)
-    adapt(model, config.adapter, config.train.seed)
+    inject(model, config.adapter, config.train.seed, tokenizer)
+    train, evals = read_by(model, train), {name: read_by(model, examples) for name, examples in evals.items()}
     packing = Packing.of(model, max(s.report.longest for s in (train, *evals.values())))
     settings = config.train
     cut = Cut(micro_batch_tokens(config, device), packing.how == "alone")

@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import processes, run_folder, run_log
 from lora_ft import resume as resuming
-from lora_ft.adapter.files import initialize_from
 from lora_ft.adapter.fit import check_base
-from lora_ft.adapter.inject import disabled, inject_lora, trainable
+from lora_ft.adapter.inject import trainable
 from lora_ft.arguments import arguments
 from lora_ft.attention import Packing
 from lora_ft.base import Base, resolve
@@ -24,9 +23,10 @@ from lora_ft.data.batches import Cut, Plan, Share
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.device import micro_batch_tokens, prepare_device, with_accelerate
-from lora_ft.errors import NumbersError
+from lora_ft.errors import ModelError, NumbersError
 from lora_ft.evaluation import evaluator
 from lora_ft.generation_metrics import check_installed
+from lora_ft.methods.verbs import inject, method_of, read_by, restore
 from lora_ft.model import check_length, check_vocabulary, load_base, load_tokenizer, skeleton, tokenizer_hash
 from lora_ft.names import say
 from lora_ft.progress import shown, trackers
@@ -73,7 +73,7 @@ def train(
             if before:
                 check_base(before, base, other_base)
             tokenizer = load_tokenizer(base, trust_remote_code)
-            rehearse(config, base, other_base, trust_remote_code)
+            rehearse(config, base, tokenizer, other_base, trust_remote_code)
             train_set, eval_sets = prepare(config.data, tokenizer, config.train.seed)
         sets = [train_set, *eval_sets.values()]
         if before:
@@ -86,12 +86,13 @@ def train(
         load = load_sharded if sharded else load_base
         model = load(base, config.model.dtype, trust_remote_code, device)
         check_vocabulary(model, base, max(map(largest_id, sets)))
-        longest = max(s.report.longest for s in sets)
-        check_length(model, base, longest)
-        adapted = adapt(model, config.adapter, config.train.seed)
+        adapted = inject(model, config.adapter, config.train.seed, tokenizer)
         parameters = sum(p.numel() for p in trainable(model).values())
         percent = parameters / sum(p.numel() for p in model.parameters())
-        say(f"adapter: {len(adapted)} modules, {parameters:,} trainable parameters ({percent:.2%} of the model)")
+        say(f"{config.adapter.method}: {adapted}, {parameters:,} trainable parameters ({percent:.2%} of the model)")
+        longest = max(read_by(model, s).report.longest for s in sets)
+        check_length(model, base, longest)
+        train_set = read_by(model, train_set)
         packing = Packing.of(model, longest)
         if packing.how == "alone":
             say("this model's RoPE follows the longest position in a row: each example gets a row of its own (slower)")
@@ -115,10 +116,10 @@ def train(
             record |= {k: before[k] for k in ("base_metrics", "base_seconds")}
         elif eval_sets:
             scoring = time.perf_counter()
-            with disabled(model):
-                record["base_metrics"] = scored()
+            record["base_metrics"] = scored(base=True)
             record["base_seconds"] = round(time.perf_counter() - scoring, 1)
             say(f"the base's eval, {record['base_seconds']:.0f} s: {shown(record['base_metrics'])}")
+        begin_from(model, config.adapter)  # after the base was scored: some methods change its own weights
         if before and is_main:
             resuming.go_on(before, record, state, len(plan), output)
         elif is_main:
@@ -126,7 +127,7 @@ def train(
             run_folder.clear(output)
 
         stopper.hint = how_to_go_on(begun=True)
-        run = Run(output, model, record, config.train.save_total_limit)
+        run = Run(output, model, tokenizer, record, config.train.save_total_limit)
         if state and (best := state.values.get("best")):
             run.evaluations[best["step"]] = best["metrics"]
         if state and is_main:
@@ -172,7 +173,8 @@ def train(
         seconds = time.perf_counter() - begun
         samples = None
         first = next(iter(eval_sets.values()), None)
-        if first and not first.label_words and not sharded:  # a classification has its confusion table
+        # a classification has its confusion table; and only LoRA can be switched off once it is trained
+        if first and not first.label_words and not sharded and config.adapter.method == "lora":
             samples = partial(generate_samples, model, tokenizer, first, max(10.0, 0.05 * seconds))
         metrics = run.finish(step, last, {"seconds": round(seconds, 1)}, samples)
         which = f"step {step}, the best of {last}" if step != last else f"step {step}"
@@ -183,36 +185,31 @@ def train(
         print(output)
 
 
-def rehearse(config: Config, base: Base, other_base: bool, trust_remote_code: bool) -> PreTrainedModel:
-    """The adapted model without its weights: what `adapt` would refuse is refused before any data is read.
+def rehearse(
+    config: Config, base: Base, tokenizer: PreTrainedTokenizerBase, other_base: bool, trust_remote_code: bool
+) -> tuple[PreTrainedModel, str]:
+    """The adapted model without its weights, and what was adapted: what training would refuse is refused before any data
+    is read.
 
     Raises:
         ModelError: targets that aren't there; adapter.init_from is missing, doesn't fit, or is another base's.
     """
     model = skeleton(base, trust_remote_code)
     with torch.device("meta"):
-        adapt(model, config.adapter, config.train.seed)
+        adapted = inject(model, config.adapter, config.train.seed, tokenizer)
+        begin_from(model, config.adapter)
     if config.adapter.init_from:
         check_base(read_record(Path(config.adapter.init_from)), base, other_base)
-    return model
+    return model, adapted
 
 
-def adapt(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> list[str]:
-    """Inject the config's adapter; the paths of the adapted modules."""
-    adapted = inject_lora(
-        model,
-        adapter.targets,
-        adapter.rank,
-        adapter.alpha,
-        dropout=adapter.dropout,
-        rslora=adapter.rslora,
-        modules=adapter.modules,
-        layers=adapter.layers,
-        seed=seed,
-    )
+def begin_from(model: PreTrainedModel, adapter: AdapterConfig) -> None:
+    """Into a model that was injected into, the weights of adapter.init_from, if there is any."""
     if adapter.init_from:
-        initialize_from(model, Path(adapter.init_from))
-    return adapted
+        start = Path(adapter.init_from)
+        if (found := method_of(start)) != adapter.method:
+            raise ModelError(f"adapter.init_from: {start} is of method {found}, this run's is {adapter.method}.")
+        restore(model, start)
 
 
 def machine(device: str) -> dict:

@@ -20,11 +20,11 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerControl, Trainin
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_ft import processes
-from lora_ft.adapter.files import initialize_from
 from lora_ft.adapter.inject import trainable
 from lora_ft.attention import Packing
 from lora_ft.checkpoint import Counts, RandomState, State
 from lora_ft.data.batches import Plan, Step
+from lora_ft.methods.verbs import restore
 from lora_ft.progress import Bar, LastStep, peak_memory_mb
 from lora_ft.signals import Stopped, Stopper
 from lora_ft.step import add_gradients, check_finite
@@ -217,7 +217,7 @@ class LoRATrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         assert self.resumed_adapter is not None
         if processes.is_main():
-            initialize_from(self.model, self.resumed_adapter)
+            restore(self.model, self.resumed_adapter)
         processes.copy_from_main(list(trainable(self.model).values()))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:

@@ -136,9 +136,9 @@ def test_the_options_reach_the_work(monkeypatch, tmp_path):
         room = types.ModuleType(f"lora_ft.{module}")
         setattr(room, name, lambda *a, **k: calls.append((a, k)))
         monkeypatch.setitem(sys.modules, f"lora_ft.{module}", room)
-    room = types.ModuleType("lora_ft.adapter.merge")
+    room = types.ModuleType("lora_ft.methods.merge")
     room.merge_command = lambda *a, **k: calls.append((a, k))
-    monkeypatch.setitem(sys.modules, "lora_ft.adapter.merge", room)
+    monkeypatch.setitem(sys.modules, "lora_ft.methods.merge", room)
     monkeypatch.setattr(exits, "quiet", lambda: None)
 
     def call(*arguments: str):

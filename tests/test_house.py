@@ -12,8 +12,9 @@ ROOT = Path(lora_ft.__file__).parent
 FLOORS = [
     "errors signals",
     "names metric_names",
-    "strict_yaml trainer_args setting_types data_types schema config_problems config json_schema",  # config, top to bottom
-    "layers.lora layers.activation layers.many loss storage run_folder run_log",
+    "strict_yaml trainer_args setting_types data_types section adapter_settings schema",  # config, top to bottom
+    "config_problems config_rules config json_schema",
+    "layers.lora layers.activation layers.many layers.bottleneck layers.prompt loss storage run_folder run_log",
     "hub base model",
     "attention progress processes",
     "adapter.roles adapter.targets adapter.inject adapter.many",
@@ -22,6 +23,8 @@ FLOORS = [
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
     "data.suggest",
     "data.batches data.prepare data.references",
+    "methods.files methods.switch",
+    "methods.lora methods.full methods.bottleneck methods.prompt methods.bias methods.verbs methods.merge",
     "arguments device decoding generation_metrics scoring samples score_table evaluation checkpoint record model_card sharding",
     "report.runs report.scores report.charts report.curves report.figures report.png report.write",
     "saving resume step",

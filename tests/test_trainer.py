@@ -25,9 +25,9 @@ def corpus(n: int = 40) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def run(model, folder, micro_batch_tokens=64, alone=False, **arguments) -> list[dict]:
+def run(model, folder, micro_batch_tokens=64, alone=False, dataset=None, **arguments) -> list[dict]:
     """Train `model` as the tool does; the log's lines."""
-    plan = Plan(corpus(), 8, 1, STEPS, Cut(micro_batch_tokens, alone), seed=0)
+    plan = Plan(dataset or corpus(), 8, 1, STEPS, Cut(micro_batch_tokens, alone), seed=0)
     settings = dict(
         output_dir=str(folder), use_cpu=True, per_device_train_batch_size=1, max_steps=STEPS, learning_rate=RATE,
         warmup_steps=WARMUP, logging_steps=1, remove_unused_columns=False, save_strategy="no", report_to=[],

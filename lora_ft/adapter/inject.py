@@ -1,6 +1,6 @@
 """LoRA into a model and out of it: freeze, swap; merge and unmerge.
 
-Trainability has one owner: what is a LoRALinear trains, nothing else does.
+Trainability has one owner: injecting freezes the base and lets what it adds train; `trainable` reads it off.
 """
 
 import contextlib
@@ -64,13 +64,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters, "path.lora_A.part" and "path.lora_B.part", in model order."""
-    return {
-        f"{path}.{name}": parameter
-        for path, layer in lora_layers(model).items()
-        for name, parameter in layer.named_parameters()
-        if not name.startswith("base.")
-    }
+    """What trains, of any method, by name and in model order; LoRA's are "path.lora_A.part" and "path.lora_B.part"."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @contextlib.contextmanager

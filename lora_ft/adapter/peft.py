@@ -58,7 +58,7 @@ def read_adapter(folder: Path) -> AdapterFile:
             contradicts the config, or with NaN or inf. The file and the tensor are named.
     """
     folder = Path(folder)
-    record = _read_record(folder)
+    record = verified_record(folder)
     config_path, weights = folder / CONFIG, folder / WEIGHTS
     if not weights.is_file():
         pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
@@ -93,8 +93,8 @@ def read_adapter(folder: Path) -> AdapterFile:
     return AdapterFile(folder, config, tensors, scalings, slices, copies, record)
 
 
-def _read_record(folder: Path) -> dict | None:
-    """Our record, its manifest verified; ModelError for a folder that holds no adapter at all."""
+def verified_record(folder: Path, needed: str = CONFIG) -> dict | None:
+    """Our record, its manifest verified; ModelError for a folder that lacks the file that makes it one of its kind."""
     path = folder / RECORD
     record = storage.read_json(path, ModelError) if path.is_file() else None
     if record is not None:
@@ -105,8 +105,8 @@ def _read_record(folder: Path) -> dict | None:
         storage.verify_manifest(folder, record.get("files") or {}, ModelError)
     if record is None and (message := run_folder.unfinished(folder)):
         raise ModelError(message)
-    if not (folder / CONFIG).is_file():
-        what = "no such folder" if not folder.is_dir() else f"no adapter there ({CONFIG} is missing)"
+    if not (folder / needed).is_file():
+        what = "no such folder" if not folder.is_dir() else f"no adapter there ({needed} is missing)"
         raise ModelError(f"{folder}: {what}. Give the folder that a training run or PEFT wrote.")
     return record
 

@@ -148,7 +148,7 @@ def merge(
     Example: lora-ft merge --base gpt2 --adapter out/
     """
     exits.quiet()
-    from lora_ft.adapter.merge import merge_command
+    from lora_ft.methods.merge import merge_command
 
     merge_command(
         adapter,

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from lora_ft.report.runs import Run
+from lora_ft.report.runs import Run, set_names
 
 
 def spent(seconds: float) -> str:
@@ -58,7 +58,10 @@ DATA = {
 def data_table(run: Run) -> dict[str, Any]:
     """The data's statistics and fingerprints: columns train and eval, a row a figure."""
     data, config = run.record["data"], run.record["config"].get("data") or {}
-    sets = {name: about for name, about in data.items() if isinstance(about, dict)}
+    named = {f"eval {name}": name for name in set_names(run.record)}
+    sets = {name: about for name, about in data.items() if isinstance(about, dict) and not (named and name == "eval")}
+    sets |= {title: (data.get("eval") or {}).get(name) or {} for title, name in named.items()}
+    config = config | {title: config["eval"][name] for title, name in named.items()}
     rows = []
     for key, title in DATA.items():
         values = [about.get(key) for about in sets.values()]

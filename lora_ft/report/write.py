@@ -8,11 +8,11 @@ import jinja2
 
 from lora_ft import __version__, run_folder
 from lora_ft.errors import FilesError
-from lora_ft.model_card import peft_snippet, what_it_is
+from lora_ft.model_card import method_of, peft_snippet, what_it_is
 from lora_ft.names import portable_name
 from lora_ft.report.curves import curves, curves_of_all
 from lora_ft.report.figures import config_text, data_table, differing, figures, origin
-from lora_ft.report.runs import Run, read_run
+from lora_ft.report.runs import Run, read_run, set_names
 from lora_ft.report.scores import cell, headline, results, scalars, title_of
 from lora_ft.storage import write_file
 
@@ -56,13 +56,14 @@ def check_ours(*paths: Path) -> None:
 def report_page(run: Run) -> str:
     record = run.record
     eval_data = record["data"].get("eval") or {}
-    about = f"On {eval_data.get('examples', 0):,} eval examples."
+    named = [f"{(eval_data.get(name) or {}).get('examples', 0):,} of {name}" for name in set_names(record)]
+    about = f"On {', '.join(named) or format(eval_data.get('examples', 0), ',')} eval examples."
     if run.finished and run.step != run.last:
         about += (
             f" The adapter is that of step {run.step}, the best of {run.last} on these same examples:"
             " a figure that was chosen so is a little too good."
         )
-    checkpoints = run_folder.checkpoints(run.folder)
+    checkpoints, method = run_folder.checkpoints(run.folder), method_of(record)
     return render(
         "run.html",
         title=f"{run.folder}: lora-ft report",
@@ -82,7 +83,8 @@ def report_page(run: Run) -> str:
         samples=run.samples,
         figures_=figures(run),
         charts=curves(run),
-        snippet=peft_snippet(record, str(run.folder)) if run.finished else "",
+        snippet=peft_snippet(record, str(run.folder)) if run.finished and method in ("lora", "prompt") else "",
+        merges=method in ("lora", "bias"),
         checkpoint=str(checkpoints[-1]) if checkpoints else "",
         data=data_table(run),
         origin=origin(run),
@@ -92,7 +94,7 @@ def report_page(run: Run) -> str:
 
 def comparison_page(runs: Sequence[Run]) -> str:
     names = [str(run.folder) for run in runs]
-    eval_data = {(run.record["data"].get("eval") or {}).get("sha256") for run in runs if run.metrics}
+    eval_data = {_encoded(run) for run in runs if run.metrics}
     took = [dict(figures(run)) for run in runs]
     return render(
         "runs.html",
@@ -104,6 +106,12 @@ def comparison_page(runs: Sequence[Run]) -> str:
         differing=differing(runs),
         took=[(what, [t.get(what, "") for t in took]) for what in dict.fromkeys(k for t in took for k in t)],
     )
+
+
+def _encoded(run: Run) -> tuple:
+    """What is known of a run's eval data: hashes, of each set."""
+    about = run.record["data"].get("eval") or {}
+    return tuple((about.get(name) or {}).get("sha256") for name in set_names(run.record)) or (about.get("sha256"),)
 
 
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ BEFORE_THE_FIRST_STEP = {
     "tokenizer": (lora_ft.train, "load_tokenizer", 1),
     "encoding": (lora_ft.data.encode, "encode_pairs", 1),
     "loading": (lora_ft.model.AutoModelForCausalLM, "from_pretrained", 1),
-    "adapting": (lora_ft.train, "adapt", 1),
+    "adapting": (lora_ft.train, "inject", 1),
     "the first step": (lora_ft.step, "supervised_loss", 1),
 }
 AFTER_IT = {
@@ -113,7 +113,7 @@ def test_after_it_the_last_whole_step_is_saved_and_going_on_is_exact(prepared, f
 
 
 def test_with_overwrite_the_hint_is_resume_only_once_the_old_run_is_gone(folder):
-    ended = cli(folder, *TRAIN, "--overwrite", before=at(lora_ft.train, "adapt", 1, signal.SIGTERM))
+    ended = cli(folder, *TRAIN, "--overwrite", before=at(lora_ft.train, "inject", 1, signal.SIGTERM))
     assert ended.code == 143 and ended.err.rstrip().endswith("lora-ft train config.yaml --overwrite")
     assert is_whole(folder / "out")
     ended = cli(folder, *TRAIN, "--overwrite", before=at(State, "write", 2, signal.SIGTERM))

@@ -1,0 +1,57 @@
+"""The bottleneck adapter: h = y + U act(D y + d) + u (Houlsby et al. 2019, arXiv:1902.00751, section 2.1, figure 2).
+
+y = f(x) is what a frozen layer computes, D (size, width) projects it down, U (width, size) up again. U and u start at
+zero, so that the layer starts as its base (the paper starts near zero; D Kaiming-uniform keeps U's gradient alive).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NONLINEARITIES = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+
+
+class Bottleneck(nn.Module):
+    """A frozen layer followed by a trainable bottleneck with a residual.
+
+    Attributes:
+        base: the frozen layer, untouched; its output is (..., width).
+        down, up: D, d and U, u, in float32 whatever the base's dtype.
+        enabled: False computes the bare base.
+    """
+
+    def __init__(self, base: nn.Module, width: int, size: int, nonlinearity: str, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.nonlinearity, self.enabled = nonlinearity, True
+        float32 = dict(dtype=torch.float32, device=device)
+        self.down, self.up = nn.Linear(width, size, **float32), nn.Linear(size, width, **float32)
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
+
+    def start(self, generator: torch.Generator | None) -> None:
+        """Draw D, on the CPU, so that a seed means the same on any device."""
+        drawn = torch.empty(self.down.weight.shape, dtype=torch.float32, device="cpu")
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        self.down.weight.data.copy_(drawn)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., width)"""
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        D, d, U, u = (p.to(y.dtype) for p in (self.down.weight, self.down.bias, self.up.weight, self.up.bias))
+        return y + F.linear(NONLINEARITIES[self.nonlinearity](F.linear(y, D, d)), U, u)
+
+    def extra_repr(self) -> str:
+        return f"size={self.down.out_features}, nonlinearity={self.nonlinearity}"

@@ -1,0 +1,73 @@
+"""Full fine-tuning: every weight of the base trains, in float32. What is saved is a complete model folder.
+
+A lower precision would lose the small steps of an optimizer: a base stored in one is trained and saved in float32.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from lora_ft import storage
+from lora_ft.adapter.peft import verified_record
+from lora_ft.adapter_settings import AdapterConfig
+from lora_ft.base import SINGLE
+from lora_ft.errors import ModelError
+from lora_ft.methods.files import fill
+from lora_ft.methods.switch import Bare, exchanged
+
+
+def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    model.float().requires_grad_(True)
+    return "every weight"
+
+
+def save(
+    model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], dict]:
+    """As `save_pretrained` would, each file in one step. Weights go straight from the model's memory where it is the CPU's."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in ignored}
+    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+    storage.write_tensors(folder / SINGLE, {name: tensor.cpu().contiguous() for name, tensor in state.items()})
+    config = copy.deepcopy(model.config)
+    config.dtype, config.architectures = "float32", [type(model).__name__]
+    names = [SINGLE]
+    with tempfile.TemporaryDirectory() as drafts:
+        config.save_pretrained(drafts)
+        if model.can_generate():
+            model.generation_config.save_pretrained(drafts)
+        tokenizer.save_pretrained(drafts)
+        for draft in sorted(path for path in Path(drafts).rglob("*") if path.is_file()):
+            name = draft.relative_to(drafts)
+            (folder / name).parent.mkdir(exist_ok=True)
+            storage.write_file(folder / name, draft.read_bytes())
+            names.append(name.as_posix())
+    return names, {}
+
+
+def load(model: PreTrainedModel, folder: Path) -> Bare:
+    """Put the trained weights into the base, whose own stay in memory beside them, for the comparison."""
+    model.float()
+    parameters = list(model.parameters())
+    base = [parameter.detach().clone() for parameter in parameters]
+    restore(model, folder)
+    return lambda: exchanged(parameters, base)
+
+
+def restore(model: PreTrainedModel, folder: Path) -> None:
+    """Copy the weights of a complete model folder, its manifest verified, into `model`."""
+    verified_record(folder, needed=SINGLE)
+    try:
+        saved, info = type(model).from_pretrained(
+            folder, config=copy.deepcopy(model.config), dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as e:
+        raise ModelError(f"{folder / SINGLE}: can't be loaded into this base: {str(e).splitlines()[0]}") from e
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ModelError(f"{folder / SINGLE}: its tensors aren't those of this base. Is it of another model?")
+    fill(folder / SINGLE, dict(model.named_parameters()), dict(saved.named_parameters()))

@@ -1,0 +1,111 @@
+"""Prompt tuning: n virtual tokens in front of every example; PEFT's files (peft 0.21, PROMPT_TUNING)."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_ft.adapter.files import WEIGHTS
+from lora_ft.adapter_settings import AdapterConfig
+from lora_ft.data.examples import Examples
+from lora_ft.data.references import Questions
+from lora_ft.errors import ConfigError, ModelError
+from lora_ft.layers.prompt import VirtualTokens
+from lora_ft.methods import files
+from lora_ft.methods.switch import Bare
+
+KEY = "prompt_embeddings"
+
+
+def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Start from the embeddings of a text's tokens, repeated or cut to fit, or of ids drawn from the vocabulary by seed."""
+    n, embedding = settings.virtual_tokens, model.get_input_embeddings()
+    if settings.init_text is None:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(embedding.num_embeddings, (n,), generator=generator, device="cpu").tolist()
+    else:
+        text = tokenizer(settings.init_text, add_special_tokens=False)["input_ids"]
+        if not text:
+            raise ConfigError("adapter.init_text: the tokenizer makes no token of it; give a text, or null")
+        ids = [text[i % len(text)] for i in range(n)]
+    with torch.no_grad():
+        insert(model, embedding(torch.tensor(ids, device=embedding.weight.device)))
+    return f"{n} virtual tokens"
+
+
+def insert(model: PreTrainedModel, start: Tensor) -> None:
+    """Freeze `model` and give it the virtual tokens' vectors `start` (n, width)."""
+    model.requires_grad_(False)
+    model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), start))
+
+
+def save(
+    model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], dict]:
+    prompt, config = model.get_input_embeddings().prompt, model.config.get_text_config()
+    about = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": prompt.shape[0],
+        "token_dim": prompt.shape[1],
+        "num_transformer_submodules": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+        "inference_mode": True,
+    }
+    return files.write(folder, base_name, {KEY: prompt}, about), {}
+
+
+def load(model: PreTrainedModel, folder: Path) -> Bare:
+    """The virtual tokens join the vocabulary; what is not given them (`read_by`) is computed by the bare base."""
+    prompt = read(folder)
+    width = model.get_input_embeddings().weight.shape[1]
+    if prompt.shape[1] != width:
+        raise ModelError(f"{folder / WEIGHTS}: {KEY} has shape {tuple(prompt.shape)}, the model needs (n, {width}).")
+    insert(model, prompt.to(model.device))
+    return nullcontext
+
+
+def restore(model: PreTrainedModel, folder: Path) -> None:
+    files.fill(folder / WEIGHTS, {KEY: model.get_input_embeddings().prompt}, {KEY: read(folder)})
+
+
+def read(folder: Path) -> Tensor:
+    """The virtual tokens' vectors (n, width) in a folder of ours or PEFT's."""
+    config, tensors = files.read(folder)
+    prompt = tensors.get(KEY)
+    if prompt is None or len(tensors) > 1 or prompt.dim() != 2 or len(prompt) != config.get("num_virtual_tokens"):
+        raise ModelError(f"{folder / WEIGHTS}: should hold {KEY} alone, one row for each of num_virtual_tokens.")
+    return prompt
+
+
+def virtual_ids(model: PreTrainedModel) -> list[int]:
+    """The ids of the model's virtual tokens; none without."""
+    embedding = model.get_input_embeddings()
+    return embedding.ids if isinstance(embedding, VirtualTokens) else []
+
+
+def asked_by(model: PreTrainedModel, asked: Questions | None) -> Questions | None:
+    """The prompts as `model` reads them, like `read_by`."""
+    ids = virtual_ids(model)
+    return replace(asked, ids=[ids + row for row in asked.ids]) if asked and ids else asked
+
+
+def read_by(model: PreTrainedModel, examples: Examples) -> Examples:
+    """The examples as `model` reads them: with its virtual tokens' ids, if it has any, in front of each."""
+    if not (ids := virtual_ids(model)):
+        return examples
+
+    def with_prefix(batch: dict[str, list]) -> dict[str, list]:
+        longer = {
+            "input_ids": lambda row: ids + row,
+            "labels": lambda row: [-100] * len(ids) + row,
+            "prompt_length": lambda length: len(ids) + length,
+        }
+        return {name: [longer.get(name, lambda value: value)(v) for v in values] for name, values in batch.items()}
+
+    report = replace(examples.report, longest=examples.report.longest + len(ids))
+    return replace(examples, dataset=examples.dataset.with_transform(with_prefix), report=report)
