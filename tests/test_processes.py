@@ -12,7 +12,6 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from safetensors.torch import load_file
 
 from lora_ft import launch, processes
@@ -288,7 +287,6 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, envir
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=word):
         processes.join("cpu", 60)
-    assert not PartialState._shared_state
 
 
 def test_the_number_of_processes_that_is_started(monkeypatch):

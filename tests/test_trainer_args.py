@@ -27,7 +27,9 @@ def test_ours_are_settings():
         assert not setting or setting in field.annotation.model_fields
 
 
-@pytest.mark.parametrize("name", ALLOWED)
+@pytest.mark.parametrize(
+    "name", sorted(set(ALLOWED) - {"fsdp"})
+)  # on or off, and never the Trainer's: sharding is lora-ft's
 def test_allowed_types_are_the_fields_types(name):
     kind = str if isinstance(ALLOWED[name].kind, tuple) else ALLOWED[name].kind
     assert kind.__name__ in str(FIELDS[name].type)
