@@ -8,7 +8,6 @@ output/checkpoints/step-N/
 """
 
 import fcntl
-import itertools
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora_ft.errors import FilesError
+from lora_ft.errors import FilesError, UserError
 from lora_ft.storage import read_json, verify_manifest
 
 RECORD, LOG, LOCK = "lora_ft.json", "log.jsonl", ".lock"
@@ -83,9 +82,16 @@ def claimed(output: Path) -> Iterator[None]:
 
 def has_adapter(output: Path) -> bool:
     """Whether something trained is there, of a run or of another tool: an adapter, or full fine-tuning's whole model."""
-    record = read_json(output / RECORD, FilesError) if (output / RECORD).is_file() else {}
-    there = (output / "adapter_config.json").is_file() or record.get("kind") in ("adapter", "checkpoint")
-    return there and unfinished(output) is None
+    if unfinished(output) is not None:
+        return False
+    return (output / "adapter_config.json").is_file() or trained_whole(output, FilesError)
+
+
+def trained_whole(folder: Path, error: type[UserError]) -> bool:
+    """Whether full fine-tuning made the folder: a run's or a checkpoint's, by its record (`error` if that is damaged)."""
+    record = read_json(folder / RECORD, error) if (folder / RECORD).is_file() else {}
+    adapter = (record.get("config") or {}).get("adapter") or {}
+    return record.get("kind") in ("adapter", "checkpoint") and adapter.get("method") == "full"
 
 
 def unfinished(output: Path) -> str | None:
@@ -201,16 +207,6 @@ def rotate(output: Path, limit: int | None, keep: set[int]) -> None:
     for checkpoint in removable[: max(0, excess)]:
         with suppress(FilesError):  # damaged: left for a person to look at
             remove_checkpoint(checkpoint)
-
-
-def put_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that a new one can take its name."""
-    for n in itertools.count(1):
-        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{n}")
-        if not aside.exists():
-            checkpoint.rename(aside)
-            return aside
-    raise AssertionError
 
 
 def clear(output: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run leaves on disk: checkpoints on the way, the adapter at its end."""
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Run:
         if folder.exists():
             if is_whole(folder):
                 return  # an interruption wrote it, and the run came back to the same step: the same bits
-            print(f"checkpoint {folder} is damaged; it is now {run_folder.put_aside(folder)}", file=sys.stderr)
+            print(f"checkpoint {folder} is damaged; it is now {put_aside(folder)}", file=sys.stderr)
         require_space(
             self.output, state.bytes + 4 * sum(p.numel() for p in trainable(self.model).values()) + SMALL_FILES
         )
@@ -96,6 +97,16 @@ class Run:
         record = self.record | about | more
         write_file(folder / CARD, model_card(record))
         write_record(folder, record, [*files, *state], [CARD, *mentions])
+
+
+def put_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that a new one can take its name."""
+    for n in itertools.count(1):
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{n}")
+        if not aside.exists():
+            checkpoint.rename(aside)
+            return aside
+    raise AssertionError
 
 
 def is_whole(folder: Path) -> bool:

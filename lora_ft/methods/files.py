@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lora_ft import storage
 from lora_ft.adapter.files import CONFIG, WEIGHTS, portable_name
-from lora_ft.adapter.peft import RECORD, differences, verified_record
+from lora_ft.adapter.peft import differences, verified_record
 from lora_ft.errors import ModelError
+from lora_ft.run_folder import trained_whole
 
 
 def method_of(folder: Path) -> str:
@@ -23,8 +24,7 @@ def method_of(folder: Path) -> str:
         if config.get("peft_type") == "PROMPT_TUNING":
             return "prompt"
         return str(config["method"]) if config.get("method") in ("bottleneck", "bias") else "lora"
-    record = storage.read_json(folder / RECORD, ModelError) if (folder / RECORD).is_file() else {}
-    return "full" if record.get("kind") in ("adapter", "checkpoint") else "lora"
+    return "full" if trained_whole(folder, ModelError) else "lora"
 
 
 def write(folder: Path, base_name: str, tensors: Mapping[str, Tensor], config: dict) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import lora_ft.evaluation
 import lora_ft.step
 import lora_ft.train
 from lora_ft import run_folder
@@ -92,7 +93,7 @@ def test_a_learning_rate_that_is_too_high(fresh):
 
 
 def test_a_base_that_scores_nan(fresh):
-    ended = train(fresh, "train.max_steps=1", before=lambda: setattr(lora_ft.train, "score", nan_score))
+    ended = train(fresh, "train.max_steps=1", before=lambda: setattr(lora_ft.evaluation, "score", nan_score))
     refused(ended, 5, "eval.jsonl:7")
 
 
