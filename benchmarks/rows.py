@@ -105,12 +105,10 @@ def run(row: str, workload: str, model_name: str, folder: Path, steps: int) -> d
 
 
 def all_weights(model: PreTrainedModel) -> None:
-    """Full fine-tuning with our engine: every weight of the base trained, no adapter."""
-    for layer in lora_layers(model).values():
-        layer.enabled = False
+    """Train every weight of the base, and no adapter."""
+    for path, layer in lora_layers(model).items():
+        model.set_submodule(path, layer.base)
     model.requires_grad_(True)
-    for p in trainable(model).values():
-        p.requires_grad_(False)
 
 
 def with_peft(model: PreTrainedModel, config: Config) -> PreTrainedModel:
