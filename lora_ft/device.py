@@ -16,20 +16,20 @@ LONGEST_WAIT = 4 * 3600  # seconds that processes wait for each other: one of th
 
 
 def prepare_device(config: Config) -> str:
-    """ "cuda" (the current GPU) or "cpu", where the other processes of the run, if it has several, are met.
+    """ "cuda" (the current GPU) or "cpu".
 
     On a CPU denormal numbers are flushed to zero, in all of torch's threads if this comes early.
-
-    Raises:
-        ConfigError: as `processes.join`.
     """
     torch.set_flush_denormal(True)
     keep_freed_memory()
     use_no_more_threads_than_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for float32 bases on GPUs that have it; nothing on a CPU
-    device = "cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu"
+    return "cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu"
+
+
+def meet_others(config: Config, device: str) -> None:
+    """Join the other processes of a run that has several. Raises ConfigError as `processes.join` does."""
     processes.join(device, config.trainer.get("ddp_timeout", LONGEST_WAIT), config.trainer.get("ddp_backend"))
-    return device
 
 
 def with_accelerate(config: Config) -> Config:

@@ -22,7 +22,7 @@ from lora_ft.config import AdapterConfig, Config
 from lora_ft.data.batches import Cut, Plan, Share
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare
-from lora_ft.device import micro_batch_tokens, prepare_device, with_accelerate
+from lora_ft.device import meet_others, micro_batch_tokens, prepare_device, with_accelerate
 from lora_ft.errors import ModelError, NumbersError
 from lora_ft.evaluation import evaluator
 from lora_ft.generation_metrics import check_installed
@@ -59,6 +59,7 @@ def train(
         stopper.hint = how_to_go_on(begun="--overwrite" not in sys.argv)
         config = with_accelerate(config)
         device = prepare_device(config)
+        meet_others(config, device)
         begin = processes.from_main(lambda: resuming.beginning(output, config, resume, overwrite))
         before = processes.from_main(lambda: resuming.read_run(begin) if begin else None)
         if before and before["kind"] == "adapter":

@@ -41,8 +41,12 @@ def ranks(count: int, work: Callable[[], object]) -> list[int]:
 
 
 def train(folder: Path, count: int, *settings: str, flags: tuple[str, ...] = ()) -> str:
-    """`lora-ft train config.yaml` in `folder` as `count` processes that must end well; all that they said, on one stderr."""
-    words = ["train", "config.yaml", *(w for s in settings for w in ("--set", s)), *flags]
+    """`lora-ft train config.yaml` in `folder` as `count` processes; see `command`."""
+    return command(folder, count, "train", "config.yaml", *(w for s in settings for w in ("--set", s)), *flags)
+
+
+def command(folder: Path, count: int, *words: str) -> str:
+    """`lora-ft WORDS` in `folder` as `count` processes that must end well; all that they said."""
 
     def work() -> None:
         import sys

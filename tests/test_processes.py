@@ -27,7 +27,7 @@ from lora_ft.loss import supervised_loss
 from lora_ft.model import load_base, load_tokenizer
 from lora_ft.sharding import load_sharded
 from tests.base import CONFIG, write_base, write_run
-from tests.several import ranks, train
+from tests.several import command, ranks, train
 
 DROPOUT = ("adapter.dropout=0.2", "train.num_train_epochs=5")
 THIRTY = ("train.num_train_epochs=5",)  # steps
@@ -271,6 +271,12 @@ def test_launchers_start_processes_that_know_of_each_other(folder, launcher, req
     assert done.stdout.split() == [output]
     assert record(folder / output)["machine"]["processes"] == 2
     assert_alike(folder / "alone", folder / output)
+
+
+def test_any_other_command_runs_once_under_a_launcher(folder):
+    said = command(folder, 2, "eval", "alone", "--json")
+    (line,) = [line for line in said.splitlines() if line.startswith("{")]
+    assert json.loads(line)["adapter"]["loss"] == pytest.approx(record(folder / "alone")["metrics"]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

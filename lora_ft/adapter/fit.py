@@ -19,18 +19,18 @@ from lora_ft.model import tokenizer_hash
 from lora_ft.names import printable
 
 
-def base_of(adapter: AdapterFile, name: str | None = None, allow_pickle: bool = False) -> Base:
-    """The files of the base that `name`, or else the adapter itself, names.
+def base_of(folder: Path, record: dict | None, config: dict, name: str | None, allow_pickle: bool = False) -> Base:
+    """The files of the base that `name`, or else a trained folder's record or config, names.
 
     Raises:
         ModelError: neither names one, or it isn't there.
     """
-    recorded = (adapter.record or {}).get("base") or {}
-    name = name or recorded.get("name") or adapter.config.get("base_model_name_or_path")
+    recorded = (record or {}).get("base") or {}
+    name = name or recorded.get("name") or config.get("base_model_name_or_path")
     if not name:
-        raise ModelError(f"{adapter.folder}: doesn't say which base it was trained on. Name it with --base.")
+        raise ModelError(f"{folder}: doesn't say which base it was trained on. Name it with --base.")
     if name == recorded.get("name"):
-        return resolve_of(adapter.folder, recorded, allow_pickle)
+        return resolve_of(folder, recorded, allow_pickle)
     return resolve(name, allow_pickle=allow_pickle)
 
 

@@ -53,7 +53,8 @@ def merge_command(
     Raises:
         UserError: as `merge_adapter`; or no base is named, on the command line or in the adapter.
     """
-    files = base_of(read_adapter(adapter), base, allow_pickle)
+    found = read_adapter(adapter)
+    files = base_of(adapter, found.record, found.config, base, allow_pickle)
     output = output or beside(adapter, "-merged")
     report = merge_adapter(
         files, adapter, output, verify=verify, other_base=other_base, trust_remote_code=trust_remote_code,

@@ -4,6 +4,7 @@ Every error is answered once, in `command`: a user's with its message and exit c
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def answered(*args: Any, **options: Any) -> None:
+        if function.__name__ != "train" and os.environ.get("RANK", "0") != "0":
+            return  # a launcher started several of what one process does
         try:
             with Stopper():
                 function(*args, **options)

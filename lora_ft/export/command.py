@@ -51,7 +51,7 @@ def export_command(
     if target.exists():
         raise FilesError(f"{target}: exists already. Remove it, or name another place with --output.")
     adapter = None if whole else read_adapter(folder)
-    files = resolve(str(folder)) if adapter is None else base_of(adapter, base)
+    files = resolve(str(folder)) if adapter is None else base_of(folder, adapter.record, adapter.config, base)
     if to == "merged":
         merge_command(folder, base=base, output=target, verify=verify, other_base=other_base)
     else:

@@ -9,10 +9,10 @@ from lora_ft import storage
 from lora_ft.adapter import merge as lora
 from lora_ft.adapter.disk import source_of, stored_names
 from lora_ft.adapter.files import WEIGHTS, write_record
-from lora_ft.adapter.fit import check_base, check_tokenizer
+from lora_ft.adapter.fit import base_of, check_base, check_tokenizer
 from lora_ft.adapter.peft import verified_record
 from lora_ft.adapter.shards import finite, stored_keys
-from lora_ft.base import INDEX, Base, fingerprint, opened, resolve, resolve_of, weight_files
+from lora_ft.base import INDEX, Base, fingerprint, opened, weight_files
 from lora_ft.errors import ModelError
 from lora_ft.methods.files import method_of, read
 from lora_ft.model import skeleton
@@ -49,16 +49,10 @@ def merge_command(
             trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
         )  # fmt: skip
         return
-    recorded = (verified_record(adapter) or {}).get("base") or {}
-    name = base or recorded.get("name") or read(adapter)[0].get("base_model_name_or_path")
-    if not name:
-        raise ModelError(f"{adapter}: doesn't say which base it was trained on. Name it with --base.")
-    own = name == recorded.get("name")
-    files = resolve_of(adapter, recorded, allow_pickle) if own else resolve(name, None, allow_pickle)
-    here = adapter if adapter.name not in ("", "..") else adapter.resolve()
-    output = output or here.with_name(f"{here.name}-merged")
+    files = base_of(adapter, verified_record(adapter), read(adapter)[0], base, allow_pickle)
+    output = output or lora.beside(adapter, "-merged")
     count = merge_biases(files, adapter, output, other_base=other_base, trust_remote_code=trust_remote_code)
-    print(f"merged {adapter} into {name}: {output}")
+    print(f"merged {adapter} into {files.name}: {output}")
     print(f"  {count} bias vectors replaced; every other tensor is the base's own, to the bit")
 
 
