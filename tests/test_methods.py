@@ -1,16 +1,16 @@
 """Every method beside LoRA: its mathematics against plain padded training, its files, and its own refusals."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM
 
 from lora_ft.adapter.inject import trainable
 from lora_ft.adapter_settings import AdapterConfig
-from lora_ft.data.batches import Cut, Plan
 from lora_ft.data.examples import EncodingReport, Examples
 from lora_ft.errors import ModelError
 from lora_ft.layers.bottleneck import Bottleneck
@@ -18,7 +18,7 @@ from lora_ft.methods import bottleneck, verbs
 from lora_ft.storage import write_tensors
 from tests.base import tiny_tokenizer
 from tests.families import FAMILIES, tiny_model, token_ids
-from tests.test_trainer import RATE, STEPS, WARMUP, corpus, run
+from tests.test_trainer import RATE, STEPS, corpus, plain_padded_training, run
 
 TOKENIZER = tiny_tokenizer()
 N = 5  # virtual tokens
@@ -103,25 +103,10 @@ def test_losses_equal_plain_padded_training(method, tmp_path):
     model = reference(method, injected(method))
     start, rate = copy.deepcopy(model), {"prompt": 0.1}.get(method, RATE)
     losses = trained(method, tmp_path, max_steps=STEPS, learning_rate=rate)[1]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
-    plan, data = Plan(corpus(), 8, 1, STEPS, Cut(64), seed=0), corpus()
-    for step, ours_now in enumerate(losses[:12]):
-        rows = [data[i] for i in plan.examples(step)]
-        width = max(len(r["input_ids"]) for r in rows)
-        pad = [width - len(r["input_ids"]) for r in rows]
-        ids = torch.tensor([r["input_ids"] + [0] * p for r, p in zip(rows, pad, strict=True)])
-        labels = torch.tensor([r["labels"] + [-100] * p for r, p in zip(rows, pad, strict=True)])
-        mask = torch.tensor([[1] * (width - p) + [0] * p for p in pad])
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        assert ours_now == pytest.approx(loss.item(), abs=2e-4), step
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-    untrained = start(input_ids=ids, attention_mask=mask, labels=labels).loss
+    theirs = list(itertools.islice(plain_padded_training(model, rate), 12))
+    assert losses[:12] == pytest.approx([loss for loss, _ in theirs], abs=2e-4)
+    loss, batch = theirs[-1]
+    untrained = start(**batch).loss
     assert abs(untrained - loss) > 1e-2, "nothing was learned, so nothing was compared"
 
 

@@ -53,6 +53,30 @@ def adapted(family="llama", seed=0, **settings):
     return model
 
 
+def plain_padded_training(model, rate: float):
+    """Each step's loss and batch in a loop without the Trainer: padded batches of the plan's examples, plain AdamW."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
+    plan, data = Plan(corpus(), 8, 1, STEPS, Cut(64), seed=0), corpus()
+    for step in range(STEPS):
+        rows = [data[i] for i in plan.examples(step)]
+        width = max(len(r["input_ids"]) for r in rows)
+        pad = [width - len(r["input_ids"]) for r in rows]
+        batch = {
+            "input_ids": torch.tensor([r["input_ids"] + [0] * p for r, p in zip(rows, pad, strict=True)]),
+            "labels": torch.tensor([r["labels"] + [-100] * p for r, p in zip(rows, pad, strict=True)]),
+            "attention_mask": torch.tensor([[1] * (width - p) + [0] * p for p in pad]),
+        }
+        loss = model(**batch).loss
+        yield loss.item(), batch
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
 def test_loss_curve_equals_that_of_peft_in_a_plain_padded_loop(tmp_path):
     ours = adapted()
     start = {path: layer.lora_A[next(iter(layer.rows))].detach().clone() for path, layer in lora_layers(ours).items()}
@@ -61,24 +85,8 @@ def test_loss_curve_equals_that_of_peft_in_a_plain_padded_loop(tmp_path):
     theirs = get_peft_model(tiny_model("llama"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     for path, A in start.items():
         theirs.base_model.model.get_submodule(path).lora_A["default"].weight.data.copy_(A)
-    parameters = [p for p in theirs.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
-    plan, data = Plan(corpus(), 8, 1, STEPS, Cut(64), seed=0), corpus()
-    for step, ours_now in enumerate(losses):
-        rows = [data[i] for i in plan.examples(step)]
-        width = max(len(r["input_ids"]) for r in rows)
-        pad = [width - len(r["input_ids"]) for r in rows]
-        ids = torch.tensor([r["input_ids"] + [0] * p for r, p in zip(rows, pad, strict=True)])
-        labels = torch.tensor([r["labels"] + [-100] * p for r, p in zip(rows, pad, strict=True)])
-        mask = torch.tensor([[1] * (width - p) + [0] * p for p in pad])
-        loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
-        assert ours_now == pytest.approx(loss.item(), abs=1e-4), step
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+    for step, (ours_now, (loss, _)) in enumerate(zip(losses, plain_padded_training(theirs, RATE), strict=True)):
+        assert ours_now == pytest.approx(loss, abs=1e-4), step
     assert losses[-1] < losses[0] - 0.3, "nothing was learned"
 
 
