@@ -164,6 +164,7 @@ def train(
                 run.report(str(ended))
             raise
 
+        processes.leave()
         if not is_main:
             return
         last = trainer.state.global_step

@@ -293,7 +293,7 @@ def test_a_log_with_a_cut_line_and_numbers_that_are_none_is_read(classified, tmp
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
-@pytest.mark.skipif(not BROWSER, reason="no chromium")
+@pytest.mark.skipif(not BROWSER, reason="needs chromium on the PATH")
 def test_no_page_is_wider_than_a_phone(classified, generated, tmp_path):
     """Each page in a frame of 320 pixels: what it would have to be scrolled to the side by, written into a title."""
     report_command([classified / "out", generated / "out", generated / "out"], tmp_path / "compare.html")
