@@ -4,10 +4,11 @@ from pathlib import Path
 
 from lora_ft import run_folder, run_log
 from lora_ft.checkpoint import State
-from lora_ft.config import Config, resume_class
+from lora_ft.config import Config
+from lora_ft.config_changes import changes
 from lora_ft.data.examples import Examples
 from lora_ft.errors import ConfigError, DataError, FilesError, ModelError
-from lora_ft.names import say, shown
+from lora_ft.names import say
 from lora_ft.record import read_record
 from lora_ft.saving import is_whole
 
@@ -120,33 +121,6 @@ def newest_checkpoint(output: Path) -> Path | None:
     if run_folder.has_adapter(output):
         raise FilesError(f"{output}: holds an adapter but no checkpoints to go on from. Begin anew: --overwrite.")
     return None
-
-
-def flat(config: dict) -> dict[tuple[str, str], object]:
-    """(section, setting) -> value; a top-level setting has the section ""."""
-    settings: dict[tuple[str, str], object] = {}
-    for section, value in config.items():
-        if isinstance(value, dict):
-            settings |= {(section, k): v for k, v in value.items()}
-        else:
-            settings["", section] = value
-    return settings
-
-
-def changes(before: dict, now: Config) -> dict[str, list[str]]:
-    """What differs between a record's config and this one, by class (see lora_ft.schema): "section.setting: was X, is Y"."""
-    old, new = flat(before), flat(now.model_dump(mode="json"))
-    found: dict[str, list[str]] = {"result": [], "rounding": [], "free": [], "longer": []}
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            section, setting = key
-            try:
-                kind = resume_class(section, setting) if section else resume_class(setting)
-            except KeyError:  # not a setting of this version
-                kind = "result"
-            name = f"{section}.{setting}".lstrip(".")
-            found[kind].append(f"{name}: was {shown(old.get(key))}, is {shown(new.get(key))}")
-    return found
 
 
 def check_settings(record: dict, config: Config) -> None:

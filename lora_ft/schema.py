@@ -137,6 +137,11 @@ class TrainConfig(Section):
         description="evaluations in training generate too, for generation.metrics: slow, so off",
         json_schema_extra=RESULT,
     )
+    evaluate_base: bool = Field(
+        True,
+        description="score the base before the first step, for the report: takes as long as any evaluation",
+        json_schema_extra=FREE,
+    )
     load_best_model_at_end: bool = Field(
         True, description="with eval data: the output gets the best adapter, not the last", json_schema_extra=RESULT
     )

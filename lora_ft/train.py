@@ -89,8 +89,10 @@ def train(
         check_vocabulary(model, base, max(map(largest_id, sets)))
         adapted = inject(model, config.adapter, config.train.seed, tokenizer)
         parameters = sum(p.numel() for p in trainable(model).values())
-        percent = parameters / sum(p.numel() for p in model.parameters())
-        say(f"{config.adapter.method}: {adapted}, {parameters:,} trainable parameters ({percent:.2%} of the model)")
+        whole = sum(p.numel() for p in model.parameters())
+        say(
+            f"{config.adapter.method}: {adapted}, {parameters:,} trainable parameters ({parameters / whole:.2%} of the model)"
+        )
         longest = max(read_by(model, s).report.longest for s in sets)
         check_length(model, base, longest)
         train_set = read_by(model, train_set)
@@ -111,11 +113,12 @@ def train(
             share,
         )
         record = describe(config, base, tokenizer, model, train_set, eval_sets)
-        record |= {"trainable_parameters": parameters, "planned_steps": len(plan), "machine": machine(device)}
+        record |= {"trainable_parameters": parameters, "parameters": whole}
+        record |= {"planned_steps": len(plan), "machine": machine(device)}
         scored = evaluator(model, tokenizer, eval_sets, config, packing, at_most, share)
         if eval_sets and before and "base_metrics" in before:
             record |= {k: before[k] for k in ("base_metrics", "base_seconds")}
-        elif eval_sets:
+        elif eval_sets and config.train.evaluate_base:
             scoring = time.perf_counter()
             record["base_metrics"] = scored(base=True)
             record["base_seconds"] = round(time.perf_counter() - scoring, 1)

@@ -23,7 +23,7 @@ def test_loads_and_is_short_and_commented(path):
 
 def test_the_three_forms_of_data_are_all_shown():
     data = {path.stem: load_config(path).data for path in CONFIGS}
-    assert set(data) == {"quickstart", "gpt2_sst2", "chat", "alpaca", "text", "e2e"}
+    assert set(data) == {"quickstart", "gpt2_sst2", "chat", "alpaca", "text", "e2e", "compare_sst2", "compare_e2e"}
     assert data["chat"].messages and data["text"].text
     assert all(data[name].prompt and data[name].completion for name in ("quickstart", "gpt2_sst2", "alpaca", "e2e"))
 

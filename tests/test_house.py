@@ -13,7 +13,7 @@ FLOORS = [
     "errors signals",
     "names metric_names",
     "strict_yaml trainer_args setting_types data_types section adapter_settings schema",  # config, top to bottom
-    "config_problems config_rules config json_schema",
+    "config_problems config_rules config config_changes json_schema",
     "layers.lora layers.activation layers.many layers.bottleneck layers.prompt loss storage run_folder run_log",
     "hub base model",
     "attention progress processes",
@@ -35,6 +35,7 @@ FLOORS = [
     "exits launch",
     "export.portable export.gguf_layout export.gguf_file export.gguf_vocabulary export.gguf_adapter export.gguf_model",
     "export.hub export.command",
+    "compare.variants compare.runs compare.summary compare.show compare.page compare.latency compare.command",
     "cli.app cli.prepare cli.run cli.use",
 ]
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms.split())}

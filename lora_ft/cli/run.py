@@ -1,13 +1,14 @@
-"""The run itself."""
+"""The run itself, and many of them."""
 
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lora_ft import exits
-from lora_ft.cli.app import AllowPickle, ConfigFile, Debug, OtherBase, Set, TrustRemoteCode, command
+from lora_ft.cli.app import AllowPickle, AsJson, ConfigFile, Debug, OtherBase, Set, TrustRemoteCode, command
 
 
 @command
@@ -52,6 +53,61 @@ def train(
         resume=resume,
         overwrite=overwrite,
         other_base=other_base,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+
+
+@command
+def compare(
+    config: ConfigFile,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2,...", help="Train with each of these values; again for the product of both."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Train each variant with these seeds.")] = "0",
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2,...", help="Choose the best of these for each variant, on rows held out of train."
+        ),
+    ] = None,
+    tune_steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of a run that only tunes; else as long as the others.")
+    ] = None,
+    set: Set = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For all of it; else the config's output, then -compare.")
+    ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Measure inference, with two models in memory.")
+    ] = True,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    debug: Debug = False,
+) -> None:
+    """Train variants of a config; compare quality, sizes, memory, time, latency.
+
+    Asked again it goes on where it was stopped.
+
+    \b
+    Example: lora-ft compare config.yaml --vary adapter.rank=1,4,16 --seeds 0,1
+             lora-ft compare config.yaml --vary adapter.method=lora,full \\
+                 --tune train.learning_rate=1e-4,1e-3
+    """
+    from lora_ft.compare.command import compare_command
+
+    compare_command(
+        config,
+        vary=vary or (),
+        seeds=seeds,
+        tune=tune or (),
+        tune_steps=tune_steps,
+        output=output,
+        overrides=set or (),
+        with_latency=latency,
+        as_json=as_json,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )

@@ -21,7 +21,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """source: what it shows, for whoever draws it otherwise; log, zero: its y axis, as in `chart`.
+    """source: what it shows, for whoever draws it otherwise; log, zero, log_x: its axes, as in `chart`.
 
     x_ticks, y_ticks: (position, label). lines: (name, look, path, dots as (x, y, what it says)).
     """
@@ -34,6 +34,7 @@ class Chart:
     source: list[Line]
     log: bool
     zero: bool
+    log_x: bool
 
 
 def chart(
@@ -44,6 +45,7 @@ def chart(
     form: Callable[[float], str] = lambda y: f"{y:.4g}",
     zero: bool = False,
     may_be_log: bool = False,
+    log_x: bool = False,
 ) -> Chart | None:
     """A chart of `lines`; None where there is nothing to draw.
 
@@ -51,24 +53,26 @@ def chart(
         form: how a value of y is written.
         zero: y begins at 0.
         may_be_log: y is logarithmic where it spans more than a factor of 20.
+        log_x: x is logarithmic, where it is above 0.
     """
     lines = [Line(line.name, thinned(line.points), line.look, line.dots) for line in lines if line.points]
     xs, ys = ([point[axis] for line in lines for point in line.points] for axis in (0, 1))
     if not lines or len(set(xs)) < 2:
         return None
-    log = may_be_log and min(ys) > 0 and max(ys) / min(ys) > 20
-    scaled = math.log10 if log else float
-    x0, x1 = min(xs), max(xs)
+    log, log_x = may_be_log and min(ys) > 0 and max(ys) / min(ys) > 20, log_x and min(xs) > 0
+    scaled, along = (math.log10 if is_log else float for is_log in (log, log_x))
+    x0, x1 = along(min(xs)), along(max(xs))
     y0, y1 = scaled(0.0 if zero else min(ys)), scaled(max(ys))
     margin = (y1 - y0) * 0.06 or abs(y1) * 0.1 or 1.0
     y0, y1 = (y0 if zero else y0 - margin), y1 + margin
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
-            round(LEFT + (x - x0) / (x1 - x0) * (RIGHT - LEFT), 1),
+            round(LEFT + (along(x) - x0) / (x1 - x0) * (RIGHT - LEFT), 1),
             round(BOTTOM - (scaled(y) - y0) / (y1 - y0) * (BOTTOM - TOP), 1),
         )
 
+    x_values = log_ticks(x0, x1) if log_x else ticks(x0, x1, 5)
     y_values = log_ticks(y0, y1) if log else ticks(y0, y1, 5)
     drawn = []
     for line in lines:
@@ -82,12 +86,13 @@ def chart(
     return Chart(
         title,
         x_label,
-        [(at(x, 1.0 if log else y0)[0], f"{x:,g}") for x in ticks(x0, x1, 5)],
-        [(at(x0, y)[1], form(y)) for y in y_values],
+        [(at(x, 1.0 if log else y0)[0], f"{x:,g}") for x in x_values],
+        [(at(min(xs), y)[1], form(y)) for y in y_values],
         drawn,
         lines,
         log,
         zero,
+        log_x,
     )
 
 

@@ -27,6 +27,8 @@ def charts_png(charts: list[Chart]) -> bytes:
         axis.grid(alpha=0.3)
         if chart.log:
             axis.set_yscale("log")
+        if chart.log_x:
+            axis.set_xscale("log")
         if chart.zero:
             axis.set_ylim(0, 1.05 * max(y for line in chart.source for _, y in line.points) or 1)
         if len(chart.source) > 1:
