@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from lora_ft.attention import Packing
 from lora_ft.data.batches import Plan
 from lora_ft.errors import ModelError
+from lora_ft.layers.gated import keep_gate_and_up
 from lora_ft.loss import supervised_loss
 from lora_ft.names import printable
 
@@ -117,6 +118,8 @@ def estimate(
             held = bytes_of([*model.parameters(), *model.buffers()])
             if checkpointing:
                 model.activation_checkpointing_enable()
+            else:
+                keep_gate_and_up(model)
             way = packing or Packing.expected(model, max(max(row.lengths) for row in rows))
             peaks = [_step(model, row.with_fewer(), way, autocast) for row in rows]
     except ModelError:

@@ -24,6 +24,7 @@ from lora_ft.adapter.inject import trainable
 from lora_ft.attention import Packing
 from lora_ft.checkpoint import Counts, RandomState, State
 from lora_ft.data.batches import Plan, Step
+from lora_ft.layers.gated import keep_gate_and_up
 from lora_ft.methods.verbs import restore
 from lora_ft.progress import Bar, LastStep, peak_memory_mb
 from lora_ft.signals import Stopped, Stopper
@@ -65,6 +66,8 @@ class LoRATrainer(Trainer):
         self.early_stopping = EarlyStoppingCallback(patience) if patience else None
         callbacks = [LastStep(), *([self.early_stopping] if self.early_stopping else []), Bar()]
         stand_in = plan if evaluation else None  # the Trainer wants to see a data set; `evaluate` has its own
+        if not args.activation_checkpointing:
+            keep_gate_and_up(model)
         super().__init__(model=model, args=args, train_dataset=plan, eval_dataset=stand_in, callbacks=callbacks)
         # Keeps DistributedDataParallel off the model: `training_step` sums the gradients.
         self.is_distributed_loading_by_transformers = processes.count() > 1

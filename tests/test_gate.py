@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from lora_ft.adapter.inject import inject_lora, lora_layers
 from lora_ft.attention import Packing
 from lora_ft.data.batches import micro_batch
+from lora_ft.layers.gated import keep_gate_and_up
 from lora_ft.loss import supervised_loss
 from lora_ft.model import fuse_gelu
 from tests.families import FAMILIES, tiny_model, token_ids
@@ -55,6 +56,7 @@ def test_gradients_equal_a_plain_padded_peft_step(family):
         for B in layer.lora_B.values():
             torch.nn.init.normal_(B, std=0.3, generator=generator)
     theirs = peft_twin(family, ours)
+    keep_gate_and_up(ours)  # as when it is trained
 
     row = micro_batch(examples())
     with Packing.of(ours, 64).row(ours, row.pop("lengths")):

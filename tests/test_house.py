@@ -14,7 +14,7 @@ FLOORS = [
     "names metric_names",
     "strict_yaml trainer_args setting_types data_types section adapter_settings schema",  # config, top to bottom
     "config_problems config_rules config config_changes json_schema",
-    "layers.lora layers.activation layers.many layers.bottleneck layers.prompt loss storage run_folder run_log",
+    "layers.lora layers.activation layers.gated layers.many layers.bottleneck layers.prompt loss storage run_folder run_log",
     "hub base model",
     "attention progress processes",
     "adapter.roles adapter.targets adapter.inject adapter.many",

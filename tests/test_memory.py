@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from lora_ft.adapter.inject import inject_lora, trainable
 from lora_ft.attention import Packing
 from lora_ft.errors import ModelError
+from lora_ft.layers.gated import keep_gate_and_up
 from lora_ft.loss import supervised_loss
 from lora_ft.memory import Row, estimate, moments_of
 from tests.families import COMMON, FAMILIES, tiny_model
@@ -53,6 +54,7 @@ class Allocated(TorchDispatchMode):
 
 
 def measured(model, packing):
+    keep_gate_and_up(model)
     for p in trainable(model).values():
         p.grad = torch.zeros_like(p)
     held = [*model.parameters(), *model.buffers(), *(p.grad for p in trainable(model).values())]
