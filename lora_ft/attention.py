@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import and_masks, eager_mask, packed_sequence_mask_function, sdpa_mask
 
@@ -94,7 +95,7 @@ def packed_attention(
     assert _lengths is not None and sum(_lengths) == query.shape[2], "packed attention outside of Packing.row"
     dropout = dropout if module.training else 0.0
     plain = softcap is None and s_aux is None
-    if plain and not dropout and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn:
+    if plain and not dropout and varlen_attn and _flash_can(query, key, value):
         return _attention_in_one_call(query, key, value, _lengths, scaling, sliding_window), None
     # (kv_heads, group, tokens, head_dim): a group of query heads reads one key head, which is expanded, not copied
     groups = query.shape[1] // key.shape[1]
@@ -115,6 +116,13 @@ def packed_attention(
             out = _attention_written_out(q, k, v, scaling, dropout, window, softcap, s_aux)
         outputs.append(out.flatten(0, 1).transpose(0, 1))
     return torch.cat(outputs)[None], None
+
+
+def _flash_can(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether flash attention has a kernel for these: torch knows by GPU, dtype and head size; the varlen call pads none."""
+    if not query.is_cuda or query.shape[-1] % 8:
+        return False
+    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, True, query.shape[1] != key.shape[1]))
 
 
 def _attention_in_one_call(query, key, value, lengths, scaling, sliding_window) -> Tensor:

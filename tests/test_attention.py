@@ -148,3 +148,31 @@ def test_one_variable_length_call_is_asked_for_what_the_calls_one_by_one_compute
     one_by_one, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, None, 0.3, sliding_window=window)
     at_once = attention._attention_in_one_call(q, k, v, LENGTHS, 0.3, window)
     assert torch.allclose(at_once, one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_torchs_own_variable_length_call_takes_what_it_is_given(window):
+    """On tensors without values, for which it has shapes both ways; on values it needs a GPU."""
+    like = dict(dtype=torch.bfloat16, device="meta", requires_grad=True)
+    q, k, v = (torch.empty(1, heads, sum(LENGTHS), 64, **like) for heads in (6, 2, 2))
+    out = attention._attention_in_one_call(q, k, v, LENGTHS, None, window)
+    assert (out.shape, out.dtype) == ((1, sum(LENGTHS), 6, 64), torch.bfloat16)
+    out.sum().backward()
+    assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
+
+
+def test_only_what_flash_attention_has_a_kernel_for_goes_into_one_call(monkeypatch):
+    """A GPU that is too old, a head that is too large: torch says so, and the examples go one by one."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    q, k = (torch.randn(1, heads, 15, 16).as_subclass(OnGPU) for heads in (6, 2))
+    asked = []
+    monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: asked.append(params) or True)
+    assert attention._flash_can(q, k, k)
+    assert asked[0].enable_gqa and asked[0].is_causal and asked[0].query.shape == q.shape
+    assert not attention._flash_can(q[..., :12], k[..., :12], k[..., :12])
+    monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: False)
+    assert not attention._flash_can(q, k, k)
+    assert not attention._flash_can(*(x.as_subclass(torch.Tensor) for x in (q, k, k)))

@@ -78,3 +78,11 @@ def test_help_and_config_errors_import_no_heavy_library():
     code = f"import sys, lora_ft.cli, lora_ft.config; assert not {heavy} & sys.modules.keys(), {heavy} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_training_imports_no_passenger():
+    """What torch, transformers and datasets import themselves is theirs; nothing else of weight before the first step."""
+    heavy = "{'sklearn', 'scipy', 'matplotlib', 'tensorboard', 'tensorflow', 'torchvision', 'trl', 'sacrebleu', 'gguf'}"
+    code = f"import sys, lora_ft.train; assert not {heavy} & sys.modules.keys(), {heavy} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
