@@ -68,7 +68,7 @@ def _forward(mlp: nn.Module, *names_and_x) -> Tensor:
         return saved.shape if _storage(saved) == storage and saved.is_contiguous() else saved
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else (act(G) * U).view(kept)
+        return kept if isinstance(kept, Tensor) else act(G).mul_(U).view(kept)
 
     with saved_tensors_hooks(pack, unpack):
         return down(H)
@@ -85,7 +85,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, G, U, act):
         ctx.save_for_backward(G, U)
         ctx.act = act
-        return act(G) * U
+        return act(G).mul_(U)  # in place: one tensor of this size less, whose hole the heap would keep
 
     @staticmethod
     @torch.autograd.function.once_differentiable
