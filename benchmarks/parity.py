@@ -1,9 +1,9 @@
-"""The loss curve of lora-ft against PEFT's in a plain padded loop: equal initial A, equal batches, the real model.
+"""The loss curve of lora-ft against another's in a plain padded loop: equal start, equal batches, the real model.
 
-    python benchmarks/parity.py CONFIG [--set KEY=VALUE ...] [--steps 30]
+    python benchmarks/parity.py CONFIG [--set adapter.method=METHOD ...] [--steps 30]
 
-Prints both losses a step and the largest difference; exits with 1 above 1e-4. For q, k, v, o, gate, up, down modules of
-Llama-like models.
+The other is PEFT for lora and prompt, plain PyTorch for full, bottleneck and bias. Prints both losses a step and the largest
+difference; exits with 1 above 1e-4. LoRA for q, k, v, o, gate, up, down modules of Llama-like models.
 """
 
 import argparse
@@ -11,18 +11,61 @@ import sys
 import tempfile
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from peft_trainer import Collator
-from transformers import TrainingArguments, get_scheduler
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
-from lora_ft.adapter.inject import inject_lora, lora_layers
+from lora_ft.adapter.inject import lora_layers
 from lora_ft.attention import Packing
 from lora_ft.base import resolve
-from lora_ft.config import load_config
+from lora_ft.config import AdapterConfig, load_config
 from lora_ft.data.batches import Cut, Plan
 from lora_ft.data.prepare import prepare
+from lora_ft.layers.bottleneck import Bottleneck
+from lora_ft.methods.verbs import inject, read_by
 from lora_ft.model import load_base, load_tokenizer
 from lora_ft.trainer import LoRATrainer
+
+PLAIN = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}
+
+
+class Houlsby(nn.Module):
+    """An adapter layer as figure 2 of Houlsby et al. 2019 has it, on the output of a frozen layer."""
+
+    def __init__(self, layer: nn.Module, weights: list[torch.Tensor], nonlinearity: str):
+        super().__init__()
+        self.layer, self.f = layer, PLAIN[nonlinearity]
+        self.D, self.d, self.U, self.u = (nn.Parameter(w.clone()) for w in weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return self.f(y @ self.D.T + self.d) @ self.U.T + self.u + y
+
+
+def twin(model: PreTrainedModel, ours: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
+    """The bare `model` with the method and the start of `ours`, and none of this tool's layers."""
+    model.requires_grad_(adapter.method == "full")
+    if adapter.method == "bias":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith(".bias"))
+    elif adapter.method == "bottleneck":
+        for path, layer in [(p, m) for p, m in ours.named_modules() if isinstance(m, Bottleneck)]:
+            weights = [p.detach() for name, p in layer.named_parameters() if not name.startswith("base.")]
+            model.set_submodule(path, Houlsby(model.get_submodule(path), weights, adapter.nonlinearity))
+    elif adapter.method == "prompt":
+        about = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=adapter.virtual_tokens)
+        theirs = get_peft_model(model, about)
+        theirs.prompt_encoder["default"].embedding.weight.data.copy_(ours.get_input_embeddings().prompt)
+        return theirs
+    elif adapter.method == "lora":
+        modules = [f"{role}_proj" for role in adapter.targets]
+        theirs = get_peft_model(model, LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=modules))
+        for path, layer in lora_layers(ours).items():
+            (A,) = layer.lora_A.values()
+            theirs.base_model.model.get_submodule(path).lora_A["default"].weight.data.copy_(A.data)
+        return theirs
+    return model
 
 
 def main() -> None:
@@ -33,18 +76,13 @@ def main() -> None:
     options = parser.parse_args()
     config = load_config(options.config, options.set)
     base, train, adapter = resolve(config.model.name), config.train, config.adapter
-    data, _ = prepare(config.data, load_tokenizer(base), train.seed)
-    plan = Plan(data.dataset, train.batch_size, 1, options.steps, Cut(1024), train.seed)
-
+    tokenizer = load_tokenizer(base)
+    data, _ = prepare(config.data, tokenizer, train.seed)
     ours = load_base(base, "float32")
-    inject_lora(ours, adapter.targets, adapter.rank, adapter.alpha, seed=train.seed)
-    theirs = get_peft_model(
-        load_base(base, "float32"),
-        LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=[f"{r}_proj" for r in adapter.targets]),
-    )
-    for path, layer in lora_layers(ours).items():
-        (A,) = layer.lora_A.values()
-        theirs.base_model.model.get_submodule(path).lora_A["default"].weight.data.copy_(A.data)
+    inject(ours, adapter, train.seed, tokenizer)
+    theirs = twin(load_base(base, "float32"), ours, adapter)
+    read = read_by(ours, data)
+    plan = Plan(read.dataset, train.batch_size, 1, options.steps, Cut(1024), train.seed)
 
     lines: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +100,7 @@ def main() -> None:
             remove_unused_columns=False,
         )
         LoRATrainer(
-            ours, arguments, plan, Packing.of(ours, data.report.longest), None, lambda *_: None, lines.append
+            ours, arguments, plan, Packing.of(ours, read.report.longest), None, lambda *_: None, lines.append
         ).train_from(None)
 
     parameters = [p for p in theirs.parameters() if p.requires_grad]
@@ -80,7 +118,7 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         worst = max(worst, abs(loss.item() - line["loss"]))
-        print(f"step {step + 1:3}  lora-ft {line['loss']:.6f}  PEFT {loss.item():.6f}")
+        print(f"step {step + 1:3}  lora-ft {line['loss']:.6f}  the other {loss.item():.6f}", flush=True)
     print(f"largest difference {worst:.2e}")
     sys.exit(worst > 1e-4)
 

@@ -71,6 +71,7 @@ class Runner:
         if code in (MODEL, NUMBERS, MEMORY):
             raise Refused(told, diverged=code == NUMBERS)
         if code:
+            say(f"compare: the run in {output} ended with exit code {code}; the same command goes on from there")
             raise SystemExit(code)
         record = record_of(output)
         assert record is not None, "a run that ended well leaves its record"
