@@ -32,13 +32,13 @@ class ManyLoRALinear(nn.Module):
 
     def use(self, name: str | None) -> None:
         """All rows get adapter `name`, or the bare base: None, or an adapter that leaves this layer alone."""
-        self._one = self.adapters.get(name) if name is not None else None
+        self._name = name  # not the layer: as an attribute it would become a submodule
         self._batch = 1
         self._groups: list[Group] = []
 
     def mix(self, names: Sequence[str | None]) -> None:
         """Row i gets adapter `names[i]`. The adapters that are named are copied into stacks, until the next `use`."""
-        self._one = None
+        self._name = None
         self._batch, self._groups = len(names), groups(self.adapters, names)
 
     @property
@@ -54,8 +54,8 @@ class ManyLoRALinear(nn.Module):
 
         In a mixed batch the first dimension is the rows', or a multiple of them (beams, or batch and tokens in one).
         """
-        if self._one is not None:
-            return self._one(x)
+        if self._name in self.adapters:
+            return self.adapters[self._name](x)
         y = self.base(x)
         if self._groups:
             if x.shape[0] % self._batch:

@@ -108,6 +108,17 @@ def test_the_base_is_there_once_and_an_adapter_costs_its_own_size(tmp_path):
     assert size["small"] == 2 * 1 * (32 + 32) and size["usual"] == 2 * 2 * 3 * (32 + 32)
 
 
+def test_the_adapter_in_use_is_no_part_of_the_module_tree(tmp_path):
+    model = served(tmp_path, "llama")
+    before = list(model.state_dict())
+    use(model, "wide")
+    assert list(model.state_dict()) == before
+    with pytest.raises(ModelError, match="no LoRA layers to merge"):
+        merge(model)
+    load_adapter(model, tmp_path / "small", "another")  # while one is in use
+    assert "another" in adapter_names(model)
+
+
 def test_no_loop_over_rows(tmp_path):
     """As many products for 64 rows as for 4."""
     model, names = served(tmp_path, "llama"), list(ADAPTERS)
