@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One process per core; every test process keeps torch to one thread (tests/conftest.py).
 PYTEST_ARGS ?= -n auto
 
-.PHONY: install assets quickstart test kill-test bench format lint type
+.PHONY: install assets quickstart notebook test kill-test bench format lint type
 .DELETE_ON_ERROR:
 
 install: .venv/.installed
@@ -21,6 +21,10 @@ assets: .venv/.installed
 
 quickstart: assets
 	@$(BIN)/python scripts/quickstart.py
+
+# lora.ipynb from top to bottom, its outputs stored in it.
+notebook: assets
+	$(BIN)/jupyter-execute --inplace lora.ipynb
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
