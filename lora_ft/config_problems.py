@@ -91,11 +91,14 @@ def _sentence(path: tuple[str | int, ...], error: Any) -> str:
         hint = '; a text that begins with a brace needs quotes: "{column}"'
     elif "text" in wants and not isinstance(value, list | tuple):
         hint = "; if it is meant as text, put it in quotes"
-    elif isinstance(value, str) and (near := nearest(value, wants.removeprefix("one of ").split(", "))):
-        hint = f"; did you mean {near}?"
+    elif isinstance(value, str):
+        words = wants.removeprefix("one of ").split(", ")
+        if near := nearest(_LONG.get(value, value), words):
+            hint = f"; did you mean {near}?"
     return f"{shown(value)} does not fit; give {wants}{hint}"
 
 
+_LONG = {"fp16": "float16", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}  # too unlike to be near
 _EXAMPLES = {
     "model": "model: {name: gpt2}",
     "adapter": "adapter: {rank: 8}",

@@ -159,10 +159,11 @@ def settings(
         return load_config(config_path, changes)
     if "config" in record:
         return parse_config(record["config"], changes)
-    if not (model and data):
+    forms = ("data.prompt", "data.completion", "data.text", "data.messages", "data=")
+    if not (model and data and any(change.startswith(forms) for change in overrides)):
         raise ConfigError(
-            f"{folder}: has no {run_folder.RECORD}, so it doesn't say which model and data it was made for. "
-            "Add --config FILE, or --base NAME and --data SOURCE with a template: --set data.prompt=... "
-            "--set data.completion=..."
+            f"{folder}: has no {run_folder.RECORD}, so it doesn't say what it was made for. Add --config FILE, or "
+            f"{'' if model else '--base NAME and '}--data SOURCE with a template: --set 'data.prompt=...' "
+            "--set 'data.completion=...', or --set 'data.text=...' or data.messages."
         )
     return parse_config({"model": {"name": model}, "data": {"train": data}}, changes, "the command line")

@@ -1,6 +1,7 @@
 """How scores are shown: a table for each eval set, and what was written after its first prompt; all texts in a file."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_ft.data.references import Questions
-from lora_ft.metric_names import TITLES
+from lora_ft.metric_names import SCORES, TEXT_METRICS, TITLES
 from lora_ft.names import printable
 from lora_ft.storage import write_file
 
@@ -36,19 +37,35 @@ class Result:
 def show(result: Result) -> None:
     """Tables for people, on stdout, and what was written after the first prompt."""
     console = Console(highlight=False)
-    table = Table(title=f"{f'{result.name}: ' if result.name else ''}{result.examples:,} examples")
-    table.add_column("")
-    for who in result.scores:
-        table.add_column(who, justify="right")
-    for name in TITLES:
-        if name in next(iter(result.scores.values())):
-            table.add_row(TITLES[name], *(figure(name, metrics) for metrics in result.scores.values()))
-    console.print(table)
+    console.print(Text(f"{f'{result.name}: ' if result.name else ''}{result.examples:,} examples"))
+    names = [name for name in TITLES if name in next(iter(result.scores.values()))]
+    if len(result.scores) > 2:  # a row each, so that any number of them fits a terminal
+        for some in (SCORES, TEXT_METRICS):
+            if shown := [name for name in names if name in some]:
+                rows = {who: [figure(name, metrics) for name in shown] for who, metrics in result.scores.items()}
+                console.print(table([TITLES[name] for name in shown], rows))
+    else:
+        rows = {TITLES[name]: [figure(name, metrics) for metrics in result.scores.values()] for name in names}
+        console.print(table(list(result.scores), rows))
     for who, metrics in result.scores.items():
         if "confusion" in metrics:
-            console.print(confusion_table(who, metrics["confusion"], result.label_words))
+            console.print(Text(f"{printable(who)}: true label by row, answer by column"))
+            counts = zip(result.label_words, metrics["confusion"], strict=True)
+            rows = {word: list(map(str, row)) for word, row in counts}
+            console.print(table(result.label_words, rows, no_wrap=False))
     if result.asked:
         show_first(result.asked, result.texts, console)
+
+
+def table(headings: Sequence[str], rows: Mapping[str, Sequence[str]], no_wrap: bool = True) -> Table:
+    """Rows by name, which is folded where room is short; figures on the right. no_wrap: they and headings stay whole."""
+    made = Table()
+    made.add_column("", overflow="fold")
+    for heading in headings:
+        made.add_column(Text(printable(heading)), justify="right", no_wrap=no_wrap)
+    for name, cells in rows.items():
+        made.add_row(Text(printable(name)), *cells)
+    return made
 
 
 def figure(name: str, metrics: dict) -> str:
@@ -77,13 +94,3 @@ def save_texts(path: Path, results: list[Result]) -> None:
         for i, (prompt, references) in enumerate(zip(result.asked.prompts, result.asked.references, strict=True))
     ]
     write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def confusion_table(who: str, confusion: list[list[int]], words: list[str]) -> Table:
-    table = Table(title=f"{who}: true label by row, answer by column")
-    table.add_column("")
-    for word in words:
-        table.add_column(Text(printable(word)), justify="right")
-    for word, row in zip(words, confusion, strict=True):
-        table.add_row(Text(printable(word)), *map(str, row))
-    return table

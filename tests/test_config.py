@@ -210,6 +210,7 @@ REFUSED = [
     ("data.chat_template", "chat.jinja", "messages only"),
     ("data.long_text", "split", "text only"),
     ("data.bad_rows", "skp", "did you mean skip?"),
+    ("model.dtype", "fp16", "did you mean float16?"),
     ("data.max_length", "0", "from 2"),
     *[("train.save_steps", given, "fraction of the run") for given in ("0", "1.5", "-1", "true", ".inf", ".nan", "x")],
     ("train.warmup_steps", "2.5", "whole number"),
