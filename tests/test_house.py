@@ -21,7 +21,7 @@ FLOORS = [
     "adapter.peft_config adapter.peft adapter.fit adapter.files",
     "adapter.disk adapter.prove adapter.shards adapter.merge",
     "data.delimited data.hub data.sources data.template data.chat data.cache data.tokens data.examples data.texts data.encode",
-    "data.suggest",
+    "data.labels data.suggest",
     "data.batches data.prepare data.references",
     "methods.files methods.switch",
     "methods.lora methods.full methods.bottleneck methods.prompt methods.bias methods.verbs methods.merge",

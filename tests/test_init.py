@@ -61,6 +61,15 @@ CASES = {
             "bad_rows": "skip",
         },
     ),
+    "named.jsonl": (
+        lambda i: {"text": said(i), "label": i % 3, "topic": ["sport", "money", "art"][i % 3]},
+        "classification",
+        {
+            "prompt": "Text: {text}\nLabel:",
+            "completion": " {label}",
+            "label_names": {"label": ["sport", "money", "art"]},
+        },
+    ),
     "bools.jsonl": (
         lambda i: {"comment": said(i), "toxic": i % 3 == 0},
         "classification",

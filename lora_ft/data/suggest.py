@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_ft.data.labels import LABELS, Rows, is_label, values_of, words_of
 from lora_ft.data.sources import iter_rows
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.names import printable, template_columns
@@ -16,8 +17,6 @@ TASKS = {
     "text": "plain text: a style, a domain or a language",
 }
 LOOKED_AT = 20_000  # rows
-CLASSES = 20  # of a label, at most
-LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "target", "rating", "stars")
 TEXTS = ("text", "sentence", "review", "content", "body", "comment", "document", "message", "title")
 # what is given (all of it), what should follow (one of them), and how the two are written
 PAIRS = (
@@ -38,7 +37,6 @@ PAIRS = (
     (("document",), ("summary",), "{%s}\n\nSummary:", " {%s}"),
     (("text",), ("summary",), "{%s}\n\nSummary:", " {%s}"),
 )
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def _known_pair(rows: Rows) -> Form | None:
     by_lower = {name.lower(): name for name in _columns(rows) if _fits_template(name)}
     for given, answers, prompt, completion in PAIRS:
         answer = next((name for name in answers if name in by_lower), None)
-        if answer and all(name in by_lower for name in given) and not _is_label(rows, by_lower[answer]):
+        if answer and all(name in by_lower for name in given) and not is_label(rows, by_lower[answer]):
             columns = [by_lower[name] for name in given]
             return Form(_pair(rows, prompt % tuple(columns), completion % by_lower[answer], by_lower[answer]))
     return None
@@ -111,14 +109,14 @@ def _known_pair(rows: Rows) -> Form | None:
 
 def _classification(rows: Rows) -> Form | None:
     columns = [name for name in _columns(rows) if _fits_template(name)]
-    labels = [name for name in columns if _is_label(rows, name)]
+    labels = [name for name in columns if is_label(rows, name)]
     labels = [name for name in labels if name.lower() in LABELS] or labels
     texts = [name for name in _texts(rows, columns) if name not in labels]
     if not labels or not texts:
         return None
     label, text = _first(labels, LABELS), _first(texts, TEXTS)
     form = _pair(rows, f"{_title(text)}: {{{text}}}\n{_title(label)}:", f" {{{label}}}", label)
-    words, note = _words(rows, label)
+    words, note = words_of(rows, _columns(rows), label)
     return Form(
         form | ({"label_names": {label: words}} if words else {}), {"label_names" if words else "completion": note}
     )
@@ -158,13 +156,9 @@ def _fits_template(name: str) -> bool:
         return False
 
 
-def _values(rows: Rows, name: str) -> list[Any]:
-    return [value for row in rows if (value := row.get(name)) is not None and value != ""]
-
-
 def _texts(rows: Rows, columns: list[str]) -> list[str]:
     """The columns that hold text of some length, in their order; those of mere words only where there is nothing else."""
-    held = {name: _values(rows, name) for name in columns}
+    held = {name: values_of(rows, name) for name in columns}
     held = {name: values for name, values in held.items() if values and all(isinstance(v, str) for v in values)}
     mean = {name: sum(map(len, values)) / len(values) for name, values in held.items()}
     distinct = {name: len(set(values)) for name, values in held.items()}
@@ -172,40 +166,9 @@ def _texts(rows: Rows, columns: list[str]) -> list[str]:
     return [name for name in plain if mean[name] >= 20 and distinct[name] > 1] or plain
 
 
-def _is_label(rows: Rows, name: str) -> bool:
-    """Few distinct short values, each of several rows (of a column called label: of one)."""
-    values = _values(rows, name)
-    if not values or not all(isinstance(v, str | int) or isinstance(v, float) and v.is_integer() for v in values):
-        return False
-    distinct = set(values)
-    repeated = len(distinct) * (2 if name.lower() in LABELS else 5) <= len(values)
-    return (
-        2 <= len(distinct) <= CLASSES and repeated and all(len(str(v)) <= 40 and "\n" not in str(v) for v in distinct)
-    )
-
-
-def _words(rows: Rows, label: str) -> tuple[list[str], str]:
-    """The words of the classes in the order of their ids ([] if ids don't begin at 0), and what to say of them."""
-    values = set(_values(rows, label))
-    if all(isinstance(v, bool) for v in values):
-        return ["false", "true"], "the words for false and true: put better ones here"
-    texts = [v for v in values if isinstance(v, str)]
-    if texts and not all(v.isdecimal() for v in texts):
-        words = sorted(map(str, values))
-        if any(word.strip().isdecimal() for word in words):
-            return [], f"{len(words)} labels, as they stand"
-        return words, "the labels as they stand in the file"
-    ids = sorted(int(v) for v in values)
-    if ids != list(range(len(ids))):
-        return [], f"the numbers {ids[0]} to {ids[-1]}, as they stand"
-    return [
-        str(i) for i in ids
-    ], f"the words for class ids 0 to {ids[-1]}: put better ones here, as in [negative, positive]"
-
-
 def _pair(rows: Rows, prompt: str, completion: str, answer: str) -> dict[str, Any]:
     """A prompt and its completion; the blank between them stands once, whether the data has it or not."""
-    given = [str(v) for v in _values(rows, answer)]
+    given = [str(v) for v in values_of(rows, answer)]
     if sum(v[:1].isspace() for v in given) > len(given) / 2:
         prompt, completion = prompt.removesuffix("\n"), completion.removeprefix(" ")
     return {"prompt": prompt, "completion": completion}
