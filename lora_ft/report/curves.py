@@ -22,10 +22,19 @@ def smoothed(values: Sequence[tuple[float, float]], name: str) -> list[Line]:
     )
 
 
+def logged(runs: Sequence[Run]) -> list[str]:
+    """What evaluations logged."""
+    return list(dict.fromkeys(k for run in runs for line in run.lines for k in line if k.startswith("eval_")))
+
+
+def logged_losses(runs: Sequence[Run]) -> list[str]:
+    """Of each eval set, one."""
+    return [name for name in logged(runs) if name.endswith("loss")]
+
+
 def logged_metrics(runs: Sequence[Run]) -> list[str]:
     """What evaluations logged beside losses; perplexity says what loss does."""
-    names = dict.fromkeys(k for run in runs for line in run.lines for k in line if k.startswith("eval_"))
-    return [n for n in names if not n.endswith(("loss", "perplexity"))]
+    return [name for name in logged(runs) if not name.endswith(("loss", "perplexity"))]
 
 
 def base_line(run: Run, name: str) -> list[Line]:
@@ -43,14 +52,14 @@ def clock(runs: Sequence[Run]) -> tuple[str, float]:
 
 
 def curves(run: Run) -> list[Chart]:
-    losses = dict.fromkeys(k for line in run.lines for k in line if k.startswith("eval_") and k.endswith("loss"))
-    evals = [Line(k.replace("eval_", "eval ", 1), points(run, k), "eval", dots=True) for k in losses]
-    loss = [*smoothed(points(run, "loss"), "training"), *base_line(run, "loss"), *evals]
+    evaluated = Line("eval loss", points(run, "eval_loss"), "eval", dots=True)
+    loss = [*smoothed(points(run, "loss"), "training"), *base_line(run, "loss"), evaluated]
+    named = [name for name in logged_losses([run]) if name != "eval_loss"]
     charts = [
         chart("Loss", loss, may_be_log=True),
         chart("Learning rate", [Line("", points(run, "learning_rate"), "mean")], zero=True),
     ]
-    for name in logged_metrics([run])[:8]:
+    for name in [*named, *logged_metrics([run])[:8]]:
         own = name.removeprefix("eval_")
         line = Line("adapter", points(run, name), "eval", dots=True)
         charts.append(chart(f"Eval {title_of(own)}", [*base_line(run, own), line], form=partial(written, own)))
@@ -86,7 +95,10 @@ def curves_of_all(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     unit, seconds = clock(runs)
     charts = [
         chart("Training loss", each("loss", mean=True), may_be_log=True),
-        chart("Eval loss", each("eval_loss", dots=True), may_be_log=True),
+        *(
+            chart(f"Eval {title_of(name.removeprefix('eval_'))}", each(name, dots=True), may_be_log=True)
+            for name in logged_losses(runs)
+        ),
         *(
             chart(f"Eval {title_of(own)}", each(name, dots=True), form=partial(written, own))
             for name in logged_metrics(runs)[:8]

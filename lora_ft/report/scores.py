@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_ft.metric_names import by_set, title
+from lora_ft.metric_names import TITLES, by_set, title
 from lora_ft.report.runs import Run
 
 LESS_IS_BETTER = ("loss", "perplexity")
@@ -74,7 +74,8 @@ def headline(run: Run) -> dict[str, str] | None:
         )
         for metric in (chosen if not chosen.endswith("loss") else "", "accuracy", "loss"):
             if metric in base and metric in adapter:
-                title, values = title_of(metric), {"base": base[metric], "adapter": adapter[metric]}
+                title = title_of(f"{name}_{metric}" if name and metric in TITLES else metric)
+                values = {"base": base[metric], "adapter": adapter[metric]}
                 texts = {who: written(metric, value) for who, value in values.items()}
                 return {"title": title[0].upper() + title[1:], **texts, **change(metric, **values)}
     return None

@@ -8,6 +8,7 @@ import jinja2
 
 from lora_ft import __version__, run_folder
 from lora_ft.errors import FilesError
+from lora_ft.metric_names import of_set
 from lora_ft.model_card import method_of, peft_snippet, what_it_is
 from lora_ft.names import portable_name
 from lora_ft.report.curves import curves, curves_of_all
@@ -59,8 +60,12 @@ def report_page(run: Run) -> str:
     named = [f"{(eval_data.get(name) or {}).get('examples', 0):,} of {name}" for name in set_names(record)]
     about = f"On {', '.join(named) or format(eval_data.get('examples', 0), ',')} eval examples."
     if run.finished and run.step != run.last:
+        chosen = of_set(
+            str((record["config"].get("train") or {}).get("metric_for_best_model")), set_names(record) or [""]
+        )
+        where = f"those of {chosen[0]}" if chosen and chosen[0] else "these same examples"
         about += (
-            f" The adapter is that of step {run.step}, the best of {run.last} on these same examples:"
+            f" The adapter is that of step {run.step}, the best of {run.last} on {where}:"
             " a figure that was chosen so is a little too good."
         )
     checkpoints, method = run_folder.checkpoints(run.folder), method_of(record)

@@ -266,6 +266,17 @@ def test_several_runs_on_one_page(classified, generated, tmp_path):
     assert "not scored on the same eval data" in page.text
 
 
+def test_runs_with_named_eval_sets(folder):
+    shutil.copy(folder / "eval.jsonl", folder / "other.jsonl")
+    for rank in (2, 4):
+        sets = "data.eval={dev: eval.jsonl, other: other.jsonl}"
+        run(folder, *CLASSES, sets, f"adapter.rank={rank}", f"output=by{rank}", "train.max_steps=4")
+    alone, both = (folder / name for name in ("by2/report.html", "both.html"))
+    report_command([folder / "by2", folder / "by4"], both)
+    for page in (alone, both):
+        assert all(f"Eval {name} loss" in page.read_text() for name in ("dev", "other"))
+
+
 def test_what_is_no_run_is_said_to_be_none(classified, tmp_path):
     for place, words in ((tmp_path, "no run"), (sorted((classified / "out/checkpoints").iterdir())[0], "a checkpoint")):
         with pytest.raises(ModelError, match=words):
