@@ -5,9 +5,10 @@ of the real code (flat rows, fused LoRA, chunked logits, checkpointing) shows ev
 their sum at its highest is the peak. So any family, method or setting is counted by what it does, and no constant is fitted.
 What the process itself takes, interpreter and libraries, is read from the system.
 
-One thing can't be seen so: on a CPU freed memory goes back to the C library's heap, whose holes stay resident. HEAP is its
-measured share; with every block mapped on its own (MALLOC_MMAP_THRESHOLD_) the peak is what is counted here, and a run a
-quarter slower.
+One thing can't be seen so: on a CPU freed memory goes back to the C library's heap (device.keep_freed_memory), whose holes
+stay resident: torch asks for aligned blocks, the slivers cut off wait in malloc's cache, and neighbours that were freed can't
+become one. They follow from all that a layer makes, kept for the backward or made again there, so checkpointing has as many.
+HEAP is their measured share.
 """
 
 import logging
@@ -32,7 +33,7 @@ from lora_ft.layers.gated import keep_gate_and_up
 from lora_ft.loss import supervised_loss
 from lora_ft.names import printable
 
-HEAP = 0.35  # of activations and logits, by glibc's malloc; seen were 0.3 to 0.4
+HEAP = 0.4  # of a step's peak without checkpointing, in glibc's malloc; 0.27 to 0.69 on four models
 LOOKED_AT = 5000  # steps of a plan that are searched for its largest rows
 
 
@@ -73,13 +74,16 @@ class Memory:
         return asdict(self) | {"total": self.total}
 
 
-def largest_rows(plan: Plan) -> list[Row]:
-    """The rows that may need most memory: the one with most tokens, and the one with most of them supervised."""
+def largest_rows(plan: Plan, virtual: int = 0) -> list[Row]:
+    """The rows that may need most memory: the one with most tokens, and the one with most of them supervised.
+
+    virtual: tokens that stand in front of each example beside its own.
+    """
     sizes = plan.dataset.select_columns(["tokens", "supervised"]).with_format("numpy")[:]
     rows = []
     for step in range(min(len(plan), LOOKED_AT)):
         examples = plan.examples(step)
-        lengths = [int(sizes["tokens"][i]) for i in examples]
+        lengths = [virtual + int(sizes["tokens"][i]) for i in examples]
         for row in plan.cut.rows(lengths):
             supervised = sum(int(sizes["supervised"][examples[i]]) for i in row)
             rows.append(Row(tuple(lengths[i] for i in row), supervised))
@@ -116,12 +120,14 @@ def estimate(
             model = build()
             trained = [p for p in model.parameters() if p.requires_grad]
             held = bytes_of([*model.parameters(), *model.buffers()])
-            if checkpointing:
-                model.activation_checkpointing_enable()
-            else:
+            if not checkpointing:
                 keep_gate_and_up(model)
             way = packing or Packing.expected(model, max(max(row.lengths) for row in rows))
             peaks = [_step(model, row.with_fewer(), way, autocast) for row in rows]
+            heap = int(HEAP * max(sum(peak.values()) for peak in peaks)) if runtime else 0
+            if checkpointing:
+                model.activation_checkpointing_enable()
+                peaks = [_step(model, row.with_fewer(), way, autocast) for row in rows]
     except ModelError:
         raise
     except Exception as e:  # what a model may need of values, and torch of kernels, comes in many classes
@@ -137,7 +143,7 @@ def estimate(
         optimizer=moments * sum(4 * p.numel() for p in trained),
         activations=growth["activations"],
         logits=growth["logits"],
-        heap=int(HEAP * sum(growth.values())) if runtime else 0,
+        heap=heap,
     )
 
 

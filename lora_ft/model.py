@@ -53,9 +53,11 @@ def skeleton(
 def build(
     config: PretrainedConfig, device: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A new model of a config; for the meta device, or where tensors have no values."""
+    """A new model of a config, as it computes here; for the meta device, or where tensors have no values."""
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    fuse_gelu(model)
+    return model
 
 
 def dtype_of(base: Base, dtype: str, device: str) -> torch.dtype:
