@@ -1,7 +1,7 @@
 """`lora-ft check`: everything short of training, within seconds: config, rows as the model sees them, targets, memory.
 
-All that `train` would refuse before its first step is found here, all at once, by the same functions; the exit code is
-that of what training would meet first.
+All that `train` would refuse before its first step is found here, all at once, by the same functions, but for what only
+the weights' values show (`--time` loads them); the exit code is that of what training would meet first.
 """
 
 import json

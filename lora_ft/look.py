@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from lora_ft import findings, preview, resume, run_folder
 from lora_ft.arguments import arguments
+from lora_ft.attention import Packing
 from lora_ft.base import Base, resolve, weight_files
 from lora_ft.config import Config
 from lora_ft.data.batches import Cut, Plan
@@ -19,8 +20,8 @@ from lora_ft.device import micro_batch_tokens, prepare_device
 from lora_ft.errors import ModelError, UserError
 from lora_ft.generation_metrics import check_installed, questions_for
 from lora_ft.memory import Memory, available, estimate, largest_rows, moments_of, resident
-from lora_ft.methods.verbs import inject
-from lora_ft.model import check_vocabulary, dtype_of, end_tokens, load_tokenizer, skeleton
+from lora_ft.methods.verbs import inject, read_by, virtual_ids
+from lora_ft.model import check_length, check_vocabulary, dtype_of, end_tokens, load_tokenizer, skeleton
 from lora_ft.timing import Timing, time_steps
 from lora_ft.train import rehearse
 
@@ -80,14 +81,21 @@ def look(config: Config, time: bool, other_base: bool, trust_remote_code: bool, 
         found.train, found.eval = prepare(config.data, found.tokenizer, config.train.seed)
     if found.train:
         look_at_data(found, found.train, found.tokenizer, end_tokens(found.base, found.tokenizer))
+        found.plan = plan_of(found, found.train, alone=False)
     if found.train and found.model:
+        sets = [found.train, *found.eval.values()]
+        longest = max(read_by(found.model, examples).report.longest for examples in sets)
         with found.attempt():
-            check_vocabulary(found.model, found.base, max(map(largest_id, [found.train, *found.eval.values()])))
+            check_vocabulary(found.model, found.base, max(map(largest_id, sets)))
+        with found.attempt():
+            check_length(found.model, found.base, longest)
+        alone = Packing.expected(found.model, longest).how == "alone"
+        found.plan = plan_of(found, found.train, alone)
         with found.attempt():
             for examples in found.eval.values() if config.train.predict_with_generate else ():
                 questions_for(found.model, found.tokenizer, examples, config)
         if found.args and found.plan:
-            look_at_memory(found, found.base, found.args, found.plan, trust_remote_code)
+            look_at_memory(found, found.base, found.model, found.args, found.plan, trust_remote_code)
         if time and found.plan and not found.errors:
             found.timing = time_steps(
                 config, found.base, found.tokenizer, found.train, found.eval, found.device, trust_remote_code
@@ -96,17 +104,22 @@ def look(config: Config, time: bool, other_base: bool, trust_remote_code: bool, 
 
 
 def look_at_data(found: Looked, train: Examples, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
-    config, data = found.config.train, found.config.data
     found.ends_learned = findings.ends_learned(train, ends)
     found.in_common = {name: findings.in_common(train, examples) for name, examples in found.eval.items()}
     found.warnings += findings.data_warnings(
-        data, train, found.eval, ends, found.ends_learned, found.in_common, tokenizer
+        found.config.data, train, found.eval, ends, found.ends_learned, found.in_common, tokenizer
     )
-    cut = Cut(micro_batch_tokens(found.config, found.device))
-    found.plan = Plan(train.dataset, config.batch_size, config.num_train_epochs, config.max_steps, cut, config.seed)
 
 
-def look_at_memory(found: Looked, base: Base, args: TrainingArguments, plan: Plan, trust_remote_code: bool) -> None:
+def plan_of(found: Looked, train: Examples, alone: bool) -> Plan:
+    """The steps of the run; alone: one example a row."""
+    config, cut = found.config.train, Cut(micro_batch_tokens(found.config, found.device), alone)
+    return Plan(train.dataset, config.batch_size, config.num_train_epochs, config.max_steps, cut, config.seed)
+
+
+def look_at_memory(
+    found: Looked, base: Base, model: PreTrainedModel, args: TrainingArguments, plan: Plan, trust_remote_code: bool
+) -> None:
     """The memory estimate, and a warning where it is more than there is."""
     config, device, tokenizer = found.config, found.device, found.tokenizer
     assert tokenizer
@@ -121,7 +134,7 @@ def look_at_memory(found: Looked, base: Base, args: TrainingArguments, plan: Pla
     try:
         found.memory = estimate(
             build,
-            largest_rows(plan),
+            largest_rows(plan, len(virtual_ids(model))),
             checkpointing=config.train.gradient_checkpointing,
             autocast=torch.bfloat16 if args.bf16 else None,
             moments=moments_of(args),

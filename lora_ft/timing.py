@@ -41,7 +41,7 @@ class Timing:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        evaluating = f" and {duration(self.seconds_evaluating)} for evaluating {self.evaluations} times"
+        evaluating = f" and {duration(self.seconds_evaluating)} for {self.evaluations} evaluations"
         return [
             f"about {duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens a second"
             + (evaluating if self.evaluations else ""),
@@ -106,7 +106,7 @@ def time_steps(
     evaluations, evaluating = 0, 0.0
     if evals:
         every = settings.eval_steps if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * len(whole))
-        evaluations = math.ceil(len(whole) / every)  # the last step is always evaluated
+        evaluations = 1 + math.ceil(len(whole) / every)  # the base before the first step; and the last step always
     for evaluation in evals.values():
         some = evaluation.dataset.select(range(min(SCORED, len(evaluation.dataset))))
         begun = time.perf_counter()

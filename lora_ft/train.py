@@ -212,6 +212,10 @@ def begin_from(model: PreTrainedModel, adapter: AdapterConfig) -> None:
     """Into a model that was injected into, the weights of adapter.init_from, if there is any."""
     if adapter.init_from:
         start = Path(adapter.init_from)
+        if not start.is_dir():
+            raise ModelError(
+                f"adapter.init_from: {start}: no such folder. Give the folder that a training run or PEFT wrote."
+            )
         if (found := method_of(start)) != adapter.method:
             raise ModelError(f"adapter.init_from: {start} is of method {found}, this run's is {adapter.method}.")
         restore(model, start)

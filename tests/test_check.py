@@ -104,7 +104,7 @@ def test_an_end_token_that_is_never_learned(tmp_path):
 @pytest.mark.parametrize(
     "changes, code, words",
     [
-        ({"adapter__init_from": "nowhere"}, 4, ["nowhere"]),
+        ({"adapter__init_from": "nowhere"}, 4, ["adapter.init_from: nowhere: no such folder"]),
         ({"train__report_to": "[neptune]"}, 2, ["neptune"]),
         ({"adapter__targets": "[gate, q]", "adapter__layers": "[7]"}, 4, ["layers [7]"]),
         ({"output": "train.jsonl"}, 6, ["a file"]),
@@ -115,6 +115,23 @@ def test_what_training_would_refuse(made, changes, code, words):
     facts, err = checked(made, code=code, **changes)
     assert all(word in err for word in words)
     assert facts["train"]["rows"] == 48  # the rest is told all the same
+
+
+def test_an_example_longer_than_the_models_positions(tmp_path):
+    folder = write_run(tmp_path, "gpt2")
+    write_rows(folder / "train.jsonl", [{"text": "the film is a movie " * 40, "label": i % 2} for i in range(8)])
+    _, err = checked(folder, code=2)
+    assert "positions for 128" in err
+
+
+def test_virtual_tokens_count(tmp_path):
+    folder = write_run(tmp_path)
+    config = (folder / "config.yaml").read_text().replace("{rank: 4, alpha: 8}", "{method: prompt, virtual_tokens: %d}")
+    needed = []
+    for tokens in (4, 40):
+        (folder / "config.yaml").write_text(config % tokens)
+        needed.append(checked(folder)[0]["memory"]["activations"])
+    assert needed[1] > 1.5 * needed[0]
 
 
 def test_several_faults_at_once(made):
@@ -132,7 +149,7 @@ def test_what_people_see_fits_80_columns_and_needs_no_colour(made):
 def test_timing_measures_and_writes_nothing(made):
     facts, _ = checked(made, "--time")
     timing = facts["timing"]
-    assert timing["tokens_per_second"] > 0 and timing["evaluations"] == 4 and timing["seconds_training"] > 0
+    assert timing["tokens_per_second"] > 0 and timing["evaluations"] == 5 and timing["seconds_training"] > 0
     assert not (made / "out").exists()
 
 

@@ -5,6 +5,7 @@ these ids in front of its own, and all else (lengths, positions, packing, scorin
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -39,5 +40,5 @@ class VirtualTokens(nn.Module):
         """ids (...) -> (..., width)"""
         virtual = ids >= self.num_embeddings
         found = self.base(ids.masked_fill(virtual, 0))
-        learned = self.prompt[ids[virtual] - self.num_embeddings].to(found.dtype)
-        return torch.index_put(found, (virtual,), learned)
+        learned = F.embedding((ids - self.num_embeddings).clamp(min=0), self.prompt)
+        return torch.where(virtual[..., None], learned.to(found.dtype), found)

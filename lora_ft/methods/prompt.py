@@ -25,14 +25,14 @@ def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer
     n, embedding = settings.virtual_tokens, model.get_input_embeddings()
     if settings.init_text is None:
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(embedding.num_embeddings, (n,), generator=generator, device="cpu").tolist()
+        ids = torch.randint(embedding.num_embeddings, (n,), generator=generator, device="cpu")
     else:
         text = tokenizer(settings.init_text, add_special_tokens=False)["input_ids"]
         if not text:
             raise ConfigError("adapter.init_text: the tokenizer makes no token of it; give a text, or null")
-        ids = [text[i % len(text)] for i in range(n)]
+        ids = torch.tensor([text[i % len(text)] for i in range(n)], device="cpu")
     with torch.no_grad():
-        insert(model, embedding(torch.tensor(ids, device=embedding.weight.device)))
+        insert(model, embedding(ids.to(embedding.weight.device)))
     return f"{n} virtual tokens"
 
 
