@@ -386,7 +386,7 @@ def test_every_setting_has_a_description_and_a_resume_class():
     ]
     assert resume_class("train", "micro_batch_tokens") == "rounding" and resume_class("train", "seed") == "result"
     assert {n for s, n in places if resume_class(s, n) == "free"} == {
-        *("logging_steps", "save_steps", "save_total_limit", "report_to")
+        *("logging_steps", "save_steps", "save_total_limit", "report_to", "evaluate_base")
     }
 
 
