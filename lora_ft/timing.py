@@ -106,7 +106,7 @@ def time_steps(
     evaluations, evaluating = 0, 0.0
     if evals:
         every = settings.eval_steps if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * len(whole))
-        evaluations = 1 + math.ceil(len(whole) / every)  # the base before the first step; and the last step always
+        evaluations = settings.evaluate_base + math.ceil(len(whole) / every)  # the last step always is
     for evaluation in evals.values():
         some = evaluation.dataset.select(range(min(SCORED, len(evaluation.dataset))))
         begun = time.perf_counter()

@@ -221,3 +221,10 @@ def test_a_signal_stops_the_run_too_and_the_same_command_goes_on(tmp_path):
     done = lora_ft(*words, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stderr and "rank=2" in done.stdout
+
+
+def test_where_nothing_can_be_trained_the_runs_own_exit_code_is_the_answer(tmp_path):
+    folder = write_run(tmp_path)
+    done = lora_ft("compare", "config.yaml", "--vary", "adapter.method=bias", cwd=folder)
+    assert done.returncode == 4
+    assert "bias: left out: " in done.stderr and not list(folder.glob("out-compare/runs/*"))

@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lora_ft.compare.page import write_page
-from lora_ft.compare.runs import Refused, Runner
+from lora_ft.compare.page import PAGE, write_page
+from lora_ft.compare.runs import NUMBERS, Refused, Runner
 from lora_ft.compare.show import show
 from lora_ft.compare.summary import Found, base_metrics
 from lora_ft.compare.variants import (
@@ -45,7 +45,8 @@ def compare_command(
     """Compare the variants of a config; a table, compare.json and compare.html in `output`.
 
     Raises:
-        UserError: the config, or a variant of it, is wrong; nothing could be trained.
+        UserError: the config, or a variant of it, is wrong.
+        SystemExit: a run failed, or was stopped, or none could be done; with its exit code.
     """
     axes, grid = [axis("--vary", text) for text in vary], [axis("--tune", text) for text in tune]
     if shared := {a.key for a in axes} & {a.key for a in grid}:
@@ -91,7 +92,7 @@ def compare_command(
             train_variant(variant, its, numbers, runner, with_base=not base_metrics(found))
             write()
     if not any(its.runs for its in found):
-        raise ConfigError("\n".join(f"{its.name}: {its.refused}" for its in found))
+        raise SystemExit(found[0].exit_code)  # why was said of each
     if with_latency:
         measure_latency(found, before, write, trust_remote_code, allow_pickle)
     result = write()
@@ -99,7 +100,7 @@ def compare_command(
         print(json.dumps(result))
     else:
         show(result)
-        print(folder / "compare.html")
+        print(folder / PAGE)
 
 
 def seed_numbers(text: str) -> list[int]:
@@ -116,7 +117,7 @@ def tune_variant(
     variant: Variant, its: Found, grid: Sequence[Axis], steps: int | None, seed: int, runner: Runner
 ) -> None:
     """Train on nine tenths of train with each point of the grid; the best on the last tenth is chosen, in `its`."""
-    metric, why = tuning_metric(variant.config), None
+    metric = tuning_metric(variant.config)
     for point in points(grid):
         name = folder_name(point)
         output = runner.folder / "tuning" / f"{variant.folder},{name}"
@@ -124,16 +125,16 @@ def tune_variant(
         try:
             score = runner.run(f"{its.name}, tuning {name}", config)["metrics"][f"{TUNED_ON}_{metric}"]
         except Refused as refused:
-            if not refused.diverged:
+            if refused.exit_code != NUMBERS:  # with another learning rate, say, it would be the same
                 leave_out(its, refused)
                 return
-            score, why = None, refused
+            score, overflow = None, refused
         its.tried.append({"settings": point, "score": score})
     scored = [tried for tried in its.tried if tried["score"] is not None]
     if scored:
         its.tuned = (min if metric == "loss" else max)(scored, key=lambda tried: tried["score"])["settings"]
     else:
-        leave_out(its, why)
+        leave_out(its, overflow)
 
 
 def train_variant(variant: Variant, its: Found, seeds: Sequence[int], runner: Runner, with_base: bool) -> None:
@@ -149,8 +150,8 @@ def train_variant(variant: Variant, its: Found, seeds: Sequence[int], runner: Ru
             return
 
 
-def leave_out(its: Found, why: Refused | None) -> None:
-    its.refused = str(why)
+def leave_out(its: Found, why: Refused) -> None:
+    its.refused, its.exit_code = str(why), why.exit_code
     say(f"compare: {its.name}: left out: {its.refused}")
 
 

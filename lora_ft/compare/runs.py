@@ -6,7 +6,6 @@ run with the same settings is taken as it is, another goes on from its newest ch
 
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +17,27 @@ from lora_ft.config_changes import changes
 from lora_ft.errors import ConfigError, FilesError
 from lora_ft.exits import MEMORY
 from lora_ft.names import say
-from lora_ft.run_folder import RECORD
+from lora_ft.run_folder import RECORD, checkpoints
 from lora_ft.signals import Stopped
 from lora_ft.storage import read_json, write_file
 
 MODEL, NUMBERS = 4, 5  # exit codes: the variant doesn't fit this model, or its numbers overflow
-TOLD = 8  # last lines of a run's messages that are kept for saying why it failed
 
 
 class Refused(Exception):
-    """A run that can't be done here; the message is its own. diverged: with these numbers; others may be done."""
+    """A run that can't be done here; message and exit code are its own."""
 
-    def __init__(self, message: str, diverged: bool):
+    def __init__(self, message: str, exit_code: int):
         super().__init__(message)
-        self.diverged = diverged
+        self.exit_code = exit_code
 
 
 def record_of(output: Path) -> dict | None:
-    """The record of a finished run."""
-    record = read_json(output / RECORD, FilesError) if (output / RECORD).is_file() else {}
-    return record if record.get("kind") == "adapter" else None
+    """The record of a finished run, else of an unfinished one's newest checkpoint; their `kind` tells."""
+    for folder in (output, *reversed(checkpoints(output))):
+        if (folder / RECORD).is_file():
+            return read_json(folder / RECORD, FilesError)
+    return None
 
 
 @dataclass
@@ -60,16 +60,18 @@ class Runner:
         self.begun += 1
         say(f"compare: run {self.begun} of {self.total}: {what}")
         output = Path(config.output)
-        if record := record_of(output):
+        record = record_of(output)
+        if record:
             check_same(output, record, config)
-            return record
-        # of the names that make it an own one, so that it can be run again by hand
+            if record["kind"] == "adapter":
+                return record
+        # kept, so that it can be run again by hand
         path = self.folder / "configs" / f"{output.relative_to(self.folder).as_posix().replace('/', '-')}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
         code, told = follow([sys.executable, "-m", "lora_ft", "train", str(path), "--resume", *self.options])
         if code in (MODEL, NUMBERS, MEMORY):
-            raise Refused(told, diverged=code == NUMBERS)
+            raise Refused(told, code)
         if code:
             say(f"compare: the run in {output} ended with exit code {code}; the same command goes on from there")
             raise SystemExit(code)
@@ -79,6 +81,7 @@ class Runner:
 
 
 def check_same(output: Path, record: dict, config: Config) -> None:
+    """Raises ConfigError, each setting named, where going on with a run would not give that of `config`."""
     found = changes(record["config"], config)
     if differ := found["result"] + found["longer"]:
         lines = "\n".join(f"  {line}" for line in differ)
@@ -96,15 +99,14 @@ def follow(command: list[str]) -> tuple[int, str]:
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
     )
     assert child.stderr is not None
-    last: deque[str] = deque(maxlen=TOLD)
+    last = ""
     try:
         for line in child.stderr:
             say(f"  {line.rstrip()}")
-            last.append(line.strip())
+            last = line.strip()  # of a run that failed, the error
         code = child.wait()
     except Stopped as stop:
         child.send_signal(stop.exit_code - 128)
         child.wait()
         raise
-    # its last words are the error; what it said on the way ends with a line of progress
-    return code, last[-1] if last else ""
+    return code, last

@@ -23,6 +23,7 @@ class Found:
     tried: list[dict] = field(default_factory=list)  # {"settings": ..., "score": None where it failed}
     runs: dict[int, dict] = field(default_factory=dict)  # seed -> {"output": folder, "record": its record}
     refused: str = ""
+    exit_code: int = 0  # of the run that was refused
     latency: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:

@@ -89,8 +89,7 @@ def variants(path: Path, overrides: Sequence[str], axes: Sequence[Axis]) -> list
         if key in [a.key for a in axes]:
             raise ConfigError(f"--vary {key}: {'--seeds' if key == 'train.seed' else '--output'} is for that")
     found: list[Variant] = []
-    for values in itertools.product(*(a.values for a in axes)):
-        chosen = dict(zip([a.key for a in axes], values, strict=True))
+    for chosen in points(axes):
         method = chosen.get("adapter.method", base.adapter.method)
         settings = {key: value for key, value in chosen.items() if belongs(key, method)}
         if settings not in [variant.settings for variant in found]:
@@ -139,7 +138,9 @@ def tuning(variant: Variant, tuned: dict[str, str], seed: int, output: Path, ste
     steps: shorter than the runs that count; None: as long.
     """
     config = changed(variant.config, tuned)
-    held = {name or "eval": amount for name, amount in eval_sets(config.data.eval).items() if not _is_source(amount)}
+    held = {
+        name or "eval": amount for name, amount in eval_sets(config.data.eval).items() if not isinstance(amount, tuple)
+    }  # the others are sources
     data = {"eval": held | {TUNED_ON: HELD_OUT}, "max_eval_examples": config.data.max_eval_examples or 500}
     train = _unchosen(config, f"{TUNED_ON}_{tuning_metric(config)}", seed)
     train |= {"evaluate_base": False, "predict_with_generate": False}
@@ -182,10 +183,6 @@ def _with(config: Config, output: Path, **sections: dict) -> Config:
     return parse_config(
         data | {name: data[name] | section for name, section in sections.items()} | {"output": str(output)}
     )
-
-
-def _is_source(value: object) -> bool:
-    return isinstance(value, tuple)
 
 
 def folder_name(settings: dict[str, str]) -> str:
