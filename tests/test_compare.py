@@ -183,6 +183,12 @@ def test_its_runs_are_ordinary_runs(compared):
     assert json.loads(done.stdout)["adapter"]["accuracy"] == accuracy
 
 
+def test_runs_that_only_tune_keep_no_checkpoint(compared):
+    folder, _ = compared
+    assert not list(folder.glob("out-compare/tuning/*/checkpoints/step-*"))
+    assert list(folder.glob("out-compare/runs/*/checkpoints/step-*/lora_ft.json"))
+
+
 def test_asked_again_it_trains_nothing_and_finds_the_same(compared):
     folder, _ = compared
     before = {p: p.stat().st_mtime_ns for p in folder.glob("out-compare/*/*/lora_ft.json")}

@@ -23,6 +23,7 @@ from lora_ft.compare.variants import (
 )
 from lora_ft.errors import ConfigError, FilesError
 from lora_ft.names import say
+from lora_ft.run_folder import checkpoints, remove_checkpoint
 from lora_ft.storage import read_json, write_json
 
 RESULT = "compare.json"
@@ -129,6 +130,9 @@ def tune_variant(
                 leave_out(its, refused)
                 return
             score, overflow = None, refused
+        else:
+            for checkpoint in checkpoints(output):  # full fine-tuning's is three models, and only the score counts
+                remove_checkpoint(checkpoint)
         its.tried.append({"settings": point, "score": score})
     scored = [tried for tried in its.tried if tried["score"] is not None]
     if scored:
