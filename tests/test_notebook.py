@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+from datetime import datetime
 from pathlib import Path
 
 import nbformat
@@ -57,3 +58,8 @@ def test_the_stored_run_is_whole_and_in_order():
 def test_the_stored_run_tells_no_paths_and_is_small():
     assert not re.findall(r"/(?:work|tmp|home|root|Users|opt|usr|var)/[^\"\\ ]*", TEXT)
     assert len(TEXT) < 400_000
+
+
+def test_the_stored_run_took_less_than_ten_minutes():
+    first, last = (CODE[i].metadata.execution[key] for i, key in ((0, "iopub.status.busy"), (-1, "iopub.status.idle")))
+    assert (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds() < 600
