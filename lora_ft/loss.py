@@ -49,7 +49,7 @@ def supervised_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: T
 
     `use_cache=False` matters beyond memory: with a cache, transformers ignores restarting positions.
     """
-    return model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep).logits[0]
+    return model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep).logits.squeeze(0)
 
 
 def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Iterator[Tensor]:
@@ -81,7 +81,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The model's logits (tokens, vocabulary) of hidden states (tokens, width): its forward, the body standing in."""
     with _body_returns(model, hidden[None]):
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        return model(input_ids=ids, use_cache=False).logits[0]
+        return model(input_ids=ids, use_cache=False).logits.squeeze(0)
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:

@@ -21,7 +21,8 @@ def corpus(n: int = 40) -> datasets.Dataset:
     for i in range(n):
         ids = token_ids(1, 4 + 3 * (i % 7), seed=i)[0].tolist()
         prompt = len(ids) // 2
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "row": i, "where": f"rows:{i}"})
+        labels = [-100] * prompt + ids[prompt:]
+        rows.append({"input_ids": ids, "labels": labels, "tokens": len(ids), "where": f"rows:{i}"})
     return datasets.Dataset.from_list(rows)
 
 

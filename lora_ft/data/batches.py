@@ -167,4 +167,5 @@ class Plan(Dataset):
         if self.share.even:
             micro += [micro_batch([NOTHING])] * (max(map(len, shares)) - len(micro))
         total = sum(sum(label >= 0 for label in e["labels"][1:]) for e in examples)
-        return Step(micro=micro, total=total, tokens=sum(lengths), rows=[e["where"] for e in examples])
+        tokens = sum(e["tokens"] for e in examples)  # prompt tuning's virtual tokens are no tokens of the data
+        return Step(micro=micro, total=total, tokens=tokens, rows=[e["where"] for e in examples])

@@ -11,7 +11,7 @@ def corpus(n: int = 23) -> datasets.Dataset:
     rows = []
     for i in range(n):
         ids = [100 * i + j for j in range(3 + i % 5)]
-        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]], "row": i, "where": f"rows:{i}"})
+        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]], "tokens": len(ids), "where": f"rows:{i}"})
     return datasets.Dataset.from_list(rows)
 
 
