@@ -6,6 +6,7 @@ Prints one line of JSON: of every step after the first few its real tokens and s
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -52,7 +53,9 @@ class Counting(Collator):
         return super().__call__(rows)
 
 
-def run(row: str, workload: str, model_name: str, folder: Path, steps: int) -> dict:
+def run(
+    row: str, workload: str, model_name: str, folder: Path, steps: int, callbacks: Sequence[TrainerCallback] = ()
+) -> dict:
     warm = 1 if "length" in WORKLOADS[workload] else 3  # steps before time is taken; long ones are fewer
     steps += warm
     config = config_of(workload, model_name, folder, WORKLOADS[workload]["batch"] * steps)
@@ -84,7 +87,8 @@ def run(row: str, workload: str, model_name: str, folder: Path, steps: int) -> d
             all_weights(model)
         arguments = TrainingArguments(**settings, per_device_train_batch_size=1)
         trainer = LoRATrainer(model, arguments, plan, Packing.of(model, 1024), None, lambda *_: None, losses.append)
-        trainer.add_callback(stamps)
+        for callback in (stamps, *callbacks):
+            trainer.add_callback(callback)
         trainer.train_from(None)
     else:
         order = data.select([i for s in range(steps) for i in plan.examples(s)]).select_columns(["input_ids", "labels"])

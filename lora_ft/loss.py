@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-CHUNK = 128  # tokens whose logits are in memory at a time; half of that would slow the head's products by a fifth
+CHUNK = (
+    128  # tokens whose logits are in memory at a time, at least; half of that would slow the head's products by a fifth
+)
+SHARE = (
+    4  # a chunk is a quarter of many tokens, up to SHARE * CHUNK: faster, and other tensors need more memory by then
+)
 
 
 @dataclass
@@ -53,12 +58,12 @@ def supervised_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: T
 
 
 def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Iterator[Tensor]:
-    """The same, at most CHUNK of them at a time; for scoring."""
+    """The same, a chunk of them at a time; for scoring."""
     if len(keep) <= CHUNK:
         yield supervised_logits(model, input_ids, position_ids, keep)
     else:
         hidden = supervised_hidden(model, input_ids, position_ids, keep)
-        yield from (head_logits(model, h) for h in hidden.split(CHUNK))
+        yield from (head_logits(model, h) for h in chunks(hidden))
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -84,6 +89,11 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits.squeeze(0)
 
 
+def chunks(of_tokens: Tensor) -> tuple[Tensor, ...]:
+    """Views of a tensor (tokens, ...), so many tokens each as may have their logits in memory at a time."""
+    return of_tokens.split(min(max(len(of_tokens) // SHARE, CHUNK), SHARE * CHUNK))
+
+
 def body_of(model: PreTrainedModel) -> nn.Module:
     """The module whose output the head reads."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
@@ -100,7 +110,7 @@ def _body_returns(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
 
 
 def _head_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
-    for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+    for h, t in zip(chunks(hidden), chunks(targets), strict=True):
         yield summed_loss(head_logits(model, h), t)
 
 
@@ -137,8 +147,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, model, targets, *head):
         grad, grads, loss = torch.empty_like(hidden), [torch.zeros_like(p) for p in head], 0
-        pieces = zip(hidden.split(CHUNK), grad.split(CHUNK), targets.split(CHUNK), strict=True)
-        for h, g, t in pieces:
+        for h, g, t in zip(chunks(hidden), chunks(grad), chunks(targets), strict=True):
             with torch.enable_grad():
                 h = h.detach().requires_grad_()
                 piece = summed_loss(head_logits(model, h), t)

@@ -54,8 +54,8 @@ class Memory:
     """Bytes at the moment when training needs most.
 
     runtime: interpreter and libraries (0 on a GPU, whose allocator doesn't hold them). adapter: what is trained, and its
-    gradients; weights: all other parameters and buffers. logits: tensors over the vocabulary, at most loss.CHUNK tokens
-    of them; activations: everything else that the step makes. heap: freed memory that the C library keeps (0 on a GPU).
+    gradients; weights: all other parameters and buffers. logits: tensors over the vocabulary, for one chunk of tokens
+    at a time; activations: everything else that the step makes. heap: freed memory that the C library keeps (0 on a GPU).
     """
 
     runtime: int

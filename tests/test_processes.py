@@ -88,6 +88,14 @@ def test_a_sharded_base_gives_the_result_of_a_whole_one(folder, count):
     assert_alike(folder / "alone", folder / f"sharded{count}")
 
 
+@pytest.mark.parametrize("method", ["bottleneck", "prompt"])
+def test_a_sharded_base_teaches_other_methods_too(tmp_path, method):
+    write_run(tmp_path, config=CONFIG.replace("rank: 4, alpha: 8", f"method: {method}"))
+    train(tmp_path, 1, "output=whole", "train.max_steps=6")
+    train(tmp_path, 2, "output=sharded", "train.max_steps=6", "trainer.fsdp=true")
+    assert_alike(tmp_path / "whole", tmp_path / "sharded")
+
+
 def test_a_step_sums_the_adapters_gradients_once_and_sends_nothing_else(folder):
     def work():
         sent, real = [], dist.all_reduce

@@ -64,7 +64,10 @@ def pictures(result: dict) -> list[Chart]:
     def mean(variant: dict, of: str) -> dict | None:
         return variant.get("metrics", {}).get(of, {}).get(metric)
 
-    def against(title: str, label: str, values: list[float | None], log_x: bool = False, y_of: str = name) -> None:
+    def form(value: float) -> str:
+        return written(metric, value)
+
+    def against(title: str, label: str, values: list[float | None], y_of: str = name, **axis) -> None:
         lines = []
         for i, (variant, x) in enumerate(zip(result["variants"], values, strict=True)):
             if x is not None and (y := mean(variant, y_of)):
@@ -72,7 +75,7 @@ def pictures(result: dict) -> list[Chart]:
                 lines.append(Line(variant["name"], [(x, y["mean"])], look, dots=True))
                 if "ci95" in y:
                     lines.append(Line("", [(x, end) for end in y["ci95"]], look))
-        drawn = chart(title, lines, label, form=lambda y: written(metric, y), log_x=log_x)
+        drawn = chart(title, lines, label, form=form, **axis)
         found.extend([drawn] if drawn else [])
 
     variants, y = result["variants"], title_of(metric)
@@ -80,7 +83,12 @@ def pictures(result: dict) -> list[Chart]:
         numbers = [_number(v["settings"].get(key)) for v in variants]
         if len({n for n in numbers if n is not None}) > 1:
             against(f"{y} by {key}", key, numbers, log_x=True)
-    against(f"{y} by trained parameters", "trained parameters", [v.get("trainable_parameters") for v in variants], True)
+    against(
+        f"{y} by trained parameters",
+        "trained parameters",
+        [v.get("trainable_parameters") for v in variants],
+        log_x=True,
+    )
     against(f"{y} by peak memory", "MiB", [v.get("peak_memory_mb") for v in variants])
     against(f"{y} by time of a step", "seconds", [v.get("seconds_per_step") for v in variants])
     token = [(v.get("latency") or {}).get("adapter", {}).get("token_ms") for v in variants]
@@ -88,7 +96,7 @@ def pictures(result: dict) -> list[Chart]:
     for other in all_metrics(result):
         if other != name:
             own = [m["mean"] if (m := mean(v, name)) else None for v in variants]
-            against(f"{y} on {other} by {y} on {name}", f"{y} on {name}", own, y_of=other)
+            against(f"{y} on {other} by {y} on {name}", f"{y} on {name}", own, y_of=other, x_form=form)
     return found
 
 

@@ -11,7 +11,7 @@ from lora_ft.report.scores import written
 COSTS = {  # key -> (title, how it is written)
     "trainable_parameters": ("trained", "{:,}"),
     "trainable_share": ("share", "{:.3%}"),
-    "bytes_on_disk": ("on disk, MiB", "{:,.1f}"),
+    "bytes_on_disk": ("on disk, MiB", "{:,.2f}"),
     "peak_memory_mb": ("peak, MiB", "{:,.0f}"),
     "seconds_per_step": ("s a step", "{:.3f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),

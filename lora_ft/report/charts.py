@@ -43,6 +43,7 @@ def chart(
     x_label: str = "step",
     *,
     form: Callable[[float], str] = lambda y: f"{y:.4g}",
+    x_form: Callable[[float], str] = lambda x: f"{x:,.0f}" if abs(x) >= 1e5 else f"{x:,.6g}",
     zero: bool = False,
     may_be_log: bool = False,
     log_x: bool = False,
@@ -50,7 +51,7 @@ def chart(
     """A chart of `lines`; None where there is nothing to draw.
 
     Args:
-        form: how a value of y is written.
+        form: how a value of y is written; x_form: of x.
         zero: y begins at 0.
         may_be_log: y is logarithmic where it spans more than a factor of 20.
         log_x: x is logarithmic, where it is above 0.
@@ -78,7 +79,7 @@ def chart(
     for line in lines:
         places = [at(*point) for point in line.points]
         dots = [
-            (x, y, f"{line.name}: {form(point[1])} at {x_label} {point[0]:.6g}")
+            (x, y, f"{line.name}: {form(point[1])} at {x_label} {x_form(point[0])}")
             for (x, y), point in zip(places, line.points, strict=True)
         ]
         path = "M" + "L".join(f"{x:g},{y:g}" for x, y in places)
@@ -86,7 +87,7 @@ def chart(
     return Chart(
         title,
         x_label,
-        [(at(x, 1.0 if log else y0)[0], f"{x:,g}") for x in x_values],
+        [(at(x, 1.0 if log else y0)[0], x_form(x)) for x in x_values],
         [(at(min(xs), y)[1], form(y)) for y in y_values],
         drawn,
         lines,

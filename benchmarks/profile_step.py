@@ -1,0 +1,78 @@
+"""Where the time of lora-ft's step goes: `python benchmarks/profile_step.py [--workload text] [--steps 2]`.
+
+torch's profiler over steps of the benchmark's own row, by kind of work: seconds a step, and for products what they reach.
+The profiler itself costs a few per cent.
+"""
+
+import argparse
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from rows import run
+from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
+from workloads import WORKLOADS, make_model, write_data
+
+
+class Profiled(TrainerCallback):
+    """Profiles the last `steps` of a run."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.profile = profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True)
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == state.max_steps - self.steps:
+            self.profile.start()
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == state.max_steps:
+            self.profile.stop()
+
+
+def kind_of(name: str, shapes: list[list[int]], rank: int, vocabulary: int) -> str:
+    """What an operation is part of."""
+    if "attention" in name:
+        return "attention"
+    if name in ("aten::mm", "aten::addmm", "aten::bmm"):
+        sides = {side for shape in shapes for side in shape}
+        if vocabulary in sides:
+            return "products, head"
+        return "products, adapters" if any(side <= 4 * rank for side in sides) else "products, frozen layers"
+    if "softmax" in name or "scatter" in name or "gather" in name:
+        return "loss"
+    return name.removeprefix("aten::").rstrip("_")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", type=Path, default="models/smollm2-135m-instruct")
+    parser.add_argument("--sst2", type=Path, default="../shared/data/sst2/train.tsv", help="GLUE's train.tsv")
+    parser.add_argument("--e2e", type=Path, default="../shared/data/e2e/train.txt", help="lines INPUT||OUTPUT")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--workload", default="text", choices=WORKLOADS)
+    parser.add_argument("--steps", type=int, default=2)
+    options = parser.parse_args()
+    profiled = Profiled(options.steps)
+    with tempfile.TemporaryDirectory() as name:
+        make_model(options.model, options.smollm2, Path(name))
+        write_data(options.workload, options.sst2, options.e2e, Path(name))
+        run("lora-ft", options.workload, options.model, Path(name), options.steps, [profiled])
+    seconds: dict[str, float] = defaultdict(float)
+    flops: dict[str, float] = defaultdict(float)
+    rank, vocabulary = WORKLOADS[options.workload]["rank"], 49_152 if options.model == "smollm2" else 0
+    for event in profiled.profile.key_averages(group_by_input_shape=True):
+        kind = kind_of(event.key, [s for s in event.input_shapes if s], rank, vocabulary)
+        seconds[kind] += event.self_cpu_time_total / 1e6 / options.steps
+        flops[kind] += event.flops / options.steps
+    whole = sum(seconds.values())
+    for kind, s in sorted(seconds.items(), key=lambda item: -item[1]):
+        if s >= 0.005 * whole:
+            reached = f"  {flops[kind] / s / 1e9:5.0f} GFLOP/s" if kind.startswith("products") else ""
+            print(f"{kind:26} {s:6.2f} s  {s / whole:4.0%}{reached}")
+    print(f"{'all':26} {whole:6.2f} s")
+
+
+if __name__ == "__main__":
+    main()
