@@ -168,8 +168,11 @@ def texts() -> tuple[str, str, str, str]:
         "lora-ft compare configs/compare_e2e.yaml --vary adapter.method=lora,full,bottleneck,prompt \\\n"
         "    --seeds 0,1 --tune train.learning_rate=5e-5,2e-4,1e-3,4e-3,2e-2 --tune-steps 20",
         "After 400 of its 42,061 sentences, so far from a trained model; 60 meanings of the test set written greedily. Mean of "
-        "two seeds and half its 95% interval, which two seeds leave wide. The tuning shared the machine.\n\n"
-        + table(["E2E", "learning rate", "BLEU", "ROUGE-L", "loss"], [["base", "", *base], *rows]),
+        "two seeds and half its 95% interval, which two seeds leave wide.\n\n"
+        + table(["E2E", "learning rate", "BLEU", "ROUGE-L", "loss"], [["base", "", *base], *rows])
+        + "\n\nHere full fine-tuning and adapter layers (19 times the parameters) have the lower loss in both seeds: LoRA at r = 4 "
+        "learns as well from 2,000 labels above, but not these sentences in 50 steps. Prompt tuning is far behind; its "
+        "learning rate is the largest that was tried.",
     )
 
 

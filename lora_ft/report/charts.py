@@ -43,7 +43,7 @@ def chart(
     x_label: str = "step",
     *,
     form: Callable[[float], str] = lambda y: f"{y:.4g}",
-    x_form: Callable[[float], str] = lambda x: f"{x:,.0f}" if abs(x) >= 1e5 else f"{x:,.6g}",
+    x_form: Callable[[float], str] = lambda x: f"{x / 1e6:,.4g}M" if abs(x) >= 1e6 else f"{x:,.6g}",
     zero: bool = False,
     may_be_log: bool = False,
     log_x: bool = False,
