@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 from plot import draw
-from workloads import MODELS, make_model, write_data
+from workloads import MODELS, add_sources, make_model, write_data
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -42,9 +42,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, as 
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smollm2", type=Path, default="models/smollm2-135m-instruct")
-    parser.add_argument("--sst2", type=Path, default="../shared/data/sst2/train.tsv", help="GLUE's train.tsv")
-    parser.add_argument("--e2e", type=Path, default="../shared/data/e2e/train.txt", help="lines INPUT||OUTPUT")
+    add_sources(parser)
     parser.add_argument("--models", default=",".join(MODELS if gpu else MODELS[:2]))
     parser.add_argument("--workloads", default="sst2,e2e_qv,e2e_all,text" + (",text1024" if gpu else ""))
     parser.add_argument("--rows", default=",".join(ROWS))

@@ -12,7 +12,7 @@ from pathlib import Path
 from rows import run
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
-from workloads import WORKLOADS, make_model, write_data
+from workloads import WORKLOADS, add_sources, make_model, write_data
 
 
 class Profiled(TrainerCallback):
@@ -44,9 +44,7 @@ def kind_of(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smollm2", type=Path, default="models/smollm2-135m-instruct")
-    parser.add_argument("--sst2", type=Path, default="../shared/data/sst2/train.tsv", help="GLUE's train.tsv")
-    parser.add_argument("--e2e", type=Path, default="../shared/data/e2e/train.txt", help="lines INPUT||OUTPUT")
+    add_sources(parser)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--workload", default="text", choices=WORKLOADS)
     parser.add_argument("--steps", type=int, default=2)

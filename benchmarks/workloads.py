@@ -1,5 +1,6 @@
 """What is trained in the benchmark: workloads, models, and both as a config of the tool."""
 
+import argparse
 import csv
 import json
 import math
@@ -23,6 +24,13 @@ WORKLOADS = {
     "text": dict(batch=4, rank=16, every=True, length=512),
     "text1024": dict(batch=8, rank=16, every=True, length=1024),
 }
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Options that say where the model and the data are."""
+    parser.add_argument("--smollm2", type=Path, default="models/smollm2-135m-instruct")
+    parser.add_argument("--sst2", type=Path, default="../shared/data/sst2/train.tsv", help="GLUE's train.tsv")
+    parser.add_argument("--e2e", type=Path, default="../shared/data/e2e/train.txt", help="lines INPUT||OUTPUT")
 
 
 def config_of(workload: str, model: str, folder: Path, examples: int) -> Config:

@@ -79,3 +79,10 @@ def test_rows_are_as_few_as_fit_and_even():
     rows = Cut(64).rows(lengths)
     sums = [sum(lengths[i] for i in row) for row in rows]
     assert len(rows) == 3 and max(sums) - min(sums) <= 5
+
+
+def test_virtual_tokens_are_not_counted():
+    with_two_more = corpus().map(lambda e: {"input_ids": [0, 0, *e["input_ids"]], "labels": [-100, -100, *e["labels"]]})
+    assert (
+        Plan(with_two_more, 4, 1, None, Cut(64), 0)[0]["tokens"] == Plan(corpus(), 4, 1, None, Cut(64), 0)[0]["tokens"]
+    )

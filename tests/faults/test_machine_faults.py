@@ -129,7 +129,7 @@ def disk(tmp_path):
         options = f"{'remount,' if again else ''}size={size}"
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True)
         if done.returncode:
-            pytest.skip("can't mount a small file system here")
+            pytest.skip("mounting a small file system needs root")
         if not again:
             mounted.append(folder)
 
@@ -279,7 +279,7 @@ def leave(mebibytes: int):
     return limit
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory in /proc, which Linux has")
 def test_no_memory_for_a_model(folder):
     """What is left is too little for a base of 73 MiB, or for a large adapter on it. The run that is there stays."""
     before = files(folder)
@@ -302,7 +302,7 @@ def test_no_memory_for_a_model(folder):
 # ---- 42: other file systems, a cache that can't be written ----
 
 
-@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="needs a second file system")
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="needs /dev/shm, a second file system")
 def test_an_output_on_another_file_system(prepared, fresh):
     output = Path("/dev/shm") / f"lora-ft-test-{os.getpid()}"
     (fresh / "out").symlink_to(output)
@@ -328,7 +328,7 @@ def test_a_cache_that_cannot_be_written(fresh):
 def test_a_home_that_cannot_be_written(fresh):
     """A process of its own: the libraries look for their folders as they are imported. Nobody can write into /proc."""
     if not Path("/proc/self").exists():
-        pytest.skip("needs /proc")
+        pytest.skip("needs a folder that even root can't write: Linux's /proc")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
     done = subprocess.run(
         [sys.executable, "-m", "lora_ft", *TRAIN, *settings(train__max_steps=1)],

@@ -188,7 +188,7 @@ def test_while_torch_is_being_imported(fresh, signum):
     maps = Path(f"/proc/{process.pid}/maps")
     if not maps.exists():
         process.kill()
-        pytest.skip("needs /proc")
+        pytest.skip("sees in Linux's /proc what is imported")
     while "libtorch" not in maps.read_text():
         time.sleep(0.01)
     began = time.monotonic()
