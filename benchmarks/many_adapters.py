@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_ft import inject_lora, load_adapter, mixed, use
-from lora_ft.adapter.files import save_adapter
-from lora_ft.adapter.inject import lora_layers
-from lora_ft.adapter.many import shared_layers
+from lora_ft.methods.lora.files import save_adapter
+from lora_ft.methods.lora.inject import lora_layers
+from lora_ft.methods.lora.multi import shared_layers
 
 
 def write_adapters(model, folder: Path, count: int, rank: int, targets: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py CONFIG [--set adapter.method=METHOD ...] [--steps 30]
 
-The other is PEFT for lora and prompt, plain PyTorch for full, bottleneck and bias. Prints both losses a step and the largest
+The other is PEFT for lora and prompt, plain PyTorch for full and bottleneck. Prints both losses a step and the largest
 difference; exits with 1 above 1e-4. LoRA for q, k, v, o, gate, up, down modules of Llama-like models.
 """
 
@@ -16,16 +16,16 @@ from peft_trainer import Collator
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
-from lora_ft.adapter.inject import lora_layers
-from lora_ft.attention import Packing
-from lora_ft.base import resolve
-from lora_ft.config import AdapterConfig, load_config
-from lora_ft.data.batches import Cut, Plan
+from lora_ft.config.load import AdapterConfig, load_config
+from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.data.prepare import prepare
-from lora_ft.layers.bottleneck import Bottleneck
-from lora_ft.methods.verbs import inject, read_by
-from lora_ft.model import load_base, load_tokenizer
-from lora_ft.trainer import LoRATrainer
+from lora_ft.methods.interface import inject, read_by
+from lora_ft.methods.lora.inject import lora_layers
+from lora_ft.model.files import resolve
+from lora_ft.model.load import load_base, load_tokenizer
+from lora_ft.nn.attention import Isolation
+from lora_ft.nn.bottleneck import Bottleneck
+from lora_ft.training.trainer import LoRATrainer
 
 PLAIN = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}
 
@@ -46,10 +46,7 @@ class Houlsby(nn.Module):
 def twin(model: PreTrainedModel, ours: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
     """The bare `model` with the method and the start of `ours`, and none of this tool's layers."""
     model.requires_grad_(adapter.method == "full")
-    if adapter.method == "bias":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith(".bias"))
-    elif adapter.method == "bottleneck":
+    if adapter.method == "bottleneck":
         for path, layer in [(p, m) for p, m in ours.named_modules() if isinstance(m, Bottleneck)]:
             weights = [p.detach() for name, p in layer.named_parameters() if not name.startswith("base.")]
             model.set_submodule(path, Houlsby(model.get_submodule(path), weights, adapter.nonlinearity))
@@ -82,7 +79,7 @@ def main() -> None:
     inject(ours, adapter, train.seed, tokenizer)
     theirs = twin(load_base(base, "float32"), ours, adapter)
     read = read_by(ours, data)
-    plan = Plan(read.dataset, train.batch_size, 1, options.steps, Cut(1024), train.seed)
+    plan = StepPlan(read.dataset, train.batch_size, 1, options.steps, RowPacking(1024), train.seed)
 
     lines: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +97,7 @@ def main() -> None:
             remove_unused_columns=False,
         )
         LoRATrainer(
-            ours, arguments, plan, Packing.of(ours, read.report.longest), None, lambda *_: None, lines.append
+            ours, arguments, plan, Isolation.detect(ours, read.report.longest), None, lambda *_: None, lines.append
         ).train_from(None)
 
     parameters = [p for p in theirs.parameters() if p.requires_grad]

@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from lora_ft.base import resolve
-from lora_ft.config import load_config
+from lora_ft.config.load import load_config
 from lora_ft.data.prepare import prepare
-from lora_ft.model import load_base, load_tokenizer
+from lora_ft.model.files import resolve
+from lora_ft.model.load import load_base, load_tokenizer
 
 
 class Collator:

@@ -26,9 +26,11 @@ def one_process(words: list[str], waits: str) -> None:
 
     import torch.distributed as dist
 
-    from lora_ft import cli, processes, step
+    from lora_ft import cli
+    from lora_ft.distributed import processes
+    from lora_ft.training import step
 
-    add_up, all_reduce, notes, sent = processes.add_up_gradients, dist.all_reduce, [], [0]
+    add_up, all_reduce, notes, sent = processes.all_reduce_gradients, dist.all_reduce, [], [0]
 
     def counted(tensor, *rest):
         sent[0] += tensor.numel() * tensor.element_size()

@@ -15,18 +15,18 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from workloads import WORKLOADS, config_of
 
-from lora_ft.adapter.inject import inject_lora, lora_layers, trainable
-from lora_ft.attention import Packing
-from lora_ft.base import resolve
-from lora_ft.config import Config
-from lora_ft.data.batches import Cut, Plan
+from lora_ft.config.load import Config
+from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.data.prepare import prepare
-from lora_ft.device import micro_batch_tokens, prepare_device
-from lora_ft.layers.lora import LoRALinear, out_in
-from lora_ft.loss import supervised_loss
-from lora_ft.model import load_base, load_tokenizer
-from lora_ft.progress import peak_memory_mb
-from lora_ft.trainer import LoRATrainer
+from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
+from lora_ft.model.device import micro_batch_tokens, prepare_device
+from lora_ft.model.files import resolve
+from lora_ft.model.load import load_base, load_tokenizer
+from lora_ft.nn.attention import Isolation
+from lora_ft.nn.lora import LoRALinear, out_in
+from lora_ft.nn.loss import supervised_loss
+from lora_ft.training.progress import peak_memory_mb
+from lora_ft.training.trainer import LoRATrainer
 
 
 class Stamps(TrainerCallback):
@@ -68,7 +68,7 @@ def run(
     base = resolve(config.model.name)
     tokenizer = load_tokenizer(base)
     data = prepare(config.data, tokenizer, 0)[0].dataset
-    plan = Plan(data, config.train.batch_size, 1, steps, Cut(micro_batch_tokens(config, device)), 0)
+    plan = StepPlan(data, config.train.batch_size, 1, steps, RowPacking(micro_batch_tokens(config, device)), 0)
     tokens = [sum(data[i]["tokens"] for i in plan.examples(s)) for s in range(steps)]
     model = load_base(base, "auto", device=device)
     inject_lora(model, [], config.adapter.rank, config.adapter.alpha, modules=config.adapter.modules, seed=0)
@@ -86,7 +86,9 @@ def run(
         if row == "full":
             all_weights(model)
         arguments = TrainingArguments(**settings, per_device_train_batch_size=1)
-        trainer = LoRATrainer(model, arguments, plan, Packing.of(model, 1024), None, lambda *_: None, losses.append)
+        trainer = LoRATrainer(
+            model, arguments, plan, Isolation.detect(model, 1024), None, lambda *_: None, losses.append
+        )
         for callback in (stamps, *callbacks):
             trainer.add_callback(callback)
         trainer.train_from(None)
@@ -156,7 +158,7 @@ def peer(row: str, model, data, tokenizer, collator, settings: dict, batch_size:
     return kind(model=model, args=arguments, train_dataset=data, data_collator=collator)
 
 
-def floor(model: PreTrainedModel, plan: Plan, steps: int) -> tuple[list[float], list[float]]:
+def floor(model: PreTrainedModel, plan: StepPlan, steps: int) -> tuple[list[float], list[float]]:
     """Seconds a step of the products that no engine with a frozen base can do without; its FLOPs, adapters' own included.
 
     For each linear layer X Wᵀ, and dY W where its input depends on an adapter (not below the first adapted layer, nor in
@@ -174,14 +176,14 @@ def floor(model: PreTrainedModel, plan: Plan, steps: int) -> tuple[list[float], 
     for module in model.modules():
         if type(module) in watched and module not in inner:
             module.register_forward_pre_hook(note)
-    packing, seconds, flops = Packing.of(model, 1024), [], []
+    isolation, seconds, flops = Isolation.detect(model, 1024), [], []
     model.train()
     for step in range(steps):
         products = []
         for micro in plan[step]["micro"]:
             calls.clear()
             row = {k: v.to(model.device) for k, v in micro.items() if k != "lengths"}
-            with packing.row(model, micro["lengths"]):
+            with isolation.row(model, micro["lengths"]):
                 supervised_loss(model, **row)
             whole: dict[int, tuple[torch.Tensor, int, bool]] = {}  # the head's chunks in one
             for W, n, grad in calls:

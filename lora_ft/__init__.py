@@ -6,24 +6,24 @@ From Python: `inject_lora`, `load_adapter`, `merge`, `unmerge`; `use` and `mixed
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_ft.adapter.files import load_adapter
-    from lora_ft.adapter.inject import inject_lora, merge, unmerge
-    from lora_ft.adapter.many import mixed, use
+    from lora_ft.methods.lora.files import load_adapter
+    from lora_ft.methods.lora.inject import inject_lora, merge, unmerge
+    from lora_ft.methods.lora.multi import mixed, use
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "inject_lora", "load_adapter", "merge", "mixed", "unmerge", "use"]
 
-_ROOMS = {"inject_lora": "inject", "load_adapter": "files", "merge": "inject", "unmerge": "inject"}
-_ROOMS |= {"mixed": "many", "use": "many"}
+_MODULES = {"inject_lora": "inject", "load_adapter": "files", "merge": "inject", "unmerge": "inject"}
+_MODULES |= {"mixed": "multi", "use": "multi"}
 
 
 def __getattr__(name: str) -> Any:
     """The API's functions on first use: importing the package costs no torch (PEP 562)."""
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"lora_ft.adapter.{_ROOMS[name]}"), name)
+    value = getattr(import_module(f"lora_ft.methods.lora.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from lora_ft.storage import write_file
+from lora_ft.core.storage import write_file
 
 
 def rows(path: Path) -> list[dict[str, str]]:

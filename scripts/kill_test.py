@@ -125,8 +125,8 @@ def child(folder: Path, target: Operation | None = None, note: bool = False) -> 
         os.dup2(said, 2)
         if target or note:
             Watch(folder / "out", target, folder / NOTED if note else None).install()
-        from lora_ft.config import load_config
-        from lora_ft.train import train
+        from lora_ft.commands.train import train
+        from lora_ft.config.load import load_config
 
         train(load_config("config.yaml", SETTINGS), resume=True)
         code = 0
@@ -138,7 +138,7 @@ def child(folder: Path, target: Operation | None = None, note: bool = False) -> 
 
 def outcome(folder: Path) -> dict[str, object]:
     """What must be equal: hashes of the adapter and of the last state, the log without times, metrics, names of files."""
-    from lora_ft import storage
+    from lora_ft.core import storage
 
     out = folder / "out"
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -173,9 +173,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is shared by forks, and a killed one may have held it
-    import lora_ft.report.png  # matplotlib
-    import lora_ft.train  # noqa: F401 (imported once, before the forks)
-    from tests.base import write_run
+    import lora_ft.commands.train  # noqa: F401 (imported once, before the forks)
+    from tests.helpers.tiny import write_run
 
     with tempfile.TemporaryDirectory() as place:
         base = write_run(Path(place).resolve() / "base", "gpt2")

@@ -4,7 +4,7 @@ inside the command.
 
 import sys
 
-from lora_ft.cli import prepare, run, use  # each registers its commands; --help lists them in this order
+from lora_ft.cli import prepare, run, use
 from lora_ft.cli.app import app
 
 __all__ = ["main", "prepare", "run", "use"]

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from lora_ft import __version__
-from lora_ft.exits import INTERRUPTED, PIPE_CLOSED, answer
-from lora_ft.names import say
-from lora_ft.signals import Stopped, Stopper
+from lora_ft.cli.exits import INTERRUPTED, PIPE_CLOSED, report_error
+from lora_ft.core.messages import info
+from lora_ft.core.signals import Stopped, Stopper
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 def settings_like(incomplete: str) -> list[str]:
     """The settings that begin so, for the shell's completion of `--set`."""
-    from lora_ft.config_problems import SECTIONS
+    from lora_ft.config.problems import SECTIONS
 
     names = [f"{section}.{name}=" for section, model in SECTIONS.items() for name in model.model_fields]
     return [name for name in [*names, "output="] if name.startswith(incomplete)]
@@ -70,13 +70,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 function(*args, **options)
                 sys.stdout.flush()
         except Exception as error:
-            raise SystemExit(answer(error, debug="--debug" in sys.argv)) from None
+            raise SystemExit(report_error(error, debug="--debug" in sys.argv)) from None
         except SystemExit as end:
-            if isinstance(end.__context__, BrokenPipeError):  # rich's own answer to a closed pipe is 1
+            if isinstance(end.__context__, BrokenPipeError):  # rich's own report_error to a closed pipe is 1
                 raise SystemExit(PIPE_CLOSED) from None
             raise
         except (Stopped, KeyboardInterrupt) as stop:
-            say(str(stop) or "stopped")
+            info(str(stop) or "stopped")
             raise SystemExit(getattr(stop, "exit_code", INTERRUPTED)) from None
 
     return app.command()(answered)

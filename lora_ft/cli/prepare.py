@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_ft import exits
+from lora_ft.cli import exits
 from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRemoteCode, command
 
 
@@ -33,7 +33,7 @@ def init(
     \b
     Example: lora-ft init --model gpt2 --data reviews.csv
     """
-    from lora_ft.starter import start
+    from lora_ft.commands.init.command import start
 
     start(config, model, data, task, output, overwrite)
 
@@ -61,23 +61,23 @@ def check(
     Example: lora-ft check configs/quickstart.yaml --time
     Example: lora-ft check --shape gpt3-175b --set adapter.rank=4
     """
-    from lora_ft.config import load_config, parse_config
-    from lora_ft.errors import ConfigError
+    from lora_ft.config.load import load_config, parse_config
+    from lora_ft.core.errors import ConfigError
 
     if (config is None) == (shape is None):
         raise ConfigError("give either a CONFIG file, or --shape with a name or a folder that has a config.json")
     if shape:
         nothing = {"model": {"name": shape}, "data": {"train": "none", "text": "{text}"}}
         settings = parse_config(nothing, set or (), "the command line")
-        exits.quiet()
-        from lora_ft.shapes import check_shape
+        exits.silence_libraries()
+        from lora_ft.commands.check.shapes import check_shape
 
         check_shape(shape, settings, as_json=as_json, trust_remote_code=trust_remote_code)
         return
     assert config is not None
     settings = load_config(config, set or ())
-    exits.quiet()
-    from lora_ft.check import check
+    exits.silence_libraries()
+    from lora_ft.commands.check.command import check
 
     check(
         settings,
@@ -101,7 +101,7 @@ def schema(
     \b
     Example: lora-ft schema > lora-ft.schema.json
     """
-    from lora_ft.json_schema import reference, schema_text
+    from lora_ft.config.docs import reference, schema_text
 
     sys.stdout.write(reference() if markdown else schema_text())
 
@@ -113,11 +113,11 @@ def env(as_json: AsJson = False, debug: Debug = False) -> None:
     \b
     Example: lora-ft env > env.txt
     """
-    from lora_ft import environment
+    from lora_ft.commands import env
 
     if as_json:
         import json
 
-        print(json.dumps(environment.environment()))
+        print(json.dumps(env.environment()))
     else:
-        sys.stdout.write(environment.report())
+        sys.stdout.write(env.report())

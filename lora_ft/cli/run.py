@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_ft import exits
+from lora_ft.cli import exits
 from lora_ft.cli.app import AllowPickle, AsJson, ConfigFile, Debug, OtherBase, Set, TrustRemoteCode, command
 
 
@@ -33,20 +33,20 @@ def train(
     \b
     Example: lora-ft train configs/quickstart.yaml --set train.learning_rate=1e-4
     """
-    from lora_ft.config import load_config
-    from lora_ft.errors import ConfigError
+    from lora_ft.config.load import load_config
+    from lora_ft.core.errors import ConfigError
 
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite: give one; --resume goes on, --overwrite begins anew")
     settings = load_config(config, set or ())
-    exits.quiet()
-    from lora_ft.launch import launch, wanted
+    exits.silence_libraries()
+    from lora_ft.distributed.launch import launch, wanted
 
     many = wanted(processes, on_gpus=not settings.trainer.get("use_cpu"))
     if many > 1:
         raise SystemExit(launch(many, sys.argv[1:]))
     with redirect_stdout(sys.stderr):  # transformers greets W&B's offline mode on stdout
-        from lora_ft.train import train
+        from lora_ft.commands.train import train
 
     train(
         settings,
@@ -96,7 +96,7 @@ def compare(
              lora-ft compare config.yaml --vary adapter.method=lora,full \\
                  --tune train.learning_rate=1e-4,1e-3
     """
-    from lora_ft.compare.command import compare_command
+    from lora_ft.commands.compare.command import compare_command
 
     compare_command(
         config,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_ft import exits
+from lora_ft.cli import exits
 from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRemoteCode, command
 
 
@@ -38,11 +38,11 @@ def eval(
     Example: lora-ft eval out --data reviews-test.jsonl --json
     """
     if config:  # a mistake in it is answered now, with what the command line and the record add left out
-        from lora_ft.config import NOT_TRAINING, load_config
+        from lora_ft.config.load import NOT_TRAINING, load_config
 
         load_config(config, [*NOT_TRAINING, "model.name=stands in", *(["data.eval=1"] if data else []), *(set or [])])
-    exits.quiet()
-    from lora_ft.evaluate import evaluate_command
+    exits.silence_libraries()
+    from lora_ft.commands.evaluate import evaluate_command
 
     evaluate_command(
         folders or [Path("out")],
@@ -103,8 +103,8 @@ def generate(
     Example: lora-ft generate out --prompt "The best film of the year"
              lora-ft generate --adapter a=out/a --adapter b=out/b --prompts p.jsonl
     """
-    exits.quiet()
-    from lora_ft.generate import generate_command
+    exits.silence_libraries()
+    from lora_ft.commands.generate.command import generate_command
 
     generate_command(
         folders or [],
@@ -147,8 +147,8 @@ def merge(
     \b
     Example: lora-ft merge --base gpt2 --adapter out/
     """
-    exits.quiet()
-    from lora_ft.methods.merge import merge_command
+    exits.silence_libraries()
+    from lora_ft.commands.merge import merge_command
 
     merge_command(
         adapter,
@@ -207,8 +207,8 @@ def export(
     \b
     Example: lora-ft export out --to gguf
     """
-    exits.quiet()
-    from lora_ft.export.command import export_command
+    exits.silence_libraries()
+    from lora_ft.commands.export.command import export_command
 
     export_command(
         folder,

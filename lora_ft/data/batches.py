@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_ft.attention import flat
+from lora_ft.nn.attention import flat
 
-NOTHING = {"input_ids": [0], "labels": [-100]}  # an example with nothing to learn from
+EMPTY_EXAMPLE = {"input_ids": [0], "labels": [-100]}  # an example with nothing to learn from
 
 
 class MicroBatch(TypedDict):
@@ -42,30 +42,30 @@ class Step(TypedDict):
     rows: list[str]
 
 
-class Share(NamedTuple):
-    """A process's share of each step: the `rank`-th `of` so many. even: with as many micro-batches as any other has."""
+class Shard(NamedTuple):
+    """Which part of each step this rank computes. padded: add empty micro-batches so that all ranks run equally many."""
 
     rank: int = 0
-    of: int = 1
-    even: bool = False
+    world_size: int = 1
+    padded: bool = False
 
 
-ALL = Share()
+UNSHARDED = Shard()
 
 
-class Cut(NamedTuple):
-    """micro_batch_tokens: at most so many tokens a row (a longer example gets a row alone). alone: one example a row."""
+class RowPacking(NamedTuple):
+    """How examples share rows: at most `max_tokens` in one (a longer example gets a row of its own), or one_per_row."""
 
-    micro_batch_tokens: int
-    alone: bool = False
+    max_tokens: int
+    one_per_row: bool = False
 
     def rows(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices of `lengths`, grouped into as few rows as fit, of equal sums where that fits: memory is the largest row's."""
-        if self.alone:
+        if self.one_per_row:
             return [[i] for i in range(len(lengths))]
         rows = self._first_fit(lengths)
-        even = deal(lengths, len(rows))
-        fits = max(sum(lengths[i] for i in row) for row in even) <= self.micro_batch_tokens if even else True
+        even = split_evenly(lengths, len(rows))
+        fits = max(sum(lengths[i] for i in row) for row in even) <= self.max_tokens if even else True
         return even if fits else rows
 
     def _first_fit(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -76,14 +76,14 @@ class Cut(NamedTuple):
             row = next((r for r, left in enumerate(room) if lengths[i] <= left), None)
             if row is None:
                 rows.append([])
-                room.append(self.micro_batch_tokens)
+                room.append(self.max_tokens)
                 row = len(rows) - 1
             rows[row].append(i)
             room[row] -= lengths[i]
         return rows
 
 
-def deal(lengths: Sequence[int], count: int) -> list[list[int]]:
+def split_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Indices of `lengths` in `count` shares of nearly equal sums: longest first, each to the smallest share so far.
 
     (Longest processing time first, Graham 1969: within 4/3 of the best deal, and far closer for many examples.)
@@ -122,7 +122,7 @@ def on_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
     return micro | to  # type: ignore[return-value]
 
 
-class Plan(Dataset):
+class StepPlan(Dataset):
     """The optimizer steps of a run, each an epoch's shuffled examples in turn; an epoch's last step may be smaller."""
 
     def __init__(
@@ -131,11 +131,11 @@ class Plan(Dataset):
         batch_size: int,
         epochs: float,
         max_steps: int | None,
-        cut: Cut,
+        packing: RowPacking,
         seed: int,
-        share: Share = ALL,
+        shard: Shard = UNSHARDED,
     ):
-        self.dataset, self.batch_size, self.cut, self.seed, self.share = dataset, batch_size, cut, seed, share
+        self.dataset, self.batch_size, self.packing, self.seed, self.shard = dataset, batch_size, packing, seed, shard
         self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
         self.steps = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch))
         self._epoch: tuple[int, list[int]] = (-1, [])
@@ -160,12 +160,12 @@ class Plan(Dataset):
         examples = [self.dataset[i] for i in self.examples(step)]
         lengths = [len(e["input_ids"]) for e in examples]
         shares = [
-            [[share[i] for i in row] for row in self.cut.rows([lengths[i] for i in share])]
-            for share in deal(lengths, self.share.of)
+            [[share[i] for i in row] for row in self.packing.rows([lengths[i] for i in share])]
+            for share in split_evenly(lengths, self.shard.world_size)
         ]
-        micro = [micro_batch([examples[i] for i in row]) for row in shares[self.share.rank]]
-        if self.share.even:
-            micro += [micro_batch([NOTHING])] * (max(map(len, shares)) - len(micro))
+        micro = [micro_batch([examples[i] for i in row]) for row in shares[self.shard.rank]]
+        if self.shard.padded:
+            micro += [micro_batch([EMPTY_EXAMPLE])] * (max(map(len, shares)) - len(micro))
         total = sum(sum(label >= 0 for label in e["labels"][1:]) for e in examples)
         tokens = sum(e["tokens"] for e in examples)  # prompt tuning's virtual tokens are no tokens of the data
         return Step(micro=micro, total=total, tokens=tokens, rows=[e["where"] for e in examples])

@@ -23,7 +23,7 @@ import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
-from lora_ft.errors import FilesError
+from lora_ft.core.errors import FilesError
 
 KEEP_BYTES = 20 * 2**30
 DAY = 24 * 3600.0  # seconds

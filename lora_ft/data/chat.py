@@ -21,9 +21,9 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.core.messages import first_line, format_value, printable
 from lora_ft.data.template import BadRow, check_unicode, kind
-from lora_ft.errors import ConfigError, ModelError
-from lora_ft.names import first_line, printable, shown
 
 Turn = dict[str, Any]
 Span = tuple[int, int]  # characters, end exclusive
@@ -118,7 +118,7 @@ def _turn(turn: Any, number: int) -> Turn:
 def _joined(parts: list, number: int) -> str:
     """The text of OpenAI's content parts, [{"type": "text", "text": ...}, ...]."""
     for part in parts:
-        of_type = shown(part.get("type")) if isinstance(part, dict) else None
+        of_type = format_value(part.get("type")) if isinstance(part, dict) else None
         if of_type != '"text"' or not isinstance(part.get("text"), str):
             what = f"of type {of_type}" if of_type else kind(part)
             raise BadRow(

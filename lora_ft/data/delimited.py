@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lora_ft.errors import DataError
-from lora_ft.names import printable, shown
+from lora_ft.core.errors import DataError
+from lora_ft.core.messages import format_value, printable
 
 FIELD_LIMIT = 16 * 2**20  # characters; a quote never closed stops here and not at the end of a large file
 OLD_MAC = " Its lines end in CR alone, as on old Macs: tr '\\r' '\\n' < OLD > NEW."
@@ -126,4 +126,4 @@ def separator_hint(columns: Sequence[str]) -> str:
         f"convert it: python -c 'import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, "
         f'delimiter="{found[0]}"))\' < OLD > NEW'
     )
-    return f". Its columns seem to be separated by {shown(found[0])}: {way}"
+    return f". Its columns seem to be separated by {format_value(found[0])}: {way}"

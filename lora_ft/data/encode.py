@@ -7,6 +7,7 @@ from typing import Literal
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from lora_ft.core.errors import DataError
 from lora_ft.data.cache import Write, cached, key_of
 from lora_ft.data.chat import chat_format
 from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, counts, part_of, sample_indices
@@ -14,8 +15,7 @@ from lora_ft.data.sources import content_hash
 from lora_ft.data.template import Template
 from lora_ft.data.texts import BATCH, CODE, LISTED, BadRows, load_texts, names_of
 from lora_ft.data.tokens import Coder, Encoded, coder, encode_chats, encode_pairs, encode_texts
-from lora_ft.errors import DataError
-from lora_ft.model import tokenizer_hash
+from lora_ft.model.load import tokenizer_hash
 
 __all__ = ["EncodingReport", "Examples", "Template", "load_examples"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lora_ft.errors import DataError
+from lora_ft.core.errors import DataError
 
 IDS = pa.list_(pa.int32())
 EXAMPLES = pa.schema(

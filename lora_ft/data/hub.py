@@ -8,9 +8,10 @@ import huggingface_hub
 import huggingface_hub.constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
-from lora_ft.errors import DataError
-from lora_ft.hub import silent
-from lora_ft.names import first_line, parse_hub_data
+from lora_ft.core.errors import DataError
+from lora_ft.core.messages import first_line
+from lora_ft.core.names import parse_hub_data
+from lora_ft.model.hub import silent
 
 WAYS_ON = (
     "Two ways on: point HF_HOME at a cache that holds it, or name a local file: --set data.train=FILE "

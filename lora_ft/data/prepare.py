@@ -5,9 +5,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.config import DataConfig, eval_sets
+from lora_ft.config.load import DataConfig, eval_sets
+from lora_ft.core.errors import ConfigError
 from lora_ft.data.encode import Examples, Template, load_examples
-from lora_ft.errors import ConfigError
 
 
 def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Examples, dict[str, Examples]]:

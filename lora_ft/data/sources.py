@@ -8,10 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_ft.core.errors import DataError
+from lora_ft.core.messages import first_line, printable
+from lora_ft.core.names import is_local, nearest
+from lora_ft.core.storage import sha256
 from lora_ft.data.delimited import OLD_MAC, read_csv, read_tsv, text_lines
-from lora_ft.errors import DataError
-from lora_ft.names import first_line, is_local, nearest, printable
-from lora_ft.storage import sha256
 
 KNOWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 ONE_TEXT = (

@@ -6,9 +6,10 @@ from functools import cached_property
 from string import Formatter
 from typing import Any
 
+from lora_ft.core.errors import ConfigError
+from lora_ft.core.messages import format_value, printable
+from lora_ft.core.names import nearest, template_columns
 from lora_ft.data.delimited import separator_hint
-from lora_ft.errors import ConfigError
-from lora_ft.names import nearest, printable, shown, template_columns
 
 Columns = dict[str, Any]
 
@@ -115,8 +116,8 @@ def class_id(columns: Columns, column: str, words: Sequence[str]) -> int:
         near = nearest(value.strip(), words) if isinstance(value, str) else None
         raise BadRow(
             f'column "{printable(column)}" is {found}, and label_names takes a class id from 0 to {len(words) - 1}, or '
-            f"one of its words: {printable(', '.join(map(shown, words)))}"
-            + (f". Is {shown(near)} meant?" if near else "")
+            f"one of its words: {printable(', '.join(map(format_value, words)))}"
+            + (f". Is {format_value(near)} meant?" if near else "")
         )
     if not 0 <= number < len(words):
         raise BadRow(

@@ -9,12 +9,12 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from lora_ft.core.errors import DataError
+from lora_ft.core.messages import printable
 from lora_ft.data.cache import Write, cached, key_of
 from lora_ft.data.chat import chat_format, read_turns, render_chat
 from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import BadRow, Columns, Template, pair_renderer, renderer, value_of
-from lora_ft.errors import DataError
-from lora_ft.names import printable
 
 CODE = 3  # raise it when this package comes to encode the same rows otherwise: older cache entries are then left alone
 BATCH = 1000

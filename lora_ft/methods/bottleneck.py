@@ -13,14 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.adapter.files import WEIGHTS
-from lora_ft.adapter.inject import find_targets
-from lora_ft.adapter_settings import AdapterConfig
-from lora_ft.errors import ModelError
-from lora_ft.layers.bottleneck import NONLINEARITIES, Bottleneck
-from lora_ft.layers.lora import dimensions
-from lora_ft.methods import files
+from lora_ft.config.adapter_settings import AdapterConfig
+from lora_ft.core.errors import ModelError
+from lora_ft.methods import tensor_files
+from lora_ft.methods.lora.files import WEIGHTS
+from lora_ft.methods.lora.inject import find_targets
 from lora_ft.methods.switch import Bare
+from lora_ft.nn.bottleneck import NONLINEARITIES, Bottleneck
+from lora_ft.nn.lora import dimensions
 
 PLACES = {"houlsby": ("o", "down"), "pfeiffer": ("down",)}
 
@@ -63,31 +63,31 @@ def save(
 ) -> tuple[list[str], dict]:
     some = next(iter(bottlenecks(model).values()))
     config = {"method": "bottleneck", "bottleneck_size": some.down.out_features, "nonlinearity": some.nonlinearity}
-    return files.write(folder, base_name, parameters(model), config), {}
+    return tensor_files.write(folder, base_name, parameters(model), config), {}
 
 
 def load(model: PreTrainedModel, folder: Path) -> Bare:
-    config, tensors = files.read(folder)
+    config, tensors = tensor_files.read(folder)
     sizes = {name.removesuffix(".down.weight"): len(D) for name, D in tensors.items() if name.endswith(".down.weight")}
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     if strange := sorted(sizes.keys() - linear):
         raise ModelError(f"{folder / WEIGHTS}: {strange[0]} is no linear layer of this model. Is it of another model?")
     insert(model, sizes, nonlinearity_of(folder, config))
-    files.fill(folder / WEIGHTS, parameters(model), tensors)
+    tensor_files.fill(folder / WEIGHTS, parameters(model), tensors)
     return lambda: disabled(model)
 
 
 def restore(model: PreTrainedModel, folder: Path) -> None:
-    config, tensors = files.read(folder)
+    config, tensors = tensor_files.read(folder)
     ours = next(iter(bottlenecks(model).values())).nonlinearity
     if (theirs := nonlinearity_of(folder, config)) != ours:
-        raise ModelError(f"{folder / files.CONFIG}: its nonlinearity is {theirs}, this run's is {ours}.")
-    files.fill(folder / WEIGHTS, parameters(model), tensors)
+        raise ModelError(f"{folder / tensor_files.CONFIG}: its nonlinearity is {theirs}, this run's is {ours}.")
+    tensor_files.fill(folder / WEIGHTS, parameters(model), tensors)
 
 
 def nonlinearity_of(folder: Path, config: dict) -> str:
     if config.get("nonlinearity") not in NONLINEARITIES:
-        raise ModelError(f"{folder / files.CONFIG}: nonlinearity is none of {', '.join(NONLINEARITIES)}.")
+        raise ModelError(f"{folder / tensor_files.CONFIG}: nonlinearity is none of {', '.join(NONLINEARITIES)}.")
     return config["nonlinearity"]
 
 

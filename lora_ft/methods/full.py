@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from lora_ft import storage
-from lora_ft.adapter.peft import verified_record
-from lora_ft.adapter_settings import AdapterConfig
-from lora_ft.base import SINGLE
-from lora_ft.errors import ModelError
-from lora_ft.methods.files import fill
-from lora_ft.methods.switch import Bare, exchanged
+from lora_ft.config.adapter_settings import AdapterConfig
+from lora_ft.core import storage
+from lora_ft.core.errors import ModelError
+from lora_ft.methods.lora.peft import verified_record
+from lora_ft.methods.switch import Bare, swapped
+from lora_ft.methods.tensor_files import fill
+from lora_ft.model.files import SINGLE
 
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -56,7 +56,7 @@ def load(model: PreTrainedModel, folder: Path) -> Bare:
     parameters = list(model.parameters())
     base = [parameter.detach().clone() for parameter in parameters]
     restore(model, folder)
-    return lambda: exchanged(parameters, base)
+    return lambda: swapped(parameters, base)
 
 
 def restore(model: PreTrainedModel, folder: Path) -> None:

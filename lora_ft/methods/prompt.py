@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.adapter.files import WEIGHTS
-from lora_ft.adapter_settings import AdapterConfig
+from lora_ft.config.adapter_settings import AdapterConfig
+from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.data.examples import Examples
-from lora_ft.data.references import Questions
-from lora_ft.errors import ConfigError, ModelError
-from lora_ft.layers.prompt import VirtualTokens
-from lora_ft.methods import files
+from lora_ft.evaluation.references import Questions
+from lora_ft.methods import tensor_files
+from lora_ft.methods.lora.files import WEIGHTS
 from lora_ft.methods.switch import Bare
+from lora_ft.nn.virtual_tokens import VirtualTokens
 
 KEY = "prompt_embeddings"
 
@@ -56,7 +56,7 @@ def save(
         "num_layers": config.num_hidden_layers,
         "inference_mode": True,
     }
-    return files.write(folder, base_name, {KEY: prompt}, about), {}
+    return tensor_files.write(folder, base_name, {KEY: prompt}, about), {}
 
 
 def load(model: PreTrainedModel, folder: Path) -> Bare:
@@ -70,12 +70,12 @@ def load(model: PreTrainedModel, folder: Path) -> Bare:
 
 
 def restore(model: PreTrainedModel, folder: Path) -> None:
-    files.fill(folder / WEIGHTS, {KEY: model.get_input_embeddings().prompt}, {KEY: read(folder)})
+    tensor_files.fill(folder / WEIGHTS, {KEY: model.get_input_embeddings().prompt}, {KEY: read(folder)})
 
 
 def read(folder: Path) -> Tensor:
     """The virtual tokens' vectors (n, width) in a folder of ours or PEFT's."""
-    config, tensors = files.read(folder)
+    config, tensors = tensor_files.read(folder)
     prompt = tensors.get(KEY)
     if prompt is None or len(tensors) > 1 or prompt.dim() != 2 or len(prompt) != config.get("num_virtual_tokens"):
         raise ModelError(f"{folder / WEIGHTS}: should hold {KEY} alone, one row for each of num_virtual_tokens.")

@@ -9,7 +9,7 @@ Bare = Callable[[], AbstractContextManager[None]]  # within the context, the mod
 
 
 @contextmanager
-def exchanged(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """Within: the parameters hold `values`, which hold theirs meanwhile. No copy is made."""
 
     def exchange() -> None:

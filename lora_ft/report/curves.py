@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from lora_ft.metric_names import by_set
+from lora_ft.core.metrics import by_set
 from lora_ft.report.charts import Chart, Line, chart, running_mean
 from lora_ft.report.runs import Run
 from lora_ft.report.scores import scalars, title_of, written

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_ft import run_folder
-from lora_ft.errors import FilesError, ModelError
-from lora_ft.storage import read_json
+from lora_ft.core import run_folder
+from lora_ft.core.errors import FilesError, ModelError
+from lora_ft.core.storage import read_json
 
 
 @dataclass(frozen=True)

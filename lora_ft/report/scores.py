@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_ft.metric_names import TITLES, by_set, title
+from lora_ft.core.metrics import TITLES, by_set, title
 from lora_ft.report.runs import Run
 
 LESS_IS_BETTER = ("loss", "perplexity")

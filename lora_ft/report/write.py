@@ -6,16 +6,17 @@ from typing import Any
 
 import jinja2
 
-from lora_ft import __version__, run_folder
-from lora_ft.errors import FilesError
-from lora_ft.metric_names import of_set
-from lora_ft.model_card import method_of, peft_snippet, what_it_is
-from lora_ft.names import portable_name
+from lora_ft import __version__
+from lora_ft.core import run_folder
+from lora_ft.core.errors import FilesError
+from lora_ft.core.metrics import of_set
+from lora_ft.core.names import portable_name
+from lora_ft.core.storage import write_file
+from lora_ft.methods.model_card import method_of, peft_snippet, what_it_is
 from lora_ft.report.curves import curves, curves_of_all
 from lora_ft.report.figures import config_text, data_table, differing, figures, origin
 from lora_ft.report.runs import Run, read_run, set_names
 from lora_ft.report.scores import cell, headline, results, scalars, title_of
-from lora_ft.storage import write_file
 
 
 def write_report(run: Run, page: Path | None = None) -> Path | None:
@@ -89,7 +90,7 @@ def report_page(run: Run) -> str:
         figures_=figures(run),
         charts=curves(run),
         snippet=peft_snippet(record, str(run.folder)) if run.finished and method in ("lora", "prompt") else "",
-        merges=method in ("lora", "bias"),
+        merges=method == "lora",
         checkpoint=str(checkpoints[-1]) if checkpoints else "",
         data=data_table(run),
         origin=origin(run),

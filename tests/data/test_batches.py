@@ -4,7 +4,7 @@ import datasets
 import pytest
 import torch
 
-from lora_ft.data.batches import Cut, Plan, micro_batch
+from lora_ft.data.batches import RowPacking, StepPlan, micro_batch
 
 
 def corpus(n: int = 23) -> datasets.Dataset:
@@ -15,8 +15,8 @@ def corpus(n: int = 23) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def plan(micro_batch_tokens=16, batch_size=4, epochs=2.0, max_steps=None, seed=0, n=23, alone=False) -> Plan:
-    return Plan(corpus(n), batch_size, epochs, max_steps, Cut(micro_batch_tokens, alone), seed)
+def plan(micro_batch_tokens=16, batch_size=4, epochs=2.0, max_steps=None, seed=0, n=23, alone=False) -> StepPlan:
+    return StepPlan(corpus(n), batch_size, epochs, max_steps, RowPacking(micro_batch_tokens, alone), seed)
 
 
 def test_an_epoch_sees_every_example_once_and_each_epoch_in_another_order():
@@ -46,7 +46,7 @@ def test_how_a_step_is_cut_does_not_change_its_examples():
 @pytest.mark.parametrize("limit", [4, 7, 9, 100])
 def test_rows_hold_at_most_micro_batch_tokens_unless_one_example_is_longer(limit):
     lengths = [3, 9, 4, 4, 8, 1, 2, 7]
-    rows = Cut(limit).rows(lengths)
+    rows = RowPacking(limit).rows(lengths)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     for row in rows:
         assert sum(lengths[i] for i in row) <= limit or len(row) == 1
@@ -76,7 +76,7 @@ def test_max_steps_beats_epochs_and_may_pass_them():
 
 def test_rows_are_as_few_as_fit_and_even():
     lengths = [30, 9, 14, 22, 5, 18, 27, 11, 8, 16]  # 160
-    rows = Cut(64).rows(lengths)
+    rows = RowPacking(64).rows(lengths)
     sums = [sum(lengths[i] for i in row) for row in rows]
     assert len(rows) == 3 and max(sums) - min(sums) <= 5
 
@@ -84,5 +84,6 @@ def test_rows_are_as_few_as_fit_and_even():
 def test_virtual_tokens_are_not_counted():
     with_two_more = corpus().map(lambda e: {"input_ids": [0, 0, *e["input_ids"]], "labels": [-100, -100, *e["labels"]]})
     assert (
-        Plan(with_two_more, 4, 1, None, Cut(64), 0)[0]["tokens"] == Plan(corpus(), 4, 1, None, Cut(64), 0)[0]["tokens"]
+        StepPlan(with_two_more, 4, 1, None, RowPacking(64), 0)[0]["tokens"]
+        == StepPlan(corpus(), 4, 1, None, RowPacking(64), 0)[0]["tokens"]
     )

@@ -2,8 +2,8 @@
 
 import pytest
 
+from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.data.encode import Template, load_examples
-from lora_ft.errors import ConfigError, DataError, ModelError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"

@@ -8,10 +8,10 @@ import datasets
 import numpy as np
 import pytest
 
+from lora_ft.core.errors import ConfigError, DataError
 from lora_ft.data import cache, encode, texts
 from lora_ft.data.encode import Template, load_examples
 from lora_ft.data.examples import held_count, sample_indices
-from lora_ft.errors import ConfigError, DataError
 
 PAIR = Template(prompt="Review: {text}\nSentiment:", completion=" {label}")
 WORDS = ["positive", "negative", "so it goes"]

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from lora_ft.core.errors import DataError
 from lora_ft.data.sources import content_hash, iter_rows
-from lora_ft.errors import DataError
 
 
 def rows(path):

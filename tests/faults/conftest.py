@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from tests.base import write_run
-from tests.faults.command import train
+from tests.helpers.command import train
+from tests.helpers.tiny import write_run
 
 
 @pytest.fixture(scope="session")

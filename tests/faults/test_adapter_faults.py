@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.faults.command import cli, files, refused, refused_untouched, start, training
+from tests.helpers.command import cli, files, refused, refused_untouched, start, training
 
 WEIGHTS, CONFIG, RECORD = "out/adapter_model.safetensors", "out/adapter_config.json", "out/lora_ft.json"
 EVAL, MERGE = ("eval",), ("merge", "--adapter", "out")
@@ -168,9 +168,9 @@ def test_json_that_is_none(folder, name, content):
 
 def test_a_merge_whose_matrices_are_wrong(folder):
     def lie():
-        from lora_ft.adapter import shards
+        from lora_ft.methods.lora import merge_shards
 
-        shards.matrix_error = lambda *_: (1.0, float("inf"))
+        merge_shards.matrix_error = lambda *_: (1.0, float("inf"))
 
     before = files(folder)
     refused(cli(folder, *MERGE, before=lie), 4, "proof")
@@ -179,7 +179,7 @@ def test_a_merge_whose_matrices_are_wrong(folder):
 
 def test_a_merge_whose_logits_part(folder):
     def lie():
-        from lora_ft.adapter import merge
+        from lora_ft.methods.lora import merge
 
         write = merge.write_shards
 
@@ -202,7 +202,7 @@ def test_a_merge_whose_logits_part(folder):
 @pytest.mark.parametrize("moment", ["write_shards", "copy_files", "compare_logits", "write_record"])
 def test_a_merge_that_is_killed(folder, moment):
     def die():
-        from lora_ft.adapter import merge
+        from lora_ft.methods.lora import merge
 
         done = getattr(merge, moment)
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from tests.base import write_base
-from tests.faults.command import cli, files, refused, refused_untouched, train, training
+from tests.helpers.command import cli, files, refused, refused_untouched, train, training
+from tests.helpers.tiny import write_base
 
 EVAL, MERGE = ("eval",), ("merge", "--adapter", "out")
 

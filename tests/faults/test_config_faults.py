@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from tests.base import write_base
-from tests.faults.command import refused, refused_untouched, train, training
+from tests.helpers.command import refused, refused_untouched, train, training
+from tests.helpers.tiny import write_base
 
 BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['x'] * 9)}]\n" for i in range(12))
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.faults.command import cli, refused, refused_untouched, train, training
+from tests.helpers.command import cli, refused, refused_untouched, train, training
 
 GOOD = b'{"text": "a good film", "label": 1}\n'
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import lora_ft.evaluation
-import lora_ft.step
-import lora_ft.train
-from lora_ft import run_folder
-from lora_ft.saving import is_whole
-from tests.faults.command import TRAIN, cli, files, refused, refused_untouched, settings, train
+import lora_ft.commands.train
+import lora_ft.evaluation.evaluate
+import lora_ft.training.step
+from lora_ft.core import run_folder
+from lora_ft.training.saving import is_intact
+from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, settings, train
 
 MERGE = ("merge", "--adapter", "out")
 
@@ -29,7 +29,7 @@ def good_checkpoints(folder: Path) -> list[str]:
     """The names of the checkpoints, all of which must be whole, finite and free of leftovers."""
     found = run_folder.checkpoint_folders(folder / "out")
     for checkpoint in found:
-        assert is_whole(checkpoint)
+        assert is_intact(checkpoint)
         assert all(t.isfinite().all() for t in load_file(checkpoint / "adapter_model.safetensors").values())
     left = [p for p in folder.rglob(".*") if ".tmp-" in p.name or ".partial-" in p.name]
     assert not left, left
@@ -47,7 +47,7 @@ def at_step(step: int, fault):
     """Puts `fault(loss)` in the place of a step's loss; a step is one micro-batch here."""
 
     def arm():
-        original, count = lora_ft.step.supervised_loss, 0
+        original, count = lora_ft.training.step.supervised_loss, 0
 
         def loss(*args, **options):
             nonlocal count
@@ -55,7 +55,7 @@ def at_step(step: int, fault):
             found = original(*args, **options)
             return fault(found) if count == step else found
 
-        lora_ft.step.supervised_loss = loss
+        lora_ft.training.step.supervised_loss = loss
 
     return arm
 
@@ -93,12 +93,12 @@ def test_a_learning_rate_that_is_too_high(fresh):
 
 
 def test_a_base_that_scores_nan(fresh):
-    ended = train(fresh, "train.max_steps=1", before=lambda: setattr(lora_ft.evaluation, "score", nan_score))
+    ended = train(fresh, "train.max_steps=1", before=lambda: setattr(lora_ft.evaluation.evaluate, "score", nan_score))
     refused(ended, 5, "eval.jsonl:7")
 
 
 def nan_score(*_, **__):
-    from lora_ft.errors import NumbersError
+    from lora_ft.core.errors import NumbersError
 
     raise NumbersError("eval.jsonl:7: the model's log-probabilities aren't finite, so no score means anything.")
 
@@ -208,7 +208,7 @@ def no_model_yet():
     def load_base(*_):
         raise AssertionError("the model was loaded")
 
-    lora_ft.train.load_base = load_base
+    lora_ft.commands.train.load_base = load_base
 
 
 def test_an_output_that_is_a_file(fresh):
@@ -335,7 +335,7 @@ def test_a_home_that_cannot_be_written(fresh):
         cwd=fresh, env=kept | {"HOME": "/proc/none", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and is_whole(fresh / "out")
+    assert "Traceback" not in done.stderr and is_intact(fresh / "out")
 
 
 def test_an_output_that_holds_a_model(fresh):

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from tests.base import write_base, write_reviews
-from tests.faults.command import TRAIN, cli, files, refused, refused_untouched, start, train, training
+from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, start, train, training
+from tests.helpers.tiny import write_base, write_reviews
 
 RESUME = (*TRAIN, "--resume")
 ADAPTER = "out/adapter_model.safetensors"

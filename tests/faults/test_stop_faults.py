@@ -11,19 +11,20 @@ from pathlib import Path
 
 import pytest
 
-import lora_ft.adapter.merge
-import lora_ft.adapter.shards
+import lora_ft.commands.evaluate
+import lora_ft.core.signals
 import lora_ft.data.encode
-import lora_ft.evaluate
-import lora_ft.model
-import lora_ft.scoring
-import lora_ft.signals
-import lora_ft.step
-import lora_ft.trainer
-from lora_ft import run_folder, run_log
-from lora_ft.checkpoint import State
-from lora_ft.saving import Run, is_whole
-from tests.faults.command import TRAIN, cli, files, start
+import lora_ft.evaluation.scoring
+import lora_ft.methods.lora.merge
+import lora_ft.methods.lora.merge_shards
+import lora_ft.model.load
+import lora_ft.training.step
+import lora_ft.training.trainer
+from lora_ft.core import run_folder
+from lora_ft.training import run_log
+from lora_ft.training.checkpoint import State
+from lora_ft.training.saving import Run, is_intact
+from tests.helpers.command import TRAIN, cli, files, start
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 SIGNALS = pytest.mark.parametrize("signum", CODES, ids=["TERM", "INT"])
@@ -56,20 +57,20 @@ def at(place: object, name: str, call: int, signum: int, times: int = 1) -> Call
 
 
 BEFORE_THE_FIRST_STEP = {
-    "tokenizer": (lora_ft.train, "load_tokenizer", 1),
+    "tokenizer": (lora_ft.commands.train, "load_tokenizer", 1),
     "encoding": (lora_ft.data.encode, "encode_pairs", 1),
-    "loading": (lora_ft.model.AutoModelForCausalLM, "from_pretrained", 1),
-    "adapting": (lora_ft.train, "inject", 1),
-    "the first step": (lora_ft.step, "supervised_loss", 1),
+    "loading": (lora_ft.model.load.AutoModelForCausalLM, "from_pretrained", 1),
+    "adapting": (lora_ft.commands.train, "inject", 1),
+    "the first step": (lora_ft.training.step, "supervised_loss", 1),
 }
 AFTER_IT = {
-    "a step": (lora_ft.step, "supervised_loss", 5),
-    "the step before a checkpoint": (lora_ft.step, "supervised_loss", 3),
-    "an evaluation": (lora_ft.scoring, "_answer", 3),
+    "a step": (lora_ft.training.step, "supervised_loss", 5),
+    "the step before a checkpoint": (lora_ft.training.step, "supervised_loss", 3),
+    "an evaluation": (lora_ft.evaluation.scoring, "_answer", 3),
     "saving": (State, "write", 2),
     "rotation": (run_folder, "rotate", 3),
     "the log": (run_log, "write_line", 4),
-    "the last step": (lora_ft.step, "supervised_loss", 12),
+    "the last step": (lora_ft.training.step, "supervised_loss", 12),
     "the last checkpoint": (State, "write", 4),
     "the end": (Run, "finish", 1),
 }
@@ -77,7 +78,7 @@ AFTER_IT = {
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     found = run_folder.checkpoint_folders(folder / "out")
-    assert all(map(is_whole, found)), found
+    assert all(map(is_intact, found)), found
     return found
 
 
@@ -113,9 +114,9 @@ def test_after_it_the_last_whole_step_is_saved_and_going_on_is_exact(prepared, f
 
 
 def test_with_overwrite_the_hint_is_resume_only_once_the_old_run_is_gone(folder):
-    ended = cli(folder, *TRAIN, "--overwrite", before=at(lora_ft.train, "inject", 1, signal.SIGTERM))
+    ended = cli(folder, *TRAIN, "--overwrite", before=at(lora_ft.commands.train, "inject", 1, signal.SIGTERM))
     assert ended.code == 143 and ended.err.rstrip().endswith("lora-ft train config.yaml --overwrite")
-    assert is_whole(folder / "out")
+    assert is_intact(folder / "out")
     ended = cli(folder, *TRAIN, "--overwrite", before=at(State, "write", 2, signal.SIGTERM))
     assert ended.code == 143 and ended.err.rstrip().endswith("lora-ft train config.yaml --resume")
 
@@ -146,11 +147,11 @@ def test_from_outside_at_any_moment(fresh):
 def test_eval_and_merge(folder, signum):
     before = files(folder)
     for command, place in (
-        (["eval"], (lora_ft.scoring, "_answer", 2)),
-        (["eval"], (lora_ft.evaluate, "load_base", 1)),
-        (["merge", "--adapter", "out"], (lora_ft.adapter.shards, "merged", 2)),
-        (["merge", "--adapter", "out"], (lora_ft.adapter.merge, "compare_logits", 1)),
-        (["check", "config.yaml"], (lora_ft.look, "load_tokenizer", 1)),
+        (["eval"], (lora_ft.evaluation.scoring, "_answer", 2)),
+        (["eval"], (lora_ft.commands.evaluate, "load_base", 1)),
+        (["merge", "--adapter", "out"], (lora_ft.methods.lora.merge_shards, "merged", 2)),
+        (["merge", "--adapter", "out"], (lora_ft.methods.lora.merge, "compare_logits", 1)),
+        (["check", "config.yaml"], (lora_ft.commands.check.inspect, "load_tokenizer", 1)),
     ):
         ended = cli(folder, *command, before=at(*place, signum))
         assert ended.code == CODES[signum] and ended.err.rstrip().endswith("stopped"), ended
@@ -173,8 +174,8 @@ def test_a_library_that_takes_the_stop_for_an_error_or_loses_it(fresh):
     for swallow in (taken_for_an_error, lost):
 
         def arm(swallow=swallow):
-            lora_ft.train.load_tokenizer = swallow
-            lora_ft.signals.SECONDS = 0.3
+            lora_ft.commands.train.load_tokenizer = swallow
+            lora_ft.core.signals.SECONDS = 0.3
 
         ended = cli(fresh, *TRAIN, before=arm)
         assert ended.code == 143 and ended.seconds < 10, ended

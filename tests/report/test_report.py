@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-import lora_ft.evaluation
-import lora_ft.saving
-import lora_ft.step
-from lora_ft.base import resolve
-from lora_ft.config import load_config
+import lora_ft.evaluation.evaluate
+import lora_ft.training.saving
+import lora_ft.training.step
+from lora_ft.commands.train import train
+from lora_ft.config.load import load_config
+from lora_ft.core.errors import FilesError, ModelError, NumbersError
+from lora_ft.core.signals import Stopped, Stopper
+from lora_ft.core.storage import verify_manifest
 from lora_ft.data.prepare import evaluation_sets
-from lora_ft.errors import FilesError, ModelError, NumbersError
-from lora_ft.model import load_base, load_tokenizer
+from lora_ft.evaluation.scoring import Scores
+from lora_ft.model.files import resolve
+from lora_ft.model.load import load_base, load_tokenizer
 from lora_ft.report.runs import read_run
 from lora_ft.report.write import report_command
-from lora_ft.scoring import Scores
-from lora_ft.signals import Stopped, Stopper
-from lora_ft.storage import verify_manifest
-from lora_ft.train import train
-from tests.base import lora_ft as command_line
-from tests.base import write_run
+from tests.helpers.tiny import lora_ft as command_line
+from tests.helpers.tiny import write_run
 
 HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror=z>"\'&amp;'
 CLASSES = ["data.label_names={label: [negative, '" + HOSTILE.replace("'", "''") + "']}", "train.logging_steps=1"]
@@ -148,13 +148,13 @@ def test_the_base_is_scored_as_what_it_is(classified):
 
 def test_scoring_the_base_changes_nothing_of_the_run(classified, folder, monkeypatch):
     """With dropout: a random number drawn for it would show."""
-    scored, calls = lora_ft.evaluation.score, []
+    scored, calls = lora_ft.evaluation.evaluate.score, []
 
     def not_the_base(*args, **options):
         calls.append(1)
         return Scores(1, 1.0, 1) if len(calls) == 1 else scored(*args, **options)
 
-    monkeypatch.setattr(lora_ft.evaluation, "score", not_the_base)
+    monkeypatch.setattr(lora_ft.evaluation.evaluate, "score", not_the_base)
     run(folder, *CLASSES, "adapter.dropout=0.1")
     assert record(folder)["base_metrics"] == {"loss": 1.0, "perplexity": pytest.approx(2.71828, abs=1e-4)}
     name = "out/adapter_model.safetensors"
@@ -169,7 +169,7 @@ def test_a_report_that_fails_is_a_warning(folder, monkeypatch, capsys):
     def fails(run):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(lora_ft.saving, "write_report", fails)
+    monkeypatch.setattr(lora_ft.training.saving, "write_report", fails)
     run(folder, "train.max_steps=1")
     assert "warning: no report" in capsys.readouterr().err
     about = record(folder)
@@ -217,13 +217,13 @@ def test_an_interrupted_run_has_one_that_its_files_give_again(folder, monkeypatc
 
 
 def test_a_run_that_met_nan_shows_how_it_came_to_it(folder, monkeypatch):
-    loss, calls = lora_ft.step.supervised_loss, []
+    loss, calls = lora_ft.training.step.supervised_loss, []
 
     def spoilt(*args, **options):
         calls.append(1)
         return loss(*args, **options) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr("lora_ft.step.supervised_loss", spoilt)
+    monkeypatch.setattr("lora_ft.training.step.supervised_loss", spoilt)
     with pytest.raises(NumbersError):
         run(folder, "train.save_steps=9", "train.eval_steps=9", "train.logging_steps=1")
     page = Page(folder / "out/report.html")
@@ -242,7 +242,7 @@ def test_a_signal_before_the_first_step_leaves_none(folder, monkeypatch):
 def test_overwrite_takes_ours_and_leaves_a_users(folder, monkeypatch):
     stopped(folder, monkeypatch, 20)
     before = (folder / "out/report.html").read_text()
-    monkeypatch.setattr(lora_ft.saving, "write_report", lambda run: None)
+    monkeypatch.setattr(lora_ft.training.saving, "write_report", lambda run: None)
     run(folder, "train.max_steps=1", overwrite=True)
     assert before and not (folder / "out/report.html").exists() and not (folder / "out/curves.png").exists()
     monkeypatch.undo()

@@ -1,0 +1,104 @@
+"""What `lora-ft check` prints for people: 80 columns, plain text where there is no colour."""
+
+import itertools
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from lora_ft.commands.check.memory import Memory
+from lora_ft.core.messages import printable
+from lora_ft.nn.lora import LoRALinear
+
+WIDTH, BINS = 79, 8
+
+
+def console() -> Console:
+    """Lines are left to the terminal to wrap: what is piped stays as it is."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def heading(out: Console, text: str) -> None:
+    out.print(f"\n{text}", style="bold")
+
+
+def paragraph(out: Console, text: str, style: str = "") -> None:
+    lines = textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    out.print("\n".join(lines), style=style)
+
+
+def histogram(lengths: np.ndarray, max_length: int) -> list[tuple[int, int | None, int]]:
+    """(from, to, examples) by tokens before truncation, up to max_length; then (max_length + 1, None, examples)."""
+    top = min(int(lengths.max()), max_length)
+    width = -(-top // BINS)
+    edges = [(low, min(low + width - 1, top)) for low in range(1, top + 1, width)]
+    counted = [(low, high, int(((lengths >= low) & (lengths <= high)).sum())) for low, high in edges]
+    return [*counted, (max_length + 1, None, int((lengths > max_length).sum()))]
+
+
+def histogram_lines(bins: Sequence[tuple[int, int | None, int]], encoding: str) -> list[str]:
+    most = max(count for _, _, count in bins)
+    block = "█" if encoding.lower().startswith("utf") else "#"
+    lines = []
+    for low, high, count in bins:
+        label = f"{low:,}-{high:,}" if high else f"over {low - 1:,}"
+        lines.append(f"  {label:>15} {block * -(-count * 40 // most):<40} {count:,}".rstrip())
+    return lines
+
+
+def seen(example: Mapping, tokenizer, encoding: str) -> Text:
+    """A row after template, truncation and masking; supervised tokens green, and between » and « for all to see."""
+    first, last = ("»", "«") if encoding.lower().startswith("utf") else (">>", "<<")
+    text = Text()
+    pairs = zip(example["input_ids"], example["labels"], strict=True)
+    for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[1] >= 0):
+        piece = tokenizer.decode([token for token, _ in run])  # a run at a time: a character may be several tokens
+        shown = "\n".join(printable(line, 100_000) for line in piece.split("\n"))
+        text.append(f"{first}{shown}{last}" if supervised else shown, style="bold green" if supervised else "")
+    return text
+
+
+def target_lines(layers: Mapping[str, LoRALinear]) -> list[str]:
+    """One line for the modules of all layers that are adapted alike: name, parts, shape, in which layers, parameters."""
+    groups: dict[tuple, list[int | None]] = {}
+    for path, layer in layers.items():
+        number = re.search(r"\.(\d+)\.", path)
+        name = path[number.end() :] if number else path
+        numbers = sum(p.numel() for n, p in layer.named_parameters() if not n.startswith("base."))
+        key = (name, "+".join(layer.rows), f"{layer.in_features} -> {layer.out_features}", numbers)
+        groups.setdefault(key, []).append(int(number[1]) if number else None)
+    lines = []
+    for (name, parts, shape, numbers), where in groups.items():
+        at = [n for n in where if n is not None]
+        placed = f"layers {spans(at)}" if at else "outside of the layers"
+        role = "" if parts == "all" else f" ({parts})"
+        lines.append(f"  {name}{role}, {shape}: {placed}; {numbers:,} each")
+    return lines
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    groups = itertools.groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
+    runs = [[n for _, n in run] for _, run in groups]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def memory_lines(memory: Memory) -> list[str]:
+    return [f"  {name:<12}{size(value):>12}" for name, value in memory.as_dict().items()]
+
+
+def size(number: float) -> str:
+    """Bytes as people read them: 1,234 MiB, 12.3 GiB."""
+    if number >= 10 * 2**30:
+        return f"{number / 2**30:,.1f} GiB"
+    return f"{number / 2**20:,.0f} MiB" if number >= 100 * 2**20 else f"{number / 2**20:,.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """3 h 20 min; 12 min; 45 s."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

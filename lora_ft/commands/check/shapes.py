@@ -1,0 +1,128 @@
+"""`lora-ft check --shape`: parameters and memory of a model of which only the shape is known, LoRA against all of it.
+
+Nothing is loaded and nothing allocated, so GPT-3 175B is counted on a laptop.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from transformers import GPT2Config, PretrainedConfig, PreTrainedModel
+
+from lora_ft.commands.check import display
+from lora_ft.commands.check.memory import Memory, Row, estimate
+from lora_ft.config.load import Config
+from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.methods.lora import method as lora
+from lora_ft.methods.lora.files import bytes_on_disk
+from lora_ft.methods.lora.inject import lora_layers, trainable
+from lora_ft.model.files import Base
+from lora_ft.model.load import DTYPES, build, load_config
+
+# name -> the shape; GPT-3's from Brown et al. 2020, table 2.1, whose blocks are GPT-2's, in 16 bit as the LoRA paper trained it
+SHAPES: dict[str, dict] = {
+    "gpt2": dict(n_embd=768, n_layer=12, n_head=12, dtype="float32"),
+    "gpt2-medium": dict(n_embd=1024, n_layer=24, n_head=16, dtype="float32"),
+    "gpt2-large": dict(n_embd=1280, n_layer=36, n_head=20, dtype="float32"),
+    "gpt2-xl": dict(n_embd=1600, n_layer=48, n_head=25, dtype="float32"),
+    "gpt3-6.7b": dict(n_embd=4096, n_layer=32, n_head=32, n_positions=2048, dtype="float16"),
+    "gpt3-13b": dict(n_embd=5120, n_layer=40, n_head=40, n_positions=2048, dtype="float16"),
+    "gpt3-175b": dict(n_embd=12288, n_layer=96, n_head=96, n_positions=2048, dtype="float16"),
+}
+
+
+def check_shape(shape: str, config: Config, *, as_json: bool = False, trust_remote_code: bool = False) -> None:
+    """Print what training a model of this shape takes, with the config's adapter and with every weight.
+
+    Args:
+        shape: a name in SHAPES, a folder with a config.json, or such a file.
+
+    Raises:
+        ModelError: none of these; or the config's targets aren't in the model.
+    """
+    if config.adapter.method != "lora":
+        raise ConfigError(f"adapter.method: {config.adapter.method}; a shape's sizes are known for lora, beside full.")
+    known = shape_config(shape, trust_remote_code)
+    stored = DTYPES.get(config.model.dtype) or getattr(known, "dtype", None) or torch.float32
+    row = row_of(config)
+
+    def with_lora() -> PreTrainedModel:
+        model = build(known, "cpu", stored, trust_remote_code)
+        lora.inject(model, config.adapter, config.train.seed, None)
+        return model
+
+    def full() -> PreTrainedModel:
+        return build(known, "cpu", torch.float32, trust_remote_code).requires_grad_(True)
+
+    with torch.device("meta"):
+        adapted = build(known, "meta", stored, trust_remote_code)
+        lora.inject(adapted, config.adapter, config.train.seed, None)
+    parameters = sum(p.numel() for p in trainable(adapted).values())
+    base = sum(p.numel() for p in adapted.parameters()) - parameters
+    checkpointing = config.train.gradient_checkpointing
+    memory = {
+        name: estimate(make, [row], checkpointing=checkpointing) for name, make in (("lora", with_lora), ("full", full))
+    }
+    facts = {
+        "shape": shape,
+        "dtype": str(stored).removeprefix("torch."),
+        "base_parameters": base,
+        "trainable_parameters": parameters,
+        "trainable_share": parameters / base,
+        "adapter_bytes": bytes_on_disk(adapted),
+        "row_tokens": sum(row.lengths),
+        "memory": {name: peak.as_dict() for name, peak in memory.items()},
+    }
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        show(facts, memory, adapted, config)
+
+
+def shape_config(shape: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The transformers config that a name, a folder or a file stands for."""
+    path = Path(shape).expanduser()
+    if shape in SHAPES and not path.exists():
+        return GPT2Config(vocab_size=50257, **SHAPES[shape])
+    folder = path.parent if path.name == "config.json" else path
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"--shape {shape}: no folder with a config.json, no such file, and none of {', '.join(SHAPES)}."
+        )
+    return load_config(Base(shape, folder), trust_remote_code)
+
+
+def row_of(config: Config) -> Row:
+    """A row as full as train.micro_batch_tokens says, of one example for `auto`; every token supervised."""
+    setting, length = config.train.micro_batch_tokens, config.data.max_length
+    examples = 1 if setting == "auto" else max(1, setting // length)
+    return Row((length,) * examples, examples * (length - 1))
+
+
+def show(facts: dict, memory: dict[str, Memory], adapted: PreTrainedModel, config: Config) -> None:
+    out = display.console()
+    display.heading(out, f"{facts['shape']}: {facts['base_parameters']:,} parameters, {facts['dtype']}")
+    for line in display.target_lines(lora_layers(adapted)):
+        out.print(line)
+    share, file = facts["trainable_share"], display.size(facts["adapter_bytes"])
+    out.print(
+        f"  rank {config.adapter.rank}: {facts['trainable_parameters']:,} trainable ({share:.4%}), {file} on disk"
+    )
+    table = Table(
+        title=f"GPU memory, rows of {facts['row_tokens']:,} tokens, Adam",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("")
+    table.add_column("LoRA", justify="right")
+    table.add_column("full fine-tuning", justify="right")
+    names = {"adapter": "trained weights and gradients", "weights": "frozen weights"}
+    for name, value in memory["lora"].as_dict().items():
+        other = memory["full"].as_dict()[name]
+        if value or other:
+            table.add_row(names.get(name, name), display.size(value), display.size(other))
+    out.print()
+    out.print(table)
+    out.print("Full fine-tuning trains float32 weights: 16 bytes each, with gradient and Adam's two moments.")

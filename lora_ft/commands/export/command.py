@@ -1,0 +1,134 @@
+"""`lora-ft export`: an adapter, or a model, in the form that another program loads; and, only if asked, onto the hub."""
+
+from pathlib import Path
+
+from lora_ft.commands.export import hub
+from lora_ft.commands.export.gguf_adapter import write_adapter_gguf
+from lora_ft.commands.export.gguf_layout import FAMILIES
+from lora_ft.commands.export.gguf_model import prove_gguf, write_model_gguf
+from lora_ft.commands.export.portable import write_portable
+from lora_ft.core import storage
+from lora_ft.core.errors import ConfigError, FilesError, ModelError
+from lora_ft.methods.lora.compatibility import base_of, check_against, check_base, check_copies, check_tokenizer
+from lora_ft.methods.lora.files import portable_name
+from lora_ft.methods.lora.merge import beside, merge_command
+from lora_ft.methods.lora.peft import AdapterFile, read_adapter
+from lora_ft.methods.model_card import vllm_rank
+from lora_ft.model.files import Base, resolve, stored_dtype
+from lora_ft.model.load import load_base, load_config, load_tokenizer, skeleton
+
+
+def export_command(
+    folder: Path,
+    to: str,
+    *,
+    output: Path | None = None,
+    base: str | None = None,
+    merged: bool = False,
+    dtype: str = "auto",
+    verify: bool = True,
+    push: str | None = None,
+    public: bool = False,
+    other_base: bool = False,
+) -> None:
+    """Write `folder` (an adapter; with `to` gguf also a whole model) in another form, and print who can load it.
+
+    Raises:
+        UserError: options that don't go together, nothing there to export, an output that exists, a family or tokenizer that
+            llama.cpp's names aren't known of, a failed proof, a hub that says no.
+    """
+    whole = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+    if to != "gguf" and (merged or dtype != "auto"):
+        raise ConfigError(f"--merged and --dtype go with --to gguf; this is --to {to}")
+    if whole and (to != "gguf" or base or merged):
+        raise ConfigError(f"{folder}: a whole model, not an adapter; say `lora-ft export {folder} --to gguf`, no more")
+    if public and not push:
+        raise ConfigError("--public goes with --push REPO")
+    if push:
+        hub.check(push)
+    kind = to if to != "gguf" else "model.gguf" if whole else "merged.gguf" if merged else "lora.gguf"
+    target = output or beside(folder, ".gguf" if whole else f"-{kind}")
+    if target.exists():
+        raise FilesError(f"{target}: exists already. Remove it, or name another place with --output.")
+    adapter = None if whole else read_adapter(folder)
+    files = resolve(str(folder)) if adapter is None else base_of(folder, adapter.record, adapter.config, base)
+    if to == "merged":
+        merge_command(folder, base=base, output=target, verify=verify, other_base=other_base)
+    else:
+        if adapter is not None:
+            check_base(adapter.record, files, other_base)
+        if adapter is not None and to == "peft":
+            export_peft(adapter, files, target)
+        elif adapter is not None and not merged:
+            export_lora_gguf(adapter, files, target, dtype)
+        else:
+            export_model_gguf(files, target, dtype, adapter, verify, other_base)
+    if push:
+        print(f"pushed to {hub.push(push, hub.uploads(target, kind, portable_name(files.name)), public)}")
+
+
+def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
+    """The adapter as a folder of its two files and its model card, after checking that it fits the base."""
+    model = load_base(base) if adapter.copies else skeleton(base)  # copies are left out: they must be the base's own
+    check_against(model, adapter)
+    check_copies(model, adapter)
+    with storage.staged_folder(target) as staged:
+        rank = write_portable(adapter, staged)
+        if (card := adapter.folder / hub.CARD).is_file():
+            named = str(
+                adapter.config.get("base_model_name_or_path")
+            )  # PEFT's own cards may hold a path of the machine
+            text = card.read_text(encoding="utf-8", errors="replace").replace(named, portable_name(named))
+            storage.write_file(staged / hub.CARD, text)
+        else:
+            storage.write_file(staged / hub.CARD, hub.card("peft", portable_name(base.name), target.name))
+    family = model.config.model_type
+    gguf = (
+        f"lora-ft export {adapter.folder} --to gguf"
+        if family in FAMILIES
+        else f"its own converter, if it knows {family}"
+    )
+    print(f"{target}: rank {rank} on {len(adapter.tensors)} modules, the scaling folded into B (lora_alpha = r)")
+    print(f'  PEFT          PeftModel.from_pretrained(base, "{target}")')
+    print(f'  transformers  model.load_adapter("{target}"), with peft installed')
+    print(f"  vLLM          --enable-lora --max-lora-rank {vllm_rank(rank)}, where it has LoRA for {family}")
+    print(f"  llama.cpp     {gguf}")
+
+
+def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str) -> None:
+    """The adapter alone as a GGUF."""
+    model = load_base(base) if adapter.copies else skeleton(base)
+    check_against(model, adapter)
+    check_copies(model, adapter)
+    with storage.landing(target, sum(4 * (A.numel() + B.numel()) for A, B in adapter.tensors.values())) as temporary:
+        size = write_adapter_gguf(adapter, model, temporary, "float32" if dtype == "auto" else dtype, base.name)
+    print(f"{target}: the adapter of {len(adapter.tensors)} modules, {size / 2**20:.1f} MiB")
+    print(
+        f"  llama.cpp  llama-cli -m BASE.gguf --lora {target}, with any GGUF of {portable_name(base.name)}, quantized too"
+    )
+
+
+def export_model_gguf(
+    base: Base, target: Path, dtype: str, adapter: AdapterFile | None, verify: bool, other_base: bool
+) -> None:
+    """A whole model, with the adapter folded in if there is one, as a GGUF that has proved itself."""
+    if base.gguf or base.pickles:
+        raise ModelError(
+            f"base {base.name}: no safetensors. Merge first: --to merged, then export that folder --to gguf."
+        )
+    if adapter is not None:
+        check_tokenizer(adapter.record, base, load_tokenizer(base), other_base)
+    dtype = str(stored_dtype(base)).removeprefix("torch.") if dtype == "auto" else dtype
+    with storage.landing(target, 0) as temporary:
+        size = write_model_gguf(base, temporary, dtype, adapter)
+        proof = prove_gguf(temporary, dtype, base, adapter) if verify else "--no-verify"
+    print(f"{target}: {portable_name(base.name)}{' + adapter' if adapter else ''}, {dtype}, {size / 2**20:.1f} MiB")
+    if window := getattr(load_config(base), "sliding_window", None):
+        print(f"  note: the model attends to the last {window:,} positions; llama.cpp, in this architecture, to all")
+    if isinstance(proof, str):
+        print(f"  logits were not compared ({proof})")
+    else:
+        print(
+            f"  logits, read back by transformers: {proof['difference']:.3g} off at most ({proof['allowed']:.3g} allowed)"
+        )
+    print(f"  llama.cpp  llama-cli -m {target}; smaller: llama-quantize {target} small.gguf Q4_K_M")

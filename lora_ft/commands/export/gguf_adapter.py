@@ -1,0 +1,56 @@
+"""An adapter as llama.cpp loads it beside a base's GGUF (`--lora FILE`), as its convert_lora_to_gguf.py writes them."""
+
+import re
+from pathlib import Path
+
+import gguf
+from transformers import PreTrainedModel
+
+from lora_ft.commands.export.gguf_file import Weight, write_gguf
+from lora_ft.commands.export.gguf_layout import gguf_name, layout, reordered
+from lora_ft.commands.export.portable import portable_tensors
+from lora_ft.core.errors import ModelError
+from lora_ft.methods.lora.files import portable_name
+from lora_ft.methods.lora.peft import AdapterFile
+
+
+def write_adapter_gguf(adapter: AdapterFile, model: PreTrainedModel, path: Path, dtype: str, base_name: str) -> int:
+    """Write `adapter` for `model` (of which only the shape counts: the meta device will do). Returns the bytes.
+
+    A and B of blk.0.attn_q.weight are blk.0.attn_q.weight.lora_a (rank, in) and .lora_b (rows, rank); the scaling is in B, and
+    adapter.lora.alpha is the rank.
+
+    Raises:
+        ModelError: a family that llama.cpp's names aren't known of, or a head that shares its weight with the embedding.
+    """
+    order = layout(model.config)
+    folded, R = portable_tensors(adapter)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    weights = []
+    for module in sorted(folded, key=by_number):
+        if tied and model.get_submodule(module) is model.get_output_embeddings():
+            raise ModelError(
+                f"{adapter.folder}: adapts the head, which shares its weight with the embedding: llama.cpp can't load that "
+                "beside the base. Write the merged model: add --merged."
+            )
+        name = gguf_name(order, f"{module}.weight")
+        A, B = folded[module]
+        B = reordered(order, f"{module}.weight", B)
+        weights += [
+            Weight(f"{name}.lora_a", tuple(A.shape), A.clone),
+            Weight(f"{name}.lora_b", tuple(B.shape), B.clone),
+        ]
+
+    def about(writer: gguf.GGUFWriter) -> None:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(R))
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, Path(portable_name(base_name)).name)
+
+    return write_gguf(path, order.architecture, about, weights, dtype)
+
+
+def by_number(name: str) -> list:
+    """Sorts layers.2 before layers.10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

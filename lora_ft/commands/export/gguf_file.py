@@ -1,0 +1,67 @@
+"""A GGUF file, written a tensor at a time."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_ft.core import storage
+
+# our dtype -> (how a tensor of it is stored, the file's own word for that)
+KINDS = {
+    "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+}
+
+
+class Weight(NamedTuple):
+    """A tensor to write: its name in the file, its shape, and how to come by it."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def write_gguf(
+    path: Path, architecture: str, about: Callable[[gguf.GGUFWriter], None], weights: Sequence[Weight], dtype: str
+) -> int:
+    """Write `weights`, vectors in float32 and all else in `dtype`; `about` adds what the file says of them. Returns the bytes.
+
+    Raises:
+        FilesError: the disk has no room for it (before anything is written).
+    """
+    kind, file_type = KINDS[dtype]
+    kinds = [kind if len(weight.shape) > 1 else gguf.GGMLQuantizationType.F32 for weight in weights]
+    sizes = [
+        int(np.prod(w.shape)) * (4 if k is gguf.GGMLQuantizationType.F32 else 2)
+        for w, k in zip(weights, kinds, strict=True)
+    ]
+    storage.require_space(path.parent, sum(sizes) + 2**24)
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        about(writer)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for weight, stored, size in zip(weights, kinds, sizes, strict=True):
+            writer.add_tensor_info(weight.name, weight.shape, np.dtype(np.float32), size, raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for weight, stored in zip(weights, kinds, strict=True):
+            writer.write_tensor_data(_stored(weight.read(), stored))
+    finally:
+        writer.close()
+    return path.stat().st_size
+
+
+def _stored(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """The tensor's numbers as the file has them, rounded once to nearest."""
+    if kind is gguf.GGMLQuantizationType.BF16:  # numpy has no bfloat16
+        return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
+    wanted = torch.float16 if kind is gguf.GGMLQuantizationType.F16 else torch.float32
+    return tensor.to(wanted).contiguous().numpy()

@@ -1,0 +1,169 @@
+"""A whole model as one GGUF file: weights, hyperparameters and tokenizer, and the proof that it computes the same."""
+
+import gc
+from functools import partial
+from pathlib import Path
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lora_ft.commands.export.gguf_adapter import by_number
+from lora_ft.commands.export.gguf_file import Weight, write_gguf
+from lora_ft.commands.export.gguf_layout import Layout, gguf_name, layout, reordered
+from lora_ft.commands.export.gguf_vocabulary import write_vocabulary
+from lora_ft.core.errors import ModelError
+from lora_ft.methods.lora.compatibility import check_against
+from lora_ft.methods.lora.files import load_adapter, portable_name
+from lora_ft.methods.lora.merge_shards import DTYPES, finite, merged, stored_keys
+from lora_ft.methods.lora.merge_shards import check_copies as check_stored_copies
+from lora_ft.methods.lora.peft import AdapterFile
+from lora_ft.methods.lora.stored_names import Edit, plan, source_of, stored_names
+from lora_ft.methods.lora.verify import largest, logits, sample_rows
+from lora_ft.model.files import Base, opened, stored_dtype, weight_files
+from lora_ft.model.load import load_base, load_config, load_tokenizer, skeleton
+
+# Settings that the logits depend on and that transformers doesn't read from every GGUF.
+COMPARED = (
+    *("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "rms_norm_eps"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "sliding_window"),
+    "rope_parameters",
+)
+
+
+def write_model_gguf(base: Base, path: Path, dtype: str, adapter: AdapterFile | None = None) -> int:
+    """Write a model's folder as one file, with an adapter folded in if one is given. Vectors are float32, matrices `dtype`.
+
+    Returns the bytes. One tensor is in memory at a time.
+
+    Raises:
+        ModelError: a family or tokenizer that llama.cpp's names aren't known of; quantized or missing weights.
+        FilesError: the disk is full, or the place can't be written.
+    """
+    model, tokenizer, shards = skeleton(base), load_tokenizer(base), weight_files(base)
+    order, on_disk = layout(model.config), stored_names(model, stored_keys(shards))
+    edits: dict[str, Edit] = {}
+    if adapter is not None:
+        check_against(model, adapter)
+        check_stored_copies(model, adapter, shards, on_disk)
+        planned, _ = plan(model, on_disk, adapter.tensors)
+        edits = {f"{edit.module}.weight": edit for edit in planned if edit.module is not None}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    weights = []
+    # An alias (a tied head) is a tensor of its own only if adapted.
+    for name in sorted(shapes.keys() - (model.all_tied_weights_keys.keys() - edits.keys()), key=by_number):
+        source = source_of(model, on_disk, name)
+        if source is None:
+            raise ModelError(
+                f"model {base.name}: its files hold no tensor of its own for {name}. Copy the model again."
+            )
+        read = partial(_read, order, name, source, shards, edits.get(name), adapter)
+        weights.append(Weight(gguf_name(order, name), shapes[name], read))
+    if (frequencies := rope_frequencies(model.config)) is not None:
+        weights.append(Weight("rope_freqs.weight", tuple(frequencies.shape), frequencies.clone))
+
+    def about(writer: gguf.GGUFWriter) -> None:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(Path(portable_name(base.name)).name)
+        write_hyperparameters(writer, model.config)
+        write_vocabulary(writer, tokenizer, model.config.vocab_size)
+
+    return write_gguf(path, order.architecture, about, weights, dtype)
+
+
+def _read(
+    order: Layout, name: str, source: str, shards: list[Path], edit: Edit | None, adapter: AdapterFile | None
+) -> Tensor:
+    for shard in shards:
+        with opened(shard) as file:
+            if source in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                tensor = finite(file, source, shard)
+                if tensor.dtype not in DTYPES:
+                    raise ModelError(f"{shard}: {source} is {tensor.dtype}: quantized weights can't be exported.")
+                if edit is not None and adapter is not None:
+                    tensor, _ = merged(tensor, edit, adapter, shard)
+                return reordered(order, name, tensor)
+    raise AssertionError(source)
+
+
+def write_hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    """What llama.cpp needs to know of a Llama-like model."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters or {}
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(rope.get("rope_theta", 10_000.0))
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def rope_frequencies(config: PretrainedConfig) -> Tensor | None:
+    """Llama 3.1's rotary frequencies as llama.cpp has them: by how much each is slower than without scaling (head_dim / 2)."""
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") != "llama3":
+        return None
+    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, 2 * len(slowed), 2).float() / (2 * len(slowed)))
+    return plain / slowed
+
+
+def prove_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None = None) -> dict | str:
+    """Load the file with transformers and compare its logits with the folder's (and adapter's), in float32, one model in memory
+    at a time.
+
+    Returns the figures; or why transformers can't be asked: it doesn't read all that llama.cpp does from a GGUF.
+
+    Raises:
+        ModelError: logits differ by more than rounding may do.
+    """
+    written, stored = Base(path.name, path.parent, gguf=path), str(stored_dtype(base)).removeprefix("torch.")
+    wanted, found = load_config(base), load_config(written)
+    lost = [name for name in COMPARED if _setting(wanted, name) != _setting(found, name)]
+    if lost:
+        return f"transformers doesn't read {', '.join(lost)} from such a file"
+    rows = sample_rows((adapter and adapter.record) or None, load_tokenizer(base), wanted.vocab_size)
+    model = load_base(base, "float32")
+    if adapter is not None:
+        load_adapter(model, adapter.folder)
+    exact = logits(model, rows)
+    del model
+    gc.collect()
+    model = load_base(written, "float32")
+    difference, row, position = largest(logits(model, rows), exact)
+    scale = max(t.abs().max().item() for t in exact)
+    roundings = {dtype, stored} if adapter else {dtype} - {stored}  # a merge rounds to the stored dtype first
+    allowed = scale * max([1e-4, *(8 * torch.finfo(getattr(torch, kind)).eps for kind in roundings)])
+    if not difference <= allowed:
+        raise ModelError(
+            f"the GGUF failed its proof: logits differ by {difference:.3g} in sample row {row}, position {position}, where "
+            f"{allowed:.3g} is allowed (largest logit {scale:.3g}). The output was not kept."
+        )
+    return {"difference": difference, "allowed": allowed, "largest_logit": scale, "positions": sum(map(len, rows))}
+
+
+def _setting(config: PretrainedConfig, name: str):
+    """A setting's value, rounded as a GGUF's float32 rounds it; Mistral counts as the Llama that its GGUF says it is."""
+    value = getattr(config, name, None)
+    if name == "model_type":
+        return "llama" if value == "mistral" else value
+    if name == "head_dim":
+        return value or config.hidden_size // config.num_attention_heads
+    if name == "rope_parameters":
+        return {key: _float32(v) for key, v in (value or {}).items()}
+    return _float32(value) or None
+
+
+def _float32(value):
+    return torch.tensor(value).item() if isinstance(value, float) else value

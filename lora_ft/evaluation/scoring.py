@@ -1,0 +1,180 @@
+"""Scores of a model on encoded examples: loss and perplexity per supervised token, and accuracy where labels have words.
+
+A classification compares the label words' summed log-probabilities after the prompt, without end-of-sequence (as
+lm-evaluation-harness does).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import datasets
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lora_ft.core.errors import NumbersError
+from lora_ft.data.batches import EMPTY_EXAMPLE, UNSHARDED, RowPacking, Shard, split_evenly
+from lora_ft.distributed import processes
+from lora_ft.nn.attention import Isolation, flat
+from lora_ft.nn.loss import logits_in_chunks
+
+
+@dataclass
+class Scores:
+    """Sums over examples. confusion[true][chosen] counts a classification's examples; empty for anything else."""
+
+    examples: int = 0
+    loss_sum: float = 0.0
+    tokens: int = 0
+    confusion: list[list[int]] = field(default_factory=list)
+
+    def metrics(self) -> dict:
+        """loss, perplexity, and for a classification accuracy, its 95% interval (Wilson), macro-F1 and the confusion table."""
+        loss = self.loss_sum / self.tokens
+        metrics: dict = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+        if self.confusion:
+            right = sum(row[i] for i, row in enumerate(self.confusion))
+            metrics["accuracy"] = right / self.examples
+            metrics["accuracy_ci95"] = list(wilson_interval(right, self.examples))
+            metrics["macro_f1"] = macro_f1(self.confusion)
+            metrics["confusion"] = self.confusion
+        return metrics
+
+
+def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The score interval of a proportion (Wilson 1927): right within [0, 1] also for small n and extreme shares."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def macro_f1(confusion: list[list[int]]) -> float:
+    """Mean F1 over the classes that occur as truth or as answer; 0 for a class never answered rightly."""
+    scores = []
+    for c, row in enumerate(confusion):
+        true, answered = sum(row), sum(r[c] for r in confusion)
+        if true or answered:
+            scores.append(2 * row[c] / (true + answered))
+    return sum(scores) / len(scores)
+
+
+@dataclass(frozen=True)
+class _Query:
+    """A sequence and the log-probabilities wanted of it: those of `targets[i]` right after position `at[i]`."""
+
+    example: int
+    choice: int  # -1: the loss; else the choice whose log-probability this is
+    ids: list[int]
+    at: list[int]
+    targets: list[int]
+
+
+def _queries(index: int, example: dict) -> Iterator[_Query]:
+    ids, labels = example["input_ids"], example["labels"]
+    at = [i - 1 for i in range(1, len(labels)) if labels[i] >= 0]
+    yield _Query(index, -1, ids, at, [labels[i + 1] for i in at])
+    prompt = ids[: example["prompt_length"]]
+    assert prompt or not example["choices"], "a label word is compared by what stands before it"
+    for c, choice in enumerate(example["choices"]):
+        at = [len(prompt) - 1 + i for i in range(len(choice))]
+        if len(choice) == 1 or ids[len(prompt) : len(prompt) + len(choice)] == choice:
+            yield _Query(index, c, ids, at, choice)  # answered by the loss's own sequence
+        else:
+            yield _Query(index, c, [*prompt, *choice], at, choice)
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel,
+    dataset: datasets.Dataset,
+    isolation: Isolation,
+    micro_batch_tokens: int,
+    check: Callable[[], None] = lambda: None,
+    shard: Shard = UNSHARDED,
+) -> Scores:
+    """Score `model` (set to eval mode meanwhile) on the encoded examples of `dataset`.
+
+    `check` is called before each row of micro-batches: the place to stop at. Of several processes each scores its share of
+    the examples; what is returned are the sums over all.
+    """
+    packing = RowPacking(micro_batch_tokens, isolation is Isolation.ONE_PER_ROW)
+    scores = Scores(examples=len(dataset))
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=None)
+    block = 256 * shard.world_size  # examples sorted by length at a time: long rows fill well, memory stays flat
+    choices = len(dataset[0]["choices"]) if len(dataset) else 0
+    scores.confusion = [[0] * choices for _ in range(choices)]
+    for start in range(0, len(dataset), block):
+        lengths = [len(ids) for ids in dataset[start : start + block]["input_ids"]]
+        examples = [dataset[start + i] for i in split_evenly(lengths, shard.world_size)[shard.rank]]
+        by_sequence: dict[tuple[int, tuple[int, ...]], list[_Query]] = {}
+        for index, example in enumerate(examples):
+            for query in _queries(index, example):
+                by_sequence.setdefault((index, tuple(query.ids)), []).append(query)
+        sequences = list(by_sequence.values())
+        answers = [[0.0] * len(e["choices"]) for e in examples]
+        rows = packing.rows([len(s[0].ids) for s in sequences])
+        for row in rows:
+            check()
+            for query, logprobs in _answer(model, isolation, [sequences[i] for i in row]):
+                if not all(map(math.isfinite, logprobs)):
+                    where = examples[query.example].get("where") or f"row {examples[query.example]['row']}"
+                    raise NumbersError(
+                        f"{where}: the model's log-probabilities aren't finite, so no score means anything."
+                    )
+                if query.choice < 0:
+                    scores.loss_sum -= sum(logprobs)
+                    scores.tokens += len(logprobs)
+                else:
+                    answers[query.example][query.choice] = sum(logprobs)
+        for example, answer in zip(examples, answers, strict=True):
+            if answer:
+                scores.confusion[example["label"]][max(range(len(answer)), key=answer.__getitem__)] += 1
+        for _ in range(processes.all_reduce_max(len(rows)) - len(rows) if shard.padded else 0):
+            list(_answer(model, isolation, [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]]))
+        bar.update(len(lengths))
+    bar.close()
+    model.train(was_training)
+    if shard.world_size > 1:
+        numbers = [scores.loss_sum, scores.tokens, *(n for row in scores.confusion for n in row)]
+        totals = torch.tensor(numbers, dtype=torch.float64, device=model.device)
+        processes.all_reduce_sum([totals])
+        scores.loss_sum, scores.tokens = totals[0].item(), int(totals[1])
+        scores.confusion = totals[2:].long().view(choices, choices).tolist()
+    return scores
+
+
+def _answer(
+    model: PreTrainedModel, isolation: Isolation, row: list[list[_Query]]
+) -> Iterator[tuple[_Query, list[float]]]:
+    """The log-probabilities wanted of one row of sequences, each with its queries."""
+    lengths = [len(queries[0].ids) for queries in row]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    wanted = [
+        (start + at, target)
+        for start, qs in zip(starts, row, strict=True)
+        for q in qs
+        for at, target in zip(q.at, q.targets, strict=True)
+    ]
+    positions = sorted({position for position, _ in wanted})
+    place = {position: i for i, position in enumerate(positions)}
+    inputs = flat([queries[0].ids for queries in row], model.device)
+    keep = torch.tensor(positions, device=model.device)
+    rows = torch.tensor([place[p] for p, _ in wanted], device=model.device)
+    targets = torch.tensor([t for _, t in wanted], device=model.device)
+    found, start = torch.empty(len(wanted), device=model.device), 0
+    with isolation.row(model, lengths):
+        for logits in logits_in_chunks(model, **inputs, keep=keep):
+            here = ((rows >= start) & (rows < start + len(logits))).nonzero()[:, 0]
+            at = rows[here] - start
+            found[here] = logits[at, targets[here]].float() - logits.float().logsumexp(-1)[at]
+            start += len(logits)
+    logprobs = iter(found.tolist())
+    for queries in row:
+        for query in queries:
+            yield query, [next(logprobs) for _ in query.at]

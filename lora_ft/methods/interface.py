@@ -1,0 +1,79 @@
+"""The four verbs that every method answers: inject, trainable state, save, load. The one place that knows all methods.
+
+The trainable state is what `requires_grad` says after `inject` (lora_ft.methods.lora.inject.trainable). `load` comes as two:
+into a bare base (`load`), and back into a model that `inject` has prepared (`restore`).
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_ft.config.adapter_settings import AdapterConfig
+from lora_ft.methods import bottleneck, full, prompt
+from lora_ft.methods.lora import method as lora
+from lora_ft.methods.prompt import asked_by, read_by, virtual_ids
+from lora_ft.methods.switch import Bare
+from lora_ft.methods.tensor_files import method_of
+
+__all__ = ["adds_parameters", "inject", "load", "method_of", "read_by", "asked_by", "restore", "save", "virtual_ids"]
+
+
+class Method(Protocol):
+    """What a method's room has."""
+
+    def inject(
+        self, model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase
+    ) -> str: ...
+
+    def save(
+        self, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[str], dict]: ...
+
+    def load(self, model: PreTrainedModel, folder: Path) -> Bare: ...
+
+    def restore(self, model: PreTrainedModel, folder: Path) -> None: ...
+
+
+METHODS: dict[str, Method] = {"lora": lora, "full": full, "bottleneck": bottleneck, "prompt": prompt}
+
+
+def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Make `settings.method` of a bare base, in place: what trains has requires_grad, nothing else does.
+
+    Returns what was adapted, in words ("60 modules").
+
+    Raises:
+        ModelError: the method, or a setting of it, doesn't fit this architecture.
+    """
+    return METHODS[settings.method].inject(model, settings, seed, tokenizer)
+
+
+def adds_parameters(method: str) -> bool:
+    """Whether what trains is added to the base's parameters, not some of them."""
+    return method in ("lora", "bottleneck", "prompt")
+
+
+def save(
+    method: str, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], dict]:
+    """Write what was trained into an existing folder: (the names of its files, what the record must add)."""
+    return METHODS[method].save(model, folder, base_name, tokenizer)
+
+
+def load(model: PreTrainedModel, folder: Path) -> Bare:
+    """Put what a folder holds into a bare base. Returns the switch: within `with switch():` it is the bare base again.
+
+    Raises:
+        ModelError: damaged, changed, or of another model.
+    """
+    return METHODS[method_of(folder)].load(model, folder)
+
+
+def restore(model: PreTrainedModel, folder: Path) -> None:
+    """Copy what a folder holds into a model that `inject` has prepared for the same method; exact to the bit.
+
+    Raises:
+        ModelError: as `load`; or it is of other settings.
+    """
+    METHODS[method_of(folder)].restore(model, folder)

@@ -1,0 +1,131 @@
+"""The base's safetensors files, one at a time, the adapter folded in: W' = W + s B A, and all else as it is."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lora_ft.core import storage
+from lora_ft.core.errors import ModelError
+from lora_ft.methods.lora.compatibility import changed_copy, same_weight
+from lora_ft.methods.lora.peft import AdapterFile
+from lora_ft.methods.lora.stored_names import Edit, source_of
+from lora_ft.methods.lora.verify import matrix_error, random_signs
+from lora_ft.model.files import INDEX, opened
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK = 2**20  # weights in hand at once beside the shard: 8 MB in float64, some copies
+
+
+def stored_keys(shards: list[Path]) -> list[str]:
+    keys: list[str] = []
+    for shard in shards:
+        with opened(shard) as file:
+            keys += file.keys()
+    return keys
+
+
+def check_copies(model: PreTrainedModel, adapter: AdapterFile, shards: list[Path], stored: dict[str, str]) -> None:
+    """ModelError unless base weights in the adapter's file are the base's own (PEFT adds those of an adapted head)."""
+    left = {name: source_of(model, stored, name) for name in adapter.copies}
+    for shard in shards:
+        with opened(shard) as file:
+            for name in [n for n, key in left.items() if key in file.keys()]:  # noqa: SIM118 (safe_open is no mapping)
+                if not same_weight(file.get_tensor(left.pop(name)), adapter.copies[name]):
+                    raise ModelError(changed_copy(adapter, name))
+    if left:
+        raise ModelError(changed_copy(adapter, min(left)))
+
+
+def write_shards(
+    shards: list[Path], staged: Path, edits: list[Edit], adapter: AdapterFile, progress: bool
+) -> tuple[dict[str, float], dict[str, torch.dtype]]:
+    """Write each shard with its adapted tensors, and the index, if any. module -> largest error, stored dtype."""
+    by_source: dict[str, list[Edit]] = {}
+    for edit in edits:
+        by_source.setdefault(edit.source, []).append(edit)
+    errors: dict[str, float] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    weight_map: dict[str, str] = {}
+    added: list[tuple[int, int]] = []  # bytes and elements of tensors that the base hasn't
+    # delay: no bar for what is over in two seconds
+    bar = tqdm(
+        total=len(stored_keys(shards)), desc="merge", unit="tensor", delay=2, disable=not progress, file=sys.stderr
+    )
+    with bar:
+        for shard in shards:
+            tensors: dict[str, Tensor] = {}
+            with opened(shard) as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    W = finite(file, name, shard)
+                    edited = by_source.get(name, [])
+                    if not any(e.target == name for e in edited):
+                        tensors[name] = W  # still the file's own pages: no copy
+                    for e in edited:
+                        if e.module is None:
+                            tensors[e.target] = W.clone()
+                        else:
+                            tensors[e.target], errors[e.module] = merged(W, e, adapter, shard)
+                            dtypes[e.module] = W.dtype
+                        if e.target != name:
+                            added.append((W.nbytes, W.numel()))
+                    bar.update()
+                storage.write_tensors(staged / shard.name, tensors, file.metadata())
+            weight_map |= dict.fromkeys(tensors, shard.name)
+    index = shards[0].parent / INDEX
+    if index.is_file():
+        content = storage.read_json(index, ModelError)
+        meta = content.get("metadata") or {}
+        for key, more in (
+            ("total_size", sum(size for size, _ in added)),
+            ("total_parameters", sum(count for _, count in added)),
+        ):
+            if key in meta:
+                meta[key] += more
+        storage.write_json(staged / INDEX, content | {"weight_map": dict(sorted(weight_map.items()))})
+    return errors, dtypes
+
+
+def merged(W: Tensor, edit: Edit, adapter: AdapterFile, shard: Path) -> tuple[Tensor, float]:
+    """W + s B A in W's dtype and layout, and the largest error of its product with random signs. Proved row by row.
+
+    Raises:
+        ModelError: the stored dtype can't be merged into, the result overflows it, or the proof fails.
+    """
+    if W.dtype not in DTYPES:
+        raise ModelError(f"{shard}: {edit.source} is {W.dtype}: quantized weights can't take a merge.")
+    assert edit.module is not None
+    A, B = adapter.tensors[edit.module]
+    s = adapter.scalings[edit.module]
+    result = torch.empty_like(W)
+    # both as (out, in): Conv1D is stored as (in, out)
+    old, new = (W.T, result.T) if edit.transposed else (W, result)
+    if old.shape != (B.shape[0], A.shape[1]):
+        raise ModelError(
+            f"{shard}: {edit.source} is {tuple(W.shape)}; the adapter's B A is {(B.shape[0], A.shape[1])}."
+        )
+    x, rows, worst = random_signs(A.shape[1]), max(1, BLOCK // A.shape[1]), 0.0
+    for i in range(0, B.shape[0], rows):
+        part = slice(i, i + rows)
+        new[part] = torch.addmm(old[part].float(), B[part], A, alpha=s)
+        if not all(torch.isfinite(v) for v in torch.aminmax(new[part])):
+            raise ModelError(f"{shard}: {edit.source} + adapter is too large for {W.dtype}. Merge into a float32 base.")
+        error, quotient = matrix_error(old[part], new[part], A, B[part], s, x)
+        if quotient > 1:
+            raise ModelError(
+                f"the merge failed its proof: {edit.module} on random x is off by {error:.3g} in the rows from {i}, "
+                f"{quotient:.3g} times what rounding to {W.dtype} allows. The output was not kept."
+            )
+        worst = max(worst, error)
+    return result, worst
+
+
+def finite(file: safe_open, name: str, shard: Path) -> Tensor:
+    tensor = file.get_tensor(name)
+    if tensor.dtype in DTYPES and tensor.numel() and not all(torch.isfinite(v) for v in torch.aminmax(tensor)):
+        raise ModelError(f"{shard}: {name} holds NaN or inf. Copy the base again.")
+    return tensor

@@ -1,0 +1,136 @@
+"""PEFT's adapter_config.json (peft 0.21): what is accepted, a module's rank and alpha, which modules are meant."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_ft.core.errors import ModelError
+
+CONFIG = "adapter_config.json"
+
+# Settings that change the function that the tensors stand for. Off, they are null, false, empty or absent.
+REFUSED = {
+    "use_dora": "DoRA",
+    "modules_to_save": "fully trained modules (modules_to_save)",
+    "trainable_token_indices": "trained embedding rows (trainable_token_indices)",
+    "target_parameters": "LoRA on bare parameters (target_parameters)",
+    "lora_bias": "trained biases (lora_bias)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
+    "arrow_config": "Arrow routing (arrow_config)",
+    "kasa_config": "KaSA (kasa_config)",
+    "velora_config": "VeLoRA (velora_config)",
+    "monteclora_config": "MonteCLoRA (monteclora_config)",
+}
+# These start A and B some way but leave W alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change W itself.
+INNOCENT_INITS = ("gaussian", "eva", "orthogonal")
+
+
+def check_config(path: Path, config: dict) -> None:
+    """ModelError for what can't be applied exactly: other methods, extras, values that are no rank or alpha."""
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be read.")
+    for key, what in REFUSED.items():
+        if config.get(key):
+            raise ModelError(f"{path}: the adapter uses {what}, which can't be applied here. Merge it with PEFT.")
+    if config.get("bias") not in (None, "none"):
+        raise ModelError(
+            f"{path}: bias is {config['bias']!r}: trained biases can't be applied here. Merge it with PEFT."
+        )
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ModelError(f"{path}: task_type is {config['task_type']!r}; only CAUSAL_LM can be used.")
+    init = config.get("init_lora_weights")
+    if not (init is None or isinstance(init, bool) or init in INNOCENT_INITS):
+        raise ModelError(
+            f"{path}: init_lora_weights {init!r} changes the base weights too. Convert the adapter with PEFT first "
+            "(path_initial_model_for_weight_conversion)."
+        )
+    _rank(path, "r", config.get("r"))
+    _alpha(path, "lora_alpha", config.get("lora_alpha"))
+    for key, check in (("rank_pattern", _rank), ("alpha_pattern", _alpha)):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ModelError(f"{path}: {key} must be a table of patterns.")
+        for pattern, value in (config.get(key) or {}).items():
+            check(path, f"{key}[{pattern!r}]", value)
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key)
+        if not (value is None or isinstance(value, str) or _all(value, str)):
+            raise ModelError(f"{path}: {key} must be a string or a list of strings.")
+    value = config.get("layers_to_transform")
+    if not (value is None or isinstance(value, int) or _all(value, int)):
+        raise ModelError(f"{path}: layers_to_transform must be a number or a list of numbers.")
+    # A method of a later PEFT is switched on by true or a table; a mere number or name is a setting of one that is off.
+    known = {"auto_mapping", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"}
+    known |= {"rank_pattern", "alpha_pattern", "use_rslora", "inference_mode", "fan_in_fan_out", "init_lora_weights"}
+    known |= {"ensure_weight_tying", "runtime_config"}
+    for key in sorted(config.keys() - known):
+        if config[key] is True or (isinstance(config[key], dict) and config[key]):
+            raise ModelError(f"{path}: unknown setting {key}: {config[key]!r}; it may change what the adapter does.")
+
+
+def _all(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kind) for v in value)
+
+
+def _rank(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"{path}: {key} is {value!r}; a rank is a whole number from 1.")
+
+
+def _alpha(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1e30:
+        shown = value if isinstance(value, float) else repr(value)[:40]
+        raise ModelError(f"{path}: {key} is {shown}; a finite number is needed.")
+
+
+def by_pattern(path: Path, patterns: dict | None, module: str, default):
+    """PEFT's `get_pattern_key`: the first pattern that matches the end of the module's path."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except (re.error, RecursionError) as e:
+            raise ModelError(f"{path}: {pattern!r} isn't a valid pattern ({e}).") from e
+    return default
+
+
+def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] | None:
+    """Which of a model's linear modules PEFT would adapt by this config (its `check_target_module_exists`).
+
+    None when the config leaves it to PEFT's table of architectures.
+    """
+    wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if wanted is None:
+        return None
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+
+    def chosen(name: str) -> bool:
+        if excluded and _named(excluded, name):
+            return False
+        if wanted == "all-linear":
+            return name != head
+        if not _named(wanted, name):
+            return False
+        if not layers or isinstance(wanted, str):
+            return True
+        found = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns)
+        first = next((m for m in found if m), None)
+        return first is not None and int(first["index"]) in layers
+
+    try:
+        return {name for name in names if chosen(name)}
+    except (re.error, RecursionError) as e:
+        raise ModelError(
+            f"{CONFIG}: a pattern of target_modules, exclude_modules or layers_pattern is invalid: {e}."
+        ) from e
+
+
+def _named(patterns: str | list[str], name: str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in patterns)

@@ -1,0 +1,179 @@
+"""Which module computes which projection: one table over architectures.
+
+A role (`q k v o gate up down`) names a projection, not a module: GPT-2's q is the first third of the outputs of
+`attn.c_attn`, GPT-NeoX's q the first third of every head's in `query_key_value`. To add an architecture, add a row to
+`TABLE`, and a tiny model to tests/families.py: the tests look at what reaches its attention.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+from lora_ft.core.errors import ModelError
+from lora_ft.nn.lora import Rows
+
+
+class Projection(NamedTuple):
+    """Where a role is: the module's path within a layer, and the rows of its output (None: all; its own module)."""
+
+    module: str
+    rows: Rows | None
+
+
+class Layout(NamedTuple):
+    """An architecture's roles, for one config: the path of its list of layers, and role -> Projection."""
+
+    architecture: str
+    layers: str
+    projections: dict[str, Projection]
+
+
+class Family(NamedTuple):
+    """A row of the table. `modules`: role, or the roles that one module holds ("q k v") -> its path within a layer.
+
+    `fused`: config -> the rows of each role that shares its module.
+    """
+
+    layers: str
+    modules: dict[str, str]
+    fused: Callable[[PretrainedConfig], dict[str, Rows]] = lambda config: {}
+
+
+def layout(config: PretrainedConfig) -> Layout:
+    """The roles of a model with this config. ModelError for an architecture that isn't in the table."""
+    family = TABLE.get(config.model_type)
+    if family is None:
+        raise ModelError(
+            f"targets: the roles of architecture {config.model_type!r} aren't known. Name what to adapt under "
+            f"`modules` instead (with `targets: []`): that works for any model. Known are {', '.join(sorted(TABLE))}."
+        )
+    rows = family.fused(config.get_text_config())
+    projections = {
+        role: Projection(module, rows.get(role)) for roles, module in family.modules.items() for role in roles.split()
+    }
+    return Layout(config.model_type, family.layers, projections)
+
+
+def fused(blocks: int, **lengths: int) -> dict[str, Rows]:
+    """Rows of parts of `lengths` rows that follow each other in each of `blocks` equal blocks."""
+    width, start, parts = sum(lengths.values()), 0, {}
+    for part, length in lengths.items():
+        parts[part] = Rows(blocks, width, start, length)
+        start += length
+    return parts
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def thirds(config: PretrainedConfig) -> dict[str, Rows]:
+    d = config.hidden_size
+    return fused(1, q=d, k=d, v=d)
+
+
+def per_head(config: PretrainedConfig) -> dict[str, Rows]:
+    d = config.hidden_size // config.num_attention_heads
+    return fused(config.num_attention_heads, q=d, k=d, v=d)
+
+
+def falcon(config: PretrainedConfig) -> dict[str, Rows]:
+    heads, d = config.num_attention_heads, head_dim(config)
+    if config.new_decoder_architecture:  # each kv head with the q heads it serves
+        return fused(config.num_kv_heads, q=heads // config.num_kv_heads * d, k=d, v=d)
+    return fused(1, q=heads * d, k=d, v=d) if config.multi_query else per_head(config)
+
+
+def gpt_bigcode(config: PretrainedConfig) -> dict[str, Rows]:
+    d = head_dim(config)
+    return fused(1, q=config.hidden_size, k=d, v=d) if config.multi_query else per_head(config)
+
+
+def codegen(config: PretrainedConfig) -> dict[str, Rows]:
+    d = config.hidden_size // 4  # trained on four devices, each with its quarter of the heads, in the order q v k
+    return fused(4, q=d, v=d, k=d)
+
+
+def gate_up(config: PretrainedConfig) -> dict[str, Rows]:
+    return fused(1, gate=config.intermediate_size, up=config.intermediate_size)
+
+
+def phi3(config: PretrainedConfig) -> dict[str, Rows]:
+    d = head_dim(config)
+    kv = config.num_key_value_heads * d
+    return fused(1, q=config.num_attention_heads * d, k=kv, v=kv) | gate_up(config)
+
+
+ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
+MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+GATE_UP = {"gate up": "mlp.gate_up_proj", "down": "mlp.down_proj"}
+PLAIN_MLP = {"up": "mlp.up_proj", "down": "mlp.down_proj"}
+FC12 = {"up": "fc1", "down": "fc2"}
+OUT_PROJ = ATTENTION | {"o": "self_attn.out_proj"}
+C_ATTN = {"q k v": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+
+
+def query_key_value(attention: str) -> dict[str, str]:
+    qkvo = {"q k v": f"{attention}.query_key_value", "o": f"{attention}.dense"}
+    return qkvo | {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
+
+
+# The last line has experts, 3-D parameters; the row fits their dense layers, and targets.py sees the difference.
+LLAMA_LIKE = (
+    "cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text granite helium hunyuan_v1_dense internlm3 llama "
+    "ministral ministral3 mistral olmo olmo2 olmo3 qwen2 qwen3 seed_oss smollm3 stablelm vaultgemma "
+    "gpt_oss mixtral olmoe phimoe qwen2_moe qwen3_moe"
+)
+TABLE: dict[str, Family] = {
+    **dict.fromkeys(LLAMA_LIKE.split(), Family("model.layers", ATTENTION | MLP)),
+    **dict.fromkeys(["apertus", "arcee", "jais2", "nemotron"], Family("model.layers", ATTENTION | PLAIN_MLP)),
+    "gemma3": Family("model.language_model.layers", ATTENTION | MLP),  # with its vision tower
+    "starcoder2": Family("model.layers", ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}),
+    "nanochat": Family("model.layers", ATTENTION | {"up": "mlp.fc1", "down": "mlp.fc2"}),
+    "phi": Family("model.layers", ATTENTION | {"o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"}),
+    "opt": Family("model.decoder.layers", OUT_PROJ | FC12),
+    "xglm": Family("model.layers", OUT_PROJ | FC12),
+    "biogpt": Family("biogpt.layers", OUT_PROJ | FC12),
+    "gpt_neo": Family(
+        "transformer.h",
+        {
+            "q": "attn.attention.q_proj",
+            "k": "attn.attention.k_proj",
+            "v": "attn.attention.v_proj",
+            "o": "attn.attention.out_proj",
+            "up": "mlp.c_fc",
+            "down": "mlp.c_proj",
+        },
+    ),
+    "gptj": Family(
+        "transformer.h",
+        {
+            "q": "attn.q_proj",
+            "k": "attn.k_proj",
+            "v": "attn.v_proj",
+            "o": "attn.out_proj",
+            "up": "mlp.fc_in",
+            "down": "mlp.fc_out",
+        },
+    ),
+    "gpt2": Family("transformer.h", C_ATTN, thirds),
+    "gpt_bigcode": Family("transformer.h", C_ATTN, gpt_bigcode),
+    "gpt_neox": Family("gpt_neox.layers", query_key_value("attention"), per_head),
+    "bloom": Family("transformer.h", query_key_value("self_attention"), per_head),
+    "falcon": Family("transformer.h", query_key_value("self_attention"), falcon),
+    "persimmon": Family("model.layers", query_key_value("self_attn"), per_head),
+    "codegen": Family(
+        "transformer.h",
+        {"q k v": "attn.qkv_proj", "o": "attn.out_proj", "up": "mlp.fc_in", "down": "mlp.fc_out"},
+        codegen,
+    ),
+    "mpt": Family(
+        "transformer.blocks",
+        {"q k v": "attn.Wqkv", "o": "attn.out_proj", "up": "ffn.up_proj", "down": "ffn.down_proj"},
+        thirds,
+    ),
+    "phi3": Family("model.layers", {"q k v": "self_attn.qkv_proj", "o": "self_attn.o_proj"} | GATE_UP, phi3),
+    "glm": Family("model.layers", ATTENTION | GATE_UP, gate_up),
+    "glm4": Family("model.layers", ATTENTION | GATE_UP, gate_up),
+}

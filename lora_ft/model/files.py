@@ -1,0 +1,231 @@
+"""Base models as files on this machine: where they are, what holds their weights, and what identifies them."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora_ft.core.errors import ModelError, is_memory
+from lora_ft.core.messages import first_line
+from lora_ft.core.names import is_local
+from lora_ft.core.storage import read_json
+from lora_ft.model.hub import cached_commit, snapshot
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+# no pickles (unless allowed), never other frameworks
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's files on this machine.
+
+    name: as the user wrote it. folder: where the files are. revision: the commit, for a hub model. gguf: the file, if one.
+    pickles: the weights' files, where they are pickles that the user has allowed.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+    gguf: Path | None = None
+    pickles: tuple[Path, ...] = ()
+
+
+def resolve(name: str, revision: str | None = None, allow_pickle: bool = False) -> Base:
+    """Find the files of a hub id, a local folder or a .gguf file. A local name is never asked of the network.
+
+    With `allow_pickle` a base without safetensors may have pickled weights, which torch's weights_only loader reads.
+
+    Raises:
+        ModelError: no such folder, no model in it, or a hub that can't be reached or says no.
+    """
+    if not is_local(name):
+        return _with_pickles(_of_hub(name, revision, allow_pickle), allow_pickle)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ModelError(
+            f"model {name}: no such file or folder. Give a folder with config.json, a .gguf file or a hub id."
+        )
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"model {name}: a file that isn't .gguf. Give the folder that holds config.json.")
+        return Base(name, path.parent, gguf=path)
+    if not (path / "config.json").is_file():
+        hint = " It holds an adapter: name its base model instead." if (path / "adapter_config.json").exists() else ""
+        raise ModelError(f"model {name}: no config.json in that folder.{hint}")
+    return _with_pickles(Base(name, path), allow_pickle)
+
+
+def resolve_of(adapter: Path, recorded: dict, allow_pickle: bool = False) -> Base:
+    """`resolve` the base that an adapter's record names: at the revision that the adapter was trained on.
+
+    Raises:
+        ModelError: as `resolve`; or it was a local folder, which isn't here: the hub is not asked for its name.
+    """
+    name, revision = recorded["name"], recorded.get("revision")
+    if revision is None and not Path(name).expanduser().exists():
+        raise ModelError(
+            f"model {name}: {adapter} was trained on a local base of that name, and none is here. Say where it is: "
+            "--base FOLDER."
+        )
+    return resolve(name, revision, allow_pickle)
+
+
+def _of_hub(name: str, revision: str | None, allow_pickle: bool) -> Base:
+    folder = cached_commit(name, revision, WANTED)
+    if folder is None or not _is_whole(folder):
+        folder = snapshot(name, revision, WANTED)
+        if allow_pickle and not _has_safetensors(folder):
+            folder = snapshot(name, revision, [*WANTED, f"{PICKLE.removesuffix('.bin')}*.bin"])
+    return Base(name, folder, revision=folder.name)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether config, tokenizer and all the weights of a model are there."""
+    try:
+        weights = _listed(folder, INDEX, SINGLE) or _listed(folder, PICKLE_INDEX, PICKLE)
+    except ModelError:
+        return False
+    tokenizer = any(folder.glob(pattern) for pattern in ("tokenizer*", "vocab*"))
+    return bool(weights) and tokenizer and (folder / "config.json").is_file()
+
+
+def _with_pickles(base: Base, allowed: bool) -> Base:
+    if not allowed or _has_safetensors(base.folder):
+        return base
+    return replace(base, pickles=tuple(_listed(base.folder, PICKLE_INDEX, PICKLE)))
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+
+
+def weight_files(base: Base) -> list[Path]:
+    """The base's safetensors files, in the index's order.
+
+    Raises:
+        ModelError: none there (pickles are none), one missing, damaged, or outside the folder.
+    """
+    files = _listed(base.folder, INDEX, SINGLE)
+    if not files:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in base.folder.glob(pattern))
+        why = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no safetensors"
+        raise ModelError(
+            f"model {base.name}: {why}; {SINGLE} or {INDEX} is needed in {base.folder}. If its weights are a "
+            f"{PICKLE} that you trust, add --allow-pickle: torch's weights_only loader reads it."
+        )
+    for path in files:
+        with opened(path):
+            pass
+    return files
+
+
+def _listed(folder: Path, index_name: str, single: str) -> list[Path]:
+    """The weights' files, as an index or a single file has it; [] if neither is there."""
+    index = folder / index_name
+    if not index.is_file():
+        return [folder / single] if (folder / single).is_file() else []
+    try:
+        names = list(dict.fromkeys(read_json(index, ModelError)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as e:
+        raise ModelError(f"{index}: not a weights index ({e!r}).") from e
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{index}: the file name {name!r} leads out of the folder.")
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name}: missing, though {index_name} lists it. Copy the model again.")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, opened lazily; ModelError with its name if its header is damaged or the file cut."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as e:
+        if is_memory(e):
+            raise
+        raise ModelError(f"{path}: damaged or cut ({e}). Copy the file again.") from e
+
+
+def fingerprint(base: Base) -> str:
+    """SHA-256 over names, shapes, dtypes and strided samples of every tensor's bytes.
+
+    The files are what counts: sharding, loading dtype and quantization on load don't change it.
+    """
+    if base.gguf:
+        return digest([["gguf", base.gguf.stat().st_size, _sample(base.gguf, 0, base.gguf.stat().st_size)]])
+    if base.pickles:
+        return digest([["pickle", p.stat().st_size, _sample(p, 0, p.stat().st_size, 2**12)] for p in base.pickles])
+    tensors = []
+    for path in weight_files(base):
+        with path.open("rb") as f:
+            header_bytes = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(header_bytes))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                sample = _sample(path, 8 + header_bytes + start, end - start)
+                tensors.append([name, entry["dtype"], entry["shape"], sample])
+    return digest(sorted(tensors))
+
+
+def digest(obj: object) -> str:
+    return hashlib.sha256(json.dumps(obj).encode()).hexdigest()
+
+
+def _sample(path: Path, start: int, size: int, pieces: int = 64, piece: int = 64) -> str:
+    """Hash of `pieces` evenly spread pieces of bytes (all of them when there are few); always with the last one."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        if size <= pieces * piece:
+            f.seek(start)
+            digest.update(f.read(size))
+        else:
+            for i in range(pieces):
+                f.seek(start + i * (size - piece) // (pieces - 1))
+                digest.update(f.read(piece))
+    return digest.hexdigest()
+
+
+def stored_dtype(base: Base) -> torch.dtype:
+    """The dtype of the base's largest floating-point tensor on disk (float32 for GGUF, which is dequantized)."""
+    if base.gguf:
+        return torch.float32
+    largest, dtype = -1, torch.float32
+    for path in base.pickles:
+        for tensor in _unpickled(path).values():
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() > largest:
+                largest, dtype = tensor.numel(), tensor.dtype
+    for path in () if base.pickles else weight_files(base):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                view = file.get_slice(name)
+                size = torch.Size(view.get_shape()).numel()
+                kind = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(view.get_dtype())
+                if kind is not None and size > largest:
+                    largest, dtype = size, kind
+    return dtype
+
+
+def _unpickled(path: Path) -> dict:
+    """The tensors of a pickle, without their values, through the loader that runs no code of the file's."""
+    try:
+        found = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return dict(found)
+    except Exception as e:
+        if is_memory(e):
+            raise
+        # damaged zips, unknown opcodes, classes that are none of torch's
+        raise ModelError(
+            f"{path}: torch's weights_only loader refuses it, so it is damaged or unsafe ({first_line(e)})."
+        ) from e

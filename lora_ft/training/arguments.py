@@ -1,0 +1,59 @@
+"""The Trainer's settings, from a config."""
+
+import os
+from pathlib import Path
+
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from lora_ft.config.load import Config
+from lora_ft.core.errors import ConfigError
+from lora_ft.core.messages import first_line
+
+
+def arguments(config: Config, device: str) -> TrainingArguments:
+    """The Trainer's settings but for max_steps. What the plan and this tool's own files take care of is switched off.
+
+    Raises:
+        ConfigError: the Trainer refuses a value, or a reporter isn't installed.
+    """
+    train, output, evaluates = config.train, Path(config.output), config.data.eval is not None
+    missing = set(train.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        raise ConfigError(
+            f"train.report_to: {', '.join(sorted(missing))} is not installed. Install it, or leave it out."
+        )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
+    metric = train.metric_for_best_model
+    settings = dict(
+        output_dir=str(output),
+        use_cpu=device == "cpu",
+        per_device_train_batch_size=1,  # an item of the plan is a whole step
+        gradient_accumulation_steps=1,
+        max_steps=1,  # of the plan, once there is one
+        remove_unused_columns=False,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        activation_checkpointing=train.gradient_checkpointing,
+        seed=train.seed,
+        logging_steps=train.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=train.eval_steps,
+        save_strategy="steps",
+        save_steps=train.save_steps,
+        metric_for_best_model=f"eval_{metric}" if evaluates else None,
+        greater_is_better=not metric.endswith("loss"),
+        report_to=list(train.report_to),
+        disable_tqdm=True,  # the bar is ours
+    )
+    try:
+        args = TrainingArguments(**settings | {k: v for k, v in config.trainer.items() if k != "fsdp"})
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # else the Trainer wraps the model in DataParallel, which would cut a row into pieces
+    except (ValueError, RuntimeError, ImportError) as e:
+        raise ConfigError(f"the Trainer refuses these settings: {first_line(e)}") from e
+    return args

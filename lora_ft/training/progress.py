@@ -1,0 +1,84 @@
+"""What a person sees of a training run while it goes on."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from lora_ft.core.messages import info
+
+
+class LastStep(TrainerCallback):
+    """The plan's last step is logged whatever logging_steps is."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class Bar(TrainerCallback):
+    """A progress bar with loss, tokens per second and time left; without a terminal a line at every tenth of the run.
+
+    Evaluations leave a line anywhere.
+    """
+
+    def on_train_begin(self, args, state, control, **_):
+        # disable=None: on a terminal only
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
+        self.said, self.first, self.begun = state.global_step, state.global_step, time.perf_counter()
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" not in logs:
+            return
+        shown = f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:.0f} tokens/s"
+        self.bar.set_postfix_str(shown)
+        if self.bar.disable and state.global_step - self.said >= state.max_steps / 10:
+            self.said = state.global_step
+            pace = (time.perf_counter() - self.begun) / (state.global_step - self.first)
+            left = tqdm.format_interval(pace * (state.max_steps - state.global_step))
+            info(f"step {state.global_step} of {state.max_steps}: {shown}, {left} left")
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        shown = ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        self.bar.clear()
+        info(f"step {state.global_step} of {state.max_steps}, eval: {shown}")
+        self.bar.refresh()
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The allocator's maximum on a GPU, the process's maximum resident set elsewhere; MiB."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def shown(metrics: dict) -> str:
+    """Metrics in a line of progress."""
+    return ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+
+
+@contextmanager
+def trackers(report_to: Sequence[str]) -> Iterator[None]:
+    """While a run reports: what trackers print goes to stderr, and W&B's run ends with ours, not with the process."""
+    failed = True
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+        failed = False
+    finally:
+        if "wandb" in report_to:
+            import wandb
+
+            wandb.finish(exit_code=int(failed))

@@ -1,0 +1,63 @@
+"""What a user has at hand before anything runs: help with examples, completion, the schema, a report of the machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lora_ft.cli.app import app
+from lora_ft.commands import env
+from lora_ft.config.docs import reference, schema_text
+
+COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lora_ft", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | variables)
+
+
+def test_every_command_has_an_example_that_fits_a_terminal():
+    assert {"schema", "env", "init", "export"} <= set(COMMANDS)
+    for command in app.registered_commands:
+        name, text = command.name or command.callback.__name__, command.callback.__doc__
+        assert f"Example: lora-ft {name}" in text, name
+        assert all(len(line.strip()) <= 78 for line in text.splitlines()), name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell):
+    script = run(_LORA_FT_COMPLETE=f"source_{shell}")
+    assert script.returncode == 0 and f"complete_{shell}" in script.stdout and "lora-ft" in script.stdout
+    asked = {"COMP_WORDS": "lora-ft sche", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "lora-ft sche"}
+    asked |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    done = run(_LORA_FT_COMPLETE=f"complete_{shell}", **asked)
+    assert "schema" in done.stdout and "train" not in done.stdout
+
+
+def test_completion_knows_the_settings():
+    asked = {"COMP_WORDS": "lora-ft train c.yaml --set adapter.r", "COMP_CWORD": "4"}
+    assert run(_LORA_FT_COMPLETE="complete_bash", **asked).stdout.split() == ["adapter.rank=", "adapter.rslora="]
+
+
+def test_schema_prints_what_the_files_have():
+    assert run("schema").stdout == schema_text()
+    assert run("schema", "--markdown").stdout == reference()
+
+
+def test_env_tells_versions_and_no_secret_or_path(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HOME", "/home/someone/private")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    facts = env.environment()
+    assert {"lora-ft", "python", "torch", "transformers", "peft", "device", "memory"} <= facts.keys()
+    assert facts["HF_TOKEN"] == facts["HF_HOME"] == "set" and facts["OMP_NUM_THREADS"] == "1"
+    text = env.report()
+    assert "hf_secret" not in text and "private" not in text and json.dumps(facts)
+
+
+def test_env_reports_a_torch_that_is_broken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "can't be imported" in env.environment()["device"]

@@ -1,0 +1,176 @@
+"""`lora-ft check`: what it catches, and what it shows, through the command line on a tiny base."""
+
+import json
+
+import pytest
+
+from lora_ft.commands.check import display
+from tests.helpers.command import cli, settings
+from tests.helpers.tiny import write_run
+
+CHAT = """
+model: {name: base}
+data: {train: chats.jsonl, messages: messages, chat_template: chat.jinja}
+train: {batch_size: 4, report_to: []}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("check"))
+
+
+def checked(folder, *arguments, code=0, **changes):
+    ended = cli(folder, "check", "config.yaml", "--json", *settings(**changes), *arguments)
+    assert ended.code == code, ended
+    return json.loads(ended.out), ended.err
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def warned(facts, *words):
+    return any(all(word in warning for word in words) for warning in facts["warnings"])
+
+
+def test_it_tells_what_a_run_would_be(made):
+    facts, _ = checked(made)
+    assert facts["steps"] == 12 and facts["trainable_parameters"] == 1088 and len(facts["targets"]) == 4
+    assert facts["end_token_learned"] == facts["train"]["examples"] == 48
+    assert sum(count for _, _, count in facts["lengths"]) == 48
+    memory = facts["memory"]
+    assert memory["total"] == sum(v for k, v in memory.items() if k != "total") and memory["runtime"] > 2**27
+    assert not (made / "out").exists()
+
+
+def test_rows_of_both_sets_are_found(made):
+    facts, _ = checked(made)
+    assert facts["eval_examples_in_train"] == 20 and warned(facts, "data.eval", "also in data.train")
+    write_rows(made / "other.jsonl", [{"text": f"another {i}", "label": 0} for i in range(5)])
+    facts, _ = checked(made, data__eval="other.jsonl")
+    assert facts["eval_examples_in_train"] == 0 and not warned(facts, "also in data.train")
+
+
+def test_a_prompt_longer_than_max_length(made):
+    facts, _ = checked(made, data__max_length=24)
+    assert facts["train"]["truncated"] and warned(facts, "data.max_length 24", "prompts lose their start")
+    assert facts["lengths"][-1][2] == facts["train"]["truncated"]
+
+
+def test_a_misspelt_column(made):
+    _, err = checked(made, data__prompt="{txt}", code=3)
+    assert 'no column "txt"' in err and '"text"' in err
+
+
+def test_labels_that_begin_alike(made):
+    facts, _ = checked(made, data__label_names="{label: [great film, great movie]}")
+    assert warned(facts, "begin with the same token", "great film")
+    assert not warned(checked(made)[0], "begin with the same token")
+    facts, _ = checked(
+        made, data__label_names="null", data__completion=" good {label}", train__metric_for_best_model="loss"
+    )
+    assert warned(facts, "begin with the same token")  # completions of which there are only a few are labels, too
+
+
+def chats(folder, template):
+    (folder / "config.yaml").write_text(CHAT)
+    (folder / "chat.jinja").write_text(template)
+    turns = [{"role": "user", "content": "is it good"}, {"role": "assistant", "content": "it was great"}]
+    write_rows(folder / "chats.jsonl", [{"messages": turns} for _ in range(8)])
+    return folder
+
+
+def test_an_all_masked_template(made, tmp_path):
+    folder = chats(
+        write_run(tmp_path), "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    facts, err = checked(folder, code=3)
+    assert "chats.jsonl:1" in err and facts["errors"][0]["exit_code"] == 3
+
+
+def test_an_end_token_that_is_never_learned(tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    folder = chats(write_run(tmp_path), template)  # <pad> ends each turn, and generation stops at </s>
+    facts, _ = checked(folder)
+    assert facts["end_token_learned"] == 0 and warned(facts, "end token (</s>)", "stop")
+    (folder / "chat.jinja").write_text(template.replace("<pad>", "</s>"))
+    assert checked(folder)[0]["end_token_learned"] == 8
+
+
+@pytest.mark.parametrize(
+    "changes, code, words",
+    [
+        ({"adapter__init_from": "nowhere"}, 4, ["adapter.init_from: nowhere: no such folder"]),
+        ({"train__report_to": "[neptune]"}, 2, ["neptune"]),
+        ({"adapter__targets": "[gate, q]", "adapter__layers": "[7]"}, 4, ["layers [7]"]),
+        ({"output": "train.jsonl"}, 6, ["a file"]),
+        ({"output": "base"}, 6, ["holds a model"]),
+    ],
+)
+def test_what_training_would_refuse(made, changes, code, words):
+    facts, err = checked(made, code=code, **changes)
+    assert all(word in err for word in words)
+    assert facts["train"]["rows"] == 48  # the rest is told all the same
+
+
+def test_an_example_longer_than_the_models_positions(tmp_path):
+    folder = write_run(tmp_path, "gpt2")
+    write_rows(folder / "train.jsonl", [{"text": "the film is a movie " * 40, "label": i % 2} for i in range(8)])
+    _, err = checked(folder, code=2)
+    assert "positions for 128" in err
+
+
+def test_virtual_tokens_count(tmp_path):
+    folder = write_run(tmp_path)
+    config = (folder / "config.yaml").read_text().replace("{rank: 4, alpha: 8}", "{method: prompt, virtual_tokens: %d}")
+    needed = []
+    for tokens in (4, 40):
+        (folder / "config.yaml").write_text(config % tokens)
+        needed.append(checked(folder)[0]["memory"]["activations"])
+    assert needed[1] > 1.5 * needed[0]
+
+
+def test_several_faults_at_once(made):
+    facts, err = checked(made, code=6, output="base", adapter__init_from="nowhere", data__prompt="{txt}")
+    assert [e["exit_code"] for e in facts["errors"]] == [6, 4, 3] and err.count("\n") >= 3
+
+
+def test_what_people_see_fits_80_columns_and_needs_no_colour(made):
+    ended = cli(made, "check", "config.yaml", *settings(data__max_length=30))
+    assert ended.code == 0 and "\x1b" not in ended.out
+    assert "» negative</s>«" in ended.out and "layers 0-1" in ended.out and "warning:" in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
+
+
+def test_timing_measures_and_writes_nothing(made):
+    facts, _ = checked(made, "--time")
+    timing = facts["timing"]
+    assert timing["tokens_per_second"] > 0 and timing["evaluations"] == 5 and timing["seconds_training"] > 0
+    assert not (made / "out").exists()
+
+
+def test_gpt3_has_the_papers_numbers(tmp_path):
+    for rank, parameters in ((4, 18_874_368), (1, 4_718_592)):
+        config = dict(model_type="gpt2", n_embd=12288, n_head=96, n_layer=96, n_positions=64, vocab_size=50)
+        assert parameters == 2 * 96 * rank * 2 * config["n_embd"]
+        (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+        ended = cli(tmp_path, "check", "--shape", ".", "--json", *settings(adapter__rank=rank, data__max_length=16))
+        facts = json.loads(ended.out)
+        assert 48 * facts["trainable_parameters"] == parameters
+    full = facts["memory"]["full"]
+    assert full["adapter"] + full["optimizer"] == 16 * facts["base_parameters"]
+    assert facts["memory"]["lora"]["total"] < 0.4 * full["total"]
+
+
+def test_a_shape_that_is_none_is_named(tmp_path):
+    ended = cli(tmp_path, "check", "--shape", "gpt5")
+    assert ended.code == 4 and "gpt3-175b" in ended.err
+    assert cli(tmp_path, "check").code == cli(tmp_path, "check", "x.yaml", "--shape", "gpt2").code == 2
+
+
+def test_spans():
+    assert display.spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"

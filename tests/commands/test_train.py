@@ -1,0 +1,213 @@
+"""The main job through the command line: train, eval, merge, on a tiny base."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lora_ft.methods.lora.files import load_adapter
+from tests.helpers.tiny import lora_ft, write_base, write_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which a run has ended."""
+    folder = write_run(tmp_path_factory.mktemp("run"))
+    done = lora_ft("train", "config.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out\n"
+    return folder
+
+
+def logged(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
+
+
+def record(folder) -> dict:
+    return json.loads((folder / "out/lora_ft.json").read_text())
+
+
+def test_what_a_run_leaves(folder):
+    names = {p.name for p in (folder / "out").iterdir()}
+    assert names == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "lora_ft.json",
+        "log.jsonl",
+        "report.html",
+        "curves.png",
+        "checkpoints",
+    }
+    for checkpoint in (folder / "out/checkpoints").iterdir():
+        assert {p.name for p in checkpoint.iterdir()} == {
+            "adapter_model.safetensors", "adapter_config.json", "README.md", "lora_ft.json", "state.safetensors", "state.json",
+        }  # fmt: skip
+    assert str(folder) not in (folder / "out/README.md").read_text() + (folder / "out/adapter_config.json").read_text()
+
+
+def test_it_learns_and_logs(folder):
+    lines = logged(folder)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    evals = [line for line in lines if "eval_loss" in line]
+    assert len(losses) == 6 and losses[-1] < 0.7 * losses[0]
+    assert [line["step"] for line in evals] == [3, 6, 9, 12]
+    assert all({"eval_accuracy", "eval_perplexity", "eval_macro_f1"} <= line.keys() for line in evals)
+    assert lines[-1]["epoch"] == 2.0
+
+
+def test_the_best_adapter_is_kept_with_the_metrics_of_its_step(folder):
+    evals = {line["step"]: line for line in logged(folder) if "eval_loss" in line}
+    best = min(evals.values(), key=lambda line: line["eval_loss"])
+    about = record(folder)
+    assert about["step"] == best["step"] and about["metrics"]["loss"] == best["eval_loss"]
+    kept = load_file(folder / f"out/checkpoints/step-{best['step']}/adapter_model.safetensors")
+    ended = load_file(folder / "out/adapter_model.safetensors")
+    assert all(torch.equal(kept[name], ended[name]) for name in kept)
+
+
+def test_the_record_and_its_manifest(folder):
+    about = record(folder)
+    assert about["trainable_parameters"] == 2 * 4 * (32 + 48) + 2 * 4 * (32 + 24)  # 2 layers of q and v, rank 4
+    assert about["config"]["train"]["batch_size"] == 8 and about["base"]["name"] == "base"
+    assert about["data"]["train"]["rows"] == 48
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "log.jsonl"} <= about["files"].keys()
+
+
+def test_eval_repeats_the_figures_of_training_and_needs_no_argument(folder):
+    done = lora_ft("eval", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)
+    assert scores["examples"] == 20
+    assert scores["adapter"]["loss"] == pytest.approx(record(folder)["metrics"]["loss"], rel=1e-5)
+    assert scores["adapter"]["loss"] < scores["base"]["loss"]
+    for who in ("base", "adapter"):
+        assert {"loss", "perplexity", "accuracy", "accuracy_ci95", "macro_f1"} <= scores[who].keys()
+    table = lora_ft("eval", cwd=folder)
+    assert table.returncode == 0 and "accuracy" in table.stdout and "positive" in table.stdout
+
+
+def test_merge_then_eval_of_the_merged_model_gives_the_adapters_figures(folder):
+    done = lora_ft("merge", "--base", "base", "--adapter", "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(lora_ft("eval", "--json", cwd=folder).stdout)
+    merged = lora_ft("eval", "out-merged", "--json", cwd=folder)
+    assert merged.returncode == 0, merged.stderr
+    assert json.loads(merged.stdout)["model"]["loss"] == pytest.approx(scores["adapter"]["loss"], rel=1e-4)
+    ids = torch.tensor([[3, 14, 15, 92, 65]])
+    ours = AutoModelForCausalLM.from_pretrained(folder / "base")
+    load_adapter(ours, folder / "out")
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "out")
+    plain = AutoModelForCausalLM.from_pretrained(folder / "out-merged")
+    with torch.no_grad():
+        wanted = ours(ids).logits
+        assert torch.allclose(plain(ids).logits, wanted, atol=1e-4)
+        assert torch.allclose(peft(ids).logits, wanted, atol=1e-5)
+
+
+def test_a_checkpoint_is_an_adapter(folder):
+    checkpoint = sorted((folder / "out/checkpoints").iterdir())[0]
+    done = lora_ft("eval", str(checkpoint.relative_to(folder)), "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["adapter"]["loss"] > 0
+
+
+def test_a_second_run_needs_leave_and_touches_nothing_of_others(folder):
+    (folder / "out/mine.txt").write_text("mine")
+    before = (folder / "out/adapter_model.safetensors").read_bytes()
+    refused = lora_ft("train", "config.yaml", cwd=folder)
+    assert refused.returncode == 6 and "--overwrite" in refused.stderr
+    bad = lora_ft("train", "config.yaml", "--overwrite", "--set", "data.train=nothing.jsonl", cwd=folder)
+    assert bad.returncode == 3
+    assert (folder / "out/adapter_model.safetensors").read_bytes() == before
+    again = lora_ft("train", "config.yaml", "--overwrite", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "out/adapter_model.safetensors").read_bytes() == before, "the same seed gives the same bytes"
+    assert (folder / "out/mine.txt").read_text() == "mine"
+
+
+def test_check_shows_rows_and_targets_without_training(folder):
+    done = lora_ft("check", "config.yaml", "--json", "--set", "output=other", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["steps"] == 12 and len(facts["targets"]) == 4
+    assert facts["trainable_parameters"] == record(folder)["trainable_parameters"]
+    assert "»" in lora_ft("check", "config.yaml", cwd=folder).stdout
+    assert not (folder / "other").exists()
+
+
+def test_eval_with_nothing_trained_says_how_to_get_there(tmp_path):
+    done = lora_ft("eval", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "lora-ft train CONFIG" in done.stderr
+
+
+def test_early_stopping_and_a_held_out_share(tmp_path):
+    folder = write_run(tmp_path, "gpt2")
+    done = lora_ft(
+        *(
+            "train",
+            "config.yaml",
+            "--set",
+            "data.eval=0.25",
+            "--set",
+            "train.learning_rate=1e-9",
+            "--set",
+            "train.eval_steps=1",
+        ),
+        *("--set", "train.early_stopping_patience=2", "--set", "train.metric_for_best_model=accuracy"),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    about = record(folder)
+    assert about["steps"] == 3 and about["step"] == 1  # nothing improves on the first evaluation
+    assert about["data"]["train"]["used"] == 36 and about["data"]["eval"]["used"] == 12
+    assert json.loads(lora_ft("eval", "--json", cwd=folder).stdout)["examples"] == 12
+
+
+def test_files_of_others_are_never_written_over(folder, tmp_path):
+    run = write_run(tmp_path)
+    (run / "out").mkdir()
+    (run / "out/README.md").write_text("mine")
+    refused = lora_ft("train", "config.yaml", "--overwrite", cwd=run)
+    assert refused.returncode == 6 and "README.md" in refused.stderr
+    assert (run / "out/README.md").read_text() == "mine"
+
+
+def test_an_adapter_begins_only_from_its_own_base(folder, tmp_path):
+    run = write_run(tmp_path)
+    write_base(run / "base", seed=1)  # the same shapes, other weights
+    refused = lora_ft("train", "config.yaml", "--set", f"adapter.init_from={folder / 'out'}", cwd=run)
+    assert refused.returncode == 4 and "fingerprint" in refused.stderr
+    insisted = lora_ft("train", "config.yaml", "--set", f"adapter.init_from={folder / 'out'}", "--other-base", cwd=run)
+    assert insisted.returncode == 0 and "warning" in insisted.stderr
+
+
+def test_a_run_killed_while_its_adapter_landed_counts_as_unfinished(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "out/lora_ft.json").unlink()
+    for command in (("eval",), ("merge", "--adapter", "out", "--output", "other")):
+        refused = lora_ft(*command, cwd=tmp_path)
+        assert refused.returncode == 4 and "unfinished" in refused.stderr and "checkpoints/step-" in refused.stderr
+
+
+def test_config_decides_the_base_of_a_foreign_adapter(folder, tmp_path):
+    run = write_run(tmp_path)
+    shutil.copytree(folder / "out", run / "peft")
+    (run / "peft/lora_ft.json").unlink()
+    shutil.rmtree(run / "peft/checkpoints")
+    text = (run / "peft/adapter_config.json").read_text().replace('"base"', '"some/base"')
+    (run / "peft/adapter_config.json").write_text(text)
+    done = lora_ft("eval", "peft", "--config", "config.yaml", "--json", cwd=run)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["adapter"]["loss"] == pytest.approx(record(folder)["metrics"]["loss"], rel=1e-5)
+    assert "taken on trust" in done.stderr
+
+
+def test_a_reporter_that_is_not_installed_is_a_config_error(tmp_path):
+    refused = lora_ft("train", "config.yaml", "--set", "train.report_to=[neptune]", cwd=write_run(tmp_path))
+    assert refused.returncode == 2 and "neptune" in refused.stderr

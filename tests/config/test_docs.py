@@ -1,0 +1,106 @@
+"""The JSON Schema says what lora-ft takes, by an independent validator; the files made of it are up to date."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from lora_ft.config import training_arguments
+from lora_ft.config.docs import FILE, HEADER, json_schema, reference, schema_text
+from lora_ft.config.load import load_config, parse_config
+from lora_ft.core.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
+VALIDATOR = jsonschema.Draft202012Validator(json_schema())
+TEXT = {"train": "a.jsonl", "text": "{text}"}
+PAIR = {"train": "a.jsonl", "prompt": "{a}", "completion": "{b}"}
+
+
+def test_it_is_a_valid_schema():
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_valid_and_name_it(path):
+    text = path.read_text()
+    VALIDATOR.validate(yaml.safe_load(text))
+    assert text.splitlines()[0] == HEADER + FILE
+
+
+def test_every_setting_has_a_description():
+    schema = json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        assert section["additionalProperties"] is False
+        for name, entry in section["properties"].items():
+            assert "description" in entry or "$ref" in entry, name
+    trainer = schema["properties"]["trainer"]
+    assert trainer["properties"].keys() == training_arguments.ALLOWED.keys() and not trainer["additionalProperties"]
+
+
+@pytest.mark.parametrize("path, content", [("configs/" + FILE, schema_text()), ("docs/config.md", reference())])
+def test_the_committed_files_are_up_to_date(path, content):
+    """Else: lora-ft schema > configs/lora-ft.schema.json; lora-ft schema --markdown > docs/config.md"""
+    assert (REPOSITORY / path).read_text() == content
+
+
+# (section, setting, value): what the one takes, the other takes, and what the one refuses, the other refuses
+VALUES = [
+    *[("model", "dtype", v) for v in ("bfloat16", "fp32", 1)],
+    *[("adapter", "rank", v) for v in (1, 0, "8", 1.5, 65537)],
+    *[("adapter", "alpha", v) for v in (1, 0.5, 0, "a")],
+    *[("adapter", "dropout", v) for v in (0, 0.1, 1)],
+    *[("adapter", "targets", v) for v in ("all", ["q", "mlp"], ["q_proj"], "query", ["q", "q"], 3)],
+    *[("adapter", "modules", v) for v in ("lm_head", ["a", "b"], [""], None)],
+    *[("adapter", "layers", v) for v in (None, [0, 3], "6-11", "3", "a-b", [], [-1], 4)],
+    *[("data", "train", v) for v in (["a.csv", "b.csv"], "", None, 3)],
+    *[("data", "eval", v) for v in (None, "b.csv", ["b.csv"], 0.05, 500, 0, 1.5, -1, True)],
+    *[("data", "messages", v) for v in ("{turns}",)],
+    *[("data", "max_length", v) for v in (2, 1, "many")],
+    *[("train", "warmup_steps", v) for v in (0, 0.1, 10, -1, 1.5)],
+    *[("train", "eval_steps", v) for v in (0.25, 10, 0, 2.5)],
+    *[("train", "micro_batch_tokens", v) for v in ("auto", 512, 0, "all")],
+    *[("train", "lr_scheduler_type", v) for v in ("cosine", "cosin")],
+    *[("train", "report_to", v) for v in ("none", "wandb", [], ["tensorboard"], ["w&b"])],
+    *[("train", "lerning_rate", v) for v in (1e-4,)],
+    *[("trainer", "optim", v) for v in ("sgd", "adam")],
+    *[("trainer", "adam_beta1", v) for v in (0.9, 1, -0.1)],
+    *[("trainer", "bf16", v) for v in (True, 1)],
+    *[("trainer", "fp16", v) for v in (True,)],
+]
+
+
+@pytest.mark.parametrize("section, setting, value", VALUES)
+def test_it_takes_what_a_config_takes(section, setting, value):
+    config = {"model": {"name": "gpt2"}, "data": dict(TEXT)}
+    config[section] = config.get(section, {}) | {setting: value}
+    agree(config)
+
+
+@pytest.mark.parametrize(
+    "value", [None, {"b": ["no", "yes"]}, {"b": ["one"]}, {"b": ["x", "x"]}, {"b": [0, 1]}, {}, ["no", "yes"]]
+)
+def test_it_takes_the_label_names_that_a_config_takes(value):
+    agree({"model": {"name": "gpt2"}, "data": PAIR | {"label_names": value}})
+
+
+@pytest.mark.parametrize("config", [{"model": {"name": "gpt2"}}, {"data": TEXT}, {"model": {}, "data": TEXT}])
+def test_what_is_missing(config):
+    agree(config)
+
+
+def agree(config: dict) -> None:
+    try:
+        parse_config(config)
+        taken = True
+    except ConfigError:
+        taken = False
+    assert VALIDATOR.is_valid(json.loads(json.dumps(config))) == taken
+
+
+def test_an_editor_reads_numbers_as_a_config_does(tmp_path):
+    """YAML 1.2, which editors read, has 1e-4 as a number, and so has lora-ft."""
+    path = tmp_path / "c.yaml"
+    path.write_text('model: {name: gpt2}\ndata: {train: a.jsonl, text: "{t}"}\ntrain: {learning_rate: 1e-4}\n')
+    assert load_config(path).train.learning_rate == 1e-4

@@ -1,0 +1,426 @@
+"""Several processes train as one: the same losses and adapter, one voice, and one end for all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from lora_ft.config.load import load_config
+from lora_ft.core.errors import ConfigError
+from lora_ft.data.batches import RowPacking, Shard, StepPlan, split_evenly
+from lora_ft.distributed import launch, processes
+from lora_ft.distributed.sharding import load_sharded
+from lora_ft.evaluation.references import Questions
+from lora_ft.evaluation.texts import write
+from lora_ft.methods.lora.inject import inject_lora, trainable
+from lora_ft.model.files import resolve
+from lora_ft.model.load import load_base, load_tokenizer
+from lora_ft.nn.attention import Isolation
+from lora_ft.nn.loss import supervised_loss
+from tests.helpers.ranks import command, ranks, train
+from tests.helpers.tiny import CONFIG, write_base, write_run
+
+DROPOUT = ("adapter.dropout=0.2", "train.num_train_epochs=5")
+THIRTY = ("train.num_train_epochs=5",)  # steps
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run folder in which one process has trained thirty steps, into alone/."""
+    made = write_run(tmp_path_factory.mktemp("run"))
+    train(made, 1, "output=alone", *THIRTY)
+    return made
+
+
+def log(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def record(output: Path) -> dict:
+    return json.loads((output / "lora_ft.json").read_text())
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    """Equal losses to 1e-4 and equal adapters to 1e-5 (both with room for Adam, which enlarges rounding)."""
+    assert len(log(one)) == len(log(other))
+    for a, b in zip(log(one), log(other), strict=True):
+        assert a["step"] == b["step"]
+        names = {"loss", "grad_norm", "eval_loss", "eval_accuracy", "tokens", "supervised_tokens"} & a.keys()
+        assert {name: a[name] for name in names} == pytest.approx({name: b[name] for name in names}, rel=1e-4)
+    mine, theirs = (load_file(o / "adapter_model.safetensors") for o in (one, other))
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-4)
+
+
+# ---- the same result ----
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_losses_and_adapter_are_those_of_one_process(folder, count):
+    output = f"output=together{count}"
+    said = train(folder, count, output, *THIRTY, "train.micro_batch_tokens=64")
+    assert_alike(folder / "alone", folder / output.removeprefix("output="))
+    made = record(folder / f"together{count}")
+    assert made["machine"]["processes"] == count
+    metrics, of_one = made["metrics"], record(folder / "alone")["metrics"]
+    assert metrics["confusion"] == of_one["confusion"] and metrics["loss"] == pytest.approx(of_one["loss"], rel=1e-4)
+    assert said.count("training: 30 steps") == said.count("done in") == 1  # one voice
+
+
+def test_more_processes_than_examples_in_a_step(folder):
+    train(folder, 1, "output=two-alone", "train.batch_size=2", "train.max_steps=6")
+    train(folder, 3, "output=two-together", "train.batch_size=2", "train.max_steps=6")
+    assert_alike(folder / "two-alone", folder / "two-together")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_sharded_base_gives_the_result_of_a_whole_one(folder, count):
+    train(folder, count, f"output=sharded{count}", *THIRTY, "trainer.fsdp=true", "train.micro_batch_tokens=40")
+    assert_alike(folder / "alone", folder / f"sharded{count}")
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "prompt"])
+def test_a_sharded_base_teaches_other_methods_too(tmp_path, method):
+    write_run(tmp_path, config=CONFIG.replace("rank: 4, alpha: 8", f"method: {method}"))
+    train(tmp_path, 1, "output=whole", "train.max_steps=6")
+    train(tmp_path, 2, "output=sharded", "train.max_steps=6", "trainer.fsdp=true")
+    assert_alike(tmp_path / "whole", tmp_path / "sharded")
+
+
+def test_a_step_sums_the_adapters_gradients_once_and_sends_nothing_else(folder):
+    def work():
+        sent, real = [], dist.all_reduce
+        dist.all_reduce = lambda tensor, *a, **k: (sent.append(tensor.numel() * tensor.element_size()), real(tensor))[1]
+        processes.init_process_group("cpu", 60)
+        model = load_base(resolve(str(folder / "base")))
+        inject_lora(model, rank=4, seed=0)
+        learned = list(trainable(model).values())
+        total = torch.tensor(1.0 + processes.rank())
+        learned[0].grad = torch.full_like(learned[0], 2.0 * processes.rank())  # the others have no gradient here
+        processes.all_reduce_gradients(learned, total)
+        assert sent == [4 * sum(p.numel() for p in learned) + 4], sent
+        assert total == 3.0 and torch.equal(learned[0].grad, torch.full_like(learned[0], 2.0))
+        assert all(p.grad is not None and not p.grad.any() for p in learned[1:])
+        processes.destroy_process_group()
+
+    assert ranks(2, work) == [0, 0]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_prompts_of_text_metrics_are_shared_out(folder, sharded):
+    def work():
+        processes.init_process_group("cpu", 60)
+        base = resolve(str(folder / "base"))
+        tokenizer = load_tokenizer(base)
+        prompts = ["the film", "a good bad movie that was", "it", "Review: sad", "great awful and it made me happy"]
+        asked = Questions(prompts, tokenizer(prompts)["input_ids"], [["x"]] * 5, [2], 0)
+        config = load_config(folder / "config.yaml", ["generation.max_new_tokens=6", "generation.batch_size=2"])
+        alone = write(load_base(base), tokenizer, asked, config)
+        share = Shard(processes.rank(), processes.world_size(), even=sharded)
+        model = load_sharded(base, "float32", False, "cpu") if sharded else load_base(base)
+        assert write(model, tokenizer, asked, config, shard=share) == alone and len(set(alone)) == 5
+        processes.destroy_process_group()
+
+    assert ranks(3, work) == [0, 0, 0]
+
+
+def test_large_gradients_go_in_buckets(monkeypatch):
+    def work():
+        processes.BUCKET = 10
+        processes.init_process_group("cpu", 60)
+        tensors = [torch.full((n,), float(n)) for n in (3, 7, 8, 25, 1)]
+        processes.all_reduce_sum(tensors)
+        assert [t.tolist() for t in tensors] == [[2.0 * n] * n for n in (3, 7, 8, 25, 1)]
+
+    assert ranks(2, work) == [0, 0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "qwen3", "mixtral", "gpt_neox", "bloom"])
+def test_gradients_of_a_sharded_base_equal_those_of_a_whole_one(tmp_path, family):
+    """With a chunked head too (more than 256 supervised tokens), and recomputed activations."""
+    write_base(tmp_path / "base", family)
+    base = resolve(str(tmp_path / "base"))
+
+    def work():
+        processes.init_process_group("cpu", 60)
+        models = load_base(base), load_sharded(base, "auto", False, "cpu")
+        ids = torch.randint(3, 200, (1, 300), generator=torch.Generator().manual_seed(0))
+        positions, lengths = torch.arange(20).repeat(15)[None], [20] * 15
+        for checkpointing in (False, True):
+            grads = []
+            for model in models:
+                if not checkpointing:
+                    inject_lora(model, ["q", "v"], 4, 8, seed=0)
+                else:
+                    model.gradient_checkpointing_enable()
+                model.train()
+                model.zero_grad()
+                torch.manual_seed(0)  # of the model's own dropout
+                isolation, keep = Isolation.detect(model, 20), torch.arange(299)
+                with isolation.row(model, lengths):
+                    supervised_loss(model, ids, positions, keep, ids[0, 1:]).backward()
+                grads.append({name: p.grad for name, p in trainable(model).items()})
+            largest = max(g.abs().max() for g in grads[0].values())
+            for name, grad in grads[0].items():
+                torch.testing.assert_close(grads[1][name] / largest, grad / largest, atol=1e-5, rtol=0)
+        processes.destroy_process_group()
+
+    assert ranks(2, work) == [0, 0]
+
+
+def test_a_sharded_process_keeps_its_share_of_the_layers_in_their_dtype(tmp_path):
+    write_base(tmp_path / "base")
+
+    def work():
+        processes.init_process_group("cpu", 60)
+        model = load_sharded(resolve(str(tmp_path / "base")), "bfloat16", False, "cpu")
+        inject_lora(model, ["q"], 4, 8)
+        for name, p in model.named_parameters():
+            if ".layers." in name and "lora_" not in name:
+                assert p.to_local().numel() <= -(-p.numel() // 2) and p.dtype == torch.bfloat16, name
+        assert all(p.dtype == torch.float32 for p in trainable(model).values())
+        processes.destroy_process_group()
+
+    assert ranks(2, work) == [0, 0]
+
+
+# ---- checkpoints ----
+
+
+def test_resumed_on_as_many_processes_it_ends_in_the_same_bits_with_dropout(folder):
+    train(folder, 2, "output=whole", *DROPOUT)
+    train(folder, 2, "output=parts", *DROPOUT, "train.max_steps=15", "train.lr_scheduler_type=constant")
+    # a run that was stopped: the same length in its record
+    train(folder, 2, "output=whole-constant", *DROPOUT, "train.lr_scheduler_type=constant")
+    train(folder, 2, "output=parts", *DROPOUT, "train.lr_scheduler_type=constant", flags=("--resume",))
+    parts, whole = (load_file(folder / o / "adapter_model.safetensors") for o in ("parts", "whole-constant"))
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_resumed_on_another_number_it_goes_on_with_the_same_examples_and_says_so(folder):
+    train(folder, 2, "output=other", "train.max_steps=15", "train.lr_scheduler_type=constant")
+    said = train(folder, 1, "output=other", "train.lr_scheduler_type=constant", *THIRTY, flags=("--resume",))
+    train(folder, 1, "output=other-alone", "train.lr_scheduler_type=constant", *THIRTY)
+    assert "processes 2 is now 1" in said
+    assert log(folder / "other")[-1]["eval_loss"] == pytest.approx(
+        log(folder / "other-alone")[-1]["eval_loss"], rel=1e-4
+    )
+
+
+# ---- who is dealt what ----
+
+
+def sst2_like_lengths(n: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    return (8 + torch.empty(n).exponential_(1 / 18, generator=generator).clamp(max=60)).int().tolist()
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_shares_have_nearly_equal_tokens(count):
+    lengths = sst2_like_lengths(16 * count)
+    shares = split_evenly(lengths, count)
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in share) for share in shares]
+    assert 1 - sum(sums) / len(sums) / max(sums) < 0.03  # of a step's time is waiting
+
+
+def test_the_processes_share_out_each_step():
+    lengths = sst2_like_lengths(50)
+    rows = {"input_ids": [[1] * n for n in lengths], "labels": [[-100] * (n - 2) + [1, 1] for n in lengths]}
+    data = datasets.Dataset.from_dict(rows | {"tokens": lengths, "where": [str(i) for i in range(50)]})
+    whole = StepPlan(data, 16, 1, None, RowPacking(64), 0)
+    shares = [StepPlan(data, 16, 1, None, RowPacking(64), 0, Shard(rank, 3, padded=True)) for rank in range(3)]
+    for step in range(len(whole)):
+        parts = [plan[step] for plan in shares]
+        for part in parts:
+            assert {k: part[k] for k in ("total", "tokens", "rows")} == {
+                k: whole[step][k] for k in ("total", "tokens", "rows")
+            }
+        assert len({len(part["micro"]) for part in parts}) == 1
+        assert sum(len(m["keep"]) for part in parts for m in part["micro"]) == whole[step]["total"]
+
+
+# ---- launchers ----
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "lora_ft", "train", "config.yaml", "--processes", "2"],
+        ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lora_ft", "train", "config.yaml"],
+        [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "-m",
+            "lora_ft",
+            "train",
+            "config.yaml",
+        ],
+    ],
+    ids=["--processes", "torchrun", "accelerate"],
+)
+def test_launchers_start_processes_that_know_of_each_other(folder, launcher, request):
+    output = f"launched-{request.node.callspec.id}"
+    command = [sys.executable, *launcher, "--set", f"output={output}", "--set", "train.num_train_epochs=5"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [output]
+    assert record(folder / output)["machine"]["processes"] == 2
+    assert_alike(folder / "alone", folder / output)
+
+
+def test_any_other_command_runs_once_under_a_launcher(folder):
+    said = command(folder, 2, "eval", "alone", "--json")
+    (line,) = [line for line in said.splitlines() if line.startswith("{")]
+    assert json.loads(line)["adapter"]["loss"] == pytest.approx(record(folder / "alone")["metrics"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "environment, word",
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK"),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch"),
+    ],
+)
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, environment, word):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=word):
+        processes.init_process_group("cpu", 60)
+
+
+def test_the_number_of_processes_that_is_started(monkeypatch):
+    assert launch.wanted(None, on_gpus=False) == 1
+    assert launch.wanted(3, on_gpus=False) == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert launch.wanted(None, on_gpus=True) == 8
+    assert launch.wanted(None, on_gpus=False) == 1
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert launch.wanted(None, on_gpus=True) == launch.wanted(4, on_gpus=True) == 1
+    with pytest.raises(ConfigError, match="started 4"):
+        launch.wanted(2, on_gpus=True)
+
+
+# ---- one end for all ----
+
+LONG = CONFIG.replace("num_train_epochs: 2", "num_train_epochs: 4000, eval_steps: 100000, save_steps: 100000")
+
+
+@pytest.fixture
+def running(tmp_path):
+    """`lora-ft train --processes 2` in the middle of its steps: (the launcher, its two processes, its folder)."""
+    folder = write_run(tmp_path, config=LONG)
+    command = [sys.executable, "-m", "lora_ft", "train", "config.yaml", "--processes", "2"]
+    launcher = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (folder / "out/log.jsonl").exists():
+        assert time.monotonic() < until and launcher.poll() is None, launcher.communicate()
+        time.sleep(0.05)
+    yield launcher, children(launcher.pid), folder
+    launcher.kill()
+
+
+def children(pid: int) -> list[int]:
+    """The processes of a run, in the order of their ranks."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            environment = (path / "environ").read_bytes().split(b"\0")
+            command = (path / "cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+        if parent == pid and b"spawn_main" in command:
+            found[int(path.name)] = environment
+    return sorted(found)
+
+
+def end(launcher: subprocess.Popen, pids: list[int], seconds: float = 30) -> tuple[int, str]:
+    """Its exit code and stderr; it must end in time, and leave no process behind."""
+    _, said = launcher.communicate(timeout=seconds)
+    time.sleep(0.2)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "an orphan"
+    return launcher.returncode, said
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+class TestOneEndForAll:
+    @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_a_signal_to_the_launcher(self, running, signum, code):
+        launcher, pids, folder = running
+        assert len(pids) == 2
+        launcher.send_signal(signum)
+        returned, said = end(launcher, pids)
+        assert (returned, said.count("which is saved. Go on with")) == (code, 1), said
+        assert "--processes 2 --resume" in said and "Traceback" not in said
+        assert len(list((folder / "out/checkpoints").glob("step-*/lora_ft.json"))) == 1
+
+    @pytest.mark.parametrize("which", [0, 1])
+    @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGKILL, 1)])
+    def test_a_signal_to_one_process(self, running, which, signum, code):
+        launcher, pids, folder = running
+        os.kill(pids[which], signum)
+        returned, said = end(launcher, pids)
+        assert returned == code and "Traceback" not in said and "this is a bug" not in said, said
+        saved = list((folder / "out/checkpoints").glob("step-*/lora_ft.json"))
+        assert len(saved) == (signum == signal.SIGTERM or which == 1)  # the main process saves, while it lives
+        if signum == signal.SIGKILL:
+            assert f"process {which} of 2 (counted from 0) was ended by SIGKILL" in said
+
+    def test_a_killed_launcher_leaves_no_orphans(self, running):
+        launcher, pids, _ = running
+        launcher.kill()
+        until = time.monotonic() + 15
+        while [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < until, "an orphan"
+            time.sleep(0.1)
+
+
+def test_an_error_of_all_is_told_once(tmp_path):
+    folder = write_run(tmp_path)
+    (folder / "train.jsonl").write_text('{"text": "a", "label": 7}\n')
+    command = [sys.executable, "-m", "lora_ft", "train", "config.yaml", "--processes", "2"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "train.jsonl:1" in done.stderr and not (folder / "out").exists()
+
+
+def test_an_error_of_one_ends_all_with_its_code(tmp_path):
+    """A process other than the main one that can't read its base."""
+    folder = write_run(tmp_path)
+    code = (
+        "import os, sys, lora_ft.commands.train, lora_ft.core.errors\n"
+        "def fail(*_): raise lora_ft.core.errors.ModelError('no model here')\n"
+        "if os.environ.get('RANK') == '1': lora_ft.commands.train.load_base = fail\n"
+        "from lora_ft.cli import main\n"
+        "main()\n"
+    )
+    (folder / "start.py").write_text(code)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "start.py",
+        "train",
+        "config.yaml",
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "no model here" in done.stderr and "process 1 of 2" in done.stderr
+    assert "this is a bug" not in done.stderr, done.stderr

@@ -1,0 +1,73 @@
+"""Rows with the same prompt are one prompt with several references; of a chat the last turn is the reference."""
+
+from lora_ft.data.encode import Template, load_examples
+from lora_ft.evaluation.references import questions
+from tests.data.test_chat import A1, A2, CHATML, U1, U2
+
+PAIRS = Template(prompt="Review: {x} ->", completion=" {y}")
+ROWS = [{"x": x, "y": y} for x, y in (("a", "one"), ("b", "two"), ("a", "three"), ("c", "four"), ("b", "one"))]
+
+
+def test_rows_are_grouped_by_prompt(write, with_bos):
+    path = write("rows.jsonl", [ROWS[0], {"x": None, "y": "bad"}, *ROWS[1:]])
+    examples = load_examples([path], PAIRS, with_bos, max_length=50, bad_rows="skip")
+    asked = questions(examples, PAIRS, with_bos, room=50)
+    assert asked.prompts == ["Review: a ->", "Review: b ->", "Review: c ->"]
+    assert asked.references == [[" one", " three"], [" two", " one"], [" four"]]
+    first = examples.dataset[0]
+    assert asked.ids[0] == first["input_ids"][: first["prompt_length"]] == with_bos("Review: a ->")["input_ids"]
+    assert asked.ends == [with_bos.eos_token_id] and asked.cut == 0
+
+
+def test_a_held_out_part_knows_its_own_references_only(write, plain):
+    rows = [{"x": "abcdef"[i % 6], "y": f"n{i}"} for i in range(24)]
+    path = write("rows.jsonl", rows)
+    for which in (None, 0):
+        part = load_examples([path], PAIRS, plain, max_length=50, held_out=[9], part=which, seed=2)
+        its = [rows[i] for i in part.dataset["row"]]
+        asked = questions(part, PAIRS, plain, room=50)
+        assert sum(map(len, asked.references)) == len(its)
+        for prompt, references in zip(asked.prompts, asked.references, strict=True):
+            assert references == [f" {row['y']}" for row in its if f"Review: {row['x']} ->" == prompt]
+
+
+def test_a_sample_of_rows_keeps_all_references_of_its_prompts(write, plain):
+    rows = [{"x": "abcdef"[i % 6], "y": f"n{i}"} for i in range(24)]
+    path = write("rows.jsonl", rows)
+    for seed in (0, 1):
+        part = load_examples([path], PAIRS, plain, max_length=50, max_examples=4, seed=seed)
+        asked = questions(part, PAIRS, plain, room=50)
+        assert asked.prompts == list(dict.fromkeys(f"Review: {rows[i]['x']} ->" for i in part.dataset["row"]))
+        for prompt, references in zip(asked.prompts, asked.references, strict=True):
+            assert references == [f" {row['y']}" for row in rows if f"Review: {row['x']} ->" == prompt]
+
+
+def test_a_sample_of_prompts_keeps_all_their_references(write, plain):
+    examples = load_examples([write("rows.jsonl", ROWS)], PAIRS, plain, max_length=50)
+    whole = questions(examples, PAIRS, plain, room=50)
+    of = dict(zip(whole.prompts, whole.references, strict=True))
+    for seed in range(5):
+        some = questions(examples, PAIRS, plain, room=50, max_prompts=2, seed=seed)
+        assert len(some.prompts) == 2 and some.references == [of[prompt] for prompt in some.prompts]
+        assert some == questions(examples, PAIRS, plain, room=50, max_prompts=2, seed=seed)
+
+
+def test_a_long_prompt_loses_its_start_but_not_bos(write, with_bos):
+    examples = load_examples([write("rows.jsonl", ROWS[:1])], PAIRS, with_bos, max_length=50)
+    asked = questions(examples, PAIRS, with_bos, room=4)
+    whole = with_bos("Review: a ->")["input_ids"]
+    assert asked.ids == [[whole[0], *whole[-3:]]] and asked.cut == 1
+
+
+def test_the_last_turn_of_a_chat(write, plain):
+    path = write("chats.jsonl", [{"messages": [U1, A1, U2, A2]}, {"messages": [U1, A1]}])
+    template = Template(messages="messages", chat_template=CHATML)
+    examples = load_examples([path], template, plain, max_length=200)
+    asked = questions(examples, template, plain, room=200)
+    assert asked.references == [[A2["content"]], [A1["content"]]]
+    for prompt, ids, chat in zip(asked.prompts, asked.ids, ([U1, A1, U2], [U1]), strict=True):
+        assert prompt == plain.apply_chat_template(
+            chat, chat_template=CHATML, tokenize=False, add_generation_prompt=True
+        )
+        assert plain.decode(ids) == prompt
+    assert plain.convert_tokens_to_ids("<|im_end|>") in asked.ends

@@ -1,0 +1,115 @@
+"""A batch of prompts of different lengths gives what each gives alone, and what no cache and no padding would give."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from lora_ft.methods.lora.inject import disabled, inject_lora, trainable
+from lora_ft.model.generate import decode
+from tests.helpers.families import build, tiny_model, token_ids
+
+EOS = 2
+PROMPTS = [token_ids(1, n, seed=seed)[0].tolist() for seed, n in enumerate((3, 9, 5, 14, 14, 1, 30))]
+GREEDY = GenerationConfig(max_new_tokens=10)
+
+
+@torch.no_grad()
+def alone(model, prompt: list[int], ends: list[int], new: int = 10) -> list[int]:
+    """Greedy decoding by the definition: the whole text again for each token."""
+    ids = list(prompt)
+    for _ in range(new):
+        token = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token in ends:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+# learned positions, offset positions, rotary ones, alibi of two kinds, windows, a 3-D cache, experts
+FAMILIES = ["gpt2", "opt", "llama", "bloom", "mpt", "falcon_new", "exaone4", "gemma2", "gpt_bigcode", "gpt_oss"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_in_batches_is_greedy_one_at_a_time(family):
+    model = build(family)
+    endless = [alone(model, prompt, []) for prompt in PROMPTS]
+    assert len(set(map(tuple, endless))) > len(PROMPTS) / 2  # the prompts matter
+    ends = sorted({EOS, endless[1][4], endless[3][0]})  # rows that end early, one at once
+    wanted = [alone(model, prompt, ends) for prompt in PROMPTS]
+    assert len({len(ids) for ids in wanted}) > 1
+    for batch_size in (1, 4, 100):
+        assert decode(model, PROMPTS, GREEDY, ends, batch_size=batch_size) == wanted
+
+
+def test_the_models_own_settings_count_for_nothing_but_where_it_ends():
+    model = tiny_model("llama")
+    wanted = [alone(model, prompt, [EOS]) for prompt in PROMPTS]
+    own = model.generation_config
+    own.update(repetition_penalty=5.0, do_sample=True, temperature=9.0, max_length=3, eos_token_id=[EOS, wanted[0][2]])
+    found = decode(model, PROMPTS, GREEDY, [], batch_size=3)
+    assert found == [alone(model, prompt, [EOS, wanted[0][2]]) for prompt in PROMPTS]
+    assert model.generation_config is own
+
+
+def test_no_token_that_ends_anything_is_needed():
+    model = tiny_model("gpt2")
+    model.generation_config.eos_token_id = None
+    assert [len(ids) for ids in decode(model, PROMPTS, GREEDY, [], batch_size=4)] == [10] * len(PROMPTS)
+
+
+def log_probability(model, prompt, ids) -> float:
+    with torch.no_grad():
+        scores = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+    return sum(scores[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids))
+
+
+def test_beams_find_likelier_texts_than_greedy_in_batches_as_alone():
+    model = build("gpt2")
+    beams = GenerationConfig(max_new_tokens=4, num_beams=8, no_repeat_ngram_size=2)
+    found = decode(model, PROMPTS, beams, [], batch_size=4)
+    assert found == [decode(model, [prompt], beams, [], batch_size=1)[0] for prompt in PROMPTS]
+    for prompt, ids in zip(PROMPTS, found, strict=True):
+        if EOS not in (greedy := alone(model, prompt, [], 4)) and len(ids) == 4 and len(set(greedy)) == 4:
+            assert log_probability(model, prompt, ids) >= log_probability(model, prompt, greedy) - 1e-4
+
+
+def test_samples_follow_the_seed_and_leave_the_random_state_alone():
+    model = build("llama")
+    how = GenerationConfig(max_new_tokens=10, do_sample=True, temperature=1.5, top_k=0)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first = decode(model, PROMPTS, how, [], batch_size=3, seed=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(6)
+    assert first == decode(model, PROMPTS, how, [], batch_size=3, seed=1)
+    assert first != decode(model, PROMPTS, how, [], batch_size=3, seed=2)
+
+
+def test_an_adapter_is_decoded_with_and_its_base_without_it():
+    model = tiny_model("gpt2")
+    base = [alone(model, prompt, [EOS]) for prompt in PROMPTS]
+    inject_lora(model, ["q", "v"], rank=4, alpha=64, dropout=0.5)
+    for name, parameter in trainable(model).items():
+        torch.nn.init.normal_(parameter, std=0.3 if "lora_B" in name else 0.1)
+    model.train()
+    adapted = decode(model, PROMPTS, GREEDY, [EOS], batch_size=4)
+    assert model.training
+    with disabled(model):
+        assert decode(model, PROMPTS, GREEDY, [EOS], batch_size=4) == base
+    model.eval()
+    assert adapted == [alone(model, prompt, [EOS]) for prompt in PROMPTS] != base
+
+
+def test_it_stops_between_tokens():
+    looks = 0
+
+    def check():
+        nonlocal looks
+        looks += 1
+        if looks == 5:
+            raise KeyboardInterrupt
+
+    model = tiny_model("llama")
+    with pytest.raises(KeyboardInterrupt):
+        decode(model, PROMPTS, GREEDY, [], batch_size=100, check=check)
+    assert model.generation_config.max_new_tokens is None  # its own again

@@ -1,0 +1,100 @@
+"""Hub names without a network: the cache serves, a silent hub costs seconds, and a local name is none of the hub's."""
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from huggingface_hub import HfApi
+
+from lora_ft.core.errors import DataError, ModelError
+from lora_ft.data.sources import iter_rows
+from lora_ft.model import hub
+from lora_ft.model.files import resolve, resolve_of
+from tests.helpers.tiny import write_base
+
+COMMIT = "a" * 40
+CACHE = Path(os.environ["HF_HUB_CACHE"])
+
+
+@pytest.fixture(scope="module")
+def cached():
+    """A model in the hub's cache, as main and by its commit."""
+    repo = CACHE / "models--hubtest--model"
+    write_base(repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(COMMIT)
+    return "hubtest/model"
+
+
+@pytest.fixture
+def silence(monkeypatch):
+    """A hub that takes calls and never answers; what it was asked of the repositories."""
+    asked, held = [], []
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        while True:
+            try:
+                held.append(server.accept()[0])
+                request = held[-1].recv(4096).split(b"\r\n")[0].decode()
+            except OSError:
+                return
+            if "hubtest/" in request:
+                asked.append(request)
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=endpoint))
+    monkeypatch.setattr(hub, "SECONDS", 0.3)
+    yield asked
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    for connection in held:
+        connection.close()
+
+
+def test_a_commit_in_the_cache_is_not_asked_for(cached, silence):
+    assert resolve(cached, COMMIT).folder == CACHE / "models--hubtest--model/snapshots" / COMMIT
+    assert not silence
+
+
+def test_a_commit_that_is_not_whole_is_asked_for(cached, silence):
+    weights = CACHE / "models--hubtest--model/snapshots" / COMMIT / "model.safetensors"
+    aside = weights.rename(weights.with_suffix(".aside"))
+    try:
+        resolve(cached, COMMIT)
+    finally:
+        aside.rename(weights)
+    assert silence == [f"GET /api/models/hubtest/model/revision/{COMMIT} HTTP/1.1"]
+
+
+def test_a_silent_hub_is_asked_once_and_the_cache_serves(cached, silence):
+    begun = time.monotonic()
+    assert resolve(cached).revision == COMMIT
+    assert len(silence) == 1 and time.monotonic() - begun < 10
+
+
+def test_a_silent_hub_without_a_cache(silence):
+    with pytest.raises(ModelError, match=r"can't be reached \(.*timed out.*HF_HOME.*--base FOLDER"):
+        resolve("hubtest/other")
+    with pytest.raises(DataError, match=r"can't be reached \(.*timed out.*HF_HOME.*--set data.train=FILE"):
+        list(iter_rows("hubtest/other@train"))
+
+
+def test_a_local_base_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, silence):
+    write_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    recorded = {"name": "base", "revision": None}
+    assert resolve_of(Path("out"), recorded).folder == Path("base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="trained on a local base .* --base FOLDER"):
+        resolve_of(Path("../out"), recorded)
+    assert not silence

@@ -1,0 +1,178 @@
+"""A flat row gives every example the logits (and the adapter the gradients) that it gets alone, on every family."""
+
+import contextlib
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_ft.methods.lora.inject import inject_lora, trainable
+from lora_ft.nn import attention
+from lora_ft.nn.attention import Isolation, flat, isolates
+from tests.helpers.families import COMMON, FAMILIES, build, tiny_model, token_ids
+
+LENGTHS = (23, 9, 37, 1)
+
+
+def examples() -> list[list[int]]:
+    return [token_ids(1, n, seed=n)[0].tolist() for n in LENGTHS]
+
+
+def logits(model, isolation: Isolation, row: list[list[int]]) -> torch.Tensor:
+    with isolation.row(model, [len(e) for e in row]):
+        return model(**flat(row), use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packed_logits_equal_solo_logits(family):
+    model = build(family)
+    isolation = Isolation.detect(model, longest=max(LENGTHS))
+    assert isolation in (Isolation.ATTENTION, Isolation.MASK)
+    # the oracle is the model as transformers runs it: one example, its own attention
+    alone = torch.cat([model(torch.tensor([e]), use_cache=False).logits[0] for e in examples()])
+    assert torch.allclose(logits(model, isolation, examples()), alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen2", "gpt_neo", "cohere2", "phi3"]
+)
+@torch.no_grad()
+def test_sliding_windows_shorter_than_an_example_are_honoured(family):
+    model_type, settings = FAMILIES[family]
+    wide, narrow = (
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(
+                model_type,
+                **COMMON
+                | settings
+                | {"sliding_window": w, "window_size": w, "use_sliding_window": True, "max_window_layers": 0},
+            )
+        ).eval()
+        for w in (64, 5)
+    )
+    wide.load_state_dict(build(family).state_dict(), strict=False)
+    narrow.load_state_dict(build(family).state_dict(), strict=False)
+    isolation = Isolation.detect(narrow, longest=max(LENGTHS))
+    alone = torch.cat([narrow(torch.tensor([e]), use_cache=False).logits[0] for e in examples()])
+    assert torch.allclose(logits(narrow, isolation, examples()), alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits(wide, isolation, examples()), alone, atol=1e-3), "the window does nothing here"
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "falcon_new", "mpt", "llama"])
+def test_without_isolation_the_check_says_so(family):
+    """Plain rows with restarting positions leak on these (llama: with a cache); the check must be able to fail."""
+    model = tiny_model(family)
+    if family == "llama":
+        forward = model.forward
+        model.forward = lambda **kw: forward(**kw | {"use_cache": True})
+    assert not isolates(model, NoPacking("attention"))
+
+
+class NoPacking(Isolation):
+    def row(self, model, lengths):
+        return contextlib.nullcontext()
+
+
+def test_frequencies_that_follow_the_longest_position_put_examples_alone():
+    model = tiny_model("llama")
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert Isolation.detect(model, longest=129) is Isolation.ONE_PER_ROW  # beyond its 128 positions
+    assert Isolation.detect(model, longest=128) is Isolation.ATTENTION
+
+
+def test_outside_of_a_row_the_model_is_untouched():
+    model = tiny_model("llama")
+    ids = token_ids(2, 11)
+    before = model(ids).logits
+    usual = model.config._attn_implementation
+    with pytest.raises(RuntimeError), Isolation.ATTENTION.row(model, [5]):
+        raise RuntimeError
+    assert model.config._attn_implementation == usual
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "falcon_multi_query", "gemma2", "phi3", "bloom"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_those_of_a_padded_batch(family, checkpointing):
+    model = tiny_model(family)
+    inject_lora(model, ["all"], rank=2, seed=0)
+    for name, p in trainable(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p.data, std=0.3)
+    rows = examples()[:3]
+    width = max(map(len, rows))
+    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    extra = {} if family in ("bloom", "falcon_multi_query") else {"position_ids": position}
+    padded = model(ids, attention_mask=mask, use_cache=False, **extra).logits[mask.bool()]
+    weight = torch.randn(padded.shape, generator=torch.Generator().manual_seed(0))
+    wanted = torch.autograd.grad((padded * weight).sum(), list(trainable(model).values()))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for module in model.modules():
+            for name in ("attention_dropout", "attn_pdrop"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+    with Isolation.detect(model, 64).row(model, [len(r) for r in rows]):
+        (model(**flat(rows), use_cache=False).logits[0] * weight).sum().backward()
+    for (name, p), g in zip(trainable(model).items(), wanted, strict=True):
+        assert torch.allclose(p.grad, g, rtol=1e-4, atol=1e-5 * g.abs().max()), name
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_one_variable_length_call_is_asked_for_what_the_calls_one_by_one_compute(window, monkeypatch):
+    """The GPU's path, with torch's kernel replaced by its documentation: it needs a GPU itself."""
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        out = torch.zeros_like(query)  # (tokens, heads, head_dim)
+        for start, end in zip(cu_seq_q.tolist(), cu_seq_k.tolist()[1:], strict=False):
+            assert end - start <= max_q == max_k
+            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+            distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+            left, right = window_size
+            allowed = ((left < 0) | (distance <= left)) & (-distance <= right)
+            k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v)) if enable_gqa else (k, v)
+            scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
+            out[start:end] = (scores.softmax(-1) @ v).transpose(0, 1)
+        return out
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8) for heads in (6, 2, 2))
+    monkeypatch.setattr(attention, "_lengths", list(LENGTHS))
+    one_by_one, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, None, 0.3, sliding_window=window)
+    at_once = attention._attention_in_one_call(q, k, v, LENGTHS, 0.3, window)
+    assert torch.allclose(at_once, one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_torchs_own_variable_length_call_takes_what_it_is_given(window):
+    """On tensors without values, for which it has shapes both ways; on values it needs a GPU."""
+    like = dict(dtype=torch.bfloat16, device="meta", requires_grad=True)
+    q, k, v = (torch.empty(1, heads, sum(LENGTHS), 64, **like) for heads in (6, 2, 2))
+    out = attention._attention_in_one_call(q, k, v, LENGTHS, None, window)
+    assert (out.shape, out.dtype) == ((1, sum(LENGTHS), 6, 64), torch.bfloat16)
+    out.sum().backward()
+    assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
+
+
+def test_only_what_flash_attention_has_a_kernel_for_goes_into_one_call(monkeypatch):
+    """A GPU that is too old, a head that is too large: torch says so, and the examples go one by one."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    q, k = (torch.randn(1, heads, 15, 16).as_subclass(OnGPU) for heads in (6, 2))
+    asked = []
+    monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: asked.append(params) or True)
+    assert attention._flash_can(q, k, k)
+    assert asked[0].enable_gqa and asked[0].is_causal and asked[0].query.shape == q.shape
+    assert not attention._flash_can(q[..., :12], k[..., :12], k[..., :12])
+    monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: False)
+    assert not attention._flash_can(q, k, k)
+    assert not attention._flash_can(*(x.as_subclass(torch.Tensor) for x in (q, k, k)))

@@ -1,0 +1,87 @@
+"""The gate: on every family a flat padding-free step has the gradients of a plain padded PEFT step, to 1e-5 in float32."""
+
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lora_ft.data.batches import micro_batch
+from lora_ft.methods.lora.inject import inject_lora, lora_layers
+from lora_ft.model.load import fuse_gelu
+from lora_ft.nn.attention import Isolation
+from lora_ft.nn.gated import keep_gate_and_up
+from lora_ft.nn.loss import supervised_loss
+from tests.helpers.families import FAMILIES, tiny_model, token_ids
+
+RANK, SCALING = 2, 2.0
+
+
+def examples() -> list[dict]:
+    rows = []
+    for n, prompt in ((23, 9), (9, 1), (37, 30)):
+        ids = token_ids(1, n, seed=n)[0].tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def peft_twin(family: str, ours) -> torch.nn.Module:
+    """PEFT on the same base with the same weights; where ours adapts slices, one block-structured A and B."""
+    layers = lora_layers(ours)
+    ranks = {path: RANK * len(layer.rows) for path, layer in layers.items()}
+    alphas = {path: SCALING * rank for path, rank in ranks.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out for Conv1D itself, and says so
+        config = LoraConfig(r=RANK, target_modules=list(layers), rank_pattern=ranks, alpha_pattern=alphas)
+        theirs = get_peft_model(tiny_model(family), config).eval()
+    for path, layer in layers.items():
+        module = theirs.base_model.model.get_submodule(path)
+        A, B = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
+        A.copy_(torch.cat(list(layer.lora_A.values())))
+        B.zero_()
+        for n, (part, rows) in enumerate(layer.rows.items()):
+            columns = B[:, n * RANK : (n + 1) * RANK]
+            rows.of(columns.T).copy_(layer.lora_B[part].data.T.unflatten(-1, (rows.blocks, rows.length)))
+    return theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_a_plain_padded_peft_step(family):
+    ours = tiny_model(family)
+    fuse_gelu(ours)  # as when it is loaded
+    experts = any(p.dim() == 3 for p in ours.parameters())
+    inject_lora(ours, ["attention"] if experts else ["all"], RANK, alpha=RANK * SCALING, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for layer in lora_layers(ours).values():
+        for B in layer.lora_B.values():
+            torch.nn.init.normal_(B, std=0.3, generator=generator)
+    theirs = peft_twin(family, ours)
+    keep_gate_and_up(ours)  # as when it is trained
+
+    row = micro_batch(examples())
+    with Isolation.detect(ours, 64).row(ours, row.pop("lengths")):
+        loss = supervised_loss(ours, **row) / len(row["keep"])
+        loss.backward()
+
+    width = max(len(e["input_ids"]) for e in examples())
+    gaps = [width - len(e["input_ids"]) for e in examples()]
+    padded = theirs(
+        input_ids=torch.tensor([e["input_ids"] + [0] * g for e, g in zip(examples(), gaps, strict=True)]),
+        labels=torch.tensor([e["labels"] + [-100] * g for e, g in zip(examples(), gaps, strict=True)]),
+        attention_mask=torch.tensor([[1] * (width - g) + [0] * g for g in gaps]),
+    ).loss
+    padded.backward()
+
+    assert loss.item() == pytest.approx(padded.item(), rel=1e-6)
+    for path, layer in lora_layers(ours).items():
+        module = theirs.base_model.model.get_submodule(path)
+        dA, dB = module.lora_A["default"].weight.grad, module.lora_B["default"].weight.grad
+        for n, (part, rows) in enumerate(layer.rows.items()):
+            mine = slice(n * RANK, (n + 1) * RANK)
+            assert_equal(layer.lora_A[part].grad, dA[mine], f"{path} {part} A")
+            assert_equal(layer.lora_B[part].grad.T, rows.of(dB[:, mine].T).flatten(-2), f"{path} {part} B")
+
+
+def assert_equal(got: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    assert wanted.norm() > 0, name
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm(), name

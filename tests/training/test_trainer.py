@@ -1,0 +1,153 @@
+"""The training loop against a plain padded PEFT loop, and against itself cut otherwise."""
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments, get_linear_schedule_with_warmup
+
+from lora_ft.core.errors import NumbersError
+from lora_ft.data.batches import RowPacking, StepPlan
+from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
+from lora_ft.nn.attention import Isolation
+from lora_ft.training.trainer import LoRATrainer
+from tests.helpers.families import tiny_model, token_ids
+
+STEPS, RATE, WARMUP = 30, 1e-2, 3
+
+
+def corpus(n: int = 40) -> datasets.Dataset:
+    rows = []
+    for i in range(n):
+        ids = token_ids(1, 4 + 3 * (i % 7), seed=i)[0].tolist()
+        prompt = len(ids) // 2
+        labels = [-100] * prompt + ids[prompt:]
+        rows.append({"input_ids": ids, "labels": labels, "tokens": len(ids), "where": f"rows:{i}"})
+    return datasets.Dataset.from_list(rows)
+
+
+def run(model, folder, micro_batch_tokens=64, alone=False, dataset=None, **arguments) -> list[dict]:
+    """Train `model` as the tool does; the log's lines."""
+    plan = StepPlan(dataset or corpus(), 8, 1, STEPS, RowPacking(micro_batch_tokens, alone), seed=0)
+    settings = dict(
+        output_dir=str(folder), use_cpu=True, per_device_train_batch_size=1, max_steps=STEPS, learning_rate=RATE,
+        warmup_steps=WARMUP, logging_steps=1, remove_unused_columns=False, save_strategy="no", report_to=[],
+        disable_tqdm=True, logging_nan_inf_filter=False,
+    )  # fmt: skip
+    lines: list[dict] = []
+    trainer = LoRATrainer(
+        model=model,
+        args=TrainingArguments(**settings | arguments),
+        plan=plan,
+        isolation=Isolation.detect(model, 64),
+        evaluation=None,
+        save=lambda state, best_step: None,
+        log_line=lines.append,
+    )
+    trainer.train_from(None)
+    return lines
+
+
+def adapted(family="llama", seed=0, **settings):
+    model = tiny_model(family)
+    inject_lora(model, **{"targets": ["q", "v"], "rank": 4, "alpha": 8, "seed": seed} | settings)
+    return model
+
+
+def plain_padded_training(model, rate: float):
+    """Each step's loss and batch in a loop without the Trainer: padded batches of the plan's examples, plain AdamW."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
+    plan, data = StepPlan(corpus(), 8, 1, STEPS, RowPacking(64), seed=0), corpus()
+    for step in range(STEPS):
+        rows = [data[i] for i in plan.examples(step)]
+        width = max(len(r["input_ids"]) for r in rows)
+        pad = [width - len(r["input_ids"]) for r in rows]
+        batch = {
+            "input_ids": torch.tensor([r["input_ids"] + [0] * p for r, p in zip(rows, pad, strict=True)]),
+            "labels": torch.tensor([r["labels"] + [-100] * p for r, p in zip(rows, pad, strict=True)]),
+            "attention_mask": torch.tensor([[1] * (width - p) + [0] * p for p in pad]),
+        }
+        loss = model(**batch).loss
+        yield loss.item(), batch
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def test_loss_curve_equals_that_of_peft_in_a_plain_padded_loop(tmp_path):
+    ours = adapted()
+    start = {path: layer.lora_A[next(iter(layer.rows))].detach().clone() for path, layer in lora_layers(ours).items()}
+    losses = [line["loss"] for line in run(ours, tmp_path)]
+
+    theirs = get_peft_model(tiny_model("llama"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    for path, A in start.items():
+        theirs.base_model.model.get_submodule(path).lora_A["default"].weight.data.copy_(A)
+    for step, (ours_now, (loss, _)) in enumerate(zip(losses, plain_padded_training(theirs, RATE), strict=True)):
+        assert ours_now == pytest.approx(loss, abs=1e-4), step
+    assert losses[-1] < losses[0] - 0.3, "nothing was learned"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_cutting_a_batch_changes_nothing_beyond_rounding(family, tmp_path):
+    def weights(micro_batch_tokens, alone=False):
+        model = adapted(family)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        run(model, tmp_path, micro_batch_tokens, alone, max_steps=5)
+        return trainable(model)
+
+    whole, cut, alone = weights(10_000), weights(30), weights(30, alone=True)
+    for name, p in whole.items():
+        assert torch.allclose(p, cut[name], atol=1e-5, rtol=1e-4), name
+        assert torch.allclose(p, alone[name], atol=1e-5, rtol=1e-4), name
+
+
+def test_same_seed_same_bits_with_dropout_and_other_seed_other_bits(tmp_path):
+    a, b, c = (adapted(dropout=0.2) for _ in range(3))
+    first, second, other = run(a, tmp_path), run(b, tmp_path), run(c, tmp_path, seed=1)
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+    assert all(torch.equal(p, q) for p, q in zip(trainable(a).values(), trainable(b).values(), strict=True))
+    assert [line["loss"] for line in first] != [line["loss"] for line in other]
+
+
+def test_only_the_adapter_moves(tmp_path):
+    model = adapted()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run(model, tmp_path, max_steps=3, warmup_steps=0)  # A moves once B has
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(trainable(model))
+
+
+def test_the_logged_loss_is_the_mean_over_supervised_tokens_since_the_last_line(tmp_path):
+    each, every_third = run(adapted(), tmp_path), run(adapted(), tmp_path, logging_steps=3)
+    data, plan = corpus(), StepPlan(corpus(), 8, 1, STEPS, RowPacking(64), seed=0)
+    supervised = [sum(sum(x >= 0 for x in data[i]["labels"]) for i in plan.examples(s)) for s in range(STEPS)]
+    for n, line in enumerate(every_third):
+        steps = range(3 * n, 3 * n + 3)
+        mean = sum(each[s]["loss"] * supervised[s] for s in steps) / sum(supervised[s] for s in steps)
+        assert line["loss"] == pytest.approx(mean, rel=1e-5)
+        assert line["supervised_tokens"] == sum(supervised[: 3 * n + 3])
+    assert {"step", "epoch", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "peak_memory_mb"} <= set(line)
+
+
+def test_numbers_that_are_not_finite_stop_before_the_optimizer(tmp_path):
+    model = adapted()
+    before = {name: p.detach().clone() for name, p in trainable(model).items()}
+    model.get_output_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(NumbersError, match=r"step 1: .*rows: rows:"):
+        run(model, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    plain, checkpointed = adapted(dropout=0.1), adapted(dropout=0.1)
+    a = run(plain, tmp_path, max_steps=4)
+    b = run(checkpointed, tmp_path, max_steps=4, activation_checkpointing=True)
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-5)
+    for name, p in trainable(plain).items():
+        assert torch.allclose(p, trainable(checkpointed)[name], atol=1e-6), name
