@@ -24,7 +24,7 @@ CONFIGS = ("config.json", "generation_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_config(base: Base, trust_remote_code: bool = False):
+def load_model_config(base: Base, trust_remote_code: bool = False):
     """The base's transformers config; ModelError when it is not of a causal language model that transformers knows."""
     for path in (base.folder / name for name in CONFIGS):  # transformers takes a damaged one of the second for none
         if not base.gguf and path.is_file() and (problem := _damage(path)):
@@ -45,7 +45,7 @@ def skeleton(
 
     Where tensors have no values (FakeTensorMode), `device` is the one to pretend; dtype: None for the config's.
     """
-    config = load_config(base, trust_remote_code)
+    config = load_model_config(base, trust_remote_code)
     with _as_model_error(base, "can't be built", trust_remote_code):
         return build(config, device, dtype, trust_remote_code)
 
@@ -87,7 +87,7 @@ def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, 
         ModelError: unknown architecture, code of its own, missing or damaged weights, NaN or inf (the tensor is named).
     """
     wanted = dtype_of(base, dtype, device)
-    config = load_config(base, trust_remote_code)
+    config = load_model_config(base, trust_remote_code)
     with _as_model_error(base, "can't be loaded", trust_remote_code):
         model, info = AutoModelForCausalLM.from_pretrained(
             base.folder,

@@ -6,7 +6,6 @@ import os
 import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
-from tests.training.test_resume import log, stop_at
 
 from lora_ft.commands.evaluate import evaluate_command
 from lora_ft.commands.train import train
@@ -16,6 +15,7 @@ from lora_ft.core.signals import Stopped
 from lora_ft.evaluation import texts
 from lora_ft.evaluation.texts import check_installed, text_metrics
 from tests.helpers.tiny import write_run
+from tests.training.test_resume import log, stop_at
 
 ALL = ["bleu", "rouge_l", "exact_match"]
 TEXTS = ["the cat sat on the mat", " A pub in the city centre . ", "nothing of the kind at all", "Blue Spice"]

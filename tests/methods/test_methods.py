@@ -6,7 +6,6 @@ import itertools
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from tests.training.test_trainer import RATE, STEPS, corpus, plain_padded_training, run
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from lora_ft.methods.lora.inject import trainable
 from lora_ft.nn.bottleneck import Bottleneck
 from tests.helpers.families import FAMILIES, tiny_model, token_ids
 from tests.helpers.tiny import tiny_tokenizer
+from tests.training.test_trainer import RATE, STEPS, corpus, plain_padded_training, run
 
 TOKENIZER = tiny_tokenizer()
 N = 5  # virtual tokens

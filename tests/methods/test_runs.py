@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from tests.training.test_resume import log, stop_at
 
 from lora_ft.commands.check.command import check
 from lora_ft.commands.evaluate import evaluate_command
@@ -18,6 +17,7 @@ from lora_ft.core.errors import ConfigError, ModelError, UserError
 from lora_ft.core.signals import Stopped
 from tests.helpers import ranks
 from tests.helpers.tiny import CONFIG, write_base, write_run
+from tests.training.test_resume import log, stop_at
 
 METHODS = {
     "full": "method: full",

@@ -18,7 +18,7 @@ from lora_ft.methods.lora import method as lora
 from lora_ft.methods.lora.files import bytes_on_disk
 from lora_ft.methods.lora.inject import lora_layers, trainable
 from lora_ft.model.files import Base
-from lora_ft.model.load import DTYPES, build, load_config
+from lora_ft.model.load import DTYPES, build, load_model_config
 
 # name -> the shape; GPT-3's from Brown et al. 2020, table 2.1, whose blocks are GPT-2's, in 16 bit as the LoRA paper trained it
 SHAPES: dict[str, dict] = {
@@ -90,7 +90,7 @@ def shape_config(shape: str, trust_remote_code: bool) -> PretrainedConfig:
         raise ModelError(
             f"--shape {shape}: no folder with a config.json, no such file, and none of {', '.join(SHAPES)}."
         )
-    return load_config(Base(shape, folder), trust_remote_code)
+    return load_model_config(Base(shape, folder), trust_remote_code)
 
 
 def row_of(config: Config) -> Row:

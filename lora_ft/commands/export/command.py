@@ -15,7 +15,7 @@ from lora_ft.methods.lora.merge import beside, merge_command
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.model_card import vllm_rank
 from lora_ft.model.files import Base, resolve, stored_dtype
-from lora_ft.model.load import load_base, load_config, load_tokenizer, skeleton
+from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
 
 
 def export_command(
@@ -123,7 +123,7 @@ def export_model_gguf(
         size = write_model_gguf(base, temporary, dtype, adapter)
         proof = prove_gguf(temporary, dtype, base, adapter) if verify else "--no-verify"
     print(f"{target}: {portable_name(base.name)}{' + adapter' if adapter else ''}, {dtype}, {size / 2**20:.1f} MiB")
-    if window := getattr(load_config(base), "sliding_window", None):
+    if window := getattr(load_model_config(base), "sliding_window", None):
         print(f"  note: the model attends to the last {window:,} positions; llama.cpp, in this architecture, to all")
     if isinstance(proof, str):
         print(f"  logits were not compared ({proof})")

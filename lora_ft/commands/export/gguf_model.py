@@ -23,7 +23,7 @@ from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, plan, source_of, stored_names
 from lora_ft.methods.lora.verify import largest, logits, sample_rows
 from lora_ft.model.files import Base, opened, stored_dtype, weight_files
-from lora_ft.model.load import load_base, load_config, load_tokenizer, skeleton
+from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
 
 # Settings that the logits depend on and that transformers doesn't read from every GGUF.
 COMPARED = (
@@ -129,7 +129,7 @@ def prove_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None =
         ModelError: logits differ by more than rounding may do.
     """
     written, stored = Base(path.name, path.parent, gguf=path), str(stored_dtype(base)).removeprefix("torch.")
-    wanted, found = load_config(base), load_config(written)
+    wanted, found = load_model_config(base), load_model_config(written)
     lost = [name for name in COMPARED if _setting(wanted, name) != _setting(found, name)]
     if lost:
         return f"transformers doesn't read {', '.join(lost)} from such a file"

@@ -458,7 +458,7 @@ def test_a_gguf_base_becomes_a_float32_folder(tmp_path, monkeypatch):
     gguf = Base("base.gguf", tmp_path / "base", gguf=tmp_path / "base/config.json")
     from lora_ft.model import load as lora_model
 
-    monkeypatch.setattr(lora_model, "load_config", lambda *_: model.config)
+    monkeypatch.setattr(lora_model, "load_model_config", lambda *_: model.config)
     monkeypatch.setattr(merge, "load_base", lambda b, *_: load_base(base, "float32"))
     monkeypatch.setattr(merge, "tokenizer_of", lambda *_: None)
     merge.merge_adapter(gguf, adapter, tmp_path / "out", other_base=True)
