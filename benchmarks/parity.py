@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 from lora_ft.config.load import AdapterConfig, load_config
 from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.data.prepare import prepare
-from lora_ft.methods.interface import inject, read_by
+from lora_ft.methods.interface import inject, virtual_ids
 from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
@@ -78,7 +78,7 @@ def main() -> None:
     ours = load_base(base, "float32")
     inject(ours, adapter, train.seed, tokenizer)
     theirs = twin(load_base(base, "float32"), ours, adapter)
-    read = read_by(ours, data)
+    read = data.with_prefix(virtual_ids(ours))
     plan = StepPlan(read.dataset, train.batch_size, 1, options.steps, RowPacking(1024), train.seed)
 
     lines: list[dict] = []

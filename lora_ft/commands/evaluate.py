@@ -15,7 +15,7 @@ from lora_ft.data.prepare import evaluation_sets
 from lora_ft.evaluation.evaluate import evaluate_set
 from lora_ft.evaluation.tables import Result, save_texts, show
 from lora_ft.evaluation.texts import check_installed, questions_for
-from lora_ft.methods.interface import asked_by, load, method_of, read_by
+from lora_ft.methods.interface import load, method_of, virtual_ids
 from lora_ft.methods.lora.compatibility import check_base, check_tokenizer, check_trained_on
 from lora_ft.methods.lora.files import CONFIG, load_adapter
 from lora_ft.methods.lora.multi import use
@@ -90,8 +90,8 @@ def evaluate_command(
     for name in [str(folder), *others] if others else []:
         load_adapter(model, name, name)
     bare = load(model, folder) if is_adapter and not others else nullcontext
-    read = {name: read_by(model, examples) for name, examples in sets.items()}
-    longest = max(examples.report.longest for examples in read.values())
+    prefix = virtual_ids(model)
+    longest = max(examples.report.longest for examples in sets.values()) + len(prefix)
     check_length(model, files, longest)
     whole = not (folder / CONFIG).is_file()  # also full fine-tuning's
 
@@ -105,10 +105,11 @@ def evaluate_command(
         for who in ["base", *own] if is_adapter else own:
             if others:
                 use(model, None if who == "base" else who)
-            given = (examples, asked) if who == "base" else (read[name], asked_by(model, asked))
+            ids = [] if who == "base" else prefix
+            prompts = asked.with_prefix(ids) if asked else None
             with bare() if who == "base" else nullcontext():
                 result.scores[who], result.texts[who] = evaluate_set(
-                    model, tokenizer, *given, config, isolation, at_most
+                    model, tokenizer, examples.with_prefix(ids), prompts, config, isolation, at_most
                 )
         results.append(result)
     if as_json:

@@ -23,7 +23,7 @@ from lora_ft.distributed.sharding import load_sharded
 from lora_ft.evaluation.evaluate import evaluator
 from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.texts import check_installed
-from lora_ft.methods.interface import inject, method_of, read_by, restore
+from lora_ft.methods.interface import inject, method_of, restore, virtual_ids
 from lora_ft.methods.lora.compatibility import check_base
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.model.device import meet_others, micro_batch_tokens, prepare_device, with_accelerate
@@ -99,9 +99,10 @@ def train(
         info(
             f"{config.adapter.method}: {adapted}, {parameters:,} trainable parameters ({parameters / whole:.2%} of the model)"
         )
-        longest = max(read_by(model, s).report.longest for s in sets)
+        prefix = virtual_ids(model)
+        longest = max(s.report.longest for s in sets) + len(prefix)
         check_length(model, base, longest)
-        train_set = read_by(model, train_set)
+        train_set = train_set.with_prefix(prefix)
         isolation = Isolation.detect(model, longest)
         if isolation is Isolation.ONE_PER_ROW:
             info("this model's RoPE follows the longest position in a row: each example gets a row of its own (slower)")

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -98,6 +98,25 @@ class Examples:
     report: EncodingReport
     label_words: list[str]
     texts: datasets.Dataset
+
+    def with_prefix(self, ids: list[int]) -> "Examples":
+        """The same examples with `ids` (n virtual tokens, unsupervised) before each one's own; n = 0 changes nothing.
+
+        The rows are changed as they are read: the columns `tokens` and `whole` and the texts stay without the prefix.
+        """
+        if not ids:
+            return self
+
+        def prefixed(batch: dict[str, list]) -> dict[str, list]:
+            longer = {
+                "input_ids": lambda row: ids + row,
+                "labels": lambda row: [-100] * len(ids) + row,
+                "prompt_length": lambda length: len(ids) + length,
+            }
+            return {name: [longer.get(name, lambda value: value)(v) for v in values] for name, values in batch.items()}
+
+        report = replace(self.report, longest=self.report.longest + len(ids))
+        return replace(self, dataset=self.dataset.with_transform(prefixed), report=report)
 
 
 def reports(sets: dict[str, Examples]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from lora_ft.data.examples import Examples
 from lora_ft.evaluation.references import Questions
 from lora_ft.evaluation.scoring import score
 from lora_ft.evaluation.texts import questions_for, text_metrics, write
-from lora_ft.methods.interface import asked_by, read_by
+from lora_ft.methods.interface import virtual_ids
 from lora_ft.methods.lora.inject import disabled
 from lora_ft.nn.attention import Isolation
 
@@ -54,8 +54,11 @@ def evaluator(
         name: questions_for(model, tokenizer, examples, config) if config.train.predict_with_generate else None
         for name, examples in eval_sets.items()
     }
-
-    adapted = {name: (read_by(model, e), asked_by(model, asked[name])) for name, e in eval_sets.items()}
+    prefix = virtual_ids(model)
+    adapted = {
+        name: (examples.with_prefix(prefix), prompts and prompts.with_prefix(prefix))
+        for (name, examples), prompts in zip(eval_sets.items(), asked.values(), strict=True)
+    }
 
     def metrics(check: Callable[[], None] = lambda: None, base: bool = False) -> dict:
         found: dict = {}

@@ -1,6 +1,6 @@
 """What a model is asked to write, and what people wrote there: distinct prompts, each with all of its references."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,10 @@ class Questions:
     references: list[list[str]]
     ends: list[int]
     cut: int
+
+    def with_prefix(self, ids: Ids) -> "Questions":
+        """The same prompts with `ids` (virtual tokens) before each one's own."""
+        return replace(self, ids=[ids + row for row in self.ids])
 
 
 def questions(

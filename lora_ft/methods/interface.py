@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft.config.adapter_settings import AdapterConfig
 from lora_ft.methods import bottleneck, full, prompt
 from lora_ft.methods.lora import method as lora
-from lora_ft.methods.prompt import asked_by, read_by, virtual_ids
+from lora_ft.methods.prompt import virtual_ids
 from lora_ft.methods.switch import Bare
 from lora_ft.methods.tensor_files import method_of
 
-__all__ = ["adds_parameters", "inject", "load", "method_of", "read_by", "asked_by", "restore", "save", "virtual_ids"]
+__all__ = ["adds_parameters", "inject", "load", "method_of", "restore", "save", "virtual_ids"]
 
 
 class Method(Protocol):

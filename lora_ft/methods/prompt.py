@@ -1,7 +1,6 @@
 """Prompt tuning: n virtual tokens in front of every example; PEFT's files (peft 0.21, PROMPT_TUNING)."""
 
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,8 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.adapter_settings import AdapterConfig
 from lora_ft.core.errors import ConfigError, ModelError
-from lora_ft.data.examples import Examples
-from lora_ft.evaluation.references import Questions
 from lora_ft.methods import tensor_files
 from lora_ft.methods.lora.files import WEIGHTS
 from lora_ft.methods.switch import Bare
@@ -60,7 +57,7 @@ def save(
 
 
 def load(model: PreTrainedModel, folder: Path) -> Bare:
-    """The virtual tokens join the vocabulary; what is not given them (`read_by`) is computed by the bare base."""
+    """The virtual tokens join the vocabulary; what is not given them (`virtual_ids`) is computed by the bare base."""
     prompt = read(folder)
     width = model.get_input_embeddings().weight.shape[1]
     if prompt.shape[1] != width:
@@ -86,26 +83,3 @@ def virtual_ids(model: PreTrainedModel) -> list[int]:
     """The ids of the model's virtual tokens; none without."""
     embedding = model.get_input_embeddings()
     return embedding.ids if isinstance(embedding, VirtualTokens) else []
-
-
-def asked_by(model: PreTrainedModel, asked: Questions | None) -> Questions | None:
-    """The prompts as `model` reads them, like `read_by`."""
-    ids = virtual_ids(model)
-    return replace(asked, ids=[ids + row for row in asked.ids]) if asked and ids else asked
-
-
-def read_by(model: PreTrainedModel, examples: Examples) -> Examples:
-    """The examples as `model` reads them: with its virtual tokens' ids, if it has any, in front of each."""
-    if not (ids := virtual_ids(model)):
-        return examples
-
-    def with_prefix(batch: dict[str, list]) -> dict[str, list]:
-        longer = {
-            "input_ids": lambda row: ids + row,
-            "labels": lambda row: [-100] * len(ids) + row,
-            "prompt_length": lambda length: len(ids) + length,
-        }
-        return {name: [longer.get(name, lambda value: value)(v) for v in values] for name, values in batch.items()}
-
-    report = replace(examples.report, longest=examples.report.longest + len(ids))
-    return replace(examples, dataset=examples.dataset.with_transform(with_prefix), report=report)

@@ -39,15 +39,20 @@ def injected(method: str, family: str = "gpt2", dtype: torch.dtype = torch.float
     return model
 
 
-def read_by(model, dataset):
+def with_virtual_tokens(model, dataset):
     report = EncodingReport(rows=0, used=0, examples=0)
-    return interface.read_by(model, Examples(dataset, report, [], dataset)).dataset
+    return Examples(dataset, report, [], dataset).with_prefix(interface.virtual_ids(model)).dataset
 
 
 def trained(method: str, folder, family: str = "gpt2", dtype: torch.dtype = torch.float32, **arguments):
     """A model after a few steps of the tool's trainer, and the logged losses."""
     model = injected(method, family, dtype)
-    lines = run(model, folder, dataset=read_by(model, corpus()), **{"max_steps": 10, "learning_rate": RATE} | arguments)
+    lines = run(
+        model,
+        folder,
+        dataset=with_virtual_tokens(model, corpus()),
+        **{"max_steps": 10, "learning_rate": RATE} | arguments,
+    )
     return model, [line["loss"] for line in lines]
 
 
@@ -109,7 +114,7 @@ def test_losses_equal_plain_padded_training(method, tmp_path):
 def test_only_what_the_method_says_trains(method, tmp_path):
     model = injected(method)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run(model, tmp_path, dataset=read_by(model, corpus()), max_steps=3, warmup_steps=0)
+    run(model, tmp_path, dataset=with_virtual_tokens(model, corpus()), max_steps=3, warmup_steps=0)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == trainable(model).keys() and moved
     d, layers = 32, 2

@@ -19,7 +19,7 @@ from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.data.examples import Examples, largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.evaluation.texts import check_installed, questions_for
-from lora_ft.methods.interface import inject, read_by, virtual_ids
+from lora_ft.methods.interface import inject, virtual_ids
 from lora_ft.model.device import micro_batch_tokens, prepare_device
 from lora_ft.model.files import Base, resolve, weight_files
 from lora_ft.model.load import check_length, check_vocabulary, dtype_of, end_tokens, load_tokenizer, skeleton
@@ -86,7 +86,7 @@ def look(config: Config, time: bool, other_base: bool, trust_remote_code: bool, 
         found.plan = plan_of(found, found.train, alone=False)
     if found.train and found.model:
         sets = [found.train, *found.eval.values()]
-        longest = max(read_by(found.model, examples).report.longest for examples in sets)
+        longest = max(examples.report.longest for examples in sets) + len(virtual_ids(found.model))
         with found.attempt():
             check_vocabulary(found.model, found.base, max(map(largest_id, sets)))
         with found.attempt():

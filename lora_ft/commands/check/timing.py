@@ -15,7 +15,7 @@ from lora_ft.config.load import Config
 from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.data.examples import Examples
 from lora_ft.evaluation.scoring import score
-from lora_ft.methods.interface import inject, read_by
+from lora_ft.methods.interface import inject, virtual_ids
 from lora_ft.model.device import micro_batch_tokens
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
@@ -76,7 +76,8 @@ def time_steps(
     """Load the model and time it on the run's first steps. Raises as `load_base` and training do."""
     model = load_base(base, config.model.dtype, trust_remote_code, device)
     inject(model, config.adapter, config.train.seed, tokenizer)
-    train, evals = read_by(model, train), {name: read_by(model, examples) for name, examples in evals.items()}
+    ids = virtual_ids(model)
+    train, evals = train.with_prefix(ids), {name: examples.with_prefix(ids) for name, examples in evals.items()}
     isolation = Isolation.detect(model, max(s.report.longest for s in (train, *evals.values())))
     settings = config.train
     row_packing = RowPacking(micro_batch_tokens(config, device), isolation is Isolation.ONE_PER_ROW)
