@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from lora_ft.commands.compare.show import score
-from lora_ft.report.scores import written
+from lora_ft.core.metrics import format_metric
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "claims.md"
@@ -157,7 +157,7 @@ def quality() -> tuple[str, str, str, str]:
 def texts() -> tuple[str, str, str, str]:
     result, found = read("compare_e2e"), variants("compare_e2e")
     names = ("bleu", "rouge_l", "loss")
-    base = [written(name, result["base"][""][name]) for name in names if name in result["base"][""]]
+    base = [format_metric(name, result["base"][""][name]) for name in names if name in result["base"][""]]
     rows = [
         [name, v["tuned"]["train.learning_rate"], *(each_seed(m, v["metrics"][""][m]) for m in names)]
         for name, v in found.items()
@@ -220,7 +220,7 @@ def ablation(name: str, what: str) -> str:
 
 def each_seed(metric: str, found: dict) -> str:
     """`85.0% (84.4%, 85.6%)`: of two seeds an interval would say less than they do."""
-    return f"{written(metric, found['mean'])} ({', '.join(written(metric, value) for value in found['values'])})"
+    return f"{format_metric(metric, found['mean'])} ({', '.join(format_metric(metric, value) for value in found['values'])})"
 
 
 def many() -> tuple[str, str, str, str]:

@@ -14,6 +14,7 @@ from lora_ft.config.load import AdapterConfig, Config
 from lora_ft.core import run_folder
 from lora_ft.core.errors import ModelError, NumbersError
 from lora_ft.core.messages import info
+from lora_ft.core.metrics import format_metrics
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.data.batches import RowPacking, Shard, StepPlan
 from lora_ft.data.examples import largest_id
@@ -34,7 +35,7 @@ from lora_ft.training import resume as resuming
 from lora_ft.training import run_log
 from lora_ft.training.arguments import arguments
 from lora_ft.training.checkpoint import State
-from lora_ft.training.progress import shown, trackers
+from lora_ft.training.progress import trackers
 from lora_ft.training.record import describe, read_record
 from lora_ft.training.saving import Run
 from lora_ft.training.trainer import LoRATrainer
@@ -132,7 +133,7 @@ def train(
             scoring = time.perf_counter()
             record["base_metrics"] = scored(base=True)
             record["base_seconds"] = round(time.perf_counter() - scoring, 1)
-            info(f"the base's eval, {record['base_seconds']:.0f} s: {shown(record['base_metrics'])}")
+            info(f"the base's eval, {record['base_seconds']:.0f} s: {format_metrics(record['base_metrics'])}")
         load_initial_adapter(model, config.adapter)  # after the base was scored: some methods change its own weights
         if before and is_main:
             resuming.announce_resume(before, record, state, len(plan), output)
@@ -195,7 +196,7 @@ def train(
         which = f"step {step}, the best of {last}" if step != last else f"step {step}"
         info(
             f"done in {seconds:.0f} s: {output} holds the adapter of {which}"
-            + (f" ({shown(metrics)})" if metrics else "")
+            + (f" ({format_metrics(metrics)})" if metrics else "")
         )
         print(output)
 

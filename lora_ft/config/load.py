@@ -14,7 +14,7 @@ from lora_ft.config.rules import rules
 from lora_ft.config.schema import Config, DataConfig, GenerationConfig, ModelConfig, TrainConfig, eval_sets
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import format_value, printable
-from lora_ft.core.metrics import CHOOSING
+from lora_ft.core.metrics import SELECTION_METRICS
 from lora_ft.core.names import nearest
 
 __all__ = [
@@ -116,7 +116,7 @@ def _config(document: yaml_reader.Document, overrides: Sequence[str], source: st
 def _naming_its_set(config: Config) -> Config:
     """Of several eval sets the first governs. Its name is written out, so that the record tells when another one does."""
     first, key = next(iter(eval_sets(config.data.eval)), ""), config.train.metric_for_best_model
-    if not first or key not in CHOOSING:
+    if not first or key not in SELECTION_METRICS:
         return config
     train = config.train.model_copy(update={"metric_for_best_model": f"{first}_{key}"})
     return config.model_copy(update={"train": train})

@@ -7,7 +7,7 @@ from lora_ft.config.adapter_settings import methods_of
 from lora_ft.config.problems import Place
 from lora_ft.config.schema import Config, GenerationConfig, eval_sets
 from lora_ft.core.messages import format_value
-from lora_ft.core.metrics import CHOOSING, TEXT_METRICS, by_set, of_set
+from lora_ft.core.metrics import SELECTION_METRICS, TEXT_METRICS, add_set_name, selection_metric
 from lora_ft.core.names import nearest, template_columns
 
 NEEDS_EVAL = "needs data.eval: a data source, or a fraction (0.05) or count (500) held out of data.train"
@@ -84,9 +84,10 @@ def _metric_rules(config: Config) -> Iterator[tuple[Place, tuple[Place, ...], st
     """What metric_for_best_model may be."""
     data, train = config.data, config.train
     key, at, names = train.metric_for_best_model, ("train", "metric_for_best_model"), list(eval_sets(data.eval))
-    found = of_set(key, names or [""])
+    found = selection_metric(key, names or [""])
     if found is None:
-        choices = [name for set_name in ("", *names) for name in by_set(set_name, dict.fromkeys(CHOOSING))]
+        metrics = dict.fromkeys(SELECTION_METRICS)
+        choices = [name for set_name in ("", *names) for name in add_set_name(set_name, metrics)]
         near = nearest(key, choices)
         meant = f"did you mean {near}?" if near else f"give one of {', '.join(choices[:20])}"
         yield at, (("data", "eval"),), f"{format_value(key)} is no metric here; {meant}"

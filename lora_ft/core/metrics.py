@@ -1,40 +1,88 @@
-"""The names of metrics: what each is called, and how the metrics of several eval sets are told apart. Imports no torch."""
+"""The metrics of an evaluation: titles, formats, which direction is better, and keys of several eval sets. Imports no torch."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-# Scores of the model's probabilities, of which a classification has all; and of texts that it writes.
-SCORES = ("loss", "perplexity", "accuracy", "macro_f1")
-TEXT_METRICS = ("bleu", "rouge_l", "exact_match")
-TITLES = {
-    **{"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "macro_f1": "macro-F1"},
-    **{"bleu": "BLEU", "rouge_l": "ROUGE-L", "exact_match": "exact match"},
+
+@dataclass(frozen=True)
+class Metric:
+    """title: for tables and charts. format: a format specification for its values."""
+
+    title: str
+    format: str
+    lower_is_better: bool = False
+
+
+METRICS = {
+    "loss": Metric("loss", ".4f", lower_is_better=True),
+    "perplexity": Metric("perplexity", ".4f", lower_is_better=True),
+    "accuracy": Metric("accuracy", ".1%"),
+    "macro_f1": Metric("macro-F1", ".4f"),
+    "bleu": Metric("BLEU", ".2f"),
+    "rouge_l": Metric("ROUGE-L", ".4f"),
+    "exact_match": Metric("exact match", ".1%"),
 }
-CHOOSING = ("loss", "accuracy", "macro_f1", *TEXT_METRICS)  # what metric_for_best_model may be
+TEXT_METRICS = ("bleu", "rouge_l", "exact_match")  # of generated texts; the others come from the model's probabilities
+SELECTION_METRICS = tuple(key for key in METRICS if key != "perplexity")  # the values of train.metric_for_best_model
 
 
-def by_set(name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of one eval set under the names that the log and the record have: `loss`, or `dev_loss` of the set dev.
+def metric_of(key: str) -> Metric:
+    """The metric with a key such as `macro_f1` or, of the eval set dev, `dev_macro_f1` (title: `dev macro-F1`).
 
-    These are the Trainer's own names, without its `eval_`. A single set that has no name is called "".
+    No metric's key ends in `_` and another's, so that a key has one meaning only.
+    """
+    if key in METRICS:
+        return METRICS[key]
+    for name, metric in METRICS.items():
+        if key.endswith(f"_{name}"):
+            return Metric(f"{key.removesuffix(f'_{name}')} {metric.title}", metric.format, metric.lower_is_better)
+    return Metric(key.replace("_", " "), ".4g")
+
+
+def format_metric(key: str, value: float) -> str:
+    """A value as tables, charts and messages show it: `0.1553`, `85.4%`."""
+    return format(value, metric_of(key).format)
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """Metrics on one line, for messages: `loss 0.1553, accuracy 85.4%`. Intervals and tables are left out."""
+    return ", ".join(f"{key} {format_metric(key, value)}" for key, value in scalars(metrics).items())
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are single numbers: without intervals and confusion tables."""
+    return {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def interval(key: str, metrics: Mapping[str, Any]) -> list[float] | None:
+    """The ends of a metric's 95% interval, if it was computed."""
+    ends = metrics.get(f"{key}_ci95")
+    valid = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+    return ends if valid else None
+
+
+def add_set_name(name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an eval set with the keys of log and record: `loss`, or `dev_loss` of the set dev.
+
+    These are the Trainer's keys without its `eval_`. A single set without a name is "".
     """
     return {f"{name}_{key}" if name else key: value for key, value in metrics.items()}
 
 
-def of_set(key: str, names: Iterable[str], metrics: Iterable[str] = CHOOSING) -> tuple[str, str] | None:
-    """(set, metric) of a name such as `dev_loss` or `loss`, which is the first set's; None if it is neither's.
+def split_set_name(metrics: object, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The inverse of `add_set_name`: eval set -> its metrics, given the names of all sets."""
+    sets: dict[str, dict[str, Any]] = {}
+    names = list(names)
+    for key, value in metrics.items() if isinstance(metrics, dict) else ():
+        name = max((n for n in names if key.startswith(f"{n}_")), key=len, default="")
+        sets.setdefault(name, {})[key.removeprefix(f"{name}_") if name else key] = value
+    return sets
 
-    No metric ends in `_` and another's name, so that a name has one meaning only.
-    """
-    names, metrics = list(names), list(metrics)
-    if key in metrics:
+
+def selection_metric(key: str, names: Iterable[str]) -> tuple[str, str] | None:
+    """(eval set, metric) of train.metric_for_best_model: `loss` is the first set's; None if there is no such metric."""
+    names = list(names)
+    if key in SELECTION_METRICS:
         return names[0], key
-    return next(((n, m) for n in names for m in metrics if n and key == f"{n}_{m}"), None)
-
-
-def title(key: str) -> str | None:
-    """What people call a metric: `macro-F1`, and `dev macro-F1` of the set dev; None for what is no single figure."""
-    if key in TITLES:
-        return TITLES[key]
-    metric = next((m for m in TITLES if key.endswith(f"_{m}")), None)
-    return f"{key.removesuffix(f'_{metric}')} {TITLES[metric]}" if metric else None
+    return next(((n, m) for n in names for m in SELECTION_METRICS if n and key == f"{n}_{m}"), None)

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.load import Config
-from lora_ft.core.metrics import by_set
+from lora_ft.core.metrics import add_set_name
 from lora_ft.data.batches import UNSHARDED, Shard
 from lora_ft.data.examples import Examples
 from lora_ft.evaluation.references import Questions
@@ -68,7 +68,7 @@ def evaluator(
                 its, _ = evaluate_set(
                     model, tokenizer, read, prompts, config, isolation, micro_batch_tokens, check, shard
                 )
-                found |= by_set(name, its)
+                found |= add_set_name(name, its)
         return found
 
     return metrics

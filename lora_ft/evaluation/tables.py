@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_ft.core.messages import printable
-from lora_ft.core.metrics import SCORES, TEXT_METRICS, TITLES
+from lora_ft.core.metrics import METRICS, TEXT_METRICS, format_metric, interval
 from lora_ft.core.storage import write_file
 from lora_ft.evaluation.references import Questions
 
@@ -38,14 +38,14 @@ def show(result: Result) -> None:
     """Tables for people, on stdout, and what was written after the first prompt."""
     console = Console(highlight=False)
     console.print(Text(f"{f'{result.name}: ' if result.name else ''}{result.examples:,} examples"))
-    names = [name for name in TITLES if name in next(iter(result.scores.values()))]
+    names = [name for name in METRICS if name in next(iter(result.scores.values()))]
     if len(result.scores) > 2:  # a row each, so that any number of them fits a terminal
-        for some in (SCORES, TEXT_METRICS):
-            if shown := [name for name in names if name in some]:
+        for of_texts in (False, True):
+            if shown := [name for name in names if (name in TEXT_METRICS) == of_texts]:
                 rows = {who: [figure(name, metrics) for name in shown] for who, metrics in result.scores.items()}
-                console.print(table([TITLES[name] for name in shown], rows))
+                console.print(table([METRICS[name].title for name in shown], rows))
     else:
-        rows = {TITLES[name]: [figure(name, metrics) for metrics in result.scores.values()] for name in names}
+        rows = {METRICS[name].title: [figure(name, metrics) for metrics in result.scores.values()] for name in names}
         console.print(table(list(result.scores), rows))
     for who, metrics in result.scores.items():
         if "confusion" in metrics:
@@ -69,11 +69,9 @@ def table(headings: Sequence[str], rows: Mapping[str, Sequence[str]], no_wrap: b
 
 
 def figure(name: str, metrics: dict) -> str:
-    """A metric as people read it."""
-    if name == "accuracy":
-        low, high = metrics["accuracy_ci95"]
-        return f"{metrics[name]:.1%} ({low:.1%} to {high:.1%})"
-    return {"exact_match": "{:.1%}", "bleu": "{:.2f}"}.get(name, "{:.4f}").format(metrics[name])
+    """A metric with its 95% interval, if it has one: `85.4% (81.3% to 88.7%)`."""
+    value, ends = format_metric(name, metrics[name]), interval(name, metrics)
+    return f"{value} ({' to '.join(format_metric(name, end) for end in ends)})" if ends else value
 
 
 def show_first(asked: Questions, texts: dict[str, list[str]], console: Console) -> None:

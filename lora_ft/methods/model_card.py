@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from lora_ft.core.metrics import title
+from lora_ft.core.metrics import format_metric, metric_of, scalars
 from lora_ft.core.names import is_local, portable_name
 
 TITLES = {
@@ -110,13 +110,11 @@ def _sources(data: dict, which: str) -> list[str]:
 
 def scores(record: dict) -> str:
     """A table of the adapter's scores, beside the base's where they were taken."""
-    metrics, base = record.get("metrics", {}), record.get("base_metrics", {})
-    rows = [f"| {title(k)} | {_number(base.get(k))} | {_number(v)} |\n" for k, v in metrics.items() if title(k)]
+    base, rows = scalars(record.get("base_metrics", {})), []
+    for key, value in scalars(record.get("metrics", {})).items():
+        before = format_metric(key, base[key]) if key in base else ""
+        rows.append(f"| {metric_of(key).title} | {before} | {format_metric(key, value)} |\n")
     return f"\n| on the eval data | base | adapter |\n|---|---|---|\n{''.join(rows)}" if rows else ""
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def method_of(record: dict) -> str:

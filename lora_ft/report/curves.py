@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from functools import partial
 
-from lora_ft.core.metrics import by_set
+from lora_ft.core.metrics import add_set_name, format_metric, metric_of, scalars
 from lora_ft.report.charts import Chart, Line, chart, running_mean
 from lora_ft.report.runs import Run
-from lora_ft.report.scores import scalars, title_of, written
 
 
 def points(run: Run, y: str, x: str = "step") -> list[tuple[float, float]]:
@@ -39,7 +38,9 @@ def logged_metrics(runs: Sequence[Run]) -> list[str]:
 
 def base_line(run: Run, name: str) -> list[Line]:
     flat = {
-        key: value for of, metrics in run.base_metrics.items() for key, value in by_set(of, scalars(metrics)).items()
+        key: value
+        for of, metrics in run.base_metrics.items()
+        for key, value in add_set_name(of, scalars(metrics)).items()
     }
     value, steps = flat.get(name), [line["step"] for line in run.lines]
     return [Line("base", [(min(steps), value), (max(steps), value)], "base")] if value is not None and steps else []
@@ -62,7 +63,9 @@ def curves(run: Run) -> list[Chart]:
     for name in [*named, *logged_metrics([run])[:8]]:
         own = name.removeprefix("eval_")
         line = Line("adapter", points(run, name), "eval", dots=True)
-        charts.append(chart(f"Eval {title_of(own)}", [*base_line(run, own), line], form=partial(written, own)))
+        charts.append(
+            chart(f"Eval {metric_of(own).title}", [*base_line(run, own), line], form=partial(format_metric, own))
+        )
     unit, seconds = clock([run])
     over = {
         name: [(s / seconds, y) for s, y in points(run, name, "seconds")]
@@ -96,11 +99,11 @@ def curves_of_all(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     charts = [
         chart("Training loss", each("loss", mean=True), may_be_log=True),
         *(
-            chart(f"Eval {title_of(name.removeprefix('eval_'))}", each(name, dots=True), may_be_log=True)
+            chart(f"Eval {metric_of(name.removeprefix('eval_')).title}", each(name, dots=True), may_be_log=True)
             for name in logged_losses(runs)
         ),
         *(
-            chart(f"Eval {title_of(own)}", each(name, dots=True), form=partial(written, own))
+            chart(f"Eval {metric_of(own).title}", each(name, dots=True), form=partial(format_metric, own))
             for name in logged_metrics(runs)[:8]
             for own in [name.removeprefix("eval_")]
         ),

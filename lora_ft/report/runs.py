@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError, ModelError
+from lora_ft.core.metrics import split_set_name
 from lora_ft.core.storage import read_json
 
 
@@ -60,7 +60,7 @@ def read_run(folder: Path, record: dict | None = None, why: str | None = None) -
     step, metrics = (record.get("step"), record.get("metrics")) if finished else latest_metrics(checkpoints, lines)
     last = record.get("steps") if finished else max(reached, default=0)
     step, last = (value if isinstance(value, int) else 0 for value in (step, last))
-    own, base = (by_set(found, set_names(record)) for found in (metrics, record.get("base_metrics")))
+    own, base = (split_set_name(found, set_names(record)) for found in (metrics, record.get("base_metrics")))
     return Run(folder, record, lines, step, last, finished, why, own, base, read_samples(folder, step))
 
 
@@ -99,15 +99,6 @@ def set_names(record: dict) -> list[str]:
     data = record["config"].get("data")
     sets = data.get("eval") if isinstance(data, dict) else None
     return list(sets) if isinstance(sets, dict) else []
-
-
-def by_set(metrics: object, names: Sequence[str]) -> dict[str, dict]:
-    """Metrics of each eval set by its name, which their own names begin with (lora_ft/metric_names.py)."""
-    found: dict[str, dict] = {}
-    for key, value in metrics.items() if isinstance(metrics, dict) else ():
-        name = max((n for n in names if key.startswith(f"{n}_")), key=len, default="")
-        found.setdefault(name, {})[key.removeprefix(f"{name}_") if name else key] = value
-    return found
 
 
 def read_samples(folder: Path, step: int) -> list[dict]:

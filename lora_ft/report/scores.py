@@ -2,36 +2,15 @@
 
 from typing import Any
 
-from lora_ft.core.metrics import TITLES, by_set, title
+from lora_ft.core.metrics import METRICS, add_set_name, format_metric, interval, metric_of, scalars
 from lora_ft.report.runs import Run
-
-LESS_IS_BETTER = ("loss", "perplexity")
-
-
-def scalars(metrics: dict) -> dict[str, float]:
-    return {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-
-
-def written(name: str, value: float) -> str:
-    return f"{value:.1%}" if "accuracy" in name or "match" in name else f"{value:.4g}"
-
-
-def title_of(name: str) -> str:
-    return title(name) or name.replace("_", " ")
-
-
-def interval(name: str, metrics: dict) -> list[float] | None:
-    """A metric's 95% interval, where its scores have one."""
-    found = metrics.get(f"{name}_ci95")
-    whole = isinstance(found, list) and len(found) == 2 and all(isinstance(v, int | float) for v in found)
-    return found if whole else None
 
 
 def cell(name: str, metrics: dict) -> dict[str, str]:
     """A metric as written, and its interval."""
     value, ends = scalars(metrics).get(name), interval(name, metrics)
-    between = f"{written(name, ends[0])} to {written(name, ends[1])}" if ends else ""
-    return {"value": "" if value is None else written(name, value), "interval": between}
+    between = f"{format_metric(name, ends[0])} to {format_metric(name, ends[1])}" if ends else ""
+    return {"value": "" if value is None else format_metric(name, value), "interval": between}
 
 
 def change(name: str, base: float | None, adapter: float | None) -> dict[str, str]:
@@ -39,8 +18,8 @@ def change(name: str, base: float | None, adapter: float | None) -> dict[str, st
     if base is None or adapter is None:
         return {"text": "", "verdict": ""}
     difference = adapter - base
-    better = (difference < 0) == any(name.endswith(less) for less in LESS_IS_BETTER)
-    text = f"{100 * difference:+.1f} points" if written(name, 0.0).endswith("%") else f"{difference:+.3g}"
+    better = (difference < 0) == metric_of(name).lower_is_better
+    text = f"{100 * difference:+.1f} points" if metric_of(name).format.endswith("%") else f"{difference:+.3g}"
     return {"text": text, "verdict": "same" if difference == 0 else "better" if better else "worse"}
 
 
@@ -52,7 +31,7 @@ def results(run: Run) -> list[dict[str, Any]]:
         metrics = list(dict.fromkeys([*scalars(adapter), *scalars(base)]))
         rows = [
             {
-                "title": title_of(m),
+                "title": metric_of(m).title,
                 "base": cell(m, base),
                 "adapter": cell(m, adapter),
                 "change": change(m, scalars(base).get(m), scalars(adapter).get(m)),
@@ -68,15 +47,15 @@ def results(run: Run) -> list[dict[str, Any]]:
 def headline(run: Run) -> dict[str, str] | None:
     """The one figure to read first: what the run chose its best by, or accuracy; None without a base to set it against."""
     chosen = str((run.record["config"].get("train") or {}).get("metric_for_best_model"))
-    for name in sorted(run.metrics, key=lambda name: chosen not in by_set(name, run.metrics[name])):
+    for name in sorted(run.metrics, key=lambda name: chosen not in add_set_name(name, run.metrics[name])):
         base, adapter = (
-            by_set(name, scalars(of)) | scalars(of) for of in (run.base_metrics.get(name, {}), run.metrics[name])
+            add_set_name(name, scalars(of)) | scalars(of) for of in (run.base_metrics.get(name, {}), run.metrics[name])
         )
         for metric in (chosen if not chosen.endswith("loss") else "", "accuracy", "loss"):
             if metric in base and metric in adapter:
-                title = title_of(f"{name}_{metric}" if name and metric in TITLES else metric)
+                title = metric_of(f"{name}_{metric}" if name and metric in METRICS else metric).title
                 values = {"base": base[metric], "adapter": adapter[metric]}
-                texts = {who: written(metric, value) for who, value in values.items()}
+                texts = {who: format_metric(metric, value) for who, value in values.items()}
                 return {"title": title[0].upper() + title[1:], **texts, **change(metric, **values)}
     return None
 
@@ -93,13 +72,13 @@ def bar(name: str, base: dict, adapter: dict) -> dict[str, Any] | None:
         return round((value - low + margin) / (high - low + 2 * margin), 4)
 
     marks = [
-        {"who": who, "text": written(name, of[name]), "low": at(e[0]), "at": at(of[name]), "high": at(e[1])}
+        {"who": who, "text": format_metric(name, of[name]), "low": at(e[0]), "at": at(of[name]), "high": at(e[1])}
         for who, of, e in found
     ]
     (_, _, first), (_, _, second) = found[0], found[-1]
     overlap = len(found) == 2 and first[1] >= second[0] and second[1] >= first[0]
-    scale = [(at(low), written(name, low)), (at(high), written(name, high))]
-    return {"title": title_of(name), "marks": marks, "overlap": overlap, "ends": scale}
+    scale = [(at(low), format_metric(name, low)), (at(high), format_metric(name, high))]
+    return {"title": metric_of(name).title, "marks": marks, "overlap": overlap, "ends": scale}
 
 
 def confusion(who: str, metrics: dict, run: Run) -> dict[str, Any] | None:

@@ -9,14 +9,14 @@ import jinja2
 from lora_ft import __version__
 from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError
-from lora_ft.core.metrics import of_set
+from lora_ft.core.metrics import metric_of, scalars, selection_metric
 from lora_ft.core.names import portable_name
 from lora_ft.core.storage import write_file
 from lora_ft.methods.model_card import method_of, peft_snippet, what_it_is
 from lora_ft.report.curves import curves, curves_of_all
 from lora_ft.report.figures import config_text, data_table, differing, figures, origin
 from lora_ft.report.runs import Run, read_run, set_names
-from lora_ft.report.scores import cell, headline, results, scalars, title_of
+from lora_ft.report.scores import cell, headline, results
 
 
 def write_report(run: Run, page: Path | None = None) -> Path | None:
@@ -61,7 +61,7 @@ def report_page(run: Run) -> str:
     named = [f"{(eval_data.get(name) or {}).get('examples', 0):,} of {name}" for name in set_names(record)]
     about = f"On {', '.join(named) or format(eval_data.get('examples', 0), ',')} eval examples."
     if run.finished and run.step != run.last:
-        chosen = of_set(
+        chosen = selection_metric(
             str((record["config"].get("train") or {}).get("metric_for_best_model")), set_names(record) or [""]
         )
         where = f"those of {chosen[0]}" if chosen and chosen[0] else "these same examples"
@@ -137,7 +137,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]
             own = [cell(m, run.metrics.get(name, {})) for m in metrics]
             note = "" if run.finished else "not finished"
             rows.append({"name": named, "look": f"run-{i % 8 + 1}", "note": note, "cells": own, "step": run.step})
-        sets.append({"name": name, "titles": [title_of(m) for m in metrics], "rows": rows})
+        sets.append({"name": name, "titles": [metric_of(m).title for m in metrics], "rows": rows})
     return sets
 
 

@@ -9,6 +9,7 @@ from transformers.integrations import get_available_reporting_integrations
 from lora_ft.config.load import Config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import first_line
+from lora_ft.core.metrics import metric_of
 
 
 def arguments(config: Config, device: str) -> TrainingArguments:
@@ -46,7 +47,7 @@ def arguments(config: Config, device: str) -> TrainingArguments:
         save_strategy="steps",
         save_steps=train.save_steps,
         metric_for_best_model=f"eval_{metric}" if evaluates else None,
-        greater_is_better=not metric.endswith("loss"),
+        greater_is_better=not metric_of(metric).lower_is_better,
         report_to=list(train.report_to),
         disable_tqdm=True,  # the bar is ours
     )

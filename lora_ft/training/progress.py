@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from lora_ft.core.messages import info
+from lora_ft.core.metrics import format_metrics
 
 
 class LastStep(TrainerCallback):
@@ -47,7 +48,7 @@ class Bar(TrainerCallback):
             info(f"step {state.global_step} of {state.max_steps}: {shown}, {left} left")
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
-        shown = ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        shown = format_metrics({key.removeprefix("eval_"): value for key, value in metrics.items()})
         self.bar.clear()
         info(f"step {state.global_step} of {state.max_steps}, eval: {shown}")
         self.bar.refresh()
@@ -62,11 +63,6 @@ def peak_memory_mb(device: torch.device) -> float:
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
-
-
-def shown(metrics: dict) -> str:
-    """Metrics in a line of progress."""
-    return ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
 
 
 @contextmanager

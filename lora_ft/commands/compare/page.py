@@ -6,9 +6,9 @@ import yaml
 
 from lora_ft.commands.compare.show import COSTS, all_metrics, cost_cells, latency_rows, score
 from lora_ft.commands.compare.summary import shown_metrics
+from lora_ft.core.metrics import format_metric, metric_of
 from lora_ft.core.storage import write_file
 from lora_ft.report.charts import Chart, Line, chart
-from lora_ft.report.scores import title_of, written
 from lora_ft.report.write import check_ours, render
 
 PAGE = "compare.html"
@@ -30,9 +30,9 @@ def page(result: dict) -> str:
     for name, names in shown_metrics(all_metrics(result)).items():
         base = result["base"].get(name, {})
         rows = [(v, [score(m, v.get("metrics", {}).get(name, {}).get(m)) for m in names]) for v in result["variants"]]
-        cells = [written(m, base[m]) if m in base else "" for m in names]
+        cells = [format_metric(m, base[m]) if m in base else "" for m in names]
         sets.append(
-            {"name": name, "titles": [title_of(m) for m in names], "rows": rows, "base": cells if base else None}
+            {"name": name, "titles": [metric_of(m).title for m in names], "rows": rows, "base": cells if base else None}
         )
     return render(
         "compare.html",
@@ -44,14 +44,14 @@ def page(result: dict) -> str:
         spread=f"The mean of {seeds} seeds ± half its 95% interval by Student's t." if seeds > 1 else "One seed.",
         tuned=result["tuned"],
         tune_steps=result["tune_steps"],
-        tuning_metric=title_of(result["tuning_metric"]),
-        score_of=lambda value: "failed" if value is None else written(result["tuning_metric"], value),
+        tuning_metric=metric_of(result["tuning_metric"]).title,
+        score_of=lambda value: "failed" if value is None else format_metric(result["tuning_metric"], value),
         cost_titles=[title for title, _ in COSTS.values()],
         costs=[cost_cells(variant) for variant in result["variants"]],
         latency=latency_rows(result),
         prompt_tokens=next((v["latency"]["prompt_tokens"] for v in result["variants"] if v.get("latency")), 0),
         charts=pictures(result),
-        metric=title_of(metric),
+        metric=metric_of(metric).title,
         config=yaml.safe_dump(result["config"], sort_keys=False, allow_unicode=True),
         varied=result["varied"],
     )
@@ -65,7 +65,7 @@ def pictures(result: dict) -> list[Chart]:
         return variant.get("metrics", {}).get(of, {}).get(metric)
 
     def form(value: float) -> str:
-        return written(metric, value)
+        return format_metric(metric, value)
 
     def against(title: str, label: str, values: list[float | None], y_of: str = name, **axis) -> None:
         lines = []
@@ -78,7 +78,7 @@ def pictures(result: dict) -> list[Chart]:
         drawn = chart(title, lines, label, form=form, **axis)
         found.extend([drawn] if drawn else [])
 
-    variants, y = result["variants"], title_of(metric)
+    variants, y = result["variants"], metric_of(metric).title
     for key in result["varied"]:
         numbers = [_number(v["settings"].get(key)) for v in variants]
         if len({n for n in numbers if n is not None}) > 1:

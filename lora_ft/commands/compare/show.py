@@ -5,8 +5,7 @@ from rich.table import Table
 
 from lora_ft.commands.compare.summary import shown_metrics
 from lora_ft.core.messages import printable
-from lora_ft.core.metrics import TITLES
-from lora_ft.report.scores import written
+from lora_ft.core.metrics import format_metric, metric_of
 
 COSTS = {  # key -> (title, how it is written)
     "trainable_parameters": ("trained", "{:,}"),
@@ -28,10 +27,10 @@ def show(result: dict) -> None:
         for key in result["tuned"]:
             table.add_column(key.rpartition(".")[2], justify="right")
         for metric in names:
-            table.add_column(TITLES.get(metric, metric), justify="right")
+            table.add_column(metric_of(metric).title, justify="right")
         if base := result["base"].get(name):
             blank = [""] * len(result["tuned"])
-            table.add_row("base", *blank, *(written(m, base[m]) if m in base else "" for m in names))
+            table.add_row("base", *blank, *(format_metric(m, base[m]) if m in base else "" for m in names))
         for variant in result["variants"]:
             tuned = [variant["tuned"].get(key, "") for key in result["tuned"]]
             scores = variant.get("metrics", {}).get(name, {})
@@ -72,7 +71,7 @@ def score(metric: str, spread: dict | None) -> str:
     """`86.2% ± 1.1` of a mean and its interval."""
     if spread is None:
         return ""
-    mean = written(metric, spread["mean"])
+    mean = format_metric(metric, spread["mean"])
     if "ci95" not in spread:
         return mean
     half = spread["ci95"][1] - spread["mean"]

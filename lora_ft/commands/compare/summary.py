@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_ft.report.runs import by_set, read_log, set_names
-from lora_ft.report.scores import scalars
+from lora_ft.core.metrics import scalars, split_set_name
+from lora_ft.report.runs import read_log, set_names
 
 # Student's t, 97.5%, of 1, 2, ... degrees of freedom; from a table, as scipy would be a large guest for one column of it
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -42,7 +42,7 @@ def metrics(records: Sequence[dict]) -> dict[str, dict[str, dict]]:
     """Eval set -> metric -> its values by run, their mean and the mean's 95% interval (none of a single run)."""
     found: dict[str, dict[str, list[float]]] = {}
     for record in records:
-        for name, of in by_set(record.get("metrics"), set_names(record)).items():
+        for name, of in split_set_name(record.get("metrics"), set_names(record)).items():
             for metric, value in scalars(of).items():
                 found.setdefault(name, {}).setdefault(metric, []).append(value)
     return {name: {metric: spread(values) for metric, values in of.items()} for name, of in found.items()}
@@ -85,7 +85,7 @@ def base_metrics(found: Sequence[Found]) -> dict[str, dict[str, float]]:
     for variant in found:
         for run in variant.runs.values():
             if scores := run["record"].get("base_metrics"):
-                return {name: scalars(of) for name, of in by_set(scores, set_names(run["record"])).items()}
+                return {name: scalars(of) for name, of in split_set_name(scores, set_names(run["record"])).items()}
     return {}
 
 

@@ -12,7 +12,7 @@ from lora_ft.config.adapter_settings import AdapterConfig, methods_of
 from lora_ft.config.load import Config, eval_sets, load_config, parse_config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import printable
-from lora_ft.core.metrics import TEXT_METRICS, of_set
+from lora_ft.core.metrics import TEXT_METRICS, selection_metric
 
 HELD_OUT = 0.1  # of train, to tune on
 TUNED_ON = "tuning"  # that eval set's name
@@ -162,7 +162,7 @@ def chosen_metric(config: Config) -> tuple[str, str]:
 
 
 def _metric(config: Config) -> tuple[str, str]:
-    found = of_set(config.train.metric_for_best_model, list(eval_sets(config.data.eval)) or [""])
+    found = selection_metric(config.train.metric_for_best_model, list(eval_sets(config.data.eval)) or [""])
     assert found is not None  # the config's rules
     return found
 
