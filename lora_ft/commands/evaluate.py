@@ -15,7 +15,7 @@ from lora_ft.data.prepare import evaluation_sets
 from lora_ft.evaluation.evaluate import evaluate_set
 from lora_ft.evaluation.tables import Result, save_texts, show
 from lora_ft.evaluation.texts import check_installed, questions_for
-from lora_ft.methods.interface import load, method_of, virtual_ids
+from lora_ft.methods.interface import bare, load, method_of, virtual_ids
 from lora_ft.methods.lora.compatibility import check_base, check_tokenizer, check_trained_on
 from lora_ft.methods.lora.files import CONFIG, load_adapter
 from lora_ft.methods.lora.multi import use
@@ -89,7 +89,8 @@ def evaluate_command(
     check_vocabulary(model, files, max(map(largest_id, sets.values())))
     for name in [str(folder), *others] if others else []:
         load_adapter(model, name, name)
-    bare = load(model, folder) if is_adapter and not others else nullcontext
+    if is_adapter and not others:
+        load(model, folder)
     prefix = virtual_ids(model)
     longest = max(examples.report.longest for examples in sets.values()) + len(prefix)
     check_length(model, files, longest)
@@ -107,7 +108,7 @@ def evaluate_command(
                 use(model, None if who == "base" else who)
             ids = [] if who == "base" else prefix
             prompts = asked.with_prefix(ids) if asked else None
-            with bare() if who == "base" else nullcontext():
+            with bare(model) if who == "base" else nullcontext():
                 result.scores[who], result.texts[who] = evaluate_set(
                     model, tokenizer, examples.with_prefix(ids), prompts, config, isolation, at_most
                 )

@@ -24,7 +24,7 @@ from lora_ft.distributed.sharding import load_sharded
 from lora_ft.evaluation.evaluate import evaluator
 from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.texts import check_installed
-from lora_ft.methods.interface import inject, method_of, restore, virtual_ids
+from lora_ft.methods.interface import inject, load_into, method_of, virtual_ids
 from lora_ft.methods.lora.compatibility import check_base
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.model.device import meet_others, micro_batch_tokens, prepare_device, with_accelerate
@@ -229,7 +229,7 @@ def load_initial_adapter(model: PreTrainedModel, adapter: AdapterConfig) -> None
             )
         if (found := method_of(start)) != adapter.method:
             raise ModelError(f"adapter.init_from: {start} is of method {found}, this run's is {adapter.method}.")
-        restore(model, start)
+        load_into(model, start)
 
 
 def machine(device: str) -> dict:

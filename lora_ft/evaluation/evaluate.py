@@ -12,8 +12,7 @@ from lora_ft.data.examples import Examples
 from lora_ft.evaluation.references import Questions
 from lora_ft.evaluation.scoring import score
 from lora_ft.evaluation.texts import questions_for, text_metrics, write
-from lora_ft.methods.interface import virtual_ids
-from lora_ft.methods.lora.inject import disabled
+from lora_ft.methods.interface import bare, virtual_ids
 from lora_ft.nn.attention import Isolation
 
 
@@ -62,7 +61,7 @@ def evaluator(
 
     def metrics(check: Callable[[], None] = lambda: None, base: bool = False) -> dict:
         found: dict = {}
-        with disabled(model) if base else nullcontext():
+        with bare(model) if base else nullcontext():
             for name, examples in eval_sets.items():
                 read, prompts = (examples, asked[name]) if base else adapted[name]
                 its, _ = evaluate_set(

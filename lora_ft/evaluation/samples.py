@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.data.encode import Examples
-from lora_ft.methods.lora.inject import disabled
+from lora_ft.methods.interface import bare
 
 ROWS, MOST_TOKENS, SHOWN = 4, 96, 4000  # SHOWN: characters of a text that are kept
 OPENING = 32  # tokens of a plain text that are given
@@ -47,7 +47,7 @@ def generate_samples(
             ids = torch.tensor([prompt], device=model.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if who == "base":
-                with disabled(model):
+                with bare(model):
                     made = model.generate(**inputs, generation_config=settings)
             else:
                 made = model.generate(**inputs, generation_config=settings)

@@ -4,8 +4,7 @@ The roles `o` and `down` are these projections in every family, so that the adap
 sublayer's output, before it is added to the residual stream.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -17,8 +16,7 @@ from lora_ft.config.adapter_settings import AdapterConfig
 from lora_ft.core.errors import ModelError
 from lora_ft.methods import tensor_files
 from lora_ft.methods.lora.files import WEIGHTS
-from lora_ft.methods.lora.inject import find_targets
-from lora_ft.methods.switch import Bare
+from lora_ft.methods.lora.inject import disabled, find_targets
 from lora_ft.nn.bottleneck import NONLINEARITIES, Bottleneck
 from lora_ft.nn.lora import dimensions
 
@@ -66,7 +64,7 @@ def save(
     return tensor_files.write(folder, base_name, parameters(model), config), {}
 
 
-def load(model: PreTrainedModel, folder: Path) -> Bare:
+def load(model: PreTrainedModel, folder: Path) -> None:
     config, tensors = tensor_files.read(folder)
     sizes = {name.removesuffix(".down.weight"): len(D) for name, D in tensors.items() if name.endswith(".down.weight")}
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -74,10 +72,9 @@ def load(model: PreTrainedModel, folder: Path) -> Bare:
         raise ModelError(f"{folder / WEIGHTS}: {strange[0]} is no linear layer of this model. Is it of another model?")
     insert(model, sizes, nonlinearity_of(folder, config))
     tensor_files.fill(folder / WEIGHTS, parameters(model), tensors)
-    return lambda: disabled(model)
 
 
-def restore(model: PreTrainedModel, folder: Path) -> None:
+def load_into(model: PreTrainedModel, folder: Path) -> None:
     config, tensors = tensor_files.read(folder)
     ours = next(iter(bottlenecks(model).values())).nonlinearity
     if (theirs := nonlinearity_of(folder, config)) != ours:
@@ -91,14 +88,6 @@ def nonlinearity_of(folder: Path, config: dict) -> str:
     return config["nonlinearity"]
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within: the model computes its bare base."""
-    layers = bottlenecks(model).values()
-    try:
-        for layer in layers:
-            layer.enabled = False
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
+def bare(model: nn.Module) -> AbstractContextManager[None]:
+    """Within it the model computes its bare base."""
+    return disabled(bottlenecks(model).values())

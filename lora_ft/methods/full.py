@@ -5,9 +5,13 @@ A lower precision would lose the small steps of an optimizer: a base stored in o
 
 import copy
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -16,9 +20,12 @@ from lora_ft.config.adapter_settings import AdapterConfig
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.peft import verified_record
-from lora_ft.methods.switch import Bare, swapped
 from lora_ft.methods.tensor_files import fill
 from lora_ft.model.files import SINGLE
+
+_base_weights: WeakKeyDictionary[PreTrainedModel, list[Tensor]] = (
+    WeakKeyDictionary()
+)  # of the models that `load` changed
 
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -50,16 +57,31 @@ def save(
     return names, {}
 
 
-def load(model: PreTrainedModel, folder: Path) -> Bare:
+def load(model: PreTrainedModel, folder: Path) -> None:
     """Put the trained weights into the base, whose own stay in memory beside them, for the comparison."""
     model.float()
-    parameters = list(model.parameters())
-    base = [parameter.detach().clone() for parameter in parameters]
-    restore(model, folder)
-    return lambda: swapped(parameters, base)
+    base = [parameter.detach().clone() for parameter in model.parameters()]
+    load_into(model, folder)
+    _base_weights[model] = base
 
 
-def restore(model: PreTrainedModel, folder: Path) -> None:
+@contextmanager
+def bare(model: PreTrainedModel) -> Iterator[None]:
+    """Within it a model that `load` changed has its base's weights again. The tensors change places; none is copied."""
+
+    def exchange() -> None:
+        if base := _base_weights.get(model):
+            for parameter, value in zip(model.parameters(), base, strict=True):
+                parameter.data, value.data = value.data, parameter.data
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
+def load_into(model: PreTrainedModel, folder: Path) -> None:
     """Copy the weights of a complete model folder, its manifest verified, into `model`."""
     verified_record(folder, needed=SINGLE)
     try:

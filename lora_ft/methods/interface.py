@@ -1,9 +1,10 @@
-"""The four verbs that every method answers: inject, trainable state, save, load. The one place that knows all methods.
+"""The five functions that every method has: inject, save, load, load_into, bare. The one module that knows all methods.
 
-The trainable state is what `requires_grad` says after `inject` (lora_ft.methods.lora.inject.trainable). `load` comes as two:
-into a bare base (`load`), and back into a model that `inject` has prepared (`restore`).
+What trains is what `requires_grad` after `inject` (lora_ft.methods.lora.inject.trainable).
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -13,14 +14,13 @@ from lora_ft.config.adapter_settings import AdapterConfig
 from lora_ft.methods import bottleneck, full, prompt
 from lora_ft.methods.lora import method as lora
 from lora_ft.methods.prompt import virtual_ids
-from lora_ft.methods.switch import Bare
 from lora_ft.methods.tensor_files import method_of
 
-__all__ = ["adds_parameters", "inject", "load", "method_of", "restore", "save", "virtual_ids"]
+__all__ = ["adds_parameters", "bare", "inject", "load", "load_into", "method_of", "save", "virtual_ids"]
 
 
 class Method(Protocol):
-    """What a method's room has."""
+    """A method's module."""
 
     def inject(
         self, model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase
@@ -30,9 +30,11 @@ class Method(Protocol):
         self, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[str], dict]: ...
 
-    def load(self, model: PreTrainedModel, folder: Path) -> Bare: ...
+    def load(self, model: PreTrainedModel, folder: Path) -> None: ...
 
-    def restore(self, model: PreTrainedModel, folder: Path) -> None: ...
+    def load_into(self, model: PreTrainedModel, folder: Path) -> None: ...
+
+    def bare(self, model: PreTrainedModel) -> AbstractContextManager[None]: ...
 
 
 METHODS: dict[str, Method] = {"lora": lora, "full": full, "bottleneck": bottleneck, "prompt": prompt}
@@ -61,19 +63,28 @@ def save(
     return METHODS[method].save(model, folder, base_name, tokenizer)
 
 
-def load(model: PreTrainedModel, folder: Path) -> Bare:
-    """Put what a folder holds into a bare base. Returns the switch: within `with switch():` it is the bare base again.
+def load(model: PreTrainedModel, folder: Path) -> None:
+    """Put what a folder holds into a bare base.
 
     Raises:
         ModelError: damaged, changed, or of another model.
     """
-    return METHODS[method_of(folder)].load(model, folder)
+    METHODS[method_of(folder)].load(model, folder)
 
 
-def restore(model: PreTrainedModel, folder: Path) -> None:
+def load_into(model: PreTrainedModel, folder: Path) -> None:
     """Copy what a folder holds into a model that `inject` has prepared for the same method; exact to the bit.
 
     Raises:
         ModelError: as `load`; or it is of other settings.
     """
-    METHODS[method_of(folder)].restore(model, folder)
+    METHODS[method_of(folder)].load_into(model, folder)
+
+
+@contextmanager
+def bare(model: PreTrainedModel) -> Iterator[None]:
+    """Within it a model that `load` changed, by whatever method, computes its bare base."""
+    with ExitStack() as stack:
+        for method in METHODS.values():
+            stack.enter_context(method.bare(model))
+        yield

@@ -1,6 +1,6 @@
 """Prompt tuning: n virtual tokens in front of every example; PEFT's files (peft 0.21, PROMPT_TUNING)."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +11,6 @@ from lora_ft.config.adapter_settings import AdapterConfig
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.methods import tensor_files
 from lora_ft.methods.lora.files import WEIGHTS
-from lora_ft.methods.switch import Bare
 from lora_ft.nn.virtual_tokens import VirtualTokens
 
 KEY = "prompt_embeddings"
@@ -56,18 +55,22 @@ def save(
     return tensor_files.write(folder, base_name, {KEY: prompt}, about), {}
 
 
-def load(model: PreTrainedModel, folder: Path) -> Bare:
+def load(model: PreTrainedModel, folder: Path) -> None:
     """The virtual tokens join the vocabulary; what is not given them (`virtual_ids`) is computed by the bare base."""
     prompt = read(folder)
     width = model.get_input_embeddings().weight.shape[1]
     if prompt.shape[1] != width:
         raise ModelError(f"{folder / WEIGHTS}: {KEY} has shape {tuple(prompt.shape)}, the model needs (n, {width}).")
     insert(model, prompt.to(model.device))
-    return nullcontext
 
 
-def restore(model: PreTrainedModel, folder: Path) -> None:
+def load_into(model: PreTrainedModel, folder: Path) -> None:
     tensor_files.fill(folder / WEIGHTS, {KEY: model.get_input_embeddings().prompt}, {KEY: read(folder)})
+
+
+def bare(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Nothing to switch off: an example that isn't given the virtual tokens (`virtual_ids`) meets the bare base."""
+    return nullcontext()
 
 
 def read(folder: Path) -> Tensor:

@@ -21,6 +21,7 @@ class ManyLoRALinear(nn.Module):
     Attributes:
         base: the frozen layer, the only submodule: an adapter costs its own A and B and nothing else.
         adapters: name -> the adapter's layer over this very base. Those that don't adapt this layer aren't there.
+        enabled: False computes the bare base, whatever `use` and `mix` chose.
     """
 
     def __init__(self, base: nn.Linear | Conv1D):
@@ -28,6 +29,7 @@ class ManyLoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = dimensions(base)
         self.adapters: dict[str, LoRALinear] = {}
+        self.enabled = True
         self.use(None)
 
     def use(self, name: str | None) -> None:
@@ -54,6 +56,8 @@ class ManyLoRALinear(nn.Module):
 
         In a mixed batch the first dimension is the rows', or a multiple of them (beams, or batch and tokens in one).
         """
+        if not self.enabled:
+            return self.base(x)
         if self._name in self.adapters:
             return self.adapters[self._name](x)
         y = self.base(x)

@@ -68,7 +68,7 @@ class Run:
         samples: makes what the report shows of the adapter's answers.
         """
         if step != last:
-            interface.restore(self.model, run_folder.checkpoint_of(self.output, step))
+            interface.load_into(self.model, run_folder.checkpoint_of(self.output, step))
         metrics = self.evaluations.get(step, {})
         about = {"kind": "adapter", "step": step, "steps": last, "metrics": metrics, "timings": timings}
         (self.output / run_folder.RECORD).unlink(missing_ok=True)  # of a run that was made longer

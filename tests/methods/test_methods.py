@@ -163,17 +163,17 @@ def test_what_is_saved_comes_back_and_can_be_switched_off(method, dtype, tmp_pat
     assert interface.method_of(tmp_path) == method or method == "full"  # which its record tells
 
     fresh = injected(method, dtype=dtype, seed=1)
-    interface.METHODS[method].restore(fresh, tmp_path)
+    interface.METHODS[method].load_into(fresh, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(trainable(fresh).values(), trainable(model).values(), strict=True))
 
-    bare = tiny_model("gpt2").to(dtype)
-    before = logits(copy.deepcopy(bare).to(torch.float32 if method == "full" else dtype), ids)
-    off = interface.METHODS[method].load(bare, tmp_path)
-    assert torch.equal(logits(bare, virtual(bare, ids)), logits(model, virtual(model, ids)))
-    with off():
-        assert torch.equal(logits(bare, ids), before)
-    assert torch.equal(logits(bare, virtual(bare, ids)), logits(model, virtual(model, ids)))
-    assert (logits(bare, virtual(bare, ids))[:, -7:] - before).abs().max() > 1e-2
+    ours = tiny_model("gpt2").to(dtype)
+    before = logits(copy.deepcopy(ours).to(torch.float32 if method == "full" else dtype), ids)
+    interface.METHODS[method].load(ours, tmp_path)
+    assert torch.equal(logits(ours, virtual(ours, ids)), logits(model, virtual(model, ids)))
+    with interface.bare(ours):
+        assert torch.equal(logits(ours, ids), before)
+    assert torch.equal(logits(ours, virtual(ours, ids)), logits(model, virtual(model, ids)))
+    assert (logits(ours, virtual(ours, ids))[:, -7:] - before).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

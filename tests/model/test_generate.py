@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from lora_ft.methods.lora.inject import disabled, inject_lora, trainable
+from lora_ft.methods.lora.inject import bare, inject_lora, trainable
 from lora_ft.model.generate import decode
 from tests.helpers.families import build, tiny_model, token_ids
 
@@ -94,7 +94,7 @@ def test_an_adapter_is_decoded_with_and_its_base_without_it():
     model.train()
     adapted = decode(model, PROMPTS, GREEDY, [EOS], batch_size=4)
     assert model.training
-    with disabled(model):
+    with bare(model):
         assert decode(model, PROMPTS, GREEDY, [EOS], batch_size=4) == base
     model.eval()
     assert adapted == [alone(model, prompt, [EOS]) for prompt in PROMPTS] != base

@@ -4,7 +4,7 @@ Trainability has one owner: injecting freezes the base and lets what it adds tra
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.targets import Target, find_targets
 from lora_ft.nn.lora import InputDropout, LoRALinear
+from lora_ft.nn.multi_lora import ManyLoRALinear
 
-__all__ = ["Target", "disabled", "find_targets", "inject_lora", "lora_layers", "merge", "trainable", "unmerge"]
+__all__ = ["Target", "bare", "disabled", "find_targets", "inject_lora", "lora_layers", "merge", "trainable", "unmerge"]
 
 SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles of a layer whose modules read one tensor
 
@@ -68,10 +69,15 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def bare(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within it the model computes its bare base, whether its adapters were injected or loaded by name."""
+    return disabled(layer for layer in model.modules() if isinstance(layer, LoRALinear | ManyLoRALinear))
+
+
 @contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes its bare base."""
-    before = {layer: layer.enabled for layer in lora_layers(model).values()}
+def disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it each of these layers computes its base alone (`enabled` is False); afterwards each is as it was."""
+    before = {layer: layer.enabled for layer in layers}
     try:
         for layer in before:
             layer.enabled = False

@@ -6,8 +6,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.adapter_settings import AdapterConfig
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS, initialize_from, load_adapter, save_adapter, slices
-from lora_ft.methods.lora.inject import disabled, inject_lora
-from lora_ft.methods.switch import Bare
+from lora_ft.methods.lora.inject import bare, inject_lora
+
+__all__ = ["bare", "inject", "load", "load_into", "save"]
 
 
 def inject(
@@ -34,10 +35,9 @@ def save(
     return [WEIGHTS, CONFIG], {"slices": slices(model)}
 
 
-def load(model: PreTrainedModel, folder: Path) -> Bare:
+def load(model: PreTrainedModel, folder: Path) -> None:
     load_adapter(model, folder)
-    return lambda: disabled(model)
 
 
-def restore(model: PreTrainedModel, folder: Path) -> None:
+def load_into(model: PreTrainedModel, folder: Path) -> None:
     initialize_from(model, folder)

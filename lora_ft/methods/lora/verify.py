@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.files import load_adapter
-from lora_ft.methods.lora.inject import disabled, lora_layers
+from lora_ft.methods.lora.inject import bare, lora_layers
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
 
@@ -82,8 +82,8 @@ def compare_logits(
     model = load_base(base, "float32", trust_remote_code)
     load_adapter(model, adapter)
     exact = logits(model, rows)
-    with disabled(model):
-        bare = logits(model, rows)
+    with bare(model):
+        without = logits(model, rows)
     for name in list(lora_layers(model)):  # names only: each layer's weight goes as the next is made
         plain = model.get_submodule(name).merged()
         plain.weight.data = plain.weight.data.to(dtypes[name]).float()
@@ -115,7 +115,7 @@ def compare_logits(
         "rounding": rounding,
         "beyond_rounding": close[0],
         "beyond_rounding_tolerance": tolerance,
-        "adapter_effect": largest(exact, bare)[0],
+        "adapter_effect": largest(exact, without)[0],
         "largest_logit": scale,
     }
 

@@ -7,7 +7,6 @@ import shutil
 import peft
 import pytest
 import torch
-from families import tiny_model, token_ids
 from safetensors.torch import load_file, save_file
 
 from lora_ft.core import storage
@@ -15,6 +14,7 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.names import portable_name
 from lora_ft.methods.lora import files
 from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
+from tests.helpers.families import tiny_model, token_ids
 
 IDS = token_ids(rows=2, length=11)
 

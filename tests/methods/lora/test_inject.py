@@ -4,16 +4,16 @@ import re
 
 import pytest
 import torch
-from families import FAMILIES, build, tiny_model, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.core.errors import ConfigError, ModelError
-from lora_ft.methods.lora.inject import disabled, find_targets, inject_lora, lora_layers, merge, trainable, unmerge
+from lora_ft.methods.lora.inject import bare, find_targets, inject_lora, lora_layers, merge, trainable, unmerge
 from lora_ft.methods.lora.roles import layout
 from lora_ft.nn.lora import WHOLE, LoRALinear, Rows
+from tests.helpers.families import FAMILIES, build, tiny_model, token_ids
 
 EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "phimoe"}
 IDS = token_ids()
@@ -59,7 +59,7 @@ def test_the_life_of_an_adapter(family):
     randomize(model)
     moved = logits(model)
     assert (moved - plain).abs().max() > 1e-3
-    with disabled(model):
+    with bare(model):
         assert torch.equal(logits(model), plain)
     assert torch.equal(logits(model), moved)
 
@@ -242,12 +242,12 @@ def test_merging_an_adapted_head_leaves_the_embedding(family, tmp_path):
     assert model.config.tie_word_embeddings == build(family).config.tie_word_embeddings
 
 
-def test_disabled_restores_after_an_error_and_what_was_off_stays_off():
+def test_bare_ends_with_an_error_and_layers_that_were_off_stay_off():
     model = tiny_model("llama")
     inject_lora(model)
     first, *others = lora_layers(model).values()
     first.enabled = False
-    with pytest.raises(RuntimeError), disabled(model):
+    with pytest.raises(RuntimeError), bare(model):
         raise RuntimeError
     assert not first.enabled and all(layer.enabled for layer in others)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from lora_ft.methods.lora import files, merge, merge_shards, stored_names, verif
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
 from lora_ft.model.files import Base, fingerprint, resolve
 from lora_ft.model.load import load_base
+from tests.helpers.families import FAMILIES, tiny_model, token_ids
 
 IDS = token_ids(rows=2, length=11)
 

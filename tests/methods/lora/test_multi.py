@@ -3,13 +3,13 @@
 import peft
 import pytest
 import torch
-from families import tiny_model, token_ids
-from test_files import saved
 
 from lora_ft import load_adapter, merge, mixed, use
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.inject import inject_lora
+from lora_ft.methods.lora.inject import bare, inject_lora
 from lora_ft.methods.lora.multi import adapter_names, shared_layers
+from tests.helpers.families import tiny_model, token_ids
+from tests.methods.lora.test_files import saved
 
 # family -> adapters that differ in rank, scaling, targets, layers
 ADAPTERS = {
@@ -60,7 +60,12 @@ def test_switching_is_loading_that_one_alone(tmp_path, family):
         one = tiny_model(family)
         load_adapter(one, tmp_path / name)
         assert torch.equal(solo(model, name, ids), logits(one, ids))
-    assert torch.equal(solo(model, None, ids), logits(tiny_model(family), ids))
+    base = logits(tiny_model(family), ids)
+    assert torch.equal(solo(model, None, ids), base)
+    use(model, "wide")
+    with bare(model):
+        assert torch.equal(logits(model, ids), base)
+    assert not torch.equal(logits(model, ids), base), "afterwards the adapter is in use again"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

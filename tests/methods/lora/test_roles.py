@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, build, tiny_model, token_ids
 from transformers import AttentionInterface, GPT2Config, LlamaConfig, T5Config
 
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.inject import find_targets, inject_lora, lora_layers, trainable
 from lora_ft.methods.lora.roles import TABLE, fused, layout
 from lora_ft.nn.lora import Rows
+from tests.helpers.families import FAMILIES, build, tiny_model, token_ids
 
 RANK, ALPHA = 3, 6.0
 EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "phimoe"}
