@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_ft.nn.attention import flat
+from lora_ft.nn.attention import flat_row
 
 EMPTY_EXAMPLE = {"input_ids": [0], "labels": [-100]}  # an example with nothing to learn from
 
@@ -106,7 +106,7 @@ def micro_batch(examples: Sequence[dict]) -> MicroBatch:
         keep += [start + i - 1 for i in supervised]
         targets += [labels[i] for i in supervised]
         start += len(labels)
-    row = flat([example["input_ids"] for example in examples])
+    row = flat_row([example["input_ids"] for example in examples])
     return MicroBatch(
         input_ids=row["input_ids"],
         position_ids=row["position_ids"],

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lora_ft.core.errors import NumbersError
 from lora_ft.data.batches import EMPTY_EXAMPLE, UNSHARDED, RowPacking, Shard, split_evenly
 from lora_ft.distributed import processes
-from lora_ft.nn.attention import Isolation, flat
+from lora_ft.nn.attention import Isolation, flat_row
 from lora_ft.nn.loss import logits_in_chunks
 
 
@@ -163,7 +163,7 @@ def _answer(
     ]
     positions = sorted({position for position, _ in wanted})
     place = {position: i for i, position in enumerate(positions)}
-    inputs = flat([queries[0].ids for queries in row], model.device)
+    inputs = flat_row([queries[0].ids for queries in row], model.device)
     keep = torch.tensor(positions, device=model.device)
     rows = torch.tensor([place[p] for p, _ in wanted], device=model.device)
     targets = torch.tensor([t for _, t in wanted], device=model.device)

@@ -18,7 +18,7 @@ from transformers import (
 from lora_ft.core.errors import ConfigError, ModelError, is_memory
 from lora_ft.core.messages import info, printable
 from lora_ft.model.files import Base, digest, stored_dtype
-from lora_ft.nn.activation import fuse_gelu
+from lora_ft.nn.mlp import fuse_gelu
 
 CONFIGS = ("config.json", "generation_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,12 +1,12 @@
-"""Keeping the examples of a flat row apart.
+"""Attention within each example of a flat row.
 
-A micro-batch is one row (1, tokens) of several examples, one after the other, without padding, with positions that restart at
-each. Restarting positions alone don't isolate the examples in every family, so there are three ways, best first:
+A micro-batch is one row (1, tokens): several examples one after the other, without padding, positions restarting at each. In
+many families positions alone do not keep the examples apart. There are three ways to do so, best first:
 
-- ATTENTION: an attention of our own through transformers' AttentionInterface; each example costs its own length squared.
-- MASK: for families with attention code of their own (BLOOM, Falcon, GPT-J, GPT-Neo, ...): the model's attention over the
-  whole row with a block mask.
-- ONE_PER_ROW: one example a row, where neither isolates (RoPE whose frequencies follow the longest position in the row).
+- ATTENTION: `packed_attention`, registered in transformers' AttentionInterface. An example costs its length squared.
+- MASK: the model's attention over the row with a block-diagonal mask, for families that have their own attention code (BLOOM,
+  Falcon, GPT-J, GPT-Neo, ...). A row costs its length squared.
+- ONE_PER_ROW: one example per row, for RoPE whose frequencies depend on the longest position in the row.
 """
 
 import functools
@@ -27,12 +27,14 @@ except ImportError:
     varlen_attn = None
 
 NAME = "lora_ft_packed"
-OWN_ATTENTION = {"bloom", "codegen"}  # take any attention's name, and never call it
-_lengths: list[int] | None = None  # of the examples in the row that is being computed; models pass no such thing down
+OWN_ATTENTION = {"bloom", "codegen"}  # accept any attention implementation by name, but never call it
+_lengths: list[int] | None = (
+    None  # of the examples in the current row; a global, because models pass no such argument down
+)
 
 
 class Isolation(Enum):
-    """How a model keeps the examples of a row apart (see the module's docstring)."""
+    """How the examples of a row are kept apart in a model (see the module's docstring)."""
 
     ATTENTION = "attention"
     MASK = "mask"
@@ -40,10 +42,11 @@ class Isolation(Enum):
 
     @classmethod
     def detect(cls, model: PreTrainedModel, longest: int) -> "Isolation":
-        """The best way that was seen to isolate examples on this very model.
+        """The best way that isolates examples on this model, found by computing with it.
 
         Args:
-            longest: tokens of the longest example to come.
+            model: with its weights.
+            longest: tokens of the longest example it will be given.
         """
         if not _frequencies_follow_length(model, longest):
             for way in (cls.ATTENTION, cls.MASK):
@@ -53,7 +56,7 @@ class Isolation(Enum):
 
     @classmethod
     def guess_from_config(cls, model: PreTrainedModel, longest: int) -> "Isolation":
-        """What `detect` will most likely find, by what the model says of itself: for a model without weights."""
+        """The way that `detect` will most likely find, from the config: for a model without weights."""
         if _frequencies_follow_length(model, longest):
             return cls.ONE_PER_ROW
         own = model.config.model_type in OWN_ATTENTION or not model._supports_attention_backend
@@ -61,9 +64,9 @@ class Isolation(Enum):
 
     @contextmanager
     def row(self, model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[None]:
-        """Within: `model` sees one row of examples of these lengths. Keep it open until the backward is done."""
+        """Within it `model` computes one row of examples of these lengths (in tokens). It must include the backward."""
         global _lengths
-        usual = model.config._attn_implementation
+        default = model.config._attn_implementation
         if self is Isolation.ATTENTION:
             model.config._attn_implementation = NAME
         _lengths = list(lengths)
@@ -71,7 +74,7 @@ class Isolation(Enum):
             yield
         finally:
             _lengths = None
-            model.config._attn_implementation = usual
+            model.config._attn_implementation = default
 
 
 def packed_attention(
@@ -89,14 +92,22 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each example of the row.
 
-    query (1, heads, tokens, head_dim), key and value (1, kv_heads, tokens, head_dim) -> (1, tokens, heads, head_dim).
-    `sliding_window`: attend where 0 <= i - j < window. `softcap` c: scores become c tanh(scores / c) (Gemma 2). `s_aux`
-    (heads,): attention sinks, a score each head may put its weight on instead (GPT-OSS).
+    Args:
+        query: (1, heads, tokens, head_dim).
+        key, value: (1, kv_heads, tokens, head_dim).
+        attention_mask: ignored.
+        scaling: factor of the scores; None is head_dim ** -0.5.
+        sliding_window: query i attends to key j where 0 <= i - j < window.
+        softcap: c, with which scores become c tanh(scores / c) (Gemma 2, arXiv:2408.00118, section 2).
+        s_aux: (heads,) attention sinks: one more score per head in the softmax, without a value (GPT-OSS).
+
+    Returns:
+        (1, tokens, heads, head_dim), and None for the attention weights.
     """
-    assert _lengths is not None and sum(_lengths) == query.shape[2], "packed attention outside of Packing.row"
+    assert _lengths is not None and sum(_lengths) == query.shape[2], "packed_attention outside of Isolation.row"
     dropout = dropout if module.training else 0.0
     plain = softcap is None and s_aux is None
-    if plain and not dropout and varlen_attn and _flash_can(query, key, value):
+    if plain and not dropout and varlen_attn and _flash_supports(query, key, value):
         return _attention_in_one_call(query, key, value, _lengths, scaling, sliding_window), None
     # (kv_heads, group, tokens, head_dim): a group of query heads reads one key head, which is expanded, not copied
     groups = query.shape[1] // key.shape[1]
@@ -119,32 +130,37 @@ def packed_attention(
     return torch.cat(outputs)[None], None
 
 
-def _flash_can(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether flash attention has a kernel for these: torch knows by GPU, dtype and head size; the varlen call pads none."""
+def _flash_supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether flash attention has a kernel for this GPU, dtype and head size (which the varlen call does not pad)."""
     if not query.is_cuda or query.shape[-1] % 8:
         return False
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, True, query.shape[1] != key.shape[1]))
 
 
 def _attention_in_one_call(query, key, value, lengths, scaling, sliding_window) -> Tensor:
-    """All examples at once by torch's variable-length flash attention. Shapes as in `packed_attention`."""
+    """All examples in one call of torch's variable-length flash attention. Shapes as in `packed_attention`."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
-    ends = _ends(tuple(lengths), q.device)
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # to the left, to the right
+    offsets = _offsets(tuple(lengths), q.device)
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # keys before the query, keys after it
     gqa = q.shape[1] != k.shape[1]
     longest = max(lengths)
-    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa)[None]
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa)[
+        None
+    ]
 
 
-@functools.lru_cache(maxsize=1)  # every layer of the model asks for the same
-def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """0, and where each example ends; (examples + 1,)."""
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    return (ends.pin_memory() if device.type == "cuda" else ends).to(device, non_blocking=True)
+@functools.lru_cache(maxsize=1)  # the same for every layer of the model
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(examples + 1,) the start of each example in the row, and the end of the last."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    return (offsets.pin_memory() if device.type == "cuda" else offsets).to(device, non_blocking=True)
 
 
 def _attention_written_out(q, k, v, scaling, dropout, window, softcap, sinks) -> Tensor:
-    """What scaled_dot_product_attention can't do: score capping and sinks. Shapes (kv_heads, group, tokens, head_dim)."""
+    """Attention with score capping and sinks, which F.scaled_dot_product_attention does not support.
+
+    q, k, v: (kv_heads, group, tokens, head_dim), one example. window: (tokens, tokens), True where a query attends to a key.
+    """
     length = q.shape[2]
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -159,7 +175,7 @@ def _attention_written_out(q, k, v, scaling, dropout, window, softcap, sinks) ->
 
 
 def _and_segments(mask: Callable) -> Callable:
-    """transformers' mask function, with other examples of the row masked out while a row is open."""
+    """Wrap a mask function of transformers: within `Isolation.row` it masks out the other examples of the row."""
 
     def masked(*args, mask_function, device="cpu", **kwargs):
         if _lengths is not None:
@@ -178,8 +194,8 @@ AttentionMaskInterface.register("sdpa", _and_segments(sdpa_mask))
 AttentionMaskInterface.register("eager", _and_segments(eager_mask))
 
 
-def flat(examples: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """input_ids and position_ids (1, tokens) of a row of examples; positions restart at each."""
+def flat_row(examples: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """input_ids and position_ids (1, tokens) of a row of examples' token ids; positions restart at each example."""
     ids = torch.tensor([[i for example in examples for i in example]], device=device)
     positions = torch.cat([torch.arange(len(example), device=device) for example in examples])[None]
     return {"input_ids": ids, "position_ids": positions}
@@ -187,7 +203,7 @@ def flat(examples: Sequence[Sequence[int]], device: torch.device | str = "cpu") 
 
 @torch.no_grad()
 def isolates(model: PreTrainedModel, isolation: Isolation) -> bool:
-    """Whether three short random examples in one row get the logits that each gets alone."""
+    """Whether three short random examples in one row get the same logits as each alone."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
     examples = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (5, 3, 7)]
@@ -195,8 +211,8 @@ def isolates(model: PreTrainedModel, isolation: Isolation) -> bool:
     model.eval()
     try:
         with isolation.row(model, [len(e) for e in examples]):
-            together = model(**flat(examples, model.device), use_cache=False).logits[0].float()
-        alone = torch.cat([model(**flat([e], model.device), use_cache=False).logits[0].float() for e in examples])
+            together = model(**flat_row(examples, model.device), use_cache=False).logits[0].float()
+        alone = torch.cat([model(**flat_row([e], model.device), use_cache=False).logits[0].float() for e in examples])
     finally:
         model.train(was_training)
     exact = model.dtype is torch.float32 and model.device.type == "cpu"  # a GPU may use TF32
@@ -205,10 +221,11 @@ def isolates(model: PreTrainedModel, isolation: Isolation) -> bool:
 
 
 def _frequencies_follow_length(model: PreTrainedModel, longest: int) -> bool:
-    """RoPE kinds that switch or scale frequencies when a row has a position beyond the original context."""
+    """Whether RoPE's frequencies change for a row that has a position beyond the original context."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]  # some families have one for each kind of layer
-    switching = [p for p in kinds if p.get("rope_type") in ("dynamic", "longrope")]
     return any(
-        longest > (p.get("original_max_position_embeddings") or model.config.max_position_embeddings) for p in switching
+        longest > (p.get("original_max_position_embeddings") or model.config.max_position_embeddings)
+        for p in kinds
+        if p.get("rope_type") in ("dynamic", "longrope")
     )

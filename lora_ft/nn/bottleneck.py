@@ -1,7 +1,7 @@
 """The bottleneck adapter: h = y + U act(D y + d) + u (Houlsby et al. 2019, arXiv:1902.00751, section 2.1, figure 2).
 
-y = f(x) is what a frozen layer computes, D (size, width) projects it down, U (width, size) up again. U and u start at
-zero, so that the layer starts as its base (the paper starts near zero; D Kaiming-uniform keeps U's gradient alive).
+y = f(x) is the output of a frozen layer f; D (size, width) projects it down, U (width, size) up again. U and u start at zero,
+so the layer starts as its base (the paper starts near zero); D starts Kaiming-uniform, so that U has a gradient.
 """
 
 import math
@@ -17,9 +17,10 @@ class Bottleneck(nn.Module):
     """A frozen layer followed by a trainable bottleneck with a residual.
 
     Attributes:
-        base: the frozen layer, untouched; its output is (..., width).
-        down, up: D, d and U, u, in float32 whatever the base's dtype.
-        enabled: False computes the bare base.
+        base: the frozen layer, unchanged; its output is (..., width).
+        down, up: linear layers with D, d and U, u, float32 whatever the base's dtype.
+        nonlinearity: a key of NONLINEARITIES.
+        enabled: False computes the base alone.
     """
 
     def __init__(self, base: nn.Module, width: int, size: int, nonlinearity: str, device: torch.device | str = "cpu"):
@@ -32,21 +33,23 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(parameter)
 
     def start(self, generator: torch.Generator | None) -> None:
-        """Draw D, on the CPU, so that a seed means the same on any device."""
+        """Draw D (size, width) on the CPU, so that a seed gives the same D on any device."""
         drawn = torch.empty(self.down.weight.shape, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         self.down.weight.data.copy_(drawn)
 
     @property
     def weight(self) -> Tensor:
+        """The base's weight, in the base's layout."""
         return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
+        """The base's bias (width,)."""
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., width)"""
+        """x (..., in) -> h (..., width), in the dtype of y."""
         y = self.base(x)
         if not self.enabled:
             return y

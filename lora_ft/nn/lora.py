@@ -1,10 +1,14 @@
-"""The LoRA layer: h = W x + s B A x (Hu et al. 2021, arXiv:2106.09685, section 4.1, equation 3).
+"""LoRA: h = W x + s B A x (Hu et al. 2021, arXiv:2106.09685, section 4.1, equation 3).
 
-W (out, in) is frozen, A (rank, in) starts Kaiming-uniform, B (out, rank) starts at zero, so that the layer starts as its
-base. s is alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
+W (out, in) is frozen, A (rank, in) and B (out, rank) train. B starts at zero, so the layer starts as its base; A starts
+Kaiming-uniform, as in the paper's reference code. s is alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023,
+arXiv:2312.03732). In plain PyTorch, with x: (tokens, in):
 
-A fused projection (GPT-2's c_attn holds q, k and v) is adapted in *parts*: each part has an A and B of its own and moves only
-its own rows of the output. A plain projection has one part that covers all rows.
+    h = F.linear(x, W, b) + s * F.linear(F.linear(dropout(x), A), B)
+
+`LoRALinear` computes this with gradients written by hand (`_LoRA`), which keep less memory than autograd's. It also adapts
+the *parts* of a fused projection (GPT-2's c_attn holds q, k and v): each part has its own A and B and changes only its own
+rows of the output. A plain projection has one part that covers all rows.
 """
 
 import math
@@ -16,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-WHOLE = "all"  # the part name of a module that no role splits
+ALL_ROWS = "all"  # the name of the part of a module that is adapted as one
 
 
-class Rows(NamedTuple):
-    """Rows of an output: of `blocks` equal blocks of `width` rows, in each the `length` rows from `start`.
+class RowBlocks(NamedTuple):
+    """Rows of an output: `length` rows from row `start` of each of `blocks` equal blocks of `width` rows.
 
-    Thirds (GPT-2's v): Rows(1, 3 * d, 2 * d, d). Heads (GPT-NeoX's v): Rows(heads, 3 * head_dim, 2 * head_dim, head_dim).
+    GPT-2's v is the last third of d + d + d rows: RowBlocks(1, 3 * d, 2 * d, d). GPT-NeoX's v is the last third of each
+    head's rows: RowBlocks(heads, 3 * head_dim, 2 * head_dim, head_dim).
     """
 
     blocks: int
@@ -31,11 +36,13 @@ class Rows(NamedTuple):
     length: int
 
     @classmethod
-    def whole(cls, out_features: int) -> "Rows":
+    def all(cls, out_features: int) -> "RowBlocks":
+        """All rows of an output."""
         return cls(1, out_features, 0, out_features)
 
     @property
     def size(self) -> int:
+        """The number of rows."""
         return self.blocks * self.length
 
     def of(self, y: Tensor) -> Tensor:
@@ -43,52 +50,27 @@ class Rows(NamedTuple):
         return y.unflatten(-1, (self.blocks, self.width)).narrow(-1, self.start, self.length)
 
 
-class InputDropout:
-    """Dropout on the adapter's input, one mask for all layers that read the same tensor.
-
-    LoRA drops inputs of A (x: tokens, in). q, k and v of a layer read one x, as do gate and up: they share this object, so
-    that they see the same mask, drawn once. (PEFT draws one mask a layer; the expectation is the same.)
-    """
-
-    def __init__(self, p: float):
-        self.p = p
-        self.readers = 0
-        self._x: weakref.ref[Tensor] | None = None
-        self._keep: Tensor | None = None
-        self._left = 0
-
-    def keep(self, x: Tensor) -> Tensor:
-        """Boolean mask in x's shape, True with probability 1 - p; the same one for every reader of this very x."""
-        if self._keep is None or self._x is None or self._x() is not x:
-            self._x, self._left = weakref.ref(x), self.readers
-            self._keep = torch.rand_like(x, dtype=torch.float32) >= self.p
-        keep = self._keep
-        self._left -= 1
-        if self._left == 0:  # every reader has it: don't hold memory until the next step
-            self._x = self._keep = None
-        return keep
-
-
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear or HF Conv1D with a trainable low-rank update.
+    """A frozen nn.Linear or Hugging Face Conv1D with a trainable low-rank update.
 
-    Build with `from_base`; leave with `merged()`, which is a plain layer of the base's own class.
+    Create it with `from_base`; `merged` returns a plain layer of the base's class.
 
     Attributes:
-        base: the frozen layer, untouched.
-        rows: part name -> the rows of the output which that part moves.
-        lora_A: part name -> A, (rank, in), float32 whatever the base's dtype.
-        lora_B: part name -> B, (rows of the part, rank), float32.
+        base: the frozen layer, unchanged.
+        rows: part -> the rows of the output that this part changes.
+        lora_A: part -> A (rank, in), float32 whatever the base's dtype.
+        lora_B: part -> B (rows of the part, rank), float32.
         scaling: s.
-        enabled: False computes the bare base.
+        dropout: applied to the input of A, or None.
+        enabled: False computes the base alone.
     """
 
-    def __init__(self, base: nn.Linear | Conv1D, rank: int, scaling: float, rows: dict[str, Rows] | None = None):
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, scaling: float, rows: dict[str, RowBlocks] | None = None):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.rank, self.scaling, self.enabled = rank, scaling, True
         self.in_features, self.out_features = dimensions(base)
-        self.rows = rows or {WHOLE: Rows.whole(self.out_features)}
+        self.rows = rows or {ALL_ROWS: RowBlocks.all(self.out_features)}
         self.dropout: InputDropout | None = None
         zeros = dict(dtype=torch.float32, device=base.weight.device)
         # pairs, because ParameterDict sorts the keys of a dict
@@ -103,32 +85,34 @@ class LoRALinear(nn.Module):
         alpha: float,
         *,
         rslora: bool = False,
-        rows: dict[str, Rows] | None = None,
+        rows: dict[str, RowBlocks] | None = None,
         generator: torch.Generator | None = None,
     ) -> "LoRALinear":
-        """Wrap `base` with A Kaiming-uniform (drawn on the CPU, so a seed means the same on any device) and B zero."""
+        """Adapt `base`: A is Kaiming-uniform, drawn on the CPU so that a seed gives the same A on any device; B is zero."""
         layer = cls(base, rank, scaling(rank, alpha, rslora), rows)
         for A in layer.lora_A.values():
-            start = torch.empty(A.shape, dtype=torch.float32)
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-            A.data.copy_(start)
+            drawn = torch.empty(A.shape, dtype=torch.float32)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            A.data.copy_(drawn)
         return layer
 
     @property
     def weight(self) -> Tensor:
+        """The base's weight, in the base's layout."""
         return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
+        """The base's bias (out,)."""
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)"""
+        """x (..., in) -> W x + b + s B A x (..., out), in the dtype of x (or of autocast)."""
         if not self.enabled:
             return self.base(x)
-        keep, s = None, self.scaling
+        mask, s = None, self.scaling
         if self.training and self.dropout is not None:
-            keep = self.dropout.keep(x).reshape(-1, self.in_features)
+            mask = self.dropout.mask(x).reshape(-1, self.in_features)
             s = s / (1 - self.dropout.p)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -137,12 +121,12 @@ class LoRALinear(nn.Module):
         Bs = [self.lora_B[part].to(dtype) for part in self.rows]
         A = (torch.cat(As) if len(As) > 1 else As[0]).to(dtype)
         with torch.autocast(device, enabled=False):
-            Y = _LoRA.apply(X, out_in(self.base), self.bias, keep, s, tuple(self.rows.values()), A, *Bs)
+            Y = _LoRA.apply(X, out_in(self.base), self.bias, mask, s, tuple(self.rows.values()), A, *Bs)
         return Y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """s B A, (out, in), float32."""
+        """s B A (out, in), float32; zero outside the parts' rows."""
         change = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
         for part, rows in self.rows.items():
             BA = self.scaling * (self.lora_B[part].float() @ self.lora_A[part].float())
@@ -151,7 +135,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear | Conv1D:
-        """A plain layer with W + s B A, summed in float32 and rounded once to the base's dtype. The base stays as it is."""
+        """A plain layer with W + s B A, added in float32 and rounded once to the base's dtype. The base is unchanged."""
         weight = (out_in(self.base).float() + self.delta()).to(self.weight.dtype)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
             if isinstance(self.base, Conv1D):
@@ -167,32 +151,16 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}, parts={list(self.rows)}"
 
 
-def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
-    """s = alpha / rank, or alpha / sqrt(rank) when rank-stabilized."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
-def dimensions(base: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(in, out) of a layer; HF's Conv1D keeps its weight as (in, out), nn.Linear as (out, in)."""
-    width, height = out_in(base).shape[::-1]
-    return width, height
-
-
-def out_in(base: nn.Linear | Conv1D) -> Tensor:
-    """The weight as (out, in): for Conv1D a transposed view."""
-    return base.weight.T if isinstance(base, Conv1D) else base.weight
-
-
 class _LoRA(torch.autograd.Function):
-    """Y = X Wᵀ + b, then Y[:, rows_p] += s S_p B_pᵀ with S = (m ∘ X) Aᵀ, where m is the dropout mask (or all ones).
+    """Y = X Wᵀ + b, then Y[:, rows_p] += s S_p B_pᵀ for each part p, with S = (m ∘ X) Aᵀ and m the dropout mask (or ones).
 
     With dY the gradient of Y, and dY_p its columns rows_p, the chain rule gives
         dS_p = s dY_p B_p            dB_p = s dY_pᵀ S_p
         dA   = dSᵀ (m ∘ X)
         dX   = dY W + m ∘ (dS A)
-    so X, m and the small S are all that is kept; Y and dX are accumulated in place. W and b get no gradient.
+    so only X, m and the small S are kept, and Y and dX are accumulated in place. W and b get no gradient.
 
-    X, m: (tokens, in), W: (out, in), A: (parts * rank, in), B_p: (rows_p, rank), S: (tokens, parts * rank).
+    X, m: (tokens, in), W: (out, in), b: (out,), A: (parts * rank, in), B_p: (rows_p, rank), S: (tokens, parts * rank).
     """
 
     @staticmethod
@@ -222,9 +190,55 @@ class _LoRA(torch.autograd.Function):
         return dX, None, None, None, None, None, dA, *dBs
 
 
-def add_product_(Y: Tensor, rows: Rows, S: Tensor, Bt: Tensor, s: float) -> None:
+def add_product_(Y: Tensor, rows: RowBlocks, S: Tensor, Bt: Tensor, s: float) -> None:
     """Y[:, rows] += s S Bt in place; Y: (tokens, out), S: (tokens, rank), Bt: (rank, rows)."""
     if rows.blocks == 1:
         Y.narrow(-1, rows.start, rows.length).addmm_(S, Bt, alpha=s)
     else:
         rows.of(Y).add_((S @ Bt).unflatten(-1, (rows.blocks, rows.length)), alpha=s)
+
+
+class InputDropout:
+    """Dropout on the input of A, with one mask for all layers that read the same tensor.
+
+    q, k and v of a layer read one x, as do gate and up: they share this object and with it a mask, which is drawn once. (PEFT
+    draws a mask for each; the expectation is the same.)
+
+    Attributes:
+        p: the probability of dropping an element.
+        readers: the number of layers that share this object.
+    """
+
+    def __init__(self, p: float):
+        self.p = p
+        self.readers = 0
+        self._x: weakref.ref[Tensor] | None = None
+        self._mask: Tensor | None = None
+        self._left = 0
+
+    def mask(self, x: Tensor) -> Tensor:
+        """A boolean mask in the shape of x, True (keep) with probability 1 - p; the same for every reader of this x."""
+        if self._mask is None or self._x is None or self._x() is not x:
+            self._x, self._left = weakref.ref(x), self.readers
+            self._mask = torch.rand_like(x, dtype=torch.float32) >= self.p
+        mask = self._mask
+        self._left -= 1
+        if self._left == 0:  # every reader has it: free its memory before the next step
+            self._x = self._mask = None
+        return mask
+
+
+def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
+    """s = alpha / rank, or alpha / sqrt(rank) with `rslora`."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def out_in(base: nn.Linear | Conv1D) -> Tensor:
+    """The weight as (out, in), as nn.Linear stores it; for a Conv1D, which stores (in, out), a transposed view."""
+    return base.weight.T if isinstance(base, Conv1D) else base.weight
+
+
+def dimensions(base: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(in, out) of a layer."""
+    out_features, in_features = out_in(base).shape
+    return in_features, out_features

@@ -1,8 +1,8 @@
-"""Many adapters over one frozen base: h_i = W x_i + s_a B_a A_a x_i, where row i of the batch names adapter a, or none.
+"""Several adapters over one frozen base: h_i = W x_i + s_a B_a A_a x_i, where row i of a batch names adapter a, or none.
 
-W x is computed once for all rows. The rows of one adapter are brought together, and the adapters' A and B are stacked
-(zero rows of A and B where a rank is smaller), so that a batch takes one grouped product for A and one for B however
-many rows and adapters it has. For inference: nothing here trains.
+W x is computed once for all rows. The A and B of the adapters in a batch are stacked, padded with zeros to the largest rank,
+and the rows are grouped by adapter: a batch takes one batched product with A and one with B, however many rows and adapters
+it has. For inference only: nothing here trains.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.nn.lora import LoRALinear, Rows, dimensions
+from lora_ft.nn.lora import LoRALinear, RowBlocks, dimensions
 
 
-class ManyLoRALinear(nn.Module):
-    """A frozen layer and the adapters that share it; computes the bare base until told otherwise.
+class MultiLoRALinear(nn.Module):
+    """A frozen layer and the adapters that share it; computes the bare base until `use` or `mix` is called.
 
     Attributes:
-        base: the frozen layer, the only submodule: an adapter costs its own A and B and nothing else.
-        adapters: name -> the adapter's layer over this very base. Those that don't adapt this layer aren't there.
-        enabled: False computes the bare base, whatever `use` and `mix` chose.
+        base: the frozen layer, the only submodule: an adapter adds the memory of its A and B alone.
+        adapters: name -> this adapter's LoRALinear over `base`; adapters that leave this layer unchanged are absent.
+        enabled: False computes the bare base, whatever `use` and `mix` selected.
     """
 
     def __init__(self, base: nn.Linear | Conv1D):
@@ -33,28 +33,31 @@ class ManyLoRALinear(nn.Module):
         self.use(None)
 
     def use(self, name: str | None) -> None:
-        """All rows get adapter `name`, or the bare base: None, or an adapter that leaves this layer alone."""
-        self._name = name  # not the layer: as an attribute it would become a submodule
+        """Compute all rows with adapter `name`, or with the bare base if it is None or does not adapt this layer."""
+        self._name = name  # not the layer, which as an attribute would become a submodule
         self._batch = 1
         self._groups: list[Group] = []
 
     def mix(self, names: Sequence[str | None]) -> None:
-        """Row i gets adapter `names[i]`. The adapters that are named are copied into stacks, until the next `use`."""
+        """Compute row i with adapter `names[i]`, from stacked copies of the named adapters, until the next `use`."""
         self._name = None
         self._batch, self._groups = len(names), groups(self.adapters, names)
 
     @property
     def weight(self) -> Tensor:
+        """The base's weight, in the base's layout."""
         return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
+        """The base's bias (out,)."""
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)
+        """x (..., in) -> (..., out). After `mix` the first dimension is a multiple of the number of names (beams, for one).
 
-        In a mixed batch the first dimension is the rows', or a multiple of them (beams, or batch and tokens in one).
+        Raises:
+            ValueError: the first dimension is not a multiple of it.
         """
         if not self.enabled:
             return self.base(x)
@@ -63,15 +66,15 @@ class ManyLoRALinear(nn.Module):
         y = self.base(x)
         if self._groups:
             if x.shape[0] % self._batch:
-                raise ValueError(f"{x.shape[0]} rows in a batch for which {self._batch} adapters were named")
+                raise ValueError(f"a batch of {x.shape[0]} rows is not a multiple of the {self._batch} adapters named")
             rows_of_x = x.reshape(self._batch, -1, self.in_features)
             rows_of_y = y.view(self._batch, -1, self.out_features)
             for group in self._groups:
                 group.add_(rows_of_y, rows_of_x)
         return y
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ManyLoRALinear":
-        """As `nn.Module`: what moves the model moves the adapters too."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultiLoRALinear":
+        """Apply `fn` to the adapters too, so that `to`, `half` and so on move them with the model."""
         super()._apply(fn, recurse)
         for layer in self.adapters.values():
             layer._apply(fn, recurse)
@@ -82,14 +85,19 @@ class ManyLoRALinear(nn.Module):
 
 
 class Group(NamedTuple):
-    """The adapters of a batch that move the same rows of the output, stacked, and the batch's rows that they serve.
+    """The adapters of a batch that change the same rows of the output, stacked, and the batch rows that they serve.
 
-    output: the rows of the output. At: (adapters, in, rank). sBt: (adapters, rank, rows of the output).
-    slots: (adapters * most,) the batch's rows, those of an adapter together; an adapter with fewer than `most` has its
-    first one again. served: (n,) the batch's rows that one of the adapters serves, and slot: (n,) where each is in slots.
+    Attributes:
+        output: the rows of the output.
+        At: (adapters, in, rank), zero-padded to the largest rank.
+        sBt: (adapters, rank, rows of the output).
+        slots: (adapters * n,) indices of batch rows, grouped by adapter, where n is the most rows of one adapter; an adapter
+            with fewer has its first row repeated.
+        served: (m,) indices of the batch rows that one of the adapters serves.
+        slot: (m,) the position of each of these in `slots`.
     """
 
-    output: Rows
+    output: RowBlocks
     At: Tensor
     sBt: Tensor
     slots: Tensor
@@ -98,28 +106,41 @@ class Group(NamedTuple):
 
     def add_(self, y: Tensor, x: Tensor) -> None:
         """y_i[output] += s_a B_a A_a x_i in place; y: (batch, tokens, out), x: (batch, tokens, in)."""
-        X = x[self.slots].reshape(len(self.At), -1, x.shape[-1])  # (adapters, most * tokens, in)
-        update = torch.bmm(torch.bmm(X, self.At), self.sBt)  # (adapters, most * tokens, rows of the output)
+        X = x[self.slots].reshape(len(self.At), -1, x.shape[-1])  # (adapters, n * tokens, in)
+        update = torch.bmm(torch.bmm(X, self.At), self.sBt)  # (adapters, n * tokens, rows of the output)
         update = update.view(len(self.slots), x.shape[1], self.output.blocks, self.output.length)
         self.output.of(y).index_add_(0, self.served, update[self.slot].to(y.dtype))
 
 
 def groups(adapters: dict[str, LoRALinear], names: Sequence[str | None]) -> list[Group]:
-    """One group for each kind of output rows: q and v of a fused projection are two."""
+    """One group for each set of output rows: the q and v parts of a fused projection make two.
+
+    Args:
+        adapters: name -> this adapter's layer.
+        names: the adapter of each row of the batch.
+    """
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         if name in adapters:
             members.setdefault(name, []).append(i)
-    found: dict[Rows, dict[str, str]] = {}  # output rows -> adapter -> the part of it that moves them
+    parts_of: dict[RowBlocks, dict[str, str]] = {}  # output rows -> adapter -> its part that changes them
     for name in members:
         for part, rows in adapters[name].rows.items():
-            found.setdefault(rows, {})[name] = part
-    return [group(output, parts, adapters, members) for output, parts in found.items()]
+            parts_of.setdefault(rows, {})[name] = part
+    return [group(output, parts, adapters, members) for output, parts in parts_of.items()]
 
 
 @torch.no_grad()
-def group(output: Rows, parts: dict[str, str], adapters: dict[str, LoRALinear], members: dict[str, list[int]]) -> Group:
-    """Stack `parts` (adapter -> part) in the base's dtype, B with its scaling."""
+def group(
+    output: RowBlocks, parts: dict[str, str], adapters: dict[str, LoRALinear], members: dict[str, list[int]]
+) -> Group:
+    """Stack one part of each adapter, in the base's dtype; B times its scaling.
+
+    Args:
+        output: the rows of the output that these parts change.
+        parts: adapter -> part.
+        members: adapter -> its rows of the batch.
+    """
     layers = [adapters[name] for name in parts]
     rank = max(layer.rank for layer in layers)
     weight = layers[0].weight
@@ -129,8 +150,8 @@ def group(output: Rows, parts: dict[str, str], adapters: dict[str, LoRALinear], 
         At[i, :, : layer.rank] = layer.lora_A[part].T
         sBt[i, : layer.rank] = layer.scaling * layer.lora_B[part].T
     rows = [members[name] for name in parts]
-    most = max(map(len, rows))
-    slots = [i for own in rows for i in own + own[:1] * (most - len(own))]
+    n = max(map(len, rows))
+    slots = [i for own in rows for i in own + own[:1] * (n - len(own))]
     served = [i for own in rows for i in own]
-    slot = [a * most + j for a, own in enumerate(rows) for j in range(len(own))]
+    slot = [a * n + j for a, own in enumerate(rows) for j in range(len(own))]
     return Group(output, At, sBt, *(torch.tensor(i, device=weight.device) for i in (slots, served, slot)))

@@ -1,7 +1,7 @@
-"""Prompt tuning: learned vectors at the input, in front of an example's own (Lester et al. 2021, arXiv:2104.08691).
+"""Prompt tuning: learned input vectors in front of an example's own (Lester et al. 2021, arXiv:2104.08691, section 2).
 
-The n virtual tokens are n more rows of the vocabulary: the ids V, V + 1, ..., V + n - 1 after the base's V. An example gets
-these ids in front of its own, and all else (lengths, positions, packing, scoring) follows by itself.
+The n virtual tokens are n more rows of the vocabulary: their ids are V, ..., V + n - 1 after the base's 0, ..., V - 1. An
+example gets these ids in front of its own; lengths, positions, packing and scoring need no special case.
 """
 
 import torch
@@ -24,21 +24,22 @@ class VirtualTokens(nn.Module):
 
     @property
     def ids(self) -> list[int]:
-        """The virtual tokens' ids, in order."""
+        """The ids of the virtual tokens, in order."""
         return list(range(self.num_embeddings, self.num_embeddings + len(self.prompt)))
 
     @property
     def num_embeddings(self) -> int:
-        """V, without the virtual tokens."""
+        """V, the number of the base's ids."""
         return self.base.num_embeddings
 
     @property
     def weight(self) -> Tensor:
+        """The base's embeddings (V, width)."""
         return self.base.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) -> (..., width)"""
+        """ids (...) -> vectors (..., width), in the base's dtype."""
         virtual = ids >= self.num_embeddings
-        found = self.base(ids.masked_fill(virtual, 0))
+        frozen = self.base(ids.masked_fill(virtual, 0))
         learned = F.embedding((ids - self.num_embeddings).clamp(min=0), self.prompt)
-        return torch.where(virtual[..., None], learned.to(found.dtype), found)
+        return torch.where(virtual[..., None], learned.to(frozen.dtype), frozen)

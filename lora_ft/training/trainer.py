@@ -25,7 +25,7 @@ from lora_ft.distributed import processes
 from lora_ft.methods.interface import load_into
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.nn.attention import Isolation
-from lora_ft.nn.gated import keep_gate_and_up
+from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.training.checkpoint import Counts, RandomState, State
 from lora_ft.training.progress import Bar, LastStep, peak_memory_mb
 from lora_ft.training.step import add_gradients, check_finite

@@ -12,8 +12,8 @@ from lora_ft.commands.check.memory import Row, estimate, moments_of
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.inject import inject_lora, trainable
 from lora_ft.nn.attention import Isolation
-from lora_ft.nn.gated import keep_gate_and_up
 from lora_ft.nn.loss import supervised_loss
+from lora_ft.nn.mlp import keep_gate_and_up
 from tests.helpers.families import COMMON, FAMILIES, tiny_model
 
 ROW = Row((24, 16, 8), 30)

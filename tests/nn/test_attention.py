@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_ft.methods.lora.inject import inject_lora, trainable
 from lora_ft.nn import attention
-from lora_ft.nn.attention import Isolation, flat, isolates
+from lora_ft.nn.attention import Isolation, flat_row, isolates
 from tests.helpers.families import COMMON, FAMILIES, build, tiny_model, token_ids
 
 LENGTHS = (23, 9, 37, 1)
@@ -20,7 +20,7 @@ def examples() -> list[list[int]]:
 
 def logits(model, isolation: Isolation, row: list[list[int]]) -> torch.Tensor:
     with isolation.row(model, [len(e) for e in row]):
-        return model(**flat(row), use_cache=False).logits[0]
+        return model(**flat_row(row), use_cache=False).logits[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,10 +66,10 @@ def test_without_isolation_the_check_says_so(family):
     if family == "llama":
         forward = model.forward
         model.forward = lambda **kw: forward(**kw | {"use_cache": True})
-    assert not isolates(model, NoPacking("attention"))
+    assert not isolates(model, NoIsolation())
 
 
-class NoPacking(Isolation):
+class NoIsolation:
     def row(self, model, lengths):
         return contextlib.nullcontext()
 
@@ -120,7 +120,7 @@ def test_gradients_equal_those_of_a_padded_batch(family, checkpointing):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
     with Isolation.detect(model, 64).row(model, [len(r) for r in rows]):
-        (model(**flat(rows), use_cache=False).logits[0] * weight).sum().backward()
+        (model(**flat_row(rows), use_cache=False).logits[0] * weight).sum().backward()
     for (name, p), g in zip(trainable(model).items(), wanted, strict=True):
         assert torch.allclose(p.grad, g, rtol=1e-4, atol=1e-5 * g.abs().max()), name
 

@@ -13,16 +13,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.nn import lora
-from lora_ft.nn.lora import WHOLE, InputDropout, LoRALinear, Rows
+from lora_ft.nn.lora import ALL_ROWS, InputDropout, LoRALinear, RowBlocks
 
 IN, OUT, RANK = 10, 24, 3
 PARTS = {
     "whole": None,
-    "thirds, q and v": {"q": Rows(1, 24, 0, 8), "v": Rows(1, 24, 16, 8)},
-    "thirds, all": {"q": Rows(1, 24, 0, 8), "k": Rows(1, 24, 8, 8), "v": Rows(1, 24, 16, 8)},
-    "heads, q and v": {"q": Rows(4, 6, 0, 2), "v": Rows(4, 6, 4, 2)},
-    "kv heads": {"q": Rows(2, 12, 0, 6), "k": Rows(2, 12, 6, 3), "v": Rows(2, 12, 9, 3)},
-    "not sorted by name": {"q": Rows(4, 6, 0, 2), "v": Rows(4, 6, 2, 2), "k": Rows(4, 6, 4, 2)},
+    "thirds, q and v": {"q": RowBlocks(1, 24, 0, 8), "v": RowBlocks(1, 24, 16, 8)},
+    "thirds, all": {"q": RowBlocks(1, 24, 0, 8), "k": RowBlocks(1, 24, 8, 8), "v": RowBlocks(1, 24, 16, 8)},
+    "heads, q and v": {"q": RowBlocks(4, 6, 0, 2), "v": RowBlocks(4, 6, 4, 2)},
+    "kv heads": {"q": RowBlocks(2, 12, 0, 6), "k": RowBlocks(2, 12, 6, 3), "v": RowBlocks(2, 12, 9, 3)},
+    "not sorted by name": {"q": RowBlocks(4, 6, 0, 2), "v": RowBlocks(4, 6, 2, 2), "k": RowBlocks(4, 6, 4, 2)},
 }
 SHAPES = {"2-D": (7, IN), "3-D": (2, 5, IN), "4-D": (2, 3, 2, IN), "one row": (1, IN)}
 
@@ -43,7 +43,7 @@ def to_double(layer: LoRALinear) -> LoRALinear:
     return copy.deepcopy(layer).double()
 
 
-def row_indices(rows: Rows) -> Tensor:
+def row_indices(rows: RowBlocks) -> Tensor:
     return torch.cat([torch.arange(b * rows.width + rows.start, b * rows.width + rows.start + rows.length)
                       for b in range(rows.blocks)])  # fmt: skip
 
@@ -80,7 +80,7 @@ def random(*shape, seed=1, dtype=torch.float64) -> Tensor:
 
 
 def fixed_mask(monkeypatch, keep: Tensor):
-    monkeypatch.setattr(InputDropout, "keep", lambda self, x: keep.view(x.shape))
+    monkeypatch.setattr(InputDropout, "mask", lambda self, x: keep.view(x.shape))
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -131,7 +131,7 @@ def test_inputs_that_are_not_contiguous(view, bias, dropout):
     if dropout:  # two readers: the first mask is there to be looked at
         layer.dropout = InputDropout(dropout)
         layer.dropout.readers = 2
-        keep = layer.dropout.keep(x)
+        keep = layer.dropout.mask(x)
     y, expected = layer(x), formula(layer, x, keep, dropout)
     torch.testing.assert_close(y, expected)
     weights = random(*y.shape, seed=3)
@@ -267,7 +267,7 @@ def test_dropout_keeps_the_expectation_and_the_rate():
     drop = InputDropout(0.3)
     drop.readers = 1
     torch.manual_seed(0)
-    kept = drop.keep(torch.zeros(200, 500))
+    kept = drop.mask(torch.zeros(200, 500))
     assert abs(kept.float().mean().item() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / 100_000)
     layer = build()
     layer.dropout = drop
@@ -317,7 +317,7 @@ def test_nothing_is_held_after_the_last_reader(autocast):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for layer in layers:
             layer(x)
-    assert layers[0].dropout._keep is None
+    assert layers[0].dropout._mask is None
     del x
     gc.collect()
     assert alive() is None
@@ -334,14 +334,14 @@ def test_a_dead_input_is_not_mistaken_for_a_new_one(monkeypatch):
 def test_a_starts_kaiming_uniform_and_b_zero():
     base = nn.Linear(400, 50)
     layer = LoRALinear.from_base(base, 16, 32, generator=torch.Generator().manual_seed(0))
-    A, B = layer.lora_A[WHOLE], layer.lora_B[WHOLE]
+    A, B = layer.lora_A[ALL_ROWS], layer.lora_B[ALL_ROWS]
     bound = 1 / math.sqrt(400)  # sqrt(6 / ((1 + a^2) fan_in)) with a = sqrt(5)
     assert A.shape == (16, 400) and B.shape == (50, 16)
     assert A.abs().max() <= bound and A.abs().max() > 0.99 * bound
     assert abs(A.std().item() - bound / math.sqrt(3)) < 0.02 * bound
     assert B.abs().max() == 0
     again = LoRALinear.from_base(base, 16, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(again.lora_A[WHOLE], A)
+    assert torch.equal(again.lora_A[ALL_ROWS], A)
 
 
 def test_the_order_of_parts_is_that_of_rows():

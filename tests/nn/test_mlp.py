@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_ft.methods.lora.inject import inject_lora, trainable
-from lora_ft.nn.gated import keep_gate_and_up
+from lora_ft.nn.mlp import keep_gate_and_up
 from tests.helpers.families import tiny_model
 
 IDS = torch.arange(3, 24)[None]

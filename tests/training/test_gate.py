@@ -10,8 +10,8 @@ from lora_ft.data.batches import micro_batch
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
 from lora_ft.model.load import fuse_gelu
 from lora_ft.nn.attention import Isolation
-from lora_ft.nn.gated import keep_gate_and_up
 from lora_ft.nn.loss import supervised_loss
+from lora_ft.nn.mlp import keep_gate_and_up
 from tests.helpers.families import FAMILIES, tiny_model, token_ids
 
 RANK, SCALING = 2, 2.0

@@ -20,7 +20,7 @@ from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.multi import adapter_names, add_adapter
 from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Slices, differences, read_adapter
 from lora_ft.methods.lora.peft_config import CONFIG
-from lora_ft.nn.lora import WHOLE, LoRALinear, Rows
+from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
 __all__ = ["CONFIG", "RECORD", "WEIGHTS", "AdapterFile", "initialize_from", "load_adapter", "read_adapter"]
 __all__ += ["save_adapter", "slices", "write_record"]
@@ -114,7 +114,7 @@ def load_adapter(
     layers = {}
     for module, (A, B) in adapter.tensors.items():
         base = linear[module]
-        cut = adapter.slices.get(module) or Slices(A.shape[0], {WHOLE: Rows.whole(B.shape[0])})
+        cut = adapter.slices.get(module) or Slices(A.shape[0], {ALL_ROWS: RowBlocks.all(B.shape[0])})
         layer = LoRALinear(base, cut.rank, adapter.scalings[module], cut.rows)
         fill(layer, A, B, adapter.folder / WEIGHTS, module)
         layer.requires_grad_(trainable)
@@ -148,7 +148,7 @@ def initialize_from(model: nn.Module, folder: Path) -> None:
         theirs = (cut.rank, list(cut.rows.values())) if cut else (layer.rank, list(layer.rows.values()))
         if theirs != (layer.rank, list(layer.rows.values())) or A.shape[0] < layer.rank * len(layer.rows):
             found = f"rank {cut.rank}, parts {', '.join(cut.rows)}" if cut else f"rank {A.shape[0]}"
-            whole = WHOLE not in layer.rows and (not cut or WHOLE in cut.rows)
+            whole = ALL_ROWS not in layer.rows and (not cut or ALL_ROWS in cut.rows)
             way = _whole(module) if whole else "Make rank and targets the same."
             raise ModelError(
                 f"{path}: {module} has {found}; this run adapts it with rank {layer.rank}, "

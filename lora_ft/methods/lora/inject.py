@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.targets import Target, find_targets
 from lora_ft.nn.lora import InputDropout, LoRALinear
-from lora_ft.nn.multi_lora import ManyLoRALinear
+from lora_ft.nn.multi_lora import MultiLoRALinear
 
 __all__ = ["Target", "bare", "disabled", "find_targets", "inject_lora", "lora_layers", "merge", "trainable", "unmerge"]
 
@@ -71,7 +71,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def bare(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within it the model computes its bare base, whether its adapters were injected or loaded by name."""
-    return disabled(layer for layer in model.modules() if isinstance(layer, LoRALinear | ManyLoRALinear))
+    return disabled(layer for layer in model.modules() if isinstance(layer, LoRALinear | MultiLoRALinear))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import printable
 from lora_ft.core.names import nearest
 from lora_ft.nn.lora import LoRALinear
-from lora_ft.nn.multi_lora import ManyLoRALinear
+from lora_ft.nn.multi_lora import MultiLoRALinear
 
 
 def use(model: nn.Module, name: str | None) -> None:
@@ -63,19 +63,19 @@ def add_adapter(model: nn.Module, name: str, layers: dict[str, LoRALinear]) -> N
     shared = shared_layers(model)
     for path, layer in layers.items():
         if path not in shared:
-            shared[path] = ManyLoRALinear(layer.base).train(layer.training)
+            shared[path] = MultiLoRALinear(layer.base).train(layer.training)
             model.set_submodule(path, shared[path])
         shared[path].adapters[name] = layer
 
 
-def shared_layers(model: nn.Module) -> dict[str, ManyLoRALinear]:
+def shared_layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
     """Path -> layer with adapters by name, in model order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ManyLoRALinear)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
 
 
 def bare(module: nn.Module) -> nn.Module:
     """The layer of the base model that `module` is, or stands for."""
-    return module.base if isinstance(module, ManyLoRALinear) else module
+    return module.base if isinstance(module, MultiLoRALinear) else module
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from lora_ft.core import run_folder, storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.run_folder import RECORD
 from lora_ft.methods.lora.peft_config import CONFIG, by_pattern, check_config
-from lora_ft.nn.lora import Rows, scaling
+from lora_ft.nn.lora import RowBlocks, scaling
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -29,7 +29,7 @@ class Slices:
     """How a module of ours is cut: parts of one rank each, in the order in which the file stacks them."""
 
     rank: int
-    rows: dict[str, Rows]
+    rows: dict[str, RowBlocks]
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _read_slices(path: Path, record: dict | None, tensors: dict, scalings: dict[
         A, B = tensors[module]
         try:
             rank, s = entry["rank"], float(entry["scaling"])
-            rows = {part: Rows(*map(int, numbers)) for part, numbers in entry["parts"].items()}
+            rows = {part: RowBlocks(*map(int, numbers)) for part, numbers in entry["parts"].items()}
             cut = Slices(int(rank), rows)
             fits = all(
                 min(r) >= 0 and r.blocks * r.width == B.shape[0] and 0 < r.length <= r.width - r.start

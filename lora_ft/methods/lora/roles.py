@@ -11,14 +11,14 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from lora_ft.core.errors import ModelError
-from lora_ft.nn.lora import Rows
+from lora_ft.nn.lora import RowBlocks
 
 
 class Projection(NamedTuple):
     """Where a role is: the module's path within a layer, and the rows of its output (None: all; its own module)."""
 
     module: str
-    rows: Rows | None
+    rows: RowBlocks | None
 
 
 class Layout(NamedTuple):
@@ -37,7 +37,7 @@ class Family(NamedTuple):
 
     layers: str
     modules: dict[str, str]
-    fused: Callable[[PretrainedConfig], dict[str, Rows]] = lambda config: {}
+    fused: Callable[[PretrainedConfig], dict[str, RowBlocks]] = lambda config: {}
 
 
 def layout(config: PretrainedConfig) -> Layout:
@@ -55,11 +55,11 @@ def layout(config: PretrainedConfig) -> Layout:
     return Layout(config.model_type, family.layers, projections)
 
 
-def fused(blocks: int, **lengths: int) -> dict[str, Rows]:
+def fused(blocks: int, **lengths: int) -> dict[str, RowBlocks]:
     """Rows of parts of `lengths` rows that follow each other in each of `blocks` equal blocks."""
     width, start, parts = sum(lengths.values()), 0, {}
     for part, length in lengths.items():
-        parts[part] = Rows(blocks, width, start, length)
+        parts[part] = RowBlocks(blocks, width, start, length)
         start += length
     return parts
 
@@ -68,38 +68,38 @@ def head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def thirds(config: PretrainedConfig) -> dict[str, Rows]:
+def thirds(config: PretrainedConfig) -> dict[str, RowBlocks]:
     d = config.hidden_size
     return fused(1, q=d, k=d, v=d)
 
 
-def per_head(config: PretrainedConfig) -> dict[str, Rows]:
+def per_head(config: PretrainedConfig) -> dict[str, RowBlocks]:
     d = config.hidden_size // config.num_attention_heads
     return fused(config.num_attention_heads, q=d, k=d, v=d)
 
 
-def falcon(config: PretrainedConfig) -> dict[str, Rows]:
+def falcon(config: PretrainedConfig) -> dict[str, RowBlocks]:
     heads, d = config.num_attention_heads, head_dim(config)
     if config.new_decoder_architecture:  # each kv head with the q heads it serves
         return fused(config.num_kv_heads, q=heads // config.num_kv_heads * d, k=d, v=d)
     return fused(1, q=heads * d, k=d, v=d) if config.multi_query else per_head(config)
 
 
-def gpt_bigcode(config: PretrainedConfig) -> dict[str, Rows]:
+def gpt_bigcode(config: PretrainedConfig) -> dict[str, RowBlocks]:
     d = head_dim(config)
     return fused(1, q=config.hidden_size, k=d, v=d) if config.multi_query else per_head(config)
 
 
-def codegen(config: PretrainedConfig) -> dict[str, Rows]:
+def codegen(config: PretrainedConfig) -> dict[str, RowBlocks]:
     d = config.hidden_size // 4  # trained on four devices, each with its quarter of the heads, in the order q v k
     return fused(4, q=d, v=d, k=d)
 
 
-def gate_up(config: PretrainedConfig) -> dict[str, Rows]:
+def gate_up(config: PretrainedConfig) -> dict[str, RowBlocks]:
     return fused(1, gate=config.intermediate_size, up=config.intermediate_size)
 
 
-def phi3(config: PretrainedConfig) -> dict[str, Rows]:
+def phi3(config: PretrainedConfig) -> dict[str, RowBlocks]:
     d = head_dim(config)
     kv = config.num_key_value_heads * d
     return fused(1, q=config.num_attention_heads * d, k=kv, v=kv) | gate_up(config)

@@ -11,19 +11,19 @@ from transformers.pytorch_utils import Conv1D
 from lora_ft.core import names
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.methods.lora.roles import Layout, layout
-from lora_ft.nn.lora import WHOLE, LoRALinear, Rows
-from lora_ft.nn.multi_lora import ManyLoRALinear
+from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
+from lora_ft.nn.multi_lora import MultiLoRALinear
 
 
 @dataclass(frozen=True)
 class Target:
     """A module to adapt: its path in the model, and part -> rows.
 
-    A part is a role, or WHOLE for a module that `modules` named.
+    A part is a role, or ALL_ROWS for a module that `modules` named.
     """
 
     module: str
-    rows: dict[str, Rows]
+    rows: dict[str, RowBlocks]
 
 
 def find_targets(
@@ -38,13 +38,13 @@ def find_targets(
         ConfigError: a word in `targets` is no role.
         ModelError: the architecture is unknown or lacks a role; a name or a layer matches nothing.
     """
-    if any(isinstance(module, LoRALinear | ManyLoRALinear) for module in model.modules()):
+    if any(isinstance(module, LoRALinear | MultiLoRALinear) for module in model.modules()):
         raise ModelError("this model has LoRA layers already: merge them, or load the base anew, to adapt it again")
     linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     found = by_role(model, linear, targets, layers) if targets else {}
     for path in by_name(model, linear, modules, layers):
-        whole = Rows.whole(outputs(linear[path]))
-        if whole not in found.setdefault(path, {WHOLE: whole}).values():
+        whole = RowBlocks.all(outputs(linear[path]))
+        if whole not in found.setdefault(path, {ALL_ROWS: whole}).values():
             roles = ", ".join(found[path])
             raise ModelError(f"modules: {path} is adapted by `targets` already (its {roles} rows): drop one of the two")
     if not found:
@@ -57,14 +57,14 @@ def find_targets(
 
 def by_role(
     model: PreTrainedModel, linear: dict[str, nn.Module], targets: Sequence[str], layers: Sequence[int] | None
-) -> dict[str, dict[str, Rows]]:
+) -> dict[str, dict[str, RowBlocks]]:
     """Module path -> part -> rows for the roles in `targets`."""
     known = layout(model.config)
     roles = expand(targets, known)
     blocks = model.get_submodule(known.layers)
     if bad := sorted(i for i in layers or () if not 0 <= i < len(blocks)):
         raise ModelError(f"layers {bad}: this model has layers 0 to {len(blocks) - 1}")
-    found: dict[str, dict[str, Rows]] = {}
+    found: dict[str, dict[str, RowBlocks]] = {}
     for index in range(len(blocks)) if layers is None else sorted(layers):
         for role in roles:
             projection = known.projections[role]
@@ -72,7 +72,7 @@ def by_role(
             if path not in linear:
                 raise ModelError(missing(role, path, blocks[index], known))
             out_features = outputs(linear[path])
-            rows = projection.rows or Rows.whole(out_features)
+            rows = projection.rows or RowBlocks.all(out_features)
             if rows.blocks * rows.width != out_features:
                 raise ModelError(
                     f"{path} has {out_features} outputs, but by this config {known.architecture} has {rows.blocks} x "

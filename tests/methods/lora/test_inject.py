@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.methods.lora.inject import bare, find_targets, inject_lora, lora_layers, merge, trainable, unmerge
 from lora_ft.methods.lora.roles import layout
-from lora_ft.nn.lora import WHOLE, LoRALinear, Rows
+from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 from tests.helpers.families import FAMILIES, build, tiny_model, token_ids
 
 EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "phimoe"}
@@ -103,7 +103,7 @@ def test_layers_that_read_one_tensor_draw_one_mask(family, monkeypatch):
     model(IDS, use_cache=False)
     groups = len({"q", "o", "up", "down"} & set(modules))  # q k v draw together, gate and up too
     assert len(drawn) == groups * model.config.get_text_config().num_hidden_layers
-    assert all(layer.dropout._keep is None for layer in lora_layers(model).values())  # and nothing is held
+    assert all(layer.dropout._mask is None for layer in lora_layers(model).values())  # and nothing is held
 
 
 def test_logits_and_gradients_equal_pefts():
@@ -183,8 +183,8 @@ def test_modules_by_exact_and_suffix_name_in_model_order():
         "transformer.h.1.attn.c_proj",
         "transformer.h.1.mlp.c_fc",
     ]
-    assert found[0].rows == {"v": Rows(1, 96, 64, 32)}
-    assert found[1].rows == {WHOLE: Rows(1, 32, 0, 32)}
+    assert found[0].rows == {"v": RowBlocks(1, 96, 64, 32)}
+    assert found[1].rows == {ALL_ROWS: RowBlocks(1, 32, 0, 32)}
 
 
 def test_a_suffix_is_dotted():
@@ -211,7 +211,7 @@ def test_a_module_that_a_role_reaches_too_is_adapted_once():
     found = find_targets(build("gpt2"), ["o"], ["c_proj"])
     assert [(t.module, *t.rows) for t in found][:2] == [
         ("transformer.h.0.attn.c_proj", "o"),
-        ("transformer.h.0.mlp.c_proj", WHOLE),
+        ("transformer.h.0.mlp.c_proj", ALL_ROWS),
     ]
 
 

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, GPT2Config, LlamaConfig, T5Config
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.inject import find_targets, inject_lora, lora_layers, trainable
 from lora_ft.methods.lora.roles import TABLE, fused, layout
-from lora_ft.nn.lora import Rows
+from lora_ft.nn.lora import RowBlocks
 from tests.helpers.families import FAMILIES, build, tiny_model, token_ids
 
 RANK, ALPHA = 3, 6.0
@@ -194,12 +194,12 @@ def test_parts_follow_the_order_of_rows():
 
 
 def test_fused_blocks():
-    assert fused(2, q=6, k=3) == {"q": Rows(2, 9, 0, 6), "k": Rows(2, 9, 6, 3)}
+    assert fused(2, q=6, k=3) == {"q": RowBlocks(2, 9, 0, 6), "k": RowBlocks(2, 9, 6, 3)}
 
 
 def test_rows_come_from_the_config():
     wide = layout(GPT2Config(n_embd=48, n_head=6)).projections
-    assert wide["v"].rows == Rows(1, 144, 96, 48)
+    assert wide["v"].rows == RowBlocks(1, 144, 96, 48)
     assert layout(LlamaConfig()).projections["v"].rows is None
 
 
