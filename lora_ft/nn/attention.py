@@ -10,6 +10,7 @@ many families positions alone do not keep the examples apart. There are three wa
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -27,10 +28,7 @@ except ImportError:
     varlen_attn = None
 
 NAME = "lora_ft_packed"
-OWN_ATTENTION = {"bloom", "codegen"}  # accept any attention implementation by name, but never call it
-_lengths: list[int] | None = (
-    None  # of the examples in the current row; a global, because models pass no such argument down
-)
+_lengths: list[int] | None = None  # of the examples in the current row; a global: models pass no such argument down
 
 
 class Isolation(Enum):
@@ -59,8 +57,9 @@ class Isolation(Enum):
         """The way that `detect` will most likely find, from the config: for a model without weights."""
         if _frequencies_follow_length(model, longest):
             return cls.ONE_PER_ROW
-        own = model.config.model_type in OWN_ATTENTION or not model._supports_attention_backend
-        return cls.MASK if own else cls.ATTENTION
+        # BLOOM accepts any attention implementation by name, but never calls it
+        calls_interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+        return cls.ATTENTION if model._supports_attention_backend and calls_interface else cls.MASK
 
     @contextmanager
     def row(self, model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[None]:

@@ -21,15 +21,12 @@ LARGEST_CHUNK = 512  # a quarter of the tokens, at most this many: with many tok
 
 @dataclass
 class BodyOutput(ModelOutput):
-    """The fields that a family's forward may read from the output of its body."""
+    """The last hidden states as the output of a model's body; every other attribute that a forward may read is None."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: None = None
-    hidden_states: None = None
-    attentions: None = None
-    cross_attentions: None = None
-    router_logits: None = None
-    image_hidden_states: None = None
+    last_hidden_state: Tensor
+
+    def __getattr__(self, name: str) -> None:  # not fields: transformers 5.24 renames past_key_values to cache
+        return None
 
 
 def supervised_loss(

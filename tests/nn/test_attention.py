@@ -59,7 +59,7 @@ def test_sliding_windows_shorter_than_an_example_are_honoured(family):
     assert not torch.allclose(logits(wide, isolation, examples()), alone, atol=1e-3), "the window does nothing here"
 
 
-@pytest.mark.parametrize("family", ["opt", "bloom", "falcon_new", "mpt", "llama"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "xglm", "mpt", "llama"])
 def test_without_isolation_the_check_says_so(family):
     """Plain rows with restarting positions leak on these (llama: with a cache); the check must be able to fail."""
     model = tiny_model(family)

@@ -96,10 +96,17 @@ def test_generation_with_padding_and_cache(tmp_path, family, beams):
 
 
 def test_bfloat16_rows(tmp_path):
-    model, ids = served(tmp_path, "llama").to(torch.bfloat16), token_ids(rows=len(NAMES), length=9)
-    alone = torch.cat([solo(model, name, ids[i : i + 1]) for i, name in enumerate(NAMES)])
+    """As near to float32 as each row alone in bfloat16 is."""
+    model, ids = served(tmp_path, "llama"), token_ids(rows=len(NAMES), length=9)
+
+    def alone():
+        return torch.cat([solo(model, name, ids[i : i + 1]) for i, name in enumerate(NAMES)]).float()
+
+    exact = alone()
+    model.to(torch.bfloat16)
+    rounding = (alone() - exact).pow(2).mean().sqrt()
     with mixed(model, NAMES):
-        assert torch.allclose(logits(model, ids), alone, atol=0.05)
+        assert (logits(model, ids).float() - exact).pow(2).mean().sqrt() < 1.25 * rounding
 
 
 def test_the_base_is_there_once_and_an_adapter_costs_its_own_size(tmp_path):

@@ -92,7 +92,8 @@ def record(module, query, key, value, attention_mask, **kwargs):
 
 
 AttentionInterface.register("record", record)
-# These have attention code of their own: the method that splits into q, k and v, or the one that receives them.
+# These have attention code of their own: the method that splits into q, k and v, or the one that receives them
+# (codegen's and gptj's until transformers 5.24, where they call the interface).
 SPLITS = {"bloom": "_reshape", "falcon": "_split_heads"}
 RECEIVES = {"codegen": "_attn", "gptj": "_attn", "gpt_neo": "_attn"}
 PRODUCTS = {"mpt": "matmul", "xglm": "bmm"}  # no such method: q with k, then the weights with v
@@ -105,8 +106,7 @@ def look_inside(model: torch.nn.Module, monkeypatch) -> dict[str, torch.Tensor]:
     known = layout(model.config)
     block = model.get_submodule(known.layers)[0]
     name = SPLITS.get(model_type) or RECEIVES.get(model_type)
-    if name:
-        module = next(m for m in block.modules() if hasattr(m, name))
+    if module := next((m for m in block.modules() if name and hasattr(m, name)), None):
         method = getattr(module, name)
 
         def wrapped(*args):
