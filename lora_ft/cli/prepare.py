@@ -8,6 +8,7 @@ import typer
 
 from lora_ft.cli import exits
 from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRemoteCode, command
+from lora_ft.core.trust import Trust
 
 
 @command
@@ -72,7 +73,7 @@ def check(
         exits.silence_libraries()
         from lora_ft.commands.check.shapes import check_shape
 
-        check_shape(shape, settings, as_json=as_json, trust_remote_code=trust_remote_code)
+        check_shape(shape, settings, as_json=as_json, trust=Trust(trust_remote_code))
         return
     assert config is not None
     settings = load_config(config, set or ())
@@ -83,9 +84,7 @@ def check(
         settings,
         as_json=as_json,
         time=time,
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
+        trust=Trust(trust_remote_code, allow_pickle, other_base),
     )
 
 

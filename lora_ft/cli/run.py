@@ -9,6 +9,7 @@ import typer
 
 from lora_ft.cli import exits
 from lora_ft.cli.app import AllowPickle, AsJson, ConfigFile, Debug, OtherBase, Set, TrustRemoteCode, command
+from lora_ft.core.trust import Trust
 
 
 @command
@@ -52,9 +53,7 @@ def train(
         settings,
         resume=resume,
         overwrite=overwrite,
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
+        trust=Trust(trust_remote_code, allow_pickle, other_base),
     )
 
 
@@ -108,6 +107,5 @@ def compare(
         overrides=set or (),
         with_latency=latency,
         as_json=as_json,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
+        trust=Trust(trust_remote_code, allow_pickle),
     )

@@ -8,6 +8,7 @@ import typer
 
 from lora_ft.cli import exits
 from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRemoteCode, command
+from lora_ft.core.trust import Trust
 
 
 @command
@@ -52,9 +53,7 @@ def eval(
         as_json=as_json,
         texts_path=texts,
         overrides=set or [],
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
+        trust=Trust(trust_remote_code, allow_pickle, other_base),
     )
 
 
@@ -121,9 +120,7 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         as_json=as_json,
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
+        trust=Trust(trust_remote_code, allow_pickle, other_base),
     )
 
 
@@ -155,9 +152,7 @@ def merge(
         base=base,
         output=output,
         verify=verify,
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
+        trust=Trust(trust_remote_code, allow_pickle, other_base),
     )
 
 
@@ -200,6 +195,8 @@ def export(
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Then upload it to this hub repository.")] = None,
     public: Annotated[bool, typer.Option("--public", help="A new repository is public; else private.")] = False,
     other_base: OtherBase = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
     """Write an adapter as PEFT, vLLM or llama.cpp load it, or push it.
@@ -220,7 +217,7 @@ def export(
         verify=verify,
         push=push,
         public=public,
-        other_base=other_base,
+        trust=Trust(trust_remote_code, allow_pickle, other_base),
     )
 
 

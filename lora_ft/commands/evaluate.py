@@ -1,4 +1,4 @@
-"""`lora-ft eval`: an adapter beside its base, or a whole model, on eval data."""
+"""`lora-ft eval`: score an adapter beside its base, several adapters, or a complete model, on eval data."""
 
 import json
 from collections.abc import Sequence
@@ -6,24 +6,24 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from lora_ft.config.load import NOT_TRAINING, Config, load_config, parse_config
-from lora_ft.core import run_folder
-from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import info
-from lora_ft.core.storage import read_json
+from lora_ft.core.run_folder import RECORD
+from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import evaluation_sets
 from lora_ft.evaluation.evaluate import evaluate_set
 from lora_ft.evaluation.tables import Result, save_texts, show
 from lora_ft.evaluation.texts import check_installed, questions_for
-from lora_ft.methods.interface import bare, load, method_of, virtual_ids
-from lora_ft.methods.lora.compatibility import check_base, check_tokenizer, check_trained_on
-from lora_ft.methods.lora.files import CONFIG, load_adapter
+from lora_ft.methods.interface import bare, load, virtual_ids
+from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import use
+from lora_ft.methods.lora.peft import read_adapter
+from lora_ft.methods.trained import Trained, is_model, read_record
 from lora_ft.model.device import micro_batch_tokens, prepare_device
-from lora_ft.model.files import resolve, resolve_of
+from lora_ft.model.files import resolve
 from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer
 from lora_ft.nn.attention import Isolation
-from lora_ft.training.record import read_record
 
 
 def evaluate_command(
@@ -35,76 +35,62 @@ def evaluate_command(
     as_json: bool = False,
     texts_path: Path | None = None,
     overrides: Sequence[str] = (),
-    other_base: bool = False,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
-    """Print the scores of a folder, or of several adapters of one base: a table, or with `as_json` an object.
+    """Print the scores of a folder, or of several adapters of one base: as tables, or with `as_json` as one object.
 
-    Several are scored on the same examples: what the command line says, else the eval data and template of the first.
+    Several adapters are scored on the same examples: those of the command line, else the eval data and template of the
+    first.
 
     Raises:
         UserError: nothing trained there, no eval data, or the wrong base.
     """
     folder = folders[0]
-    others = {str(other): read_record(other) or {} for other in check_several(folders)}
-    is_adapter, unfinished = run_folder.has_adapter(folder), run_folder.unfinished(folder)
-    if unfinished or (not is_adapter and not (folder / "config.json").is_file()):
-        raise ModelError(
-            unfinished
-            or f"{folder}: nothing trained there. Train first, `lora-ft train CONFIG`, or name a folder: `lora-ft eval FOLDER`."
-        )
-    if base and not is_adapter:
-        raise ConfigError(
-            f"--base: {folder} is a whole model, not an adapter, and is scored as it is. Leave --base out."
-        )
-    record = read_record(folder) or {}
-    recorded = record.get("base") or {}
-    model_name = base if is_adapter else str(folder)
-    if not model_name and not config_path:
-        model_name = recorded.get("name") or read_json(folder / CONFIG, ModelError).get("base_model_name_or_path")
-    config = settings(folder, record, config_path, data, model_name, overrides)
-
+    trained = open_all(folders, base)  # empty for a complete model
+    record = trained[0].record if trained else read_record(folder) or {}
+    config = settings(folder, record, config_path, data, _model_name(folder, trained, base, config_path), overrides)
     if texts_path and not config.generation.metrics:
-        raise ConfigError("--texts: nothing is generated: name metrics, as in --set generation.metrics=[bleu].")
+        raise ConfigError("--texts: no texts are generated: name metrics, as in --set generation.metrics=[bleu].")
     if texts_path and not texts_path.absolute().parent.is_dir():
-        raise ConfigError(f"--texts: {texts_path.parent} is no folder; make it, or name another.")
+        raise ConfigError(f"--texts: {texts_path.parent} is not a folder. Create it, or name another.")
     check_installed(config.generation.metrics)
     device = prepare_device(config)
-    if is_adapter and config.model.name == recorded.get("name"):
-        files = resolve_of(folder, recorded, allow_pickle)
+
+    model_config = config.model
+    if trained:
+        files = trained[0].base(model_config.name, trust, model_config.revision)
     else:
-        files = resolve(config.model.name, config.model.revision, allow_pickle)
-    tokenizer = load_tokenizer(files, trust_remote_code)
-    if is_adapter:
-        check_base(record, files, other_base)
-        check_tokenizer(record, files, tokenizer, other_base)
-    for other, its_record in others.items():
-        check_trained_on(other, its_record, files, tokenizer, other_base)
-        tell_other_data(other, its_record, config)
+        files = resolve(model_config.name, model_config.revision, trust)
+    tokenizer = load_tokenizer(files)
+    several = len(trained) > 1
+    for entry in trained:
+        entry.check(files, tokenizer, trust.other_base, str(entry.folder) if entry is not trained[0] else None)
+    for entry in trained[1:]:
+        note_other_template(entry, config)
     sets = evaluation_sets(config.data, tokenizer, config.train.seed)
     for name, examples in sets.items():
         info(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
-    model = load_base(files, config.model.dtype, trust_remote_code, device)
+    model = load_base(files, model_config.dtype, device)
     check_vocabulary(model, files, max(map(largest_id, sets.values())))
-    for name in [str(folder), *others] if others else []:
-        load_adapter(model, name, name)
-    if is_adapter and not others:
-        load(model, folder)
+    if several:
+        for entry in trained:
+            apply_adapter(model, read_adapter(entry), str(entry.folder))
+    elif trained:
+        load(model, trained[0])
     prefix = virtual_ids(model)
     longest = max(examples.report.longest for examples in sets.values()) + len(prefix)
     check_length(model, files, longest)
-    whole = not (folder / CONFIG).is_file()  # also full fine-tuning's
 
     isolation = Isolation.detect(model, longest)
     at_most = micro_batch_tokens(config, device)
+    is_adapter = bool(trained) and trained[0].method != "full"
+    own = [str(entry.folder) for entry in trained] if several else ["adapter" if is_adapter else "model"]
     results = []
     for name, examples in sets.items():
         asked = questions_for(model, tokenizer, examples, config) if config.generation.metrics else None
         result = Result(name, len(examples.dataset), examples.label_words, asked)
-        own = [str(folder), *others] if others else ["model" if whole else "adapter"]
-        for who in ["base", *own] if is_adapter else own:
-            if others:
+        for who in ["base", *own] if trained else own:
+            if several:
                 use(model, None if who == "base" else who)
             ids = [] if who == "base" else prefix
             prompts = asked.with_prefix(ids) if asked else None
@@ -114,8 +100,8 @@ def evaluate_command(
                 )
         results.append(result)
     if as_json:
-        found = {result.name: result.as_dict(several=bool(others)) for result in results}
-        print(json.dumps(found.get("", {"sets": found})))
+        by_name = {result.name: result.as_dict(several=several) for result in results}
+        print(json.dumps(by_name.get("", {"sets": by_name})))
     else:
         for result in results:
             show(result)
@@ -123,40 +109,60 @@ def evaluate_command(
         save_texts(texts_path, results)
 
 
-def check_several(folders: Sequence[Path]) -> Sequence[Path]:
-    """The folders after the first; where there are any, all must hold adapters, each named once.
+def open_all(folders: Sequence[Path], base: str | None) -> list[Trained]:
+    """The trained folders, in order; [] for a single folder that is a complete model.
 
     Raises:
-        ConfigError: a whole model, or a folder twice. ModelError: nothing trained in one.
+        ConfigError: a complete model beside others or with --base, a folder named twice, or several that are not LoRA.
+        ModelError: nothing trained in one of them.
     """
-    for i, folder in enumerate(folders if len(folders) > 1 else ()):
+    for i, folder in enumerate(folders):
         if folder in folders[:i]:
             raise ConfigError(f"{folder}: named twice")
-        if not run_folder.has_adapter(folder):
-            if (folder / "config.json").is_file():
+        if is_model(folder) and len(folders) > 1:
+            raise ConfigError(
+                f"{folder}: a complete model. Several folders must be adapters of one base; score it alone."
+            )
+        if is_model(folder):
+            if base:
                 raise ConfigError(
-                    f"{folder}: a whole model. Several at once must be adapters of one base; score it alone."
+                    f"--base: {folder} is a complete model, not an adapter, and is scored as it is. Leave --base out."
                 )
-            raise ModelError(run_folder.unfinished(folder) or f"{folder}: nothing trained there.")
-        if (method := method_of(folder)) != "lora":
-            raise ConfigError(f"{folder}: of method {method}. Several at once must be LoRA adapters; score it alone.")
-    return folders[1:]
+            return []
+    trained = [Trained.open(folder) for folder in folders]
+    for entry in trained if len(trained) > 1 else ():
+        if entry.method != "lora":
+            raise ConfigError(
+                f"{entry.folder}: of method {entry.method}. Several folders must be LoRA adapters; score it alone."
+            )
+    return trained
 
 
-def tell_other_data(folder: str, record: dict, config: Config) -> None:
-    """Say so where an adapter is scored on a template that isn't its own."""
-    own, ours = (record.get("config") or {}).get("data") or {}, config.data.model_dump(mode="json")
-    settings = [s for s in ("prompt", "completion", "text", "messages", "chat_template", "label_names") if s in own]
-    if differ := [setting for setting in settings if own[setting] != ours[setting]]:
-        info(f"note: {folder} was trained with another {', '.join(f'data.{s}' for s in differ)}")
+def note_other_template(trained: Trained, config: Config) -> None:
+    """Print a note where an adapter is scored on a template that it was not trained with."""
+    own, used = (trained.record.get("config") or {}).get("data") or {}, config.data.model_dump(mode="json")
+    names = [s for s in ("prompt", "completion", "text", "messages", "chat_template", "label_names") if s in own]
+    if different := [name for name in names if own[name] != used[name]]:
+        info(f"note: {trained.folder} was trained with another {', '.join(f'data.{name}' for name in different)}")
+
+
+def _model_name(folder: Path, trained: list[Trained], base: str | None, config_path: Path | None) -> str | None:
+    """The model that the command line, or else the folder, names; None leaves it to a config file."""
+    if not trained:
+        return str(folder)
+    return base or (None if config_path else trained[0].base_name)
 
 
 def settings(
     folder: Path, record: dict, config_path: Path | None, data: str | None, model: str | None, overrides: Sequence[str]
 ) -> Config:
-    """The config to score with: the file's, else the record's, with the command line's model and data."""
+    """The config to score with: the config file, else the record, with the command line's model and data.
+
+    Raises:
+        ConfigError: it is invalid; or neither exists and the command line does not say enough.
+    """
     changes = [*NOT_TRAINING, *([f"model.name={model}"] if model else [])]
-    if data:  # all of it, unless the command line says otherwise
+    if data:  # all of it, unless the command line asks for a sample
         changes += [f"data.eval={json.dumps(data, ensure_ascii=False)}", "data.max_eval_examples=null"]
     changes += overrides
     if config_path:
@@ -166,7 +172,7 @@ def settings(
     forms = ("data.prompt", "data.completion", "data.text", "data.messages", "data=")
     if not (model and data and any(change.startswith(forms) for change in overrides)):
         raise ConfigError(
-            f"{folder}: has no {run_folder.RECORD}, so it doesn't say what it was made for. Add --config FILE, or "
+            f"{folder}: has no {RECORD}, so its template is unknown. Add --config FILE, or "
             f"{'' if model else '--base NAME and '}--data SOURCE with a template: --set 'data.prompt=...' "
             "--set 'data.completion=...', or --set 'data.text=...' or data.messages."
         )

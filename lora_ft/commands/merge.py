@@ -1,38 +1,57 @@
-"""`lora-ft merge` for every method: LoRA (lora_ft.methods.lora.merge) folds into the base; the others say why not."""
+"""`lora-ft merge`: fold an adapter into its base."""
 
+import sys
 from pathlib import Path
 
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora import merge as lora
-from lora_ft.methods.tensor_files import method_of
+from lora_ft.core.messages import warn
+from lora_ft.core.storage import sibling
+from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.methods.lora.merge import merge_adapter
+from lora_ft.methods.lora.peft import read_adapter
+from lora_ft.methods.trained import Trained
 
 WHY_NOT = {
-    "full": "a whole model already, which loads anywhere as it is: nothing is left to fold.",
-    "bottleneck": "adapter layers can't be folded: between their two matrices is a nonlinearity, so no single matrix does "
-    "what they do. Use them with `lora-ft eval`.",
-    "prompt": "virtual tokens can't be folded: they are an input, and change no weights. PEFT loads the folder as it is.",
+    "full": "a complete model already, which loads anywhere as it is: there is nothing to merge.",
+    "bottleneck": "adapter layers can't be merged: the nonlinearity between their two matrices leaves no single matrix "
+    "that computes the same. Use them with `lora-ft eval`.",
+    "prompt": "virtual tokens can't be merged: they are an input and change no weights. PEFT loads the folder as it is.",
 }
 
 
 def merge_command(
-    adapter: Path,
-    *,
-    base: str | None = None,
-    output: Path | None = None,
-    verify: bool = True,
-    other_base: bool = False,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
+    folder: Path, *, base: str | None = None, output: Path | None = None, verify: bool = True, trust: Trust = NO_TRUST
 ) -> None:
-    """Fold what was trained into its base, and print what was made.
+    """Merge an adapter into its base, and print what was written and how it was verified.
+
+    Args:
+        base: its name, if not the recorded one.
+        output: by default the sibling `FOLDER-merged`.
+        verify: compare logits too.
 
     Raises:
-        UserError: it can't be folded, and why; or as `merge_adapter`.
+        ModelError: the method can't be merged; or as `Trained.open`, `Trained.base` and `merge_adapter`.
+        FilesError: `output` exists, or the disk is full.
     """
-    method = method_of(adapter)
-    if method in WHY_NOT:
-        raise ModelError(f"{adapter}: {WHY_NOT[method]}")
-    lora.merge_command(
-        adapter, base=base, output=output, verify=verify, other_base=other_base,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
-    )  # fmt: skip
+    trained = Trained.open(folder)
+    if trained.method in WHY_NOT:
+        raise ModelError(f"{folder}: {WHY_NOT[trained.method]}")
+    adapter, files = read_adapter(trained), trained.base(base, trust)
+    output = output or sibling(folder, "-merged")
+    report = merge_adapter(
+        files, adapter, output, verify=verify, other_base=trust.other_base, progress=sys.stderr.isatty()
+    )
+    print(f"merged {folder} into {files.name}: {output}")
+    print(f"  {report['modules']} matrices, stored as {report['dtype']}; largest error {report['matrix_error']:.3g}")
+    if logits := report["logits"]:
+        print(
+            f"  verified: merged logits match base + adapter within {logits['difference']:.3g} (limit "
+            f"{logits['tolerance']:.3g}); {logits['rounding']:.3g} of it is rounding to {report['dtype']}, the rest "
+            f"{logits['beyond_rounding']:.3g} (limit {logits['beyond_rounding_tolerance']:.3g}). The adapter moves the logits "
+            f"by {logits['adapter_effect']:.3g}."
+        )
+        if logits["rounding"] > logits["adapter_effect"] / 2:
+            warn(f"rounding to {report['dtype']} undoes much of so small an adapter")
+    else:
+        print("  logits were not compared (--no-verify)")
+    print(f"  {report['seconds']:.1f} s, peak memory {report['peak_memory_mb']} MiB")

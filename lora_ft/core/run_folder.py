@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora_ft.core.errors import FilesError, UserError
+from lora_ft.core.errors import FilesError
 from lora_ft.core.storage import read_json, verify_manifest
 
 RECORD, LOG, LOCK = "lora_ft.json", "log.jsonl", ".lock"
@@ -78,31 +78,6 @@ def claimed(output: Path) -> Iterator[None]:
                 output.rmdir()
     finally:
         os.close(handle)
-
-
-def has_adapter(output: Path) -> bool:
-    """Whether something trained is there, of a run or of another tool: an adapter, or full fine-tuning's whole model."""
-    if unfinished(output) is not None:
-        return False
-    return (output / "adapter_config.json").is_file() or trained_whole(output, FilesError)
-
-
-def trained_whole(folder: Path, error: type[UserError]) -> bool:
-    """Whether full fine-tuning made the folder: a run's or a checkpoint's, by its record (`error` if that is damaged)."""
-    record = read_json(folder / RECORD, error) if (folder / RECORD).is_file() else {}
-    adapter = (record.get("config") or {}).get("adapter") or {}
-    return record.get("kind") in ("adapter", "checkpoint") and adapter.get("method") == "full"
-
-
-def unfinished(output: Path) -> str | None:
-    """What to say where a run was interrupted (complete checkpoints, no record), else None."""
-    found = checkpoints(output)
-    if not found or (output / RECORD).is_file():
-        return None
-    names = ", ".join(str(c) for c in found[-3:])
-    return (
-        f"{output}: its run is unfinished. Go on with `lora-ft train CONFIG --resume`, or name a checkpoint: {names}."
-    )
 
 
 def check_foreign(output: Path) -> None:

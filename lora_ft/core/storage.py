@@ -133,6 +133,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def sibling(folder: Path, suffix: str) -> Path:
+    """The path beside `folder` whose name is its name plus `suffix`."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.with_name(named.name + suffix)
+
+
 def require_space(folder: Path, needed: int) -> None:
     """FilesError with both figures if `needed` bytes don't fit where `folder` is, or will be made."""
     while not folder.exists():

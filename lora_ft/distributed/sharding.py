@@ -19,17 +19,17 @@ from lora_ft.model.files import Base
 from lora_ft.model.load import load_base, skeleton
 
 
-def load_sharded(base: Base, dtype: str, trust_remote_code: bool, device: str) -> PreTrainedModel:
+def load_sharded(base: Base, dtype: str, device: str) -> PreTrainedModel:
     """Load `base` once, on the main process and in its memory, and leave each process with its shares on `device`.
 
     Raises:
         ModelError: as `load_base`, or the model doesn't say which modules are its layers.
     """
-    whole = load_base(base, dtype, trust_remote_code) if processes.is_main() else None
+    whole = load_base(base, dtype) if processes.is_main() else None
     weights = whole.state_dict() if whole else {}
     buffers = dict(whole.named_buffers()) if whole else {}
     dtypes, attention = processes.broadcast(lambda: _kinds(whole))
-    model = skeleton(base, trust_remote_code).eval()
+    model = skeleton(base).eval()
     model.set_attn_implementation(attention)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.data = parameter.data.to(dtypes[name])

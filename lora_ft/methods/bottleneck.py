@@ -17,6 +17,7 @@ from lora_ft.core.errors import ModelError
 from lora_ft.methods import tensor_files
 from lora_ft.methods.lora.files import WEIGHTS
 from lora_ft.methods.lora.inject import disabled, find_targets
+from lora_ft.methods.trained import Trained
 from lora_ft.nn.bottleneck import NONLINEARITIES, Bottleneck
 from lora_ft.nn.lora import dimensions
 
@@ -64,8 +65,8 @@ def save(
     return tensor_files.write(folder, base_name, parameters(model), config), {}
 
 
-def load(model: PreTrainedModel, folder: Path) -> None:
-    config, tensors = tensor_files.read(folder)
+def load(model: PreTrainedModel, trained: Trained) -> None:
+    folder, (config, tensors) = trained.folder, tensor_files.read(trained)
     sizes = {name.removesuffix(".down.weight"): len(D) for name, D in tensors.items() if name.endswith(".down.weight")}
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     if strange := sorted(sizes.keys() - linear):
@@ -74,8 +75,8 @@ def load(model: PreTrainedModel, folder: Path) -> None:
     tensor_files.fill(folder / WEIGHTS, parameters(model), tensors)
 
 
-def load_into(model: PreTrainedModel, folder: Path) -> None:
-    config, tensors = tensor_files.read(folder)
+def load_into(model: PreTrainedModel, trained: Trained) -> None:
+    folder, (config, tensors) = trained.folder, tensor_files.read(trained)
     ours = next(iter(bottlenecks(model).values())).nonlinearity
     if (theirs := nonlinearity_of(folder, config)) != ours:
         raise ModelError(f"{folder / tensor_files.CONFIG}: its nonlinearity is {theirs}, this run's is {ours}.")

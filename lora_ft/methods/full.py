@@ -19,8 +19,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from lora_ft.config.adapter_settings import AdapterConfig
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.peft import verified_record
 from lora_ft.methods.tensor_files import fill
+from lora_ft.methods.trained import Trained
 from lora_ft.model.files import SINGLE
 
 _base_weights: WeakKeyDictionary[PreTrainedModel, list[Tensor]] = (
@@ -57,11 +57,11 @@ def save(
     return names, {}
 
 
-def load(model: PreTrainedModel, folder: Path) -> None:
+def load(model: PreTrainedModel, trained: Trained) -> None:
     """Put the trained weights into the base, whose own stay in memory beside them, for the comparison."""
     model.float()
     base = [parameter.detach().clone() for parameter in model.parameters()]
-    load_into(model, folder)
+    load_into(model, trained)
     _base_weights[model] = base
 
 
@@ -81,9 +81,9 @@ def bare(model: PreTrainedModel) -> Iterator[None]:
         exchange()
 
 
-def load_into(model: PreTrainedModel, folder: Path) -> None:
+def load_into(model: PreTrainedModel, trained: Trained) -> None:
     """Copy the weights of a complete model folder, its manifest verified, into `model`."""
-    verified_record(folder, needed=SINGLE)
+    folder = trained.folder
     try:
         saved, info = type(model).from_pretrained(
             folder, config=copy.deepcopy(model.config), dtype=torch.float32, output_loading_info=True

@@ -14,9 +14,9 @@ from lora_ft.config.adapter_settings import AdapterConfig
 from lora_ft.methods import bottleneck, full, prompt
 from lora_ft.methods.lora import method as lora
 from lora_ft.methods.prompt import virtual_ids
-from lora_ft.methods.tensor_files import method_of
+from lora_ft.methods.trained import Trained
 
-__all__ = ["adds_parameters", "bare", "inject", "load", "load_into", "method_of", "save", "virtual_ids"]
+__all__ = ["adds_parameters", "bare", "inject", "load", "load_into", "save", "virtual_ids"]
 
 
 class Method(Protocol):
@@ -30,9 +30,9 @@ class Method(Protocol):
         self, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[str], dict]: ...
 
-    def load(self, model: PreTrainedModel, folder: Path) -> None: ...
+    def load(self, model: PreTrainedModel, trained: Trained) -> None: ...
 
-    def load_into(self, model: PreTrainedModel, folder: Path) -> None: ...
+    def load_into(self, model: PreTrainedModel, trained: Trained) -> None: ...
 
     def bare(self, model: PreTrainedModel) -> AbstractContextManager[None]: ...
 
@@ -63,22 +63,22 @@ def save(
     return METHODS[method].save(model, folder, base_name, tokenizer)
 
 
-def load(model: PreTrainedModel, folder: Path) -> None:
+def load(model: PreTrainedModel, trained: Trained) -> None:
     """Put what a folder holds into a bare base.
 
     Raises:
         ModelError: damaged, changed, or of another model.
     """
-    METHODS[method_of(folder)].load(model, folder)
+    METHODS[trained.method].load(model, trained)
 
 
-def load_into(model: PreTrainedModel, folder: Path) -> None:
+def load_into(model: PreTrainedModel, trained: Trained) -> None:
     """Copy what a folder holds into a model that `inject` has prepared for the same method; exact to the bit.
 
     Raises:
         ModelError: as `load`; or it is of other settings.
     """
-    METHODS[method_of(folder)].load_into(model, folder)
+    METHODS[trained.method].load_into(model, trained)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from lora_ft.config.adapter_settings import AdapterConfig
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.methods import tensor_files
 from lora_ft.methods.lora.files import WEIGHTS
+from lora_ft.methods.trained import Trained
 from lora_ft.nn.virtual_tokens import VirtualTokens
 
 KEY = "prompt_embeddings"
@@ -55,17 +56,19 @@ def save(
     return tensor_files.write(folder, base_name, {KEY: prompt}, about), {}
 
 
-def load(model: PreTrainedModel, folder: Path) -> None:
+def load(model: PreTrainedModel, trained: Trained) -> None:
     """The virtual tokens join the vocabulary; what is not given them (`virtual_ids`) is computed by the bare base."""
-    prompt = read(folder)
+    prompt = read(trained)
     width = model.get_input_embeddings().weight.shape[1]
     if prompt.shape[1] != width:
-        raise ModelError(f"{folder / WEIGHTS}: {KEY} has shape {tuple(prompt.shape)}, the model needs (n, {width}).")
+        raise ModelError(
+            f"{trained.folder / WEIGHTS}: {KEY} has shape {tuple(prompt.shape)}, the model needs (n, {width})."
+        )
     insert(model, prompt.to(model.device))
 
 
-def load_into(model: PreTrainedModel, folder: Path) -> None:
-    tensor_files.fill(folder / WEIGHTS, {KEY: model.get_input_embeddings().prompt}, {KEY: read(folder)})
+def load_into(model: PreTrainedModel, trained: Trained) -> None:
+    tensor_files.fill(trained.folder / WEIGHTS, {KEY: model.get_input_embeddings().prompt}, {KEY: read(trained)})
 
 
 def bare(model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -73,12 +76,14 @@ def bare(model: PreTrainedModel) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def read(folder: Path) -> Tensor:
+def read(trained: Trained) -> Tensor:
     """The virtual tokens' vectors (n, width) in a folder of ours or PEFT's."""
-    config, tensors = tensor_files.read(folder)
+    config, tensors = tensor_files.read(trained)
     prompt = tensors.get(KEY)
     if prompt is None or len(tensors) > 1 or prompt.dim() != 2 or len(prompt) != config.get("num_virtual_tokens"):
-        raise ModelError(f"{folder / WEIGHTS}: should hold {KEY} alone, one row for each of num_virtual_tokens.")
+        raise ModelError(
+            f"{trained.folder / WEIGHTS}: should hold {KEY} alone, one row for each of num_virtual_tokens."
+        )
     return prompt
 
 

@@ -1,4 +1,4 @@
-"""What a method's folder is, and the two files of a small method: its tensors, and what they mean.
+"""The two files of a small method: its tensors and what they mean.
 
 `bottleneck` has no format of its own elsewhere: adapter_config.json names it under `method`.
 """
@@ -11,22 +11,9 @@ from torch import Tensor
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
-from lora_ft.core.run_folder import trained_whole
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS, portable_name
-from lora_ft.methods.lora.peft import differences, verified_record
-
-
-def method_of(folder: Path) -> str:
-    """The method of a trained folder, by its files: `full` has a whole model, the others an adapter_config.json."""
-    folder = Path(folder)
-    if (folder / CONFIG).is_file():
-        config = storage.read_json(folder / CONFIG, ModelError)
-        if config.get("peft_type") == "PROMPT_TUNING":
-            return "prompt"
-        if config.get("method") == "bias":
-            raise ModelError(f"{folder}: trained with method bias, which is no longer supported.")
-        return "bottleneck" if config.get("method") == "bottleneck" else "lora"
-    return "full" if trained_whole(folder, ModelError) else "lora"
+from lora_ft.methods.lora.peft import differences
+from lora_ft.methods.trained import Trained
 
 
 def write(folder: Path, base_name: str, tensors: Mapping[str, Tensor], config: dict) -> list[str]:
@@ -37,17 +24,17 @@ def write(folder: Path, base_name: str, tensors: Mapping[str, Tensor], config: d
     return [WEIGHTS, CONFIG]
 
 
-def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+def read(trained: Trained) -> tuple[dict, dict[str, Tensor]]:
     """The config and the tensors, float32.
 
     Raises:
         ModelError: a file is missing, damaged, or changed since its manifest; or a tensor is of no float, or not finite.
     """
-    verified_record(folder)
-    config, tensors = storage.read_json(folder / CONFIG, ModelError), storage.read_tensors(folder / WEIGHTS)
+    config, path = trained.adapter_config, trained.folder / WEIGHTS
+    tensors = storage.read_tensors(path)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not all(torch.isfinite(v) for v in torch.aminmax(tensor)):
-            raise ModelError(f"{folder / WEIGHTS}: {name} holds no finite floats ({tensor.dtype}).")
+            raise ModelError(f"{path}: {name} holds no finite floats ({tensor.dtype}).")
     return config, {name: tensor.float() for name, tensor in tensors.items()}
 
 

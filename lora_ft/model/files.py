@@ -1,4 +1,4 @@
-"""Base models as files on this machine: where they are, what holds their weights, and what identifies them."""
+"""The files of a base model on this machine: where they are, which hold the weights, and what identifies them."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,21 +16,27 @@ from lora_ft.core.errors import ModelError, is_memory
 from lora_ft.core.messages import first_line
 from lora_ft.core.names import is_local
 from lora_ft.core.storage import read_json
+from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.model.hub import cached_commit, snapshot
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
-# no pickles (unless allowed), never other frameworks
+# no pickles (unless allowed), no other frameworks
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model's files on this machine.
+    """A base model's files on this machine, and what the user trusts about them.
 
-    name: as the user wrote it. folder: where the files are. revision: the commit, for a hub model. gguf: the file, if one.
-    pickles: the weights' files, where they are pickles that the user has allowed.
+    Attributes:
+        name: as the user wrote it.
+        folder: where the files are.
+        revision: the commit of a hub model.
+        gguf: the .gguf file, if the base is one.
+        pickles: pickled weight files that the user has allowed.
+        trusted_code: whether Python code in the folder may run.
     """
 
     name: str
@@ -37,18 +44,52 @@ class Base:
     revision: str | None = None
     gguf: Path | None = None
     pickles: tuple[Path, ...] = ()
+    trusted_code: bool = False
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, shapes, dtypes and strided samples of every tensor's bytes.
+
+        It depends on the files alone: sharding, loading dtype and quantization on load don't change it.
+
+        Raises:
+            ModelError: the weights' files are missing or damaged.
+        """
+        if self.gguf:
+            return digest([["gguf", self.gguf.stat().st_size, _sample(self.gguf, 0, self.gguf.stat().st_size)]])
+        if self.pickles:
+            return digest([["pickle", p.stat().st_size, _sample(p, 0, p.stat().st_size, 2**12)] for p in self.pickles])
+        tensors = []
+        for path in weight_files(self):
+            with path.open("rb") as f:
+                header_bytes = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(header_bytes))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    sample = _sample(path, 8 + header_bytes + start, end - start)
+                    tensors.append([name, entry["dtype"], entry["shape"], sample])
+        return digest(sorted(tensors))
 
 
-def resolve(name: str, revision: str | None = None, allow_pickle: bool = False) -> Base:
-    """Find the files of a hub id, a local folder or a .gguf file. A local name is never asked of the network.
-
-    With `allow_pickle` a base without safetensors may have pickled weights, which torch's weights_only loader reads.
+def resolve(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> Base:
+    """Find the files of a hub id, a local folder or a .gguf file. A local name is never looked up on the network.
 
     Raises:
-        ModelError: no such folder, no model in it, or a hub that can't be reached or says no.
+        ModelError: no such folder, no model in it, or a hub that can't be reached or refuses.
     """
-    if not is_local(name):
-        return _with_pickles(_of_hub(name, revision, allow_pickle), allow_pickle)
+    if is_local(name):
+        base = _local(name)
+    else:
+        folder = _hub_folder(name, revision, trust.pickles)
+        base = Base(name, folder, revision=folder.name)
+    pickles: list[Path] = []
+    if trust.pickles and not base.gguf and not _has_safetensors(base.folder):
+        pickles = _listed(base.folder, PICKLE_INDEX, PICKLE)
+    return replace(base, pickles=tuple(pickles), trusted_code=trust.remote_code)
+
+
+def _local(name: str) -> Base:
     path = Path(name).expanduser()
     if not path.exists():
         raise ModelError(
@@ -61,35 +102,21 @@ def resolve(name: str, revision: str | None = None, allow_pickle: bool = False) 
     if not (path / "config.json").is_file():
         hint = " It holds an adapter: name its base model instead." if (path / "adapter_config.json").exists() else ""
         raise ModelError(f"model {name}: no config.json in that folder.{hint}")
-    return _with_pickles(Base(name, path), allow_pickle)
+    return Base(name, path)
 
 
-def resolve_of(adapter: Path, recorded: dict, allow_pickle: bool = False) -> Base:
-    """`resolve` the base that an adapter's record names: at the revision that the adapter was trained on.
-
-    Raises:
-        ModelError: as `resolve`; or it was a local folder, which isn't here: the hub is not asked for its name.
-    """
-    name, revision = recorded["name"], recorded.get("revision")
-    if revision is None and not Path(name).expanduser().exists():
-        raise ModelError(
-            f"model {name}: {adapter} was trained on a local base of that name, and none is here. Say where it is: "
-            "--base FOLDER."
-        )
-    return resolve(name, revision, allow_pickle)
-
-
-def _of_hub(name: str, revision: str | None, allow_pickle: bool) -> Base:
+def _hub_folder(name: str, revision: str | None, pickles: bool) -> Path:
+    """The folder in the hub's cache that holds the model, downloaded if necessary; it is named by the commit."""
     folder = cached_commit(name, revision, WANTED)
-    if folder is None or not _is_whole(folder):
+    if folder is None or not _is_complete(folder):
         folder = snapshot(name, revision, WANTED)
-        if allow_pickle and not _has_safetensors(folder):
+        if pickles and not _has_safetensors(folder):
             folder = snapshot(name, revision, [*WANTED, f"{PICKLE.removesuffix('.bin')}*.bin"])
-    return Base(name, folder, revision=folder.name)
+    return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether config, tokenizer and all the weights of a model are there."""
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder has the config, the tokenizer and all weights of a model."""
     try:
         weights = _listed(folder, INDEX, SINGLE) or _listed(folder, PICKLE_INDEX, PICKLE)
     except ModelError:
@@ -98,21 +125,15 @@ def _is_whole(folder: Path) -> bool:
     return bool(weights) and tokenizer and (folder / "config.json").is_file()
 
 
-def _with_pickles(base: Base, allowed: bool) -> Base:
-    if not allowed or _has_safetensors(base.folder):
-        return base
-    return replace(base, pickles=tuple(_listed(base.folder, PICKLE_INDEX, PICKLE)))
-
-
 def _has_safetensors(folder: Path) -> bool:
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
 def weight_files(base: Base) -> list[Path]:
-    """The base's safetensors files, in the index's order.
+    """The base's safetensors files, in the order of the index.
 
     Raises:
-        ModelError: none there (pickles are none), one missing, damaged, or outside the folder.
+        ModelError: there are none (pickles don't count), or one is missing, damaged or outside the folder.
     """
     files = _listed(base.folder, INDEX, SINGLE)
     if not files:
@@ -129,7 +150,7 @@ def weight_files(base: Base) -> list[Path]:
 
 
 def _listed(folder: Path, index_name: str, single: str) -> list[Path]:
-    """The weights' files, as an index or a single file has it; [] if neither is there."""
+    """The weight files listed by an index, or the single file; [] if there is neither."""
     index = folder / index_name
     if not index.is_file():
         return [folder / single] if (folder / single).is_file() else []
@@ -147,44 +168,27 @@ def _listed(folder: Path, index_name: str, single: str) -> list[Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file, opened lazily; ModelError with its name if its header is damaged or the file cut."""
+    """Open a safetensors file lazily.
+
+    Raises:
+        ModelError: the header is damaged or the file is truncated.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as e:
         if is_memory(e):
             raise
-        raise ModelError(f"{path}: damaged or cut ({e}). Copy the file again.") from e
-
-
-def fingerprint(base: Base) -> str:
-    """SHA-256 over names, shapes, dtypes and strided samples of every tensor's bytes.
-
-    The files are what counts: sharding, loading dtype and quantization on load don't change it.
-    """
-    if base.gguf:
-        return digest([["gguf", base.gguf.stat().st_size, _sample(base.gguf, 0, base.gguf.stat().st_size)]])
-    if base.pickles:
-        return digest([["pickle", p.stat().st_size, _sample(p, 0, p.stat().st_size, 2**12)] for p in base.pickles])
-    tensors = []
-    for path in weight_files(base):
-        with path.open("rb") as f:
-            header_bytes = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(header_bytes))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                sample = _sample(path, 8 + header_bytes + start, end - start)
-                tensors.append([name, entry["dtype"], entry["shape"], sample])
-    return digest(sorted(tensors))
+        raise ModelError(f"{path}: damaged or truncated ({e}). Copy the file again.") from e
 
 
 def digest(obj: object) -> str:
+    """SHA-256, in hex, of an object as JSON."""
     return hashlib.sha256(json.dumps(obj).encode()).hexdigest()
 
 
 def _sample(path: Path, start: int, size: int, pieces: int = 64, piece: int = 64) -> str:
-    """Hash of `pieces` evenly spread pieces of bytes (all of them when there are few); always with the last one."""
+    """Hash of `pieces` evenly spread pieces of `piece` bytes (of all bytes if there are few); the last one is included."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         if size <= pieces * piece:
@@ -198,7 +202,7 @@ def _sample(path: Path, start: int, size: int, pieces: int = 64, piece: int = 64
 
 
 def stored_dtype(base: Base) -> torch.dtype:
-    """The dtype of the base's largest floating-point tensor on disk (float32 for GGUF, which is dequantized)."""
+    """The dtype of the largest floating-point tensor on disk (float32 for a GGUF, which is dequantized)."""
     if base.gguf:
         return torch.float32
     largest, dtype = -1, torch.float32
@@ -218,14 +222,13 @@ def stored_dtype(base: Base) -> torch.dtype:
 
 
 def _unpickled(path: Path) -> dict:
-    """The tensors of a pickle, without their values, through the loader that runs no code of the file's."""
+    """The tensors of a pickle, without their values, read by the loader that runs no code."""
     try:
-        found = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return dict(found)
+        return dict(torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path)))
     except Exception as e:
         if is_memory(e):
             raise
-        # damaged zips, unknown opcodes, classes that are none of torch's
+        # damaged zips, unknown opcodes, classes outside torch
         raise ModelError(
             f"{path}: torch's weights_only loader refuses it, so it is damaged or unsafe ({first_line(e)})."
         ) from e

@@ -1,9 +1,11 @@
-"""Loading of models and tokenizers, checked before they are believed. The only caller of `from_pretrained`."""
+"""Loading models and tokenizers, with every check that transformers leaves out. The only caller of `from_pretrained`."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import (
@@ -21,39 +23,45 @@ from lora_ft.model.files import Base, digest, stored_dtype
 from lora_ft.nn.mlp import fuse_gelu
 
 CONFIGS = ("config.json", "generation_config.json")
+_hashes: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()  # of `tokenizer_hash`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model_config(base: Base, trust_remote_code: bool = False):
-    """The base's transformers config; ModelError when it is not of a causal language model that transformers knows."""
-    for path in (base.folder / name for name in CONFIGS):  # transformers takes a damaged one of the second for none
+def load_model_config(base: Base) -> PretrainedConfig:
+    """The base's transformers config.
+
+    Raises:
+        ModelError: it is damaged, or not the config of a causal language model that transformers knows.
+    """
+    for path in (base.folder / name for name in CONFIGS):  # transformers ignores a damaged generation_config.json
         if not base.gguf and path.is_file() and (problem := _damage(path)):
             raise ModelError(f"{path}: {problem}. Copy the file again.")
-    with _as_model_error(base, "its config can't be used", trust_remote_code):
-        config = AutoConfig.from_pretrained(
-            base.folder, trust_remote_code=trust_remote_code, **({"gguf_file": base.gguf.name} if base.gguf else {})
-        )
+    with _as_model_error(base, "its config can't be used"):
+        config = AutoConfig.from_pretrained(base.folder, **_options(base))
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {base.name}: {config.model_type} is an encoder-decoder, not a causal language model.")
     return config
 
 
-def skeleton(
-    base: Base, trust_remote_code: bool = False, *, device: str = "meta", dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """The model on the meta device: its modules and shapes, no weights and no memory.
+def skeleton(base: Base, *, device: str = "meta", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model without weights: its modules and shapes on the meta device, at no cost in memory.
 
-    Where tensors have no values (FakeTensorMode), `device` is the one to pretend; dtype: None for the config's.
+    Args:
+        device: another device only under FakeTensorMode, where tensors have no values.
+        dtype: None for the dtype in the config.
+
+    Raises:
+        ModelError: as `load_model_config`; or transformers can't build the model.
     """
-    config = load_model_config(base, trust_remote_code)
-    with _as_model_error(base, "can't be built", trust_remote_code):
-        return build(config, device, dtype, trust_remote_code)
+    config = load_model_config(base)
+    with _as_model_error(base, "can't be built"):
+        return build(config, device, dtype, base.trusted_code)
 
 
 def build(
     config: PretrainedConfig, device: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A new model of a config, as it computes here; for the meta device, or where tensors have no values."""
+    """A new model from a config, with our fused operations; for the meta device or under FakeTensorMode."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     fuse_gelu(model)
@@ -61,7 +69,7 @@ def build(
 
 
 def dtype_of(base: Base, dtype: str, device: str) -> torch.dtype:
-    """What "auto" (as stored; float16 becomes float32 on CPU), "float32", "bfloat16" or "float16" mean for this base."""
+    """The torch dtype for a `model.dtype` setting: "auto" is the stored one, except that a CPU computes float16 in float32."""
     if dtype in DTYPES:
         return DTYPES[dtype]
     stored = stored_dtype(base)
@@ -77,35 +85,33 @@ def end_tokens(base: Base, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i in found if isinstance(i, int)}
 
 
-def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, device: str = "cpu") -> PreTrainedModel:
-    """Load a causal language model in eval mode, checked: every weight there, in shape, and finite.
+def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """Load a causal language model in eval mode, and check that every weight is there, has its shape and is finite.
 
     Args:
-        dtype: "auto" (as stored; float16 becomes float32 on CPU), "float32", "bfloat16" or "float16".
+        dtype: a `model.dtype` setting, see `dtype_of`.
 
     Raises:
-        ModelError: unknown architecture, code of its own, missing or damaged weights, NaN or inf (the tensor is named).
+        ModelError: an unknown architecture, remote code that is not trusted, missing or damaged weights, NaN or inf.
     """
-    wanted = dtype_of(base, dtype, device)
-    config = load_model_config(base, trust_remote_code)
-    with _as_model_error(base, "can't be loaded", trust_remote_code):
+    config = load_model_config(base)
+    with _as_model_error(base, "can't be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             base.folder,
             config=None if base.gguf else config,
-            dtype=wanted,
-            trust_remote_code=trust_remote_code,
+            dtype=dtype_of(base, dtype, device),
             use_safetensors=None if base.gguf else not base.pickles,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
-            **({"gguf_file": base.gguf.name} if base.gguf else {}),
+            ignore_mismatched_sizes=True,  # named below
+            **_options(base),
         )
     missing = sorted(info["missing_keys"])
-    other = [f"{n} is {tuple(a)}, its config says {tuple(b)}" for n, a, b in sorted(info["mismatched_keys"])]
-    for what, names in (("weights are missing", missing), ("weights have another shape", other)):
+    misshapen = [f"{n} is {tuple(a)}, its config says {tuple(b)}" for n, a, b in sorted(info["mismatched_keys"])]
+    for problem, names in (("weights are missing", missing), ("weights have another shape", misshapen)):
         if names:
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise ModelError(f"model {base.name}: {what}: {shown}. Copy the model again.")
-    if base.gguf:  # dequantized on load: an ordinary model from here on
+            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ModelError(f"model {base.name}: {problem}: {listed}. Copy the model again.")
+    if base.gguf:  # dequantized while loading, so it is an ordinary model from here on
         del model.hf_quantizer, model.config.quantization_config
         model.is_quantized = False
     fuse_gelu(model)
@@ -115,60 +121,73 @@ def load_base(base: Base, dtype: str = "auto", trust_remote_code: bool = False, 
     return model.to(device).eval()
 
 
-def load_tokenizer(base: Base, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     """The base's fast tokenizer.
 
     Raises:
-        ModelError: none in the folder, or a slow one (character offsets are needed to mask chats rightly).
+        ModelError: there is none, or only a slow one (masking chats needs character offsets).
     """
-    with _as_model_error(base, "its tokenizer can't be loaded", trust_remote_code):
-        tokenizer = AutoTokenizer.from_pretrained(
-            base.folder, trust_remote_code=trust_remote_code, **({"gguf_file": base.gguf.name} if base.gguf else {})
-        )
+    with _as_model_error(base, "its tokenizer can't be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, **_options(base))
     if not tokenizer.is_fast:
         raise ModelError(f"model {base.name}: its tokenizer has no fast version (tokenizer.json), which is needed.")
     return tokenizer
 
 
 def check_vocabulary(model: PreTrainedModel, base: Base, largest_id: int) -> None:
-    """ModelError if the model has no embedding for an id that its tokenizer gives."""
+    """Check that the model has an embedding for every token id in the data.
+
+    Raises:
+        ModelError: the largest id is beyond the embedding.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if largest_id >= rows:
         raise ModelError(
-            f"model {base.name}: its tokenizer gives the id {largest_id}, its weights know only {rows} ids: they aren't of "
-            "one model. Restore the tokenizer's files."
+            f"model {base.name}: its tokenizer produces id {largest_id}, but the model has only {rows} embeddings: they do "
+            "not belong together. Restore the tokenizer's files."
         )
 
 
 def check_length(model: PreTrainedModel, base: Base, longest: int) -> None:
-    """Whether the model has positions for its longest example.
+    """Check the longest example, in tokens, against the positions that the model supports.
+
+    Where positions are computed (RoPE), going beyond what the base was trained for is only a note.
 
     Raises:
-        ConfigError: its table of positions (GPT-2, OPT, GPT-J) ends before. Where positions are computed (RoPE), it is
-            only said that it goes beyond what the base was made for.
+        ConfigError: the model has a table of positions (GPT-2, OPT, GPT-J), and it ends before.
     """
     known = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(known, int) or longest <= known:
         return
-    others = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
-    tabled = any(m.num_embeddings - known in (0, 1, 2) for m in others)  # OPT's table has two rows more
-    tabled = tabled or any(name.endswith("embed_positions") for name, _ in model.named_buffers())
-    message = f"data.max_length: the longest example has {longest:,} tokens, model {base.name} positions for {known:,}"
-    if tabled:
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
+    has_table = any(m.num_embeddings - known in (0, 1, 2) for m in tables)  # OPT's table has two extra rows
+    has_table = has_table or any(name.endswith("embed_positions") for name, _ in model.named_buffers())
+    message = f"data.max_length: the longest example has {longest:,} tokens but model {base.name} supports {known:,} positions"
+    if has_table:
         raise ConfigError(f"{message}. Set data.max_length to {known} at most.")
-    info(f"note: {message}. It works, but the base hasn't learned them; data.max_length: {known} would cut there.")
+    info(f"note: {message}. It works, but the base was not trained on them; data.max_length: {known} would cut there.")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what turns text into ids: vocabulary, merges, normalization and special tokens, without the chat template."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["truncation"] = backend["padding"] = None  # set anew by every call
-    return digest([backend, sorted(map(str, tokenizer.all_special_tokens))])
+    """SHA-256 of what turns text into ids: vocabulary, merges, normalization and special tokens, not the chat template.
+
+    Computed once per tokenizer: a large vocabulary takes a second.
+    """
+    if tokenizer not in _hashes:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        backend["truncation"] = backend["padding"] = None  # every call sets them
+        _hashes[tokenizer] = digest([backend, sorted(map(str, tokenizer.all_special_tokens))])
+    return _hashes[tokenizer]
+
+
+def _options(base: Base) -> dict[str, Any]:
+    """The arguments that every `from_pretrained` needs for this base."""
+    return {"trust_remote_code": base.trusted_code} | ({"gguf_file": base.gguf.name} if base.gguf else {})
 
 
 @contextmanager
-def _as_model_error(base: Base, what: str, trusted: bool) -> Iterator[None]:
-    """What transformers makes of a base, of which any class of exception may come, as a ModelError; damaged files are named."""
+def _as_model_error(base: Base, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises about a base into a ModelError that names a damaged file if there is one."""
     try:
         yield
     except Exception as e:
@@ -178,11 +197,11 @@ def _as_model_error(base: Base, what: str, trusted: bool) -> Iterator[None]:
             if problem := _damage(path):
                 raise ModelError(f"{path}: {problem}. Copy the file again.") from e
         why = printable(" ".join(str(e).split()) or type(e).__name__, 400)
-        raise ModelError(f"model {base.name}: {what}: {why}{_code_hint(base, trusted)}") from e
+        raise ModelError(f"model {base.name}: {what}: {why}{_code_hint(base)}") from e
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a JSON file of a base's, if anything."""
+    """What is wrong with one of a base's JSON files, or None."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e:
@@ -191,8 +210,13 @@ def _damage(path: Path) -> str | None:
     return f"holds a {type(content).__name__}, not an object" if objects and not isinstance(content, dict) else None
 
 
-def _code_hint(base: Base, trusted: bool) -> str:
+def _code_hint(base: Base) -> str:
     config = base.folder / "config.json"
-    if not trusted and not base.gguf and config.is_file() and '"auto_map"' in config.read_text(errors="replace"):
-        return " It asks to run code of its own: read that code, then add --trust-remote-code if you trust it."
+    if (
+        not base.trusted_code
+        and not base.gguf
+        and config.is_file()
+        and '"auto_map"' in config.read_text(errors="replace")
+    ):
+        return " It needs to run its own Python code: read that code, then add --trust-remote-code if you trust it."
     return ""

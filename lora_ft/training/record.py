@@ -2,16 +2,12 @@
 
 import platform
 from importlib.metadata import version
-from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.load import Config
-from lora_ft.core.errors import ModelError
-from lora_ft.core.storage import read_json
 from lora_ft.data.examples import Examples, reports
-from lora_ft.methods.lora.files import RECORD
-from lora_ft.model.files import Base, digest, fingerprint
+from lora_ft.model.files import Base, digest
 from lora_ft.model.load import tokenizer_hash
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")
@@ -32,7 +28,7 @@ def describe(
         "base": {
             "name": base.name,
             "revision": base.revision,
-            "fingerprint": fingerprint(base),
+            "fingerprint": base.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "tokenizer": tokenizer_hash(tokenizer),
@@ -44,9 +40,3 @@ def describe(
         "versions": {"python": platform.python_version(), "lora_ft": version("lora-ft")}
         | {name: version(name) for name in PACKAGES},
     }
-
-
-def read_record(folder: Path) -> dict | None:
-    """The record of an adapter or a merged model, without its manifest's check; None for another tool's folder."""
-    path = folder / RECORD
-    return read_json(path, ModelError) if path.is_file() else None

@@ -8,9 +8,9 @@ from lora_ft.core import run_folder
 from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
 from lora_ft.core.messages import info, warn
 from lora_ft.data.examples import Examples
+from lora_ft.methods.trained import is_trained, read_record
 from lora_ft.training import run_log
 from lora_ft.training.checkpoint import State
-from lora_ft.training.record import read_record
 from lora_ft.training.saving import is_intact
 
 
@@ -25,7 +25,7 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
         run_folder.check_foreign(output)
         if overwrite:
             run_folder.check_removable(output)
-        elif run_folder.has_adapter(output) or run_folder.checkpoints(output):
+        elif is_trained(output, FilesError) or run_folder.checkpoints(output):
             raise FilesError(
                 f"output {output}: holds a run already. Go on with it: --resume, replace it: --overwrite, or name another: "
                 "--set output=FOLDER."
@@ -119,7 +119,7 @@ def newest_checkpoint(output: Path) -> Path | None:
         raise FilesError(
             f"{output}: none of its {len(found)} checkpoints is whole. Restore one, or begin anew: --overwrite."
         )
-    if run_folder.has_adapter(output):
+    if is_trained(output, FilesError):
         raise FilesError(f"{output}: holds an adapter but no checkpoints to go on from. Begin anew: --overwrite.")
     return None
 

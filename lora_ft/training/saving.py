@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,14 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError
-from lora_ft.core.messages import warn
-from lora_ft.core.storage import read_json, require_space, staged_folder, verify_manifest, write_file, write_json
+from lora_ft.core.storage import read_json, require_space, staged_folder, verify_manifest, write_file
 from lora_ft.methods import interface
 from lora_ft.methods.lora.files import write_record
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.methods.model_card import model_card
-from lora_ft.report.runs import read_run
-from lora_ft.report.write import write_report
+from lora_ft.methods.trained import Trained
 from lora_ft.training import checkpoint, run_log
 
 CARD = "README.md"
@@ -25,8 +23,12 @@ SMALL_FILES = 2**20  # bytes that a record, card and configs take at most
 
 
 @dataclass
-class Run:
-    """A run and its output folder. evaluations: step -> metrics, of this process and, for the best, of those before."""
+class Saver:
+    """Writes checkpoints and the final adapter of a run.
+
+    Attributes:
+        evaluations: step -> metrics; of earlier processes only those of the best step.
+    """
 
     output: Path
     model: PreTrainedModel
@@ -51,47 +53,35 @@ class Run:
         about = {"kind": "checkpoint", "step": state.step, "metrics": self.evaluations.get(state.step, {})}
         with staged_folder(folder) as staged:
             state.write(staged)
-            self.land(staged, about, [checkpoint.TENSORS, checkpoint.JSON])
+            self._write(staged, about, [checkpoint.TENSORS, checkpoint.JSON])
         if not is_intact(folder):
             raise FilesError(
                 f"{folder}: what was written reads back otherwise. Is the disk in order? Older ones were kept."
             )
         self.rotate(state.step, best_step)
 
+    def continue_from(self, state: checkpoint.State) -> None:
+        """Take over the best evaluation of a resumed run, and finish a rotation that was interrupted."""
+        if best := state.values.get("best"):
+            self.evaluations[best["step"]] = best["metrics"]
+        self.rotate(state.step, state.values["trainer"]["best_global_step"])
+
     def rotate(self, step: int, best_step: int | None) -> None:
         """Let checkpoints older than `step` go, but for the best."""
         run_folder.rotate(self.output, self.save_total_limit, {step} | ({best_step} if best_step else set()))
 
-    def finish(self, step: int, last: int, timings: dict, samples: Callable[[], list[dict]] | None = None) -> dict:
-        """Leave the adapter of `step` in the output folder, with a report, its record last. Returns its metrics.
-
-        samples: makes what the report shows of the adapter's answers.
-        """
+    def load_best(self, step: int, last: int) -> dict:
+        """Put the adapter of `step` into the model, if it is not the `last` one. Returns the record's closing facts."""
         if step != last:
-            interface.load_into(self.model, run_folder.checkpoint_of(self.output, step))
-        metrics = self.evaluations.get(step, {})
-        about = {"kind": "adapter", "step": step, "steps": last, "metrics": metrics, "timings": timings}
+            interface.load_into(self.model, Trained.open(run_folder.checkpoint_of(self.output, step)))
+        return {"kind": "adapter", "step": step, "steps": last, "metrics": self.evaluations.get(step, {})}
+
+    def finish(self, result: dict) -> None:
+        """Write the adapter into the output folder, its record last, with `result` in it."""
         (self.output / run_folder.RECORD).unlink(missing_ok=True)  # of a run that was made longer
-        self.report(about=about, samples=samples)
-        self.land(self.output, about, mentions=[name for name in run_folder.MENTIONED if (self.output / name).exists()])
-        return metrics
+        self._write(self.output, result, mentions=[n for n in run_folder.MENTIONED if (self.output / n).exists()])
 
-    def report(
-        self, why: str | None = None, about: dict | None = None, samples: Callable[[], list[dict]] | None = None
-    ) -> None:
-        """Write report.html and curves.png of what there is so far; a failure is a warning, for the run is more than these.
-
-        why: what ended the run early. about: what its record is going to say of the end.
-        """
-        try:
-            if samples:
-                made = {"made_by": "lora-ft", "step": (about or {}).get("step"), "samples": samples()}
-                write_json(self.output / run_folder.SAMPLES, made)
-            write_report(read_run(self.output, self.record | (about or {}), why))
-        except Exception as e:
-            warn(f"no report ({type(e).__name__}: {e})")
-
-    def land(self, folder: Path, about: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:
+    def _write(self, folder: Path, about: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:
         """Write what was trained and its card, the record last; its manifest covers the `state` files that are there."""
         method, base = self.record["config"]["adapter"]["method"], self.record["base"]["name"]
         files, more = interface.save(method, self.model, folder, base, self.tokenizer)

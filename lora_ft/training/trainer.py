@@ -24,6 +24,7 @@ from lora_ft.data.batches import Step, StepPlan
 from lora_ft.distributed import processes
 from lora_ft.methods.interface import load_into
 from lora_ft.methods.lora.inject import trainable
+from lora_ft.methods.trained import Trained
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.training.checkpoint import Counts, RandomState, State
@@ -226,7 +227,7 @@ class LoRATrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         assert self.resumed_adapter is not None
         if processes.is_main():
-            load_into(self.model, self.resumed_adapter)
+            load_into(self.model, Trained.open(self.resumed_adapter))
         processes.broadcast_tensors(list(trainable(self.model).values()))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:

@@ -15,7 +15,7 @@ from lora_ft.core.errors import ConfigError, FilesError, ModelError
 from lora_ft.methods.lora.files import load_adapter, save_adapter
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
 from lora_ft.methods.lora.peft import read_adapter
-from lora_ft.model.files import fingerprint, resolve
+from lora_ft.model.files import resolve
 from tests.helpers.families import COMMON, shake
 from tests.helpers.tiny import TEXT, tiny_tokenizer, write_base
 
@@ -57,7 +57,7 @@ def write_adapter(folder, base, **settings):
         for B in layer.lora_B.values():
             B.data.normal_(std=0.3, generator=generator)
     folder.mkdir()
-    about = {"name": str(base), "revision": None, "fingerprint": fingerprint(files)}
+    about = {"name": str(base), "revision": None, "fingerprint": files.fingerprint}
     save_adapter(model, folder, str(base), record={"format": 1, "kind": "adapter", "base": about})
     return model
 

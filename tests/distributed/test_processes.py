@@ -182,7 +182,7 @@ def test_a_sharded_process_keeps_its_share_of_the_layers_in_their_dtype(tmp_path
 
     def work():
         processes.init_process_group("cpu", 60)
-        model = load_sharded(resolve(str(tmp_path / "base")), "bfloat16", False, "cpu")
+        model = load_sharded(resolve(str(tmp_path / "base")), "bfloat16", "cpu")
         inject_lora(model, ["q"], 4, 8)
         for name, p in model.named_parameters():
             if ".layers." in name and "lora_" not in name:

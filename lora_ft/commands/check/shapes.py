@@ -14,6 +14,7 @@ from lora_ft.commands.check import display
 from lora_ft.commands.check.memory import Memory, Row, estimate
 from lora_ft.config.load import Config
 from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora import method as lora
 from lora_ft.methods.lora.files import bytes_on_disk
 from lora_ft.methods.lora.inject import lora_layers, trainable
@@ -32,7 +33,7 @@ SHAPES: dict[str, dict] = {
 }
 
 
-def check_shape(shape: str, config: Config, *, as_json: bool = False, trust_remote_code: bool = False) -> None:
+def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Trust = NO_TRUST) -> None:
     """Print what training a model of this shape takes, with the config's adapter and with every weight.
 
     Args:
@@ -43,20 +44,20 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust_remo
     """
     if config.adapter.method != "lora":
         raise ConfigError(f"adapter.method: {config.adapter.method}; a shape's sizes are known for lora, beside full.")
-    known = shape_config(shape, trust_remote_code)
+    known = shape_config(shape, trust)
     stored = DTYPES.get(config.model.dtype) or getattr(known, "dtype", None) or torch.float32
     row = row_of(config)
 
     def with_lora() -> PreTrainedModel:
-        model = build(known, "cpu", stored, trust_remote_code)
+        model = build(known, "cpu", stored, trust.remote_code)
         lora.inject(model, config.adapter, config.train.seed, None)
         return model
 
     def full() -> PreTrainedModel:
-        return build(known, "cpu", torch.float32, trust_remote_code).requires_grad_(True)
+        return build(known, "cpu", torch.float32, trust.remote_code).requires_grad_(True)
 
     with torch.device("meta"):
-        adapted = build(known, "meta", stored, trust_remote_code)
+        adapted = build(known, "meta", stored, trust.remote_code)
         lora.inject(adapted, config.adapter, config.train.seed, None)
     parameters = sum(p.numel() for p in trainable(adapted).values())
     base = sum(p.numel() for p in adapted.parameters()) - parameters
@@ -80,7 +81,7 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust_remo
         show(facts, memory, adapted, config)
 
 
-def shape_config(shape: str, trust_remote_code: bool) -> PretrainedConfig:
+def shape_config(shape: str, trust: Trust) -> PretrainedConfig:
     """The transformers config that a name, a folder or a file stands for."""
     path = Path(shape).expanduser()
     if shape in SHAPES and not path.exists():
@@ -90,7 +91,7 @@ def shape_config(shape: str, trust_remote_code: bool) -> PretrainedConfig:
         raise ModelError(
             f"--shape {shape}: no folder with a config.json, no such file, and none of {', '.join(SHAPES)}."
         )
-    return load_model_config(Base(shape, folder), trust_remote_code)
+    return load_model_config(Base(shape, folder, trusted_code=trust.remote_code))
 
 
 def row_of(config: Config) -> Row:

@@ -1,27 +1,20 @@
-"""How long a run will take: two real steps timed after a warm-up, and some of the eval data, nothing written."""
+"""How long a run will take: two real steps are timed after a warm-up, and part of an evaluation; nothing is written."""
 
 import math
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 
 from lora_ft.commands.check.display import duration
-from lora_ft.config.load import Config
-from lora_ft.data.batches import RowPacking, StepPlan
-from lora_ft.data.examples import Examples
 from lora_ft.evaluation.scoring import score
-from lora_ft.methods.interface import inject, virtual_ids
-from lora_ft.model.device import micro_batch_tokens
-from lora_ft.model.files import Base
-from lora_ft.model.load import load_base
-from lora_ft.nn.attention import Isolation
+from lora_ft.methods.interface import virtual_ids
 from lora_ft.training.arguments import arguments
 from lora_ft.training.progress import peak_memory_mb
+from lora_ft.training.setup import RunSetup
 from lora_ft.training.trainer import LoRATrainer
 
 WARM_UP, TIMED, SCORED = 1, 2, 64  # steps, steps, eval examples
@@ -64,33 +57,14 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begun)
 
 
-def time_steps(
-    config: Config,
-    base: Base,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Examples,
-    evals: Mapping[str, Examples],
-    device: str,
-    trust_remote_code: bool,
-) -> Timing:
-    """Load the model and time it on the run's first steps. Raises as `load_base` and training do."""
-    model = load_base(base, config.model.dtype, trust_remote_code, device)
-    inject(model, config.adapter, config.train.seed, tokenizer)
-    ids = virtual_ids(model)
-    train, evals = train.with_prefix(ids), {name: examples.with_prefix(ids) for name, examples in evals.items()}
-    isolation = Isolation.detect(model, max(s.report.longest for s in (train, *evals.values())))
-    settings = config.train
-    row_packing = RowPacking(micro_batch_tokens(config, device), isolation is Isolation.ONE_PER_ROW)
-
-    def plan(steps: int | None) -> StepPlan:
-        return StepPlan(
-            train.dataset, settings.batch_size, settings.num_train_epochs, steps, row_packing, settings.seed
-        )
-
-    timed, whole, clock = plan(WARM_UP + TIMED), plan(settings.max_steps), Clock()
+def time_steps(setup: RunSetup) -> Timing:
+    """Load the model and time the run's first steps and part of an evaluation. Raises as `RunSetup.model` and training do."""
+    config, model, isolation, prefix = setup.config, setup.model, setup.isolation, virtual_ids(setup.model)
+    complete, timed = setup.plan, setup.make_plan(isolation, prefix, WARM_UP + TIMED)
+    clock, settings = Clock(), config.train
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"output": folder, "train": settings.model_copy(update={"report_to": ()})}
-        args = arguments(config.model_copy(update=quiet), device)
+        args = arguments(config.model_copy(update=quiet), setup.device)
         args.max_steps, args.save_strategy, args.eval_strategy = len(timed), "no", "no"
         trainer = LoRATrainer(
             model=model,
@@ -105,21 +79,20 @@ def time_steps(
         trainer.train_from(None)
     tokens = [timed[i]["tokens"] for i in range(len(timed))]
     speed = sum(tokens[WARM_UP:]) / sum(clock.seconds[WARM_UP:])
-    per_epoch = train.report.tokens
     evaluations, evaluating = 0, 0.0
-    if evals:
-        every = settings.eval_steps if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * len(whole))
-        evaluations = settings.evaluate_base + math.ceil(len(whole) / every)  # the last step always is
-    for evaluation in evals.values():
-        some = evaluation.dataset.select(range(min(SCORED, len(evaluation.dataset))))
-        begun = time.perf_counter()
-        score(model, some, isolation, row_packing.max_tokens)
-        share = int(np.sum(some["tokens"])) / evaluation.report.tokens
-        evaluating += evaluations * (time.perf_counter() - begun) / share
+    if setup.eval_sets:
+        every = settings.eval_steps if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * len(complete))
+        evaluations = settings.evaluate_base + math.ceil(len(complete) / every)  # the last step is always evaluated
+    for examples in setup.eval_sets.values():
+        some = examples.with_prefix(prefix).dataset.select(range(min(SCORED, len(examples.dataset))))
+        started = time.perf_counter()
+        score(model, some, isolation, setup.row_tokens)
+        share = int(np.sum(some["tokens"])) / examples.report.tokens
+        evaluating += evaluations * (time.perf_counter() - started) / share
     return Timing(
         tokens_per_second=speed,
-        seconds_training=per_epoch * len(whole) / whole.steps_per_epoch / speed,
+        seconds_training=setup.train_set.report.tokens * len(complete) / complete.steps_per_epoch / speed,
         seconds_evaluating=evaluating,
         evaluations=evaluations,
-        peak_memory_mb=peak_memory_mb(torch.device(device)),
+        peak_memory_mb=peak_memory_mb(torch.device(setup.device)),
     )

@@ -25,6 +25,7 @@ from lora_ft.core.errors import ConfigError, FilesError
 from lora_ft.core.messages import info
 from lora_ft.core.run_folder import checkpoints, remove_checkpoint
 from lora_ft.core.storage import read_json, write_json
+from lora_ft.core.trust import NO_TRUST, Trust
 
 RESULT = "compare.json"
 
@@ -40,8 +41,7 @@ def compare_command(
     overrides: Sequence[str] = (),
     with_latency: bool = True,
     as_json: bool = False,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Compare the variants of a config; a table, compare.json and compare.html in `output`.
 
@@ -59,7 +59,7 @@ def compare_command(
         for point in points(grid):
             tuning(variant, point, numbers[0], folder, tune_steps)
             final(variant, point, numbers[0], folder, False)
-    options = ["--trust-remote-code"] * trust_remote_code + ["--allow-pickle"] * allow_pickle
+    options = ["--trust-remote-code"] * trust.remote_code + ["--allow-pickle"] * trust.pickles
     folder.mkdir(parents=True, exist_ok=True)
     before = read_json(folder / RESULT, FilesError) if (folder / RESULT).is_file() else {}
     if before and before.get("made_by") != "lora-ft":
@@ -95,7 +95,7 @@ def compare_command(
     if not any(its.runs for its in found):
         raise SystemExit(found[0].exit_code)  # why was said of each
     if with_latency:
-        measure_latency(found, before, write, trust_remote_code, allow_pickle)
+        measure_latency(found, before, write, trust)
     result = write()
     if as_json:
         print(json.dumps(result))
@@ -159,9 +159,7 @@ def leave_out(its: Found, why: Refused) -> None:
     info(f"compare: {its.name}: left out: {its.refused}")
 
 
-def measure_latency(
-    found: Sequence[Found], before: dict, write: Callable[[], dict], trust_remote_code: bool, allow_pickle: bool
-) -> None:
+def measure_latency(found: Sequence[Found], before: dict, write: Callable[[], dict], trust: Trust) -> None:
     """Of each variant's first run; what an earlier comparison measured of the same weights is kept."""
     known = {v["latency"]["of"]: v["latency"] for v in before.get("variants", []) if v.get("latency")}
     for its in found:
@@ -174,6 +172,6 @@ def measure_latency(
                 exits.silence_libraries()
                 from lora_ft.commands.compare.latency import latency
 
-                known[of] = {"of": of} | latency(Path(run["output"]), trust_remote_code, allow_pickle)
+                known[of] = {"of": of} | latency(Path(run["output"]), trust)
             its.latency = known[of]
             write()

@@ -11,44 +11,36 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_ft import merge
-from lora_ft.config.load import Config, parse_config
 from lora_ft.core.messages import info
-from lora_ft.methods.interface import load, method_of, virtual_ids
-from lora_ft.methods.lora.compatibility import base_of
+from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.methods.interface import load, virtual_ids
+from lora_ft.methods.trained import Trained
 from lora_ft.model.device import prepare_device
-from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
-from lora_ft.training.record import read_record
 
 PROMPT, NEW, ROUNDS = 64, 16, 20  # tokens read at once, tokens then generated one by one, measurements of each
 
 
-def latency(folder: Path, trust_remote_code: bool = False, allow_pickle: bool = False) -> dict:
+def latency(folder: Path, trust: Trust = NO_TRUST) -> dict:
     """Of a run: "adapter" and (of LoRA alone) "merged", each with milliseconds and ratios to the base's.
 
     prompt_ms: for PROMPT tokens; token_ms: for each of NEW that follow; medians of ROUNDS. The ratios are medians of those
     of a round.
     """
-    record = read_record(folder)
-    assert record is not None, "a finished run"
-    config = parse_config(record["config"])
-    device, method = prepare_device(config), method_of(folder)
-    base = base_of(folder, record, {}, None, allow_pickle)
-    bare = _load(base, config, device, trust_remote_code)
+    trained = Trained.open(folder)
+    assert trained.config is not None, "a finished run"
+    config, device, base = trained.config, prepare_device(trained.config), trained.base(trust=trust)
+    bare = load_base(base, config.model.dtype, device)
     found: dict = {"prompt_tokens": PROMPT}
-    for form in ("adapter", "merged") if method == "lora" else ("adapter",):
-        model = _load(base, config, device, trust_remote_code)
-        load(model, folder)
+    for form in ("adapter", "merged") if trained.method == "lora" else ("adapter",):
+        model = load_base(base, config.model.dtype, device)
+        load(model, trained)
         if form == "merged":
             merge(model)
         info(f"  latency of {folder}, {form}: {ROUNDS} rounds")
         found[form] = paired(bare, model.eval())
         del model
     return found
-
-
-def _load(base: Base, config: Config, device: str, trust_remote_code: bool) -> PreTrainedModel:
-    return load_base(base, config.model.dtype, trust_remote_code, device).eval()
 
 
 def paired(bare: PreTrainedModel, other: PreTrainedModel) -> dict[str, float]:

@@ -7,13 +7,16 @@ from lora_ft.commands.export.gguf_adapter import write_adapter_gguf
 from lora_ft.commands.export.gguf_layout import FAMILIES
 from lora_ft.commands.export.gguf_model import prove_gguf, write_model_gguf
 from lora_ft.commands.export.portable import write_portable
+from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
-from lora_ft.methods.lora.compatibility import base_of, check_against, check_base, check_copies, check_tokenizer
+from lora_ft.core.storage import sibling
+from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.methods.lora.compatibility import check_against, check_copies
 from lora_ft.methods.lora.files import portable_name
-from lora_ft.methods.lora.merge import beside, merge_command
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.model_card import vllm_rank
+from lora_ft.methods.trained import Trained
 from lora_ft.model.files import Base, resolve, stored_dtype
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
 
@@ -29,7 +32,7 @@ def export_command(
     verify: bool = True,
     push: str | None = None,
     public: bool = False,
-    other_base: bool = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Write `folder` (an adapter; with `to` gguf also a whole model) in another form, and print who can load it.
 
@@ -37,32 +40,37 @@ def export_command(
         UserError: options that don't go together, nothing there to export, an output that exists, a family or tokenizer that
             llama.cpp's names aren't known of, a failed proof, a hub that says no.
     """
-    whole = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+    complete = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
     if to != "gguf" and (merged or dtype != "auto"):
         raise ConfigError(f"--merged and --dtype go with --to gguf; this is --to {to}")
-    if whole and (to != "gguf" or base or merged):
-        raise ConfigError(f"{folder}: a whole model, not an adapter; say `lora-ft export {folder} --to gguf`, no more")
+    if complete and (to != "gguf" or base or merged):
+        raise ConfigError(
+            f"{folder}: a complete model, not an adapter; use `lora-ft export {folder} --to gguf` without --base and --merged"
+        )
     if public and not push:
         raise ConfigError("--public goes with --push REPO")
     if push:
         hub.check(push)
-    kind = to if to != "gguf" else "model.gguf" if whole else "merged.gguf" if merged else "lora.gguf"
-    target = output or beside(folder, ".gguf" if whole else f"-{kind}")
+    kind = to if to != "gguf" else "model.gguf" if complete else "merged.gguf" if merged else "lora.gguf"
+    target = output or sibling(folder, ".gguf" if complete else f"-{kind}")
     if target.exists():
         raise FilesError(f"{target}: exists already. Remove it, or name another place with --output.")
-    adapter = None if whole else read_adapter(folder)
-    files = resolve(str(folder)) if adapter is None else base_of(folder, adapter.record, adapter.config, base)
     if to == "merged":
-        merge_command(folder, base=base, output=target, verify=verify, other_base=other_base)
+        merge_command(folder, base=base, output=target, verify=verify, trust=trust)
+        files = Trained.open(folder).base(base, trust)
+    elif complete:
+        files = resolve(str(folder), trust=trust)
+        export_model_gguf(files, target, dtype, None, verify)
     else:
-        if adapter is not None:
-            check_base(adapter.record, files, other_base)
-        if adapter is not None and to == "peft":
+        trained = Trained.open(folder)
+        adapter, files = read_adapter(trained), trained.base(base, trust)
+        trained.check(files, load_tokenizer(files) if merged else None, trust.other_base)
+        if to == "peft":
             export_peft(adapter, files, target)
-        elif adapter is not None and not merged:
-            export_lora_gguf(adapter, files, target, dtype)
+        elif merged:
+            export_model_gguf(files, target, dtype, adapter, verify)
         else:
-            export_model_gguf(files, target, dtype, adapter, verify, other_base)
+            export_lora_gguf(adapter, files, target, dtype)
     if push:
         print(f"pushed to {hub.push(push, hub.uploads(target, kind, portable_name(files.name)), public)}")
 
@@ -76,7 +84,7 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
         rank = write_portable(adapter, staged)
         if (card := adapter.folder / hub.CARD).is_file():
             named = str(
-                adapter.config.get("base_model_name_or_path")
+                adapter.trained.adapter_config.get("base_model_name_or_path")
             )  # PEFT's own cards may hold a path of the machine
             text = card.read_text(encoding="utf-8", errors="replace").replace(named, portable_name(named))
             storage.write_file(staged / hub.CARD, text)
@@ -108,16 +116,12 @@ def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str)
     )
 
 
-def export_model_gguf(
-    base: Base, target: Path, dtype: str, adapter: AdapterFile | None, verify: bool, other_base: bool
-) -> None:
+def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile | None, verify: bool) -> None:
     """A whole model, with the adapter folded in if there is one, as a GGUF that has proved itself."""
     if base.gguf or base.pickles:
         raise ModelError(
             f"base {base.name}: no safetensors. Merge first: --to merged, then export that folder --to gguf."
         )
-    if adapter is not None:
-        check_tokenizer(adapter.record, base, load_tokenizer(base), other_base)
     dtype = str(stored_dtype(base)).removeprefix("torch.") if dtype == "auto" else dtype
     with storage.landing(target, 0) as temporary:
         size = write_model_gguf(base, temporary, dtype, adapter)

@@ -133,7 +133,7 @@ def prove_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None =
     lost = [name for name in COMPARED if _setting(wanted, name) != _setting(found, name)]
     if lost:
         return f"transformers doesn't read {', '.join(lost)} from such a file"
-    rows = sample_rows((adapter and adapter.record) or None, load_tokenizer(base), wanted.vocab_size)
+    rows = sample_rows(adapter.trained.record if adapter else {}, load_tokenizer(base), wanted.vocab_size)
     model = load_base(base, "float32")
     if adapter is not None:
         load_adapter(model, adapter.folder)

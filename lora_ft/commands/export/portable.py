@@ -37,13 +37,14 @@ def write_portable(adapter: AdapterFile, folder: Path) -> int:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": portable_name(adapter.config.get("base_model_name_or_path") or "") or None,
+        "base_model_name_or_path": portable_name(adapter.trained.adapter_config.get("base_model_name_or_path") or "")
+        or None,
         "r": R,
         "lora_alpha": R,
         "lora_dropout": 0.0,
         "target_modules": targets(adapter),
         "bias": "none",
-        "fan_in_fan_out": bool(adapter.config.get("fan_in_fan_out")),
+        "fan_in_fan_out": bool(adapter.trained.adapter_config.get("fan_in_fan_out")),
         "inference_mode": True,
     }
     storage.write_tensors(folder / WEIGHTS, tensors)
@@ -53,7 +54,7 @@ def write_portable(adapter: AdapterFile, folder: Path) -> int:
 
 def targets(adapter: AdapterFile) -> list[str]:
     """target_modules, sorted: the adapter's own list where it says it all, else each module by its path."""
-    config, modules = adapter.config, sorted(adapter.tensors)
+    config, modules = adapter.trained.adapter_config, sorted(adapter.tensors)
     own = config.get("target_modules")
     narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     if not isinstance(own, list) or narrowed:

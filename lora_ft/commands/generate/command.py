@@ -11,12 +11,12 @@ from tqdm import tqdm
 from lora_ft.commands.generate.chat import aloud, chat, visible
 from lora_ft.commands.generate.prompts import read_prompts
 from lora_ft.commands.generate.serving import BASE, Answer, Question, Served, load, override
-from lora_ft.core import run_folder
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.messages import printable
+from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.sources import Row
 from lora_ft.data.template import BadRow
-from lora_ft.methods.interface import method_of
+from lora_ft.methods.trained import Trained, is_model
 
 
 def generate_command(
@@ -35,9 +35,7 @@ def generate_command(
     seed: int | None = None,
     batch_size: int = 16,
     as_json: bool = False,
-    other_base: bool = False,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Print answers, or chat when neither a prompt nor prompts are given.
 
@@ -48,16 +46,9 @@ def generate_command(
         raise ConfigError("--prompt and --prompts: give one; a prompt, or a file of them")
     if as_json and prompt is None and prompts is None:
         raise ConfigError("--json goes with --prompt or --prompts")
-    named, base = which(folders, adapters, base)
+    named, base = find_adapters(folders, adapters, base)
     rows = list(read_prompts(prompts)) if prompts is not None else []  # what can't be read is told before all loading
-    served = load(
-        named,
-        base,
-        raw=raw,
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
+    served = load(named, base, raw=raw, trust=trust)
     override(
         served.sampling,
         greedy=greedy,
@@ -79,14 +70,16 @@ def generate_command(
         chat(served, first)
 
 
-def which(folders: Sequence[Path], adapters: Sequence[str], base: str | None) -> tuple[dict[str, Path], str | None]:
-    """Adapters by name, a folder's by its last part, and the base's name where it isn't left to the adapters.
+def find_adapters(
+    folders: Sequence[Path], adapters: Sequence[str], base: str | None
+) -> tuple[dict[str, Trained], str | None]:
+    """The adapters by name (that of their folder, unless NAME=DIR gives another), and the base if one is named.
 
     Raises:
-        ConfigError: a name given twice, or no NAME=DIR; a whole model's folder beside adapters.
-        ModelError: nothing trained there.
+        ConfigError: a name given twice, an option that is not NAME=DIR, or a complete model beside adapters.
+        ModelError: nothing trained in a folder.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, Trained] = {}
     if not folders and not adapters and not base:
         folders = [Path("out")]
     pairs = [(folder.resolve().name, folder) for folder in folders]
@@ -96,21 +89,16 @@ def which(folders: Sequence[Path], adapters: Sequence[str], base: str | None) ->
             raise ConfigError(f"--adapter {printable(text)}: give NAME=DIR, as in --adapter reviews=out/reviews")
         pairs.append((name, Path(given)))
     for name, folder in pairs:
-        whole = not run_folder.has_adapter(folder) or method_of(folder) == "full"
-        if whole and (folder / "config.json").is_file():
+        trained = None if is_model(folder) else Trained.open(folder)
+        if trained is None or trained.method == "full":
             if len(pairs) > 1 or base:
                 raise ConfigError(
-                    f"{folder}: a whole model, not an adapter. Give it alone, or as the --base of adapters."
+                    f"{folder}: a complete model, not an adapter. Give it alone, or as the --base of adapters."
                 )
             return {}, str(folder)
         if name in found or name == BASE:
             raise ConfigError(f"two adapters named {printable(name)}: give names with --adapter NAME=DIR")
-        if not run_folder.has_adapter(folder):
-            raise ModelError(
-                run_folder.unfinished(folder)
-                or f"{folder}: nothing trained there. Train first, `lora-ft train CONFIG`, or name a folder."
-            )
-        found[name] = folder
+        found[name] = trained
     return found, base
 
 

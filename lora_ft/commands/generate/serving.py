@@ -12,19 +12,17 @@ from transformers.generation.streamers import BaseStreamer
 
 from lora_ft.commands.generate.prompts import Form, form_of
 from lora_ft.config.load import parse_config
-from lora_ft.core import run_folder
 from lora_ft.core.errors import ConfigError, DataError, ModelError
-from lora_ft.core.storage import read_json
+from lora_ft.core.trust import Trust
 from lora_ft.data.chat import Turn
 from lora_ft.data.template import BadRow
-from lora_ft.methods.interface import method_of
-from lora_ft.methods.lora.compatibility import check_trained_on
-from lora_ft.methods.lora.files import CONFIG, load_adapter
+from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import check_names, mixed, use
+from lora_ft.methods.lora.peft import read_adapter
+from lora_ft.methods.trained import Trained, read_record
 from lora_ft.model.device import prepare_device
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
-from lora_ft.training.record import read_record
 
 BASE = "base"  # the bare base's name, where an adapter's could stand
 NO_DATA = {"train": "nothing", "text": "{text}"}  # for a config of which only the model and the device count
@@ -135,48 +133,38 @@ class _Texts(BaseStreamer):
         pass
 
 
-def load(
-    adapters: dict[str, Path],
-    base_name: str | None,
-    *,
-    raw: bool,
-    other_base: bool,
-    trust_remote_code: bool,
-    allow_pickle: bool,
-) -> Served:
-    """The base of the adapters (or `base_name`, a whole model's folder too) with all of them, checked as in `eval`.
+def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trust: Trust) -> Served:
+    """Load the base of the adapters (or `base_name`, which may be a complete model's folder) with all of them on it.
 
     Raises:
-        ModelError: an adapter that isn't there, isn't whole, or was trained on another base.
+        ConfigError: no base is named.
+        ModelError: an adapter that is not LoRA, or was trained on another base.
     """
-    for folder in adapters.values():
-        if not run_folder.has_adapter(folder):
-            raise ModelError(run_folder.unfinished(folder) or f"{folder}: no adapter there ({CONFIG} is missing).")
-        if (method := method_of(folder)) != "lora":
-            raise ModelError(f"{folder}: of method {method}; only LoRA adapters and whole models are served.")
-    records = {name: read_record(folder) or {} for name, folder in adapters.items()}
-    first = next(iter(records.values()), {})
-    recorded = first.get("base") or {}
-    if base_name is None:
-        folder = next(iter(adapters.values()))
-        base_name = recorded.get("name") or read_json(folder / CONFIG, ModelError).get("base_model_name_or_path")
+    for trained in adapters.values():
+        if trained.method != "lora":
+            raise ModelError(
+                f"{trained.folder}: of method {trained.method}; only LoRA adapters and complete models are served."
+            )
+    first = next(iter(adapters.values()), None)
+    base_name = base_name or (first.base_name if first else None)
     if not base_name:
-        raise ConfigError("no base: the adapter doesn't name one. Add --base NAME.")
-    own = read_record(Path(base_name)) if Path(base_name).is_dir() else None  # a merged model has its run's record
-    settings = (first or own or {}).get("config") or {"model": {}, "data": NO_DATA}
+        raise ConfigError("no base: the adapter does not name one. Add --base NAME.")
+    own = read_record(Path(base_name)) if Path(base_name).is_dir() else None  # a merged model has the record of its run
+    settings = ((first.record if first else own) or {}).get("config") or {"model": {}, "data": NO_DATA}
     config = parse_config({**settings, "model": {**settings["model"], "name": base_name}})
     device = prepare_device(config)
-    pinned = recorded.get("revision") if base_name == recorded.get("name") else None
-    base = resolve(base_name, pinned, allow_pickle)
-    tokenizer = load_tokenizer(base, trust_remote_code)
-    for name, record in records.items():
-        check_trained_on(name, record, base, tokenizer, other_base)
-    model = load_base(base, config.model.dtype, trust_remote_code, device)
-    data = {name: parse_config(r["config"]).data if "config" in r else None for name, r in records.items()}
-    forms: dict[str | None, Form] = {name: form_of(section, tokenizer, raw) for name, section in data.items()}
+    base = first.base(base_name, trust) if first else resolve(base_name, trust=trust)
+    tokenizer = load_tokenizer(base)
+    for name, trained in adapters.items():
+        trained.check(base, tokenizer, trust.other_base, name)
+    model = load_base(base, config.model.dtype, device)
+    forms: dict[str | None, Form] = {
+        name: form_of(trained.config.data if trained.config else None, tokenizer, raw)
+        for name, trained in adapters.items()
+    }
     forms[None] = form_of(parse_config(own["config"]).data if own and "config" in own else None, tokenizer, raw)
-    for name, folder in adapters.items():
-        load_adapter(model, folder, name)
+    for name, trained in adapters.items():
+        apply_adapter(model, read_adapter(trained), name)
     model.generation_config = own_sampling(model, tokenizer, forms.values())
     return Served(model, tokenizer, forms)
 

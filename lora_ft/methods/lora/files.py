@@ -20,6 +20,7 @@ from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.multi import adapter_names, add_adapter
 from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Slices, differences, read_adapter
 from lora_ft.methods.lora.peft_config import CONFIG
+from lora_ft.methods.trained import Trained
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
 __all__ = ["CONFIG", "RECORD", "WEIGHTS", "AdapterFile", "initialize_from", "load_adapter", "read_adapter"]
@@ -92,14 +93,25 @@ def slices(model: nn.Module) -> dict[str, dict]:
 def load_adapter(
     model: nn.Module, folder: Path | str, name: str | None = None, *, trainable: bool = False
 ) -> AdapterFile:
-    """Put an adapter from files, ours or PEFT's, into `model`, whose base weights are frozen by this.
+    """Put an adapter from a folder, ours or PEFT's, into `model`, whose base weights are frozen by this.
 
     Ours come back in the parts they were trained in, bit for bit; PEFT's as one part of rank R a module. Without a `name`
     it is the model's one adapter, in use at once, to go on training or to merge. With a name it is one of as many as
     wanted that share the base, none of them in use before `use(model, name)` or `mixed(model, names)`.
 
     Raises:
-        ModelError: as `read_adapter` and `check_against`; the model has its one adapter already, or one of this name.
+        ModelError: as `Trained.open`, `read_adapter` and `apply_adapter`.
+    """
+    return apply_adapter(model, read_adapter(Trained.open(Path(folder))), name, trainable=trainable)
+
+
+def apply_adapter(
+    model: nn.Module, adapter: AdapterFile, name: str | None = None, *, trainable: bool = False
+) -> AdapterFile:
+    """`load_adapter` of an adapter that has been read.
+
+    Raises:
+        ModelError: as `check_against` and `check_copies`; or the model has its one adapter already, or one of this name.
     """
     if name is not None and trainable:
         raise ValueError("an adapter by a name is for use alone: load the one to train without a name")
@@ -107,7 +119,6 @@ def load_adapter(
         raise ModelError(
             "the model has an adapter already: load the base again, or merge the first one; or load each by a name"
         )
-    adapter = read_adapter(Path(folder))
     linear = check_against(model, adapter)
     check_copies(model, adapter)
     model.requires_grad_(False)
@@ -128,7 +139,7 @@ def load_adapter(
     return adapter
 
 
-def initialize_from(model: nn.Module, folder: Path) -> None:
+def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
     """Copy an adapter's weights into the adapters that `model` already has.
 
     They must cover the same rows at the same rank. Where the scalings differ, B is multiplied by their ratio: the model
@@ -137,8 +148,7 @@ def initialize_from(model: nn.Module, folder: Path) -> None:
     Raises:
         ModelError: as `read_adapter`; or modules, rows or ranks differ (each difference is named).
     """
-    adapter, layers = read_adapter(folder), lora_layers(model)
-    path = adapter.folder / WEIGHTS
+    layers, path = lora_layers(model), adapter.folder / WEIGHTS
     if adapter.tensors.keys() != layers.keys():
         raise ModelError(differences(path, layers.keys() - adapter.tensors.keys(), adapter.tensors.keys() - layers))
     check_copies(model, adapter)

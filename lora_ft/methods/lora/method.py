@@ -5,8 +5,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.adapter_settings import AdapterConfig
-from lora_ft.methods.lora.files import CONFIG, WEIGHTS, initialize_from, load_adapter, save_adapter, slices
+from lora_ft.methods.lora.files import CONFIG, WEIGHTS, apply_adapter, initialize_from, save_adapter, slices
 from lora_ft.methods.lora.inject import bare, inject_lora
+from lora_ft.methods.lora.peft import read_adapter
+from lora_ft.methods.trained import Trained
 
 __all__ = ["bare", "inject", "load", "load_into", "save"]
 
@@ -35,9 +37,9 @@ def save(
     return [WEIGHTS, CONFIG], {"slices": slices(model)}
 
 
-def load(model: PreTrainedModel, folder: Path) -> None:
-    load_adapter(model, folder)
+def load(model: PreTrainedModel, trained: Trained) -> None:
+    apply_adapter(model, read_adapter(trained))
 
 
-def load_into(model: PreTrainedModel, folder: Path) -> None:
-    initialize_from(model, folder)
+def load_into(model: PreTrainedModel, trained: Trained) -> None:
+    initialize_from(model, read_adapter(trained))

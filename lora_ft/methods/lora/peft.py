@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_ft.core import run_folder, storage
+from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.run_folder import RECORD
 from lora_ft.methods.lora.peft_config import CONFIG, by_pattern, check_config
+from lora_ft.methods.trained import Trained
 from lora_ft.nn.lora import RowBlocks, scaling
 
 WEIGHTS = "adapter_model.safetensors"
@@ -38,27 +39,30 @@ class AdapterFile:
 
     tensors: module path -> A (R, in), B (out, R), float32. scalings: module path -> s of s B A. slices: of our own.
     copies: base weights that PEFT saved beside an adapted head or embedding; the base must hold the very same.
-    record: our lora_ft.json, if there is one.
     """
 
-    folder: Path
-    config: dict
+    trained: Trained
     tensors: dict[str, tuple[Tensor, Tensor]]
     scalings: dict[str, float]
     slices: dict[str, Slices]
     copies: dict[str, Tensor]
-    record: dict | None
+
+    @property
+    def folder(self) -> Path:
+        """The folder it was read from."""
+        return self.trained.folder
 
 
-def read_adapter(folder: Path) -> AdapterFile:
-    """Read an adapter folder, ours or PEFT's (a checkpoint of ours too), with every check that needs no model.
+def read_adapter(trained: Trained) -> AdapterFile:
+    """Read the adapter of a folder, ours or PEFT's (a checkpoint of ours too), with every check that needs no model.
 
     Raises:
-        ModelError: none there, damaged, changed since its manifest, of another method, with a rank or shape that
-            contradicts the config, or with NaN or inf. The file and the tensor are named.
+        ModelError: it is damaged, of another method, has a rank or shape that contradicts the config, or holds NaN or
+            inf. The file and the tensor are named.
     """
-    folder = Path(folder)
-    record = verified_record(folder)
+    folder, config, record = trained.folder, trained.adapter_config, trained.record
+    if trained.method == "full":
+        raise ModelError(f"{folder}: a fully fine-tuned model, not an adapter.")
     config_path, weights = folder / CONFIG, folder / WEIGHTS
     if not weights.is_file():
         pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
@@ -68,7 +72,6 @@ def read_adapter(folder: Path) -> AdapterFile:
                 f"as {WEIGHTS} where it comes from (PEFT does so by default)."
             )
         raise ModelError(f"{weights}: missing. The adapter is incomplete: copy it again.")
-    config = storage.read_json(config_path, ModelError)
     check_config(config_path, config)
     tensors, copies = _pair(weights, storage.read_tensors(weights))
     scalings = {}
@@ -90,25 +93,7 @@ def read_adapter(folder: Path) -> AdapterFile:
                 raise ModelError(f"{weights}: {key} holds NaN or inf.")
     tensors = {module: (A.float(), B.float()) for module, (A, B) in tensors.items()}
     slices = _read_slices(folder / RECORD, record, tensors, scalings)
-    return AdapterFile(folder, config, tensors, scalings, slices, copies, record)
-
-
-def verified_record(folder: Path, needed: str = CONFIG) -> dict | None:
-    """Our record, its manifest verified; ModelError for a folder that lacks the file that makes it one of its kind."""
-    path = folder / RECORD
-    record = storage.read_json(path, ModelError) if path.is_file() else None
-    if record is not None:
-        if record.get("format") != 1:
-            raise ModelError(f"{path}: format {record.get('format')!r}; this lora-ft reads format 1. Update lora-ft.")
-        if record.get("kind") == "merged":
-            raise ModelError(f"{folder}: a merged model, not an adapter. Its adapter is inside its weights already.")
-        storage.verify_manifest(folder, record.get("files") or {}, ModelError)
-    if record is None and (message := run_folder.unfinished(folder)):
-        raise ModelError(message)
-    if not (folder / needed).is_file():
-        what = "no such folder" if not folder.is_dir() else f"no adapter there ({needed} is missing)"
-        raise ModelError(f"{folder}: {what}. Give the folder that a training run or PEFT wrote.")
-    return record
+    return AdapterFile(trained, tensors, scalings, slices, copies)
 
 
 def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
@@ -144,9 +129,9 @@ def differences(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -
     return f"{path}: tensors missing: {shown(missing)}; unexpected: {shown(unexpected)}."
 
 
-def _read_slices(path: Path, record: dict | None, tensors: dict, scalings: dict[str, float]) -> dict[str, Slices]:
+def _read_slices(path: Path, record: dict, tensors: dict, scalings: dict[str, float]) -> dict[str, Slices]:
     """The record's slices, checked against the tensors; `scalings` gets the record's exact values."""
-    entries = (record or {}).get("slices")
+    entries = record.get("slices")
     if not entries:
         return {}
     if not isinstance(entries, dict) or entries.keys() != tensors.keys():

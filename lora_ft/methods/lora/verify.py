@@ -1,14 +1,14 @@
-"""Proof of a merge, in two parts: each matrix by what it does to random inputs, and whole models by their logits."""
+"""Verification of a merge in two parts: every matrix on random inputs, then the logits of complete models."""
 
 import gc
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.files import load_adapter
+from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.inject import bare, lora_layers
+from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
 
@@ -48,7 +48,7 @@ def matrix_error(W: Tensor, merged: Tensor, A: Tensor, B: Tensor, s: float, x: T
 
 
 def sample_rows(record: dict | None, tokenizer, vocabulary: int) -> list[list[int]]:
-    """Token ids to compare logits on: the record's own, or a few sentences, and always a row of random ids."""
+    """Rows of token ids to compare logits on: those in the record, or a few sentences, and always a row of random ids."""
     rows = [row for row in (record or {}).get("samples") or () if isinstance(row, list) and row]
     rows = [row[:512] for row in rows if all(type(i) is int and 0 <= i < vocabulary for i in row)][:8]
     if not rows and tokenizer is not None:
@@ -57,30 +57,30 @@ def sample_rows(record: dict | None, tokenizer, vocabulary: int) -> list[list[in
 
 
 def compare_logits(
-    base: Base,
-    adapter: Path,
-    merged: Base,
-    dtypes: dict[str, torch.dtype],
-    rows: list[list[int]],
-    trust_remote_code: bool,
+    base: Base, adapter: AdapterFile, merged: Base, dtypes: dict[str, torch.dtype], rows: list[list[int]]
 ) -> dict:
-    """Logits of base + adapter and of the merged model on `rows`, in float32 arithmetic, one model in memory at a time.
+    """Compare the logits of base + adapter and of the merged model on `rows`, in float32, one model in memory at a time.
 
-    `dtypes` says in which dtype each adapted weight is stored. What that rounding alone does to the logits is measured,
-    on base + adapter with each adapted weight merged and rounded in memory. Two conditions:
-    - the merged model from disk is that one, to 1e-4 of the largest logit (and 1/16 of the rounding's effect: a
-      sum in another order may round a few weights the other way);
-    - the whole difference is small beside the largest logit: 1e-4 of it for float32, 8 eps of a lower precision.
+    The effect of rounding the merged weights is measured separately, on base + adapter merged and rounded in memory. Two
+    conditions must hold:
+
+    - the merged model on disk equals that one to 1e-4 of the largest logit (plus 1/16 of the rounding's effect: a sum in
+      another order may round a few weights the other way);
+    - the total difference is at most 1e-4 of the largest logit for float32, 8 eps of it for a lower precision.
 
     Measured on SmolLM2-135M with q and v adapted at rank 8: rounding to bfloat16 or float16 moves the logits by 0.3 to 0.8
-    eps of the largest one; a right merge meets the first condition with a difference of 0, and one without the adapter of
-    a single matrix of 60 (B normal, std 0.02) is 7 to 19 times over it.
+    eps of the largest one; a correct merge meets the first condition with a difference of 0, and one that lacks the adapter
+    of a single matrix of 60 (B normal, std 0.02) exceeds it 7 to 19 times.
+
+    Args:
+        dtypes: module -> the dtype that its merged weight is stored in.
+        rows: token ids.
 
     Raises:
-        ModelError: a condition fails; both figures, and where.
+        ModelError: a condition does not hold; with the difference, the limit and the position.
     """
-    model = load_base(base, "float32", trust_remote_code)
-    load_adapter(model, adapter)
+    model = load_base(base, "float32")
+    apply_adapter(model, adapter)
     exact = logits(model, rows)
     with bare(model):
         without = logits(model, rows)
@@ -91,7 +91,7 @@ def compare_logits(
     rounded = logits(model, rows)
     del model
     gc.collect()
-    model = load_base(merged, "float32", trust_remote_code)
+    model = load_base(merged, "float32")
     found = logits(model, rows)
     del model
     gc.collect()
@@ -100,17 +100,17 @@ def compare_logits(
     allowed = max(1e-4 if d == torch.float32 else 8 * torch.finfo(d).eps for d in dtypes.values())
     rounding = largest(rounded, exact)[0]
     close, tolerance = largest(found, rounded), 1e-4 * scale + rounding / 16
-    whole = largest(found, exact)
-    for (difference, row, position), limit in ((close, tolerance), (whole, allowed * scale)):
+    total = largest(found, exact)
+    for (difference, row, position), limit in ((close, tolerance), (total, allowed * scale)):
         if not difference <= limit:
             raise ModelError(
-                f"the merge failed its proof: logits differ by {difference:.3g} in sample row {row}, position "
+                f"the merge failed its verification: logits differ by {difference:.3g} in sample row {row}, position "
                 f"{position}, where {limit:.3g} is allowed (largest logit {scale:.3g}). The output was not kept."
             )
     return {
         "rows": len(rows),
         "positions": sum(map(len, rows)),
-        "difference": whole[0],
+        "difference": total[0],
         "tolerance": allowed * scale,
         "rounding": rounding,
         "beyond_rounding": close[0],
@@ -122,11 +122,12 @@ def compare_logits(
 
 @torch.no_grad()
 def logits(model, rows: list[list[int]]) -> list[Tensor]:
+    """The logits (tokens, vocabulary) of each row, in float32."""
     return [model(input_ids=torch.tensor([row]), use_cache=False).logits[0].float() for row in rows]
 
 
 def largest(a: list[Tensor], b: list[Tensor]) -> tuple[float, int, int]:
-    """The largest absolute difference, its row and its position in it; a NaN is the largest of all."""
+    """(largest absolute difference, row, position) of two lists of (tokens, vocabulary); NaN counts as infinite."""
     best = (-1.0, 0, 0)
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         by_position = (x - y).abs().amax(-1).nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -17,7 +17,7 @@ from lora_ft.core import storage
 from lora_ft.core.errors import FilesError, ModelError
 from lora_ft.methods.lora import files, merge, merge_shards, stored_names, verify
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
-from lora_ft.model.files import Base, fingerprint, resolve
+from lora_ft.model.files import Base, resolve
 from lora_ft.model.load import load_base
 from tests.helpers.families import FAMILIES, tiny_model, token_ids
 
@@ -42,7 +42,7 @@ def write_adapter(model, folder, base=None, scale=0.3, **settings) -> Path:
         for B in layer.lora_B.values():
             B.data.normal_(std=scale, generator=generator)
     folder.mkdir()
-    about = {"name": base.name, "revision": None, "fingerprint": fingerprint(base)} if base else {}
+    about = {"name": base.name, "revision": None, "fingerprint": base.fingerprint} if base else {}
     files.save_adapter(model, folder, "base", record={"format": 1, "kind": "adapter", "base": about, "seed": 5})
     return folder
 
@@ -193,7 +193,7 @@ def test_the_record_says_what_was_merged_and_proved(tmp_path):
         merge.merge_adapter(base, adapter, tmp_path / name, verify=proved)
         record = json.loads((tmp_path / name / "lora_ft.json").read_text())
         assert (record["kind"], record["seed"], record["other_base"]) == ("merged", 5, False)
-        assert record["base"]["fingerprint"] == fingerprint(base)
+        assert record["base"]["fingerprint"] == base.fingerprint
         assert record["merge"]["verified"] == ["matrices", "logits"][: 1 + proved]
         assert (record["merge"]["logits"] is not None) == proved
         assert set(record["merge"]["matrix_errors"]) == set(files.read_adapter(adapter).tensors)
@@ -232,14 +232,14 @@ def test_an_adapter_that_names_no_base(tmp_path):
 def test_another_base_is_refused_or_insisted_on(tmp_path, capsys):
     base, adapter, _ = case(tmp_path)
     other = write_base(tiny_model("llama", seed=1), tmp_path / "other")
-    with pytest.raises(ModelError, match=fingerprint(other)[:12]) as caught:
+    with pytest.raises(ModelError, match=other.fingerprint[:12]) as caught:
         merge.merge_adapter(other, adapter, tmp_path / "out")
-    assert fingerprint(base)[:12] in str(caught.value) and "--other-base" in str(caught.value)
+    assert base.fingerprint[:12] in str(caught.value) and "--other-base" in str(caught.value)
     assert not (tmp_path / "out").exists()
     merge.merge_adapter(other, adapter, tmp_path / "out", other_base=True)
     assert "warning" in capsys.readouterr().err
     record = json.loads((tmp_path / "out/lora_ft.json").read_text())
-    assert record["other_base"] is True and record["base"]["fingerprint"] == fingerprint(other)
+    assert record["other_base"] is True and record["base"]["fingerprint"] == other.fingerprint
 
 
 def test_pefts_adapter_with_a_head_merges(tmp_path):

@@ -1,0 +1,208 @@
+"""A trained folder: which method trained it, on which base, and whether both are what they were.
+
+The one place that knows what a folder is:
+
+- a run's output or checkpoint: an adapter, or full fine-tuning's model, and the record `lora_ft.json`;
+- another tool's adapter: `adapter_config.json` without a record;
+- an unfinished run: checkpoints, but no record yet;
+- anything else, such as a merged model, is not a trained folder.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_ft.config.load import Config, parse_config
+from lora_ft.core.errors import ModelError, UserError
+from lora_ft.core.messages import info, printable, warn
+from lora_ft.core.run_folder import RECORD, checkpoints
+from lora_ft.core.storage import read_json, verify_manifest
+from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.methods.lora.peft_config import CONFIG
+from lora_ft.model.files import Base, digest, resolve
+from lora_ft.model.load import tokenizer_hash
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What was trained into a folder, its manifest verified.
+
+    Attributes:
+        folder: as the user named it.
+        method: lora, full, bottleneck or prompt.
+        record: the content of `lora_ft.json`; empty for another tool's adapter.
+        adapter_config: the content of `adapter_config.json`; empty for full fine-tuning.
+    """
+
+    folder: Path
+    method: str
+    record: dict[str, Any]
+    adapter_config: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Trained":
+        """Read a folder's record and config, and verify its files against the manifest.
+
+        Raises:
+            ModelError: nothing trained there, an unfinished run, a merged model, or a damaged or changed file.
+        """
+        record = read_record(folder) or {}
+        if record and record.get("format") != 1:
+            raise ModelError(
+                f"{folder / RECORD}: format {record.get('format')!r}; this lora-ft reads format 1. Update lora-ft."
+            )
+        if record.get("kind") == "merged":
+            raise ModelError(f"{folder}: a merged model, not an adapter. Its adapter is already part of its weights.")
+        verify_manifest(folder, record.get("files") or {}, ModelError)
+        if message := unfinished_run(folder):
+            raise ModelError(message)
+        if not is_trained(folder):
+            problem = "nothing trained there" if folder.is_dir() else "no such folder"
+            raise ModelError(
+                f"{folder}: {problem}. Train first with `lora-ft train CONFIG`, or give the folder that a training run or "
+                "PEFT wrote."
+            )
+        adapter_config = read_json(folder / CONFIG, ModelError) if (folder / CONFIG).is_file() else {}
+        return cls(folder, _method(folder, adapter_config), record, adapter_config)
+
+    @cached_property
+    def config(self) -> Config | None:
+        """The run's config; None for another tool's adapter.
+
+        Raises:
+            ConfigError: the recorded config is damaged.
+        """
+        return parse_config(self.record["config"]) if "config" in self.record else None
+
+    @property
+    def base_name(self) -> str | None:
+        """The base that the folder names, a hub id or a local folder."""
+        return self._recorded_base.get("name") or self.adapter_config.get("base_model_name_or_path")
+
+    def base(self, name: str | None = None, trust: Trust = NO_TRUST, revision: str | None = None) -> Base:
+        """The files of the base: the recorded one at the recorded revision, unless another `name` is given.
+
+        Raises:
+            ModelError: neither names a base, or it isn't there.
+        """
+        name = name or self.base_name
+        if not name:
+            raise ModelError(f"{self.folder}: does not name the base it was trained on. Name it with --base.")
+        if name != self._recorded_base.get("name"):
+            return resolve(name, revision, trust)
+        revision = self._recorded_base.get("revision")
+        if revision is None and not Path(name).expanduser().exists():  # it was a folder: never ask the hub for its name
+            raise ModelError(
+                f"model {name}: {self.folder} was trained on a local base of that name, and there is none here. Say where it "
+                "is: --base FOLDER."
+            )
+        return resolve(name, revision, trust)
+
+    def check(
+        self, base: Base, tokenizer: PreTrainedTokenizerBase | None, other_base: bool, name: str | None = None
+    ) -> None:
+        """Check that this is the base, and the tokenizer, of the training.
+
+        Args:
+            tokenizer: None for a base without one.
+            other_base: warn instead of refusing.
+            name: for messages, where there are several adapters.
+
+        Raises:
+            ModelError: the weights (both fingerprints are named) or the tokenizer are different.
+        """
+        prefix = f"adapter {printable(name)}: " if name else ""
+        check_base(self.record, base, other_base, prefix)
+        trained_with = self.record.get("tokenizer")
+        if tokenizer is None:
+            if trained_with:
+                raise ModelError(
+                    f"{prefix}model {base.name}: has no tokenizer, but the adapter was trained with one. Restore its files."
+                )
+            return
+        if trained_with not in (None, tokenizer_hash(tokenizer)):
+            problem = (
+                f"{prefix}base {base.name}: its tokenizer (vocabulary, merges or special tokens) has changed since the "
+                "training."
+            )
+            if not other_base:
+                raise ModelError(f"{problem} Restore it, or use it anyway with --other-base.")
+            warn(f"{problem} Continuing because of --other-base.")
+        template = self.record.get("chat_template")
+        if template and template != digest(tokenizer.chat_template):
+            warn(f"{prefix}base {base.name}: its chat template has changed since the training.")
+
+    @property
+    def _recorded_base(self) -> dict[str, Any]:
+        return self.record.get("base") or {}
+
+
+def read_record(folder: Path, error: type[UserError] = ModelError) -> dict[str, Any] | None:
+    """The record of a run, a checkpoint or a merged model, its manifest not verified; None if there is none.
+
+    Raises:
+        error: it is damaged.
+    """
+    return read_json(folder / RECORD, error) if (folder / RECORD).is_file() else None
+
+
+def is_trained(folder: Path, error: type[UserError] = ModelError) -> bool:
+    """Whether a finished run, a checkpoint or another tool's adapter is in a folder. Nothing is verified.
+
+    Raises:
+        error: the record is damaged.
+    """
+    if unfinished_run(folder):
+        return False
+    return (folder / CONFIG).is_file() or _is_fully_trained(read_record(folder, error) or {})
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a complete model that is not a run's: a merged one, or any of transformers."""
+    return (folder / "config.json").is_file() and not is_trained(folder)
+
+
+def unfinished_run(folder: Path) -> str | None:
+    """A message about a run that was interrupted (it has checkpoints but no record), else None."""
+    found = checkpoints(folder)
+    if not found or (folder / RECORD).is_file():
+        return None
+    names = ", ".join(map(str, found[-3:]))
+    return f"{folder}: its run is unfinished. Resume it with `lora-ft train CONFIG --resume`, or name a checkpoint: {names}."
+
+
+def check_base(record: dict[str, Any], base: Base, other_base: bool, prefix: str = "") -> None:
+    """Check that `base` has the weights that a record was trained on; `other_base` warns instead of refusing.
+
+    Raises:
+        ModelError: the fingerprints differ; both are named.
+    """
+    trained_on = (record.get("base") or {}).get("fingerprint")
+    if trained_on is None:
+        info(f"note: {prefix}cannot verify that {base.name} is its base: the adapter has no fingerprint")
+    elif trained_on != base.fingerprint:
+        problem = (
+            f"{prefix}base {base.name}: not the weights the adapter was trained on (fingerprint {base.fingerprint[:12]}, was "
+            f"{trained_on[:12]})."
+        )
+        if not other_base:
+            raise ModelError(f"{problem} Name the right one with --base, or use it anyway with --other-base.")
+        warn(f"{problem} Continuing because of --other-base.")
+
+
+def _is_fully_trained(record: dict[str, Any]) -> bool:
+    adapter = (record.get("config") or {}).get("adapter") or {}
+    return record.get("kind") in ("adapter", "checkpoint") and adapter.get("method") == "full"
+
+
+def _method(folder: Path, adapter_config: dict[str, Any]) -> str:
+    if not adapter_config:
+        return "full"
+    if adapter_config.get("peft_type") == "PROMPT_TUNING":
+        return "prompt"
+    if adapter_config.get("method") == "bias":
+        raise ModelError(f"{folder}: trained with method bias, which is no longer supported.")
+    return "bottleneck" if adapter_config.get("method") == "bottleneck" else "lora"

@@ -1,0 +1,237 @@
+"""A run before its first step: its files, its data, its model, its plan.
+
+`train` uses the parts in order; `check` uses the same parts one by one, so that it refuses what training would refuse.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from lora_ft.config.schema import Config
+from lora_ft.core.errors import ModelError
+from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.data.batches import RowPacking, Shard, StepPlan
+from lora_ft.data.examples import Examples, largest_id
+from lora_ft.data.prepare import prepare
+from lora_ft.distributed import processes
+from lora_ft.distributed.sharding import load_sharded
+from lora_ft.methods.interface import inject, load_into, virtual_ids
+from lora_ft.methods.trained import Trained, check_base
+from lora_ft.model.device import micro_batch_tokens
+from lora_ft.model.files import Base, resolve
+from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer, skeleton, tokenizer_hash
+from lora_ft.nn.attention import Isolation
+from lora_ft.training.arguments import arguments
+from lora_ft.training.checkpoint import State
+from lora_ft.training.record import describe
+from lora_ft.training.resume import check_data
+
+
+class RunSetup:
+    """The parts of a run, each made when it is first used.
+
+    Args:
+        config: the run's config.
+        device: "cpu" or "cuda".
+        trust: what the command line allows.
+        checkpoint: the checkpoint to resume from.
+        before: the record of that checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: str,
+        trust: Trust = NO_TRUST,
+        checkpoint: Path | None = None,
+        before: dict | None = None,
+    ):
+        self.config, self.device, self.trust, self.checkpoint, self.before = config, device, trust, checkpoint, before
+
+    @cached_property
+    def arguments(self) -> TrainingArguments:
+        """The Trainer's settings. Raises ConfigError as `training.arguments.arguments`."""
+        return arguments(self.config, self.device)
+
+    # ---- files and data ----
+
+    @cached_property
+    def base(self) -> Base:
+        """The base's files.
+
+        Raises:
+            ModelError: they can't be found; or they are not those of the run that is resumed.
+        """
+        model = self.config.model
+        base = resolve(model.name, model.revision, self.trust)
+        if self.before:
+            check_base(self.before, base, self.trust.other_base)
+        return base
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer. Raises ModelError as `load_tokenizer`."""
+        return load_tokenizer(self.base)
+
+    @cached_property
+    def initial_adapter(self) -> Trained | None:
+        """What `adapter.init_from` names, checked against the base.
+
+        Raises:
+            ModelError: nothing trained there, or by another method, or on another base.
+        """
+        if not self.config.adapter.init_from:
+            return None
+        folder = Path(self.config.adapter.init_from)
+        if not folder.is_dir():
+            raise ModelError(
+                f"adapter.init_from: {folder}: no such folder. Give the folder that a training run or PEFT wrote."
+            )
+        trained = Trained.open(folder)
+        if trained.method != self.config.adapter.method:
+            raise ModelError(
+                f"adapter.init_from: {folder} is of method {trained.method}, this run's is {self.config.adapter.method}."
+            )
+        check_base(trained.record, self.base, self.trust.other_base)
+        return trained
+
+    @cached_property
+    def dry_run(self) -> tuple[PreTrainedModel, str]:
+        """The adapted model on the meta device, and a description of what is adapted, such as "60 modules".
+
+        Raises:
+            ModelError: targets that don't exist, or an `adapter.init_from` that doesn't fit.
+        """
+        model = skeleton(self.base)
+        with torch.device("meta"):
+            adapted = inject(model, self.config.adapter, self.config.train.seed, self.tokenizer)
+            self.load_initial_adapter(model)
+        return model, adapted
+
+    @cached_property
+    def data(self) -> tuple[Examples, dict[str, Examples]]:
+        """The training examples, and the eval sets by name.
+
+        Raises:
+            DataError: a bad row, or other data than that of the run that is resumed.
+            ModelError: another tokenizer or chat template than that of the run that is resumed.
+        """
+        train_set, eval_sets = prepare(self.config.data, self.tokenizer, self.config.train.seed)
+        if self.before:
+            check_data(self.before, tokenizer_hash(self.tokenizer), train_set, eval_sets)
+        return train_set, eval_sets
+
+    @property
+    def train_set(self) -> Examples:
+        return self.data[0]
+
+    @property
+    def eval_sets(self) -> dict[str, Examples]:
+        return self.data[1]
+
+    def read_files(self) -> None:
+        """Download, check and encode: everything before the weights are loaded. Raises as the parts do."""
+        _ = self.base, self.tokenizer, self.dry_run, self.data
+
+    # ---- the model and its steps ----
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether several processes share the base's layers (`trainer.fsdp`)."""
+        return bool(self.config.trainer.get("fsdp")) and processes.world_size() > 1
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The base on its device, adapted: what trains requires gradients.
+
+        Raises:
+            ModelError: as `load_base`; or tokenizer and weights do not belong together.
+            ConfigError: examples are longer than the model supports.
+        """
+        load = load_sharded if self.is_sharded else load_base
+        model = load(self.base, self.config.model.dtype, self.device)
+        self.check_vocabulary(model)
+        inject(model, self.config.adapter, self.config.train.seed, self.tokenizer)
+        self.check_length(model)
+        return model
+
+    def check_vocabulary(self, model: PreTrainedModel) -> None:
+        """Raises ModelError as `model.load.check_vocabulary`."""
+        check_vocabulary(model, self.base, max(map(largest_id, [self.train_set, *self.eval_sets.values()])))
+
+    def check_length(self, model: PreTrainedModel) -> None:
+        """Raises ConfigError as `model.load.check_length`."""
+        check_length(model, self.base, self.longest(model))
+
+    def longest(self, model: PreTrainedModel) -> int:
+        """Tokens of the longest example, with the model's virtual tokens."""
+        return max(e.report.longest for e in (self.train_set, *self.eval_sets.values())) + len(virtual_ids(model))
+
+    def load_initial_adapter(self, model: PreTrainedModel) -> None:
+        """Copy the weights of `adapter.init_from`, if there is one, into an adapted model."""
+        if self.initial_adapter:
+            load_into(model, self.initial_adapter)
+
+    @cached_property
+    def isolation(self) -> Isolation:
+        """How the loaded model keeps the examples of a row apart."""
+        return Isolation.detect(self.model, self.longest(self.model))
+
+    @cached_property
+    def state(self) -> State | None:
+        """The checkpoint's state, on every process. Raises FilesError as `State.read`."""
+        checkpoint = self.checkpoint
+        return processes.broadcast(lambda: State.read(checkpoint) if checkpoint else None)
+
+    @cached_property
+    def row_tokens(self) -> int:
+        """Tokens per row at most; a resumed run with `micro_batch_tokens: auto` keeps the number it started with."""
+        if self.state and self.config.train.micro_batch_tokens == "auto":
+            return self.state.values["micro_batch_tokens"]
+        return micro_batch_tokens(self.config, self.device)
+
+    @cached_property
+    def shard(self) -> Shard:
+        """Which part of each step this process computes."""
+        return Shard(processes.rank(), processes.world_size(), padded=self.is_sharded)
+
+    @cached_property
+    def plan(self) -> StepPlan:
+        """The run's steps, as the loaded model takes them."""
+        return self.make_plan(self.isolation, virtual_ids(self.model))
+
+    def make_plan(self, isolation: Isolation, prefix: list[int], max_steps: int | None = None) -> StepPlan:
+        """The run's steps, or its first `max_steps`, with the ids `prefix` before every example."""
+        train = self.config.train
+        return StepPlan(
+            self.train_set.with_prefix(prefix).dataset,
+            train.batch_size,
+            train.num_train_epochs,
+            max_steps or train.max_steps,
+            RowPacking(self.row_tokens, isolation is Isolation.ONE_PER_ROW),
+            train.seed,
+            self.shard,
+        )
+
+    @cached_property
+    def parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters of the adapted model."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+    @cached_property
+    def record(self) -> dict:
+        """The run's record as far as it is known before the first step."""
+        trainable, total = self.parameters
+        return describe(self.config, self.base, self.tokenizer, self.model, *self.data) | {
+            "trainable_parameters": trainable,
+            "parameters": total,
+            "planned_steps": len(self.plan),
+            "machine": {
+                "device": self.device,
+                "threads": torch.get_num_threads(),
+                "processes": processes.world_size(),
+            },
+        }
