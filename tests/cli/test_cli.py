@@ -12,6 +12,7 @@ import lora_ft
 from lora_ft import cli
 from lora_ft.cli import exits
 from lora_ft.core.errors import DataError
+from lora_ft.core.trust import NO_TRUST
 
 GOOD = 'model: {name: gpt2}\ndata: {train: reviews.jsonl, text: "{review}"}\n'
 
@@ -152,15 +153,13 @@ def test_the_options_reach_the_work(monkeypatch, tmp_path):
     (config,), options = call("train", str(path), "--set", "adapter.rank=3", "--set", "train.seed=2", "--overwrite")
     assert (config.adapter.rank, config.train.seed) == (3, 2)
     assert options == {
-        **{"resume": False, "overwrite": True, "other_base": False, "trust_remote_code": False, "allow_pickle": False},
+        **{"resume": False, "overwrite": True, "trust": NO_TRUST},
     }
     (config,), options = call("check", str(path), "--json")
     assert config.model.name == "gpt2" and options == {
         "as_json": True,
         "time": False,
-        "other_base": False,
-        "trust_remote_code": False,
-        "allow_pickle": False,
+        "trust": NO_TRUST,
     }
     (folder,), options = call("eval", "--json", "--data", "d.csv", "--set", "data.max_length=9")
     assert (
@@ -171,16 +170,14 @@ def test_the_options_reach_the_work(monkeypatch, tmp_path):
     )
     assert options["overrides"] == ["data.max_length=9"] and options["config_path"] is None
     (folder,), options = call("eval", "out-merged", "--config", str(path), "--base", "b", "--other-base")
-    assert list(map(str, folder)) == ["out-merged"] and options["config_path"] == path and options["other_base"]
+    assert list(map(str, folder)) == ["out-merged"] and options["config_path"] == path and options["trust"].other_base
     (folder,), options = call("merge", "--adapter", "out/", "--base", "gpt2", "--no-verify")
     assert str(folder) == "out" and options == {
         **{
             "base": "gpt2",
             "output": None,
             "verify": False,
-            "other_base": False,
-            "trust_remote_code": False,
-            "allow_pickle": False,
+            "trust": NO_TRUST,
         }
     }
 
@@ -190,7 +187,7 @@ def test_quiet_leaves_the_users_own_settings(monkeypatch):
     import warnings
 
     with warnings.catch_warnings():
-        exits.quiet()
+        exits.silence_libraries()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info" and os.environ["TOKENIZERS_PARALLELISM"] == "x"
     assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1"  # a test's stderr is no terminal
 

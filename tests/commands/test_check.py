@@ -121,7 +121,7 @@ def test_an_example_longer_than_the_models_positions(tmp_path):
     folder = write_run(tmp_path, "gpt2")
     write_rows(folder / "train.jsonl", [{"text": "the film is a movie " * 40, "label": i % 2} for i in range(8)])
     _, err = checked(folder, code=2)
-    assert "positions for 128" in err
+    assert "supports 128 positions" in err
 
 
 def test_virtual_tokens_count(tmp_path):

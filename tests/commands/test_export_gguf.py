@@ -15,6 +15,7 @@ from lora_ft.core.errors import ConfigError, FilesError, ModelError
 from lora_ft.methods.lora.files import load_adapter, save_adapter
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
 from lora_ft.methods.lora.peft import read_adapter
+from lora_ft.methods.trained import Trained
 from lora_ft.model.files import resolve
 from tests.helpers.families import COMMON, shake
 from tests.helpers.tiny import TEXT, tiny_tokenizer, write_base
@@ -318,10 +319,10 @@ def test_options_that_do_not_go_together(tmp_path):
     for to, options in (("peft", {"merged": True}), ("merged", {"dtype": "float16"}), ("gguf", {"public": True})):
         with pytest.raises(ConfigError, match="go"):
             export_command(tmp_path / "out", to, **options)
-    with pytest.raises(ConfigError, match="whole model"):
+    with pytest.raises(ConfigError, match="complete model"):
         export_command(tmp_path / "base", "peft")
     (tmp_path / "out-lora.gguf").write_text("mine")
     with pytest.raises(FilesError, match="exists"):
         export_command(tmp_path / "out", "gguf")
     assert (tmp_path / "out-lora.gguf").read_text() == "mine"
-    assert read_adapter(tmp_path / "out").tensors and load_adapter
+    assert read_adapter(Trained.open(tmp_path / "out")).tensors and load_adapter

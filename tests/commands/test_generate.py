@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from lora_ft.commands.generate.command import generate_command
 from lora_ft.commands.train import train
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
+from lora_ft.core.trust import Trust
 from tests.helpers.tiny import CONFIG, write_base, write_run
 
 CHAT_TEMPLATE = (
@@ -226,7 +228,7 @@ def test_a_wrong_row_is_told_with_its_line(here, capsys, line, error, message):
         ([], dict(adapters=["reviews"]), ConfigError, "NAME=DIR"),
         ([], dict(adapters=["a=reviews", "a=talk"]), ConfigError, "two adapters named a"),
         ([], dict(adapters=["base=reviews"]), ConfigError, "two adapters named base"),
-        (["base"], dict(adapters=["a=reviews"]), ConfigError, "a whole model, not an adapter"),
+        (["base"], dict(adapters=["a=reviews"]), ConfigError, "a complete model, not an adapter"),
         (["nowhere"], {}, ModelError, "nowhere: nothing trained there"),
         ([], {}, ModelError, "out: nothing trained there"),
         (["reviews"], dict(prompts="none.jsonl"), DataError, "none.jsonl: no such file"),
@@ -245,7 +247,7 @@ def test_an_adapter_of_another_base_is_refused(here, tmp_path, capsys):
     other = write_base(tmp_path / "other", seed=5)
     with pytest.raises(ModelError, match="adapter talk: base .*fingerprint"):
         generate(capsys, adapters=["talk=talk"], base=str(other), prompt="x")
-    assert generate(capsys, adapters=["talk=talk"], base=str(other), prompt="x", other_base=True)
+    assert generate(capsys, adapters=["talk=talk"], base=str(other), prompt="x", trust=Trust(other_base=True))
 
 
 # ---- chat ----
@@ -293,15 +295,15 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(here, capsys, monkeypatch):
     assert calls[1][1][0].text == said("is it a good movie")  # as if the first had not been asked
 
 
-def test_a_template_with_columns_wants_rows(here, capsys, monkeypatch):
-    record = json.loads(Path("reviews/lora_ft.json").read_text())
+def test_a_template_with_columns_wants_rows(here, capsys):
+    shutil.copytree("reviews", "titled", dirs_exist_ok=True)
+    record = json.loads(Path("titled/lora_ft.json").read_text())
     record["config"]["data"]["prompt"] = "{title}: {text}"
-    real = serving.read_record
-    monkeypatch.setattr(serving, "read_record", lambda f: record if f.name == "reviews" else real(f))
+    Path("titled/lora_ft.json").write_text(json.dumps(record))
     with pytest.raises(DataError, match=r"--prompt: the run's template takes the columns title, text, .*--raw"):
-        generate(capsys, "reviews", prompt="x")
+        generate(capsys, "titled", prompt="x")
     Path("p.jsonl").write_text('{"title": "t", "text": "x"}\n')
-    assert rows(capsys, "reviews", prompts="p.jsonl", max_new_tokens=2)[0]["prompt"] == "t: x"
+    assert rows(capsys, "titled", prompts="p.jsonl", max_new_tokens=2)[0]["prompt"] == "t: x"
 
 
 def test_what_a_model_says_is_safe_for_a_terminal():
@@ -376,7 +378,7 @@ def test_eval_of_several_as_a_table_with_notes(here, capsys):
     rows = [line.split("│")[1].strip() for line in said.out.splitlines() if line.startswith("│")]
     assert rows[:3] == ["base", "reviews", "talk"] and max(map(len, said.out.splitlines())) <= 80
     assert "note: talk was trained with another data.prompt, data.completion, data.messages" in said.err
-    with pytest.raises(ConfigError, match="base: a whole model"):
+    with pytest.raises(ConfigError, match="base: a complete model"):
         evaluate_command([Path("reviews"), Path("base")])
     with pytest.raises(ConfigError, match="named twice"):
         evaluate_command([Path("reviews"), Path("reviews")])

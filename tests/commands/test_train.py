@@ -205,7 +205,7 @@ def test_config_decides_the_base_of_a_foreign_adapter(folder, tmp_path):
     done = lora_ft("eval", "peft", "--config", "config.yaml", "--json", cwd=run)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["adapter"]["loss"] == pytest.approx(record(folder)["metrics"]["loss"], rel=1e-5)
-    assert "taken on trust" in done.stderr
+    assert "has no fingerprint" in done.stderr
 
 
 def test_a_reporter_that_is_not_installed_is_a_config_error(tmp_path):

@@ -366,7 +366,7 @@ class TestOneEndForAll:
         assert len(pids) == 2
         launcher.send_signal(signum)
         returned, said = end(launcher, pids)
-        assert (returned, said.count("which is saved. Go on with")) == (code, 1), said
+        assert (returned, said.count("which is saved. Continue with")) == (code, 1), said
         assert "--processes 2 --resume" in said and "Traceback" not in said
         assert len(list((folder / "out/checkpoints").glob("step-*/lora_ft.json"))) == 1
 

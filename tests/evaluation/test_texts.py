@@ -164,7 +164,7 @@ def test_texts_are_kept_and_the_first_is_shown(folder, capsys):
 
 
 def test_texts_need_metrics_and_room(folder):
-    with pytest.raises(ConfigError, match="nothing is generated"):
+    with pytest.raises(ConfigError, match="no texts are generated"):
         evaluate_command([folder / "out"], texts_path=folder / "t.jsonl", overrides=["generation.metrics=[]"])
     with pytest.raises(ConfigError, match="128 positions"):
         evaluate_command([folder / "out"], overrides=["generation.max_new_tokens=128"])

@@ -239,8 +239,8 @@ def test_a_tokenizer_of_more_ids_than_the_weights_know(folder):
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized", "special"], False)
     tokenizer["added_tokens"].append({"id": len(tokenizer["model"]["vocab"]), "content": "good", **flags})
     path.write_text(json.dumps(tokenizer))
-    refused_untouched(folder, 4, "its weights know only", command=training("output=other"))
-    refused_untouched(folder, 4, "its weights know only", command=("eval", "--other-base"))
+    refused_untouched(folder, 4, "the model has only", command=training("output=other"))
+    refused_untouched(folder, 4, "the model has only", command=("eval", "--other-base"))
 
 
 @pytest.mark.parametrize(("family", "code"), [("gpt2", 2), ("opt", 2), ("gptj", 2), ("llama", 0)])

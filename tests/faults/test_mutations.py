@@ -23,13 +23,12 @@ from lora_ft.core.storage import manifest, write_json
 from lora_ft.data.encode import Template, load_examples
 from lora_ft.data.examples import Examples
 from lora_ft.data.sources import iter_rows
-from lora_ft.methods.lora.compatibility import check_base
 from lora_ft.methods.lora.files import save_adapter
 from lora_ft.methods.lora.inject import inject_lora
 from lora_ft.methods.lora.peft import read_adapter
+from lora_ft.methods.trained import Trained, check_base, read_record
 from lora_ft.model.files import resolve
 from lora_ft.training.checkpoint import State
-from lora_ft.training.record import read_record
 from lora_ft.training.resume import announce_resume, check_data, find_starting_point, newest_checkpoint
 from tests.helpers.families import tiny_model
 from tests.helpers.tiny import CONFIG, tiny_tokenizer, write_run
@@ -185,7 +184,11 @@ def test_adapters(name, adapter, tmp_path):
         if name == "lora_ft.json" or file.name != "lora_ft.json":  # without a record, so that no hash answers first
             (tmp_path / file.name).write_bytes(file.read_bytes())
     answered(
-        tmp_path / name, (adapter / name).read_bytes(), lambda: read_adapter(tmp_path), (ModelError, FilesError), name
+        tmp_path / name,
+        (adapter / name).read_bytes(),
+        lambda: read_adapter(Trained.open(tmp_path)),
+        (ModelError, FilesError),
+        name,
     )
 
 

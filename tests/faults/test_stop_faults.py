@@ -94,7 +94,7 @@ def test_before_the_first_step_there_is_nothing_to_save(fresh, signum, stage):
     before = files(fresh)
     ended = cli(fresh, *TRAIN, before=at(*BEFORE_THE_FIRST_STEP[stage], signum))
     assert ended.code == CODES[signum], ended
-    assert "stopped" in ended.err and ended.err.rstrip().endswith("Go on with: lora-ft train config.yaml --resume")
+    assert "stopped" in ended.err and ended.err.rstrip().endswith("Continue with: lora-ft train config.yaml --resume")
     nothing_half_written(fresh)
     assert files(fresh) == before
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_ft.cli.exits import quiet
+from lora_ft.cli.exits import silence_libraries
 
-quiet()  # as every command does before its first heavy import
+silence_libraries()  # as every command does before its first heavy import
 
 import torch
 from tqdm import tqdm

@@ -15,6 +15,7 @@ from lora_ft.core.storage import write_tensors
 from lora_ft.data.examples import EncodingReport, Examples
 from lora_ft.methods import bottleneck, interface
 from lora_ft.methods.lora.inject import trainable
+from lora_ft.methods.trained import Trained
 from lora_ft.nn.bottleneck import Bottleneck
 from tests.helpers.families import FAMILIES, tiny_model, token_ids
 from tests.helpers.tiny import tiny_tokenizer
@@ -160,15 +161,16 @@ def test_what_is_saved_comes_back_and_can_be_switched_off(method, dtype, tmp_pat
     model, ids = shaken(injected(method, dtype=dtype)).eval(), token_ids()
     names, _ = interface.save(method, model, tmp_path, "base", TOKENIZER)
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == set(names)
-    assert interface.method_of(tmp_path) == method or method == "full"  # which its record tells
+    trained = Trained(tmp_path, "full", {}, {}) if method == "full" else Trained.open(tmp_path)  # full needs a record
+    assert trained.method == method
 
     fresh = injected(method, dtype=dtype, seed=1)
-    interface.METHODS[method].load_into(fresh, tmp_path)
+    interface.METHODS[method].load_into(fresh, trained)
     assert all(torch.equal(a, b) for a, b in zip(trainable(fresh).values(), trainable(model).values(), strict=True))
 
     ours = tiny_model("gpt2").to(dtype)
     before = logits(copy.deepcopy(ours).to(torch.float32 if method == "full" else dtype), ids)
-    interface.METHODS[method].load(ours, tmp_path)
+    interface.METHODS[method].load(ours, trained)
     assert torch.equal(logits(ours, virtual(ours, ids)), logits(model, virtual(model, ids)))
     with interface.bare(ours):
         assert torch.equal(logits(ours, ids), before)
@@ -197,7 +199,7 @@ def test_we_read_pefts_prompt(tmp_path):
     theirs = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N)).eval()
     theirs.save_pretrained(tmp_path)
     ours, ids = tiny_model("llama"), token_ids()
-    interface.load(ours, tmp_path)
+    interface.load(ours, Trained.open(tmp_path))
     assert torch.allclose(logits(theirs, ids), logits(ours, virtual(ours, ids)), atol=1e-5)
 
 
@@ -244,4 +246,5 @@ def test_another_models_folder_is_refused(method, tmp_path):
     if method == "prompt":
         write_tensors(tmp_path / "adapter_model.safetensors", {"prompt_embeddings": torch.zeros(N, 16)})
     with pytest.raises(ModelError, match="other|another|shape|tensors"):
-        interface.METHODS[method].load(tiny_model("gpt_neo"), tmp_path)
+        trained = Trained(tmp_path, "full", {}, {}) if method == "full" else Trained.open(tmp_path)
+        interface.METHODS[method].load(tiny_model("gpt_neo"), trained)

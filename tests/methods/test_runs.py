@@ -137,7 +137,7 @@ def test_init_from_begins_where_it_ended_and_refuses_another_method(ran, monkeyp
 
 def test_merge_refuses_and_says_why(ran):
     method, folder = ran
-    words = {"full": "whole model already", "bottleneck": "nonlinear", "prompt": "no weights"}
+    words = {"full": "complete model already", "bottleneck": "nonlinear", "prompt": "no weights"}
     with pytest.raises(ModelError, match=words[method]):
         merge_command(folder / "out")
     assert not (folder / "out-merged").exists()

@@ -12,8 +12,9 @@ from huggingface_hub import HfApi
 
 from lora_ft.core.errors import DataError, ModelError
 from lora_ft.data.sources import iter_rows
+from lora_ft.methods.trained import Trained
 from lora_ft.model import hub
-from lora_ft.model.files import resolve, resolve_of
+from lora_ft.model.files import resolve
 from tests.helpers.tiny import write_base
 
 COMMIT = "a" * 40
@@ -91,10 +92,10 @@ def test_a_silent_hub_without_a_cache(silence):
 def test_a_local_base_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, silence):
     write_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    recorded = {"name": "base", "revision": None}
-    assert resolve_of(Path("out"), recorded).folder == Path("base")
+    record = {"base": {"name": "base", "revision": None}}
+    assert Trained(Path("out"), "lora", record, {}).base().folder == Path("base")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(ModelError, match="trained on a local base .* --base FOLDER"):
-        resolve_of(Path("../out"), recorded)
+        Trained(Path("../out"), "lora", record, {}).base()
     assert not silence

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -14,7 +15,14 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.names import portable_name
 from lora_ft.methods.lora import files
 from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
+from lora_ft.methods.lora.peft import AdapterFile, read_adapter
+from lora_ft.methods.trained import Trained
 from tests.helpers.families import tiny_model, token_ids
+
+
+def read(folder: Path) -> AdapterFile:
+    return read_adapter(Trained.open(folder))
+
 
 IDS = token_ids(rows=2, length=11)
 
@@ -127,7 +135,7 @@ def test_we_load_what_peft_saves(tmp_path, family, settings):
     theirs.save_pretrained(tmp_path)
     ours = tiny_model(family)
     adapter = files.load_adapter(ours, tmp_path)
-    assert adapter.record is None and adapter.slices == {}
+    assert adapter.trained.record == {} and adapter.slices == {}
     assert (logits(theirs) - logits(tiny_model(family))).abs().max() > 0.01
     assert torch.allclose(logits(ours), logits(theirs), atol=2e-5)
 
@@ -203,7 +211,7 @@ def test_scalings_that_differ_are_folded_into_B(tmp_path):
 def test_init_from_ours(tmp_path, record):
     model = saved("gpt2", tmp_path / "a", record=record, modules=("attn.c_proj",))
     fresh = adapted("gpt2", seed=9, modules=("attn.c_proj",))
-    files.initialize_from(fresh, tmp_path / "a")
+    files.initialize_from(fresh, read(tmp_path / "a"))
     assert all(torch.equal(a, b) for a, b in zip(trainable(fresh).values(), trainable(model).values(), strict=True))
     assert all(p.requires_grad for p in trainable(fresh).values())
 
@@ -215,7 +223,7 @@ def test_init_from_pefts_with_another_alpha(tmp_path):
     ).eval()
     theirs.save_pretrained(tmp_path)
     ours = adapted("llama", targets=("q",), rank=4, alpha=16)
-    files.initialize_from(ours, tmp_path)
+    files.initialize_from(ours, read(tmp_path))
     assert torch.allclose(logits(ours), logits(theirs), atol=2e-6)
 
 
@@ -231,18 +239,18 @@ def test_init_from_pefts_with_another_alpha(tmp_path):
 def test_init_from_another_shape_of_run(tmp_path, settings, why):
     saved("gpt2", tmp_path / "a")
     with pytest.raises(ModelError, match=why):
-        files.initialize_from(adapted("gpt2", **settings), tmp_path / "a")
+        files.initialize_from(adapted("gpt2", **settings), read(tmp_path / "a"))
 
 
 def test_init_from_a_foreign_adapter_that_moves_more(tmp_path):
     saved("gpt2", tmp_path / "a", record=False, targets=("q", "k"))
     whole = r"as a whole, so must this run: adapter.targets: \[\], adapter.modules: \[c_attn\]"
     with pytest.raises(ModelError, match=r"c_attn.lora_B.weight holds more than rank 3 of the parts q, v. .*" + whole):
-        files.initialize_from(adapted("gpt2", targets=("q", "v")), tmp_path / "a")
+        files.initialize_from(adapted("gpt2", targets=("q", "v")), read(tmp_path / "a"))
     saved("gpt2", tmp_path / "b", record=False, targets=(), modules=("c_attn",))
     with pytest.raises(ModelError, match="has rank 3; this run adapts it with rank 3, parts q, v. .*" + whole):
-        files.initialize_from(adapted("gpt2", targets=("q", "v")), tmp_path / "b")
-    files.initialize_from(adapted("gpt2", targets=(), modules=("c_attn",)), tmp_path / "b")
+        files.initialize_from(adapted("gpt2", targets=("q", "v")), read(tmp_path / "b"))
+    files.initialize_from(adapted("gpt2", targets=(), modules=("c_attn",)), read(tmp_path / "b"))
 
 
 # ---- damage ----
@@ -437,7 +445,7 @@ def test_records_that_contradict_the_files(folder):
 def test_folders_that_hold_no_adapter(tmp_path, good):
     refused(tmp_path / "none", "no such folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no adapter there")
+    refused(tmp_path / "empty", "nothing trained there")
     shutil.copytree(good, tmp_path / "run" / "checkpoints" / "step-4")
     refused(tmp_path / "run", "unfinished", str(tmp_path / "run" / "checkpoints" / "step-4"))
     storage.write_json(tmp_path / "empty" / files.RECORD, {"format": 1, "kind": "merged"})

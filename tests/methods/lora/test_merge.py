@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
 from lora_ft.core.errors import FilesError, ModelError
 from lora_ft.methods.lora import files, merge, merge_shards, stored_names, verify
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
+from lora_ft.methods.lora.peft import AdapterFile, read_adapter
+from lora_ft.methods.trained import Trained
 from lora_ft.model.files import Base, resolve
 from lora_ft.model.load import load_base
 from tests.helpers.families import FAMILIES, tiny_model, token_ids
@@ -47,6 +50,14 @@ def write_adapter(model, folder, base=None, scale=0.3, **settings) -> Path:
     return folder
 
 
+def read(folder: Path) -> AdapterFile:
+    return read_adapter(Trained.open(folder))
+
+
+def merge_folder(base: Base, folder: Path, output: Path, **settings) -> dict:
+    return merge.merge_adapter(base, read(folder), output, **settings)
+
+
 def case(tmp_path, family="llama", dtype=torch.float32, model=None, how=None, **settings):
     """A base on disk, an adapter on disk, and the adapted model in memory."""
     model = (model or tiny_model(family)).to(dtype)
@@ -65,7 +76,7 @@ DENSE = [f for f in FAMILIES if f not in ("gemma3",)]
 @pytest.mark.parametrize("family", DENSE)
 def test_every_family_merges_to_what_it_computed(tmp_path, family):
     base, adapter, model = case(tmp_path, family, targets=("attention",))
-    report = merge.merge_adapter(base, adapter, tmp_path / "out", verify=False)
+    report = merge_folder(base, adapter, tmp_path / "out", verify=False)
     assert report["modules"] == len(lora_layers(model)) and not report["untied"]
     merged = plain(tmp_path / "out")
     assert torch.allclose(logits(merged), logits(model), atol=2e-5)
@@ -86,7 +97,7 @@ def test_an_adapted_head_is_untied(tmp_path, capsys, family, tied):
         model = AutoModelForCausalLM.from_config(config).eval()
     base, adapter, model = case(tmp_path, model=model, modules=("lm_head",))
     assert (model.get_input_embeddings().weight is lora_layers(model)["lm_head"].base.weight) == tied
-    report = merge.merge_adapter(base, adapter, tmp_path / "out")
+    report = merge_folder(base, adapter, tmp_path / "out")
     assert report["untied"] == tied and ("head" in capsys.readouterr().err) == tied
     merged = plain(tmp_path / "out")
     assert torch.allclose(logits(merged), logits(model), atol=2e-5)
@@ -105,7 +116,7 @@ def test_a_tied_head_stored_under_its_own_name_alone(tmp_path):
     path = tmp_path / "base/model.safetensors"
     tensors = load_file(path)
     save_file({k.replace("model.embed_tokens", "lm_head"): v for k, v in tensors.items()}, path, {"format": "pt"})
-    merge.merge_adapter(base, adapter, tmp_path / "out", other_base=True)
+    merge_folder(base, adapter, tmp_path / "out", other_base=True)
     assert torch.allclose(logits(plain(tmp_path / "out")), logits(model), atol=2e-5)
 
 
@@ -114,7 +125,7 @@ def test_the_hubs_gpt2_has_names_without_prefix_and_buffers(tmp_path):
     path = tmp_path / "base/model.safetensors"
     tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
     save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}, path, {"format": "pt"})
-    merge.merge_adapter(base, adapter, tmp_path / "out", other_base=True)
+    merge_folder(base, adapter, tmp_path / "out", other_base=True)
     after = load_file(tmp_path / "out/model.safetensors")
     assert after.keys() == tensors.keys() | {"h.0.attn.bias", "lm_head.weight"}
     assert torch.allclose(logits(plain(tmp_path / "out")), logits(model), atol=2e-5)
@@ -131,7 +142,7 @@ def test_shards_index_and_other_files_are_kept(tmp_path):
         (folder / name).write_text("x")
     (folder / "lora_ft.json").write_text("{}")
     before = os.umask(0o027)
-    merge.merge_adapter(base, adapter, tmp_path / "out", verify=False)
+    merge_folder(base, adapter, tmp_path / "out", verify=False)
     os.umask(before)
     kept = {p.name for p in folder.iterdir() if p.suffix == ".safetensors"}
     assert len(kept) > 3
@@ -158,7 +169,7 @@ def test_shards_index_and_other_files_are_kept(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_stored_dtype_is_kept_and_rounded_to_once(tmp_path, dtype):
     base, adapter, model = case(tmp_path, "gpt2", dtype)
-    report = merge.merge_adapter(base, adapter, tmp_path / "out")
+    report = merge_folder(base, adapter, tmp_path / "out")
     after = load_file(tmp_path / "out/model.safetensors")
     assert {t.dtype for t in after.values()} == {dtype}
     for name, layer in lora_layers(model).items():  # an independent sum in float64, rounded once
@@ -171,7 +182,7 @@ def test_the_stored_dtype_is_kept_and_rounded_to_once(tmp_path, dtype):
 
 def test_the_result_needs_no_lora_ft(tmp_path):
     base, adapter, model = case(tmp_path, "gpt_neox")
-    merge.merge_adapter(base, adapter, tmp_path / "out")
+    merge_folder(base, adapter, tmp_path / "out")
     torch.save(logits(model), tmp_path / "expected")
     program = """if True:
         import sys, torch
@@ -190,17 +201,17 @@ def test_the_result_needs_no_lora_ft(tmp_path):
 def test_the_record_says_what_was_merged_and_proved(tmp_path):
     base, adapter, _ = case(tmp_path)
     for name, proved in (("a", True), ("b", False)):
-        merge.merge_adapter(base, adapter, tmp_path / name, verify=proved)
+        merge_folder(base, adapter, tmp_path / name, verify=proved)
         record = json.loads((tmp_path / name / "lora_ft.json").read_text())
         assert (record["kind"], record["seed"], record["other_base"]) == ("merged", 5, False)
         assert record["base"]["fingerprint"] == base.fingerprint
         assert record["merge"]["verified"] == ["matrices", "logits"][: 1 + proved]
         assert (record["merge"]["logits"] is not None) == proved
-        assert set(record["merge"]["matrix_errors"]) == set(files.read_adapter(adapter).tensors)
+        assert set(record["merge"]["matrix_errors"]) == set(read(adapter).tensors)
         assert "model.safetensors" in record["files"] and "config.json" in record["files"]
         storage.verify_manifest(tmp_path / name, record["files"], ModelError)
     with pytest.raises(ModelError, match="a merged model"):
-        files.read_adapter(tmp_path / "a")
+        read(tmp_path / "a")
 
 
 # ---- the command ----
@@ -209,13 +220,13 @@ def test_the_record_says_what_was_merged_and_proved(tmp_path):
 def test_the_command_finds_base_and_output(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     case(Path("."))
-    merge.merge_command(Path("adapter"))
+    merge_command(Path("adapter"))
     out = capsys.readouterr().out
     assert "adapter-merged" in out and "4 matrices, stored as float32" in out and "logits" in out
     assert (tmp_path / "adapter-merged/model.safetensors").is_file()
     with pytest.raises(FilesError, match="adapter-merged: exists already"):
-        merge.merge_command(Path("adapter"))
-    merge.merge_command(Path("adapter"), output=Path("else/where"), verify=False)
+        merge_command(Path("adapter"))
+    merge_command(Path("adapter"), output=Path("else/where"), verify=False)
     assert "--no-verify" in capsys.readouterr().out and Path("else/where/config.json").is_file()
 
 
@@ -225,18 +236,18 @@ def test_an_adapter_that_names_no_base(tmp_path):
     config = json.loads((adapter / files.CONFIG).read_text())
     (adapter / files.CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": None}))
     with pytest.raises(ModelError, match="--base"):
-        merge.merge_command(adapter)
-    merge.merge_command(adapter, base=str(tmp_path / "base"))
+        merge_command(adapter)
+    merge_command(adapter, base=str(tmp_path / "base"))
 
 
 def test_another_base_is_refused_or_insisted_on(tmp_path, capsys):
     base, adapter, _ = case(tmp_path)
     other = write_base(tiny_model("llama", seed=1), tmp_path / "other")
     with pytest.raises(ModelError, match=other.fingerprint[:12]) as caught:
-        merge.merge_adapter(other, adapter, tmp_path / "out")
+        merge_folder(other, adapter, tmp_path / "out")
     assert base.fingerprint[:12] in str(caught.value) and "--other-base" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    merge.merge_adapter(other, adapter, tmp_path / "out", other_base=True)
+    merge_folder(other, adapter, tmp_path / "out", other_base=True)
     assert "warning" in capsys.readouterr().err
     record = json.loads((tmp_path / "out/lora_ft.json").read_text())
     assert record["other_base"] is True and record["base"]["fingerprint"] == other.fingerprint
@@ -251,12 +262,12 @@ def test_pefts_adapter_with_a_head_merges(tmp_path):
         tiny_model("gpt2"), peft.LoraConfig(r=4, target_modules=["c_attn", "lm_head"], init_lora_weights=False)
     ).eval()
     theirs.save_pretrained(tmp_path / "adapter")
-    assert files.read_adapter(tmp_path / "adapter").copies  # PEFT adds the head's base weight
-    merge.merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
+    assert read(tmp_path / "adapter").copies  # PEFT adds the head's base weight
+    merge_folder(base, tmp_path / "adapter", tmp_path / "out")
     assert torch.allclose(logits(plain(tmp_path / "out")), logits(theirs), atol=2e-5)
     other = write_base(tiny_model("gpt2", seed=1), tmp_path / "other")
     with pytest.raises(ModelError, match="lm_head.weight of its own"):
-        merge.merge_adapter(other, tmp_path / "adapter", tmp_path / "out2")
+        merge_folder(other, tmp_path / "adapter", tmp_path / "out2")
 
 
 # ---- what must fail ----
@@ -278,7 +289,7 @@ def test_a_wrong_matrix_fails_the_first_proof(tmp_path, monkeypatch, dtype):
 
     monkeypatch.setattr(merge_shards.torch, "addmm", wrong)
     with pytest.raises(ModelError, match="failed its proof: model.layers.0.self_attn.q_proj on random x"):
-        merge.merge_adapter(base, adapter, tmp_path / "out", verify=False)
+        merge_folder(base, adapter, tmp_path / "out", verify=False)
     assert nothing_left(tmp_path)
 
 
@@ -292,8 +303,8 @@ def test_one_adapter_left_out_fails_the_second_proof(tmp_path, monkeypatch, dtyp
         return (W.clone() if edit.module == "model.layers.1.self_attn.v_proj" else new), error
 
     monkeypatch.setattr(merge_shards, "merged", wrong)
-    with pytest.raises(ModelError, match=r"failed its proof: logits differ by .* in sample row \d+, position \d+"):
-        merge.merge_adapter(base, adapter, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"failed its verification: logits differ by .* in sample row \d+, position \d+"):
+        merge_folder(base, adapter, tmp_path / "out")
     assert nothing_left(tmp_path)
 
 
@@ -323,14 +334,14 @@ def test_nan_in_the_base_is_named(tmp_path):
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ModelError, match=r"model.safetensors: model.norm.weight holds NaN"):
-        merge.merge_adapter(base, adapter, tmp_path / "out", other_base=True)
+        merge_folder(base, adapter, tmp_path / "out", other_base=True)
     assert nothing_left(tmp_path)
 
 
 def test_overflow_of_the_stored_dtype(tmp_path):
     base, adapter, _ = case(tmp_path, dtype=torch.float16, scale=1e5)
     with pytest.raises(ModelError, match="too large for torch.float16"):
-        merge.merge_adapter(base, adapter, tmp_path / "out")
+        merge_folder(base, adapter, tmp_path / "out")
 
 
 def test_a_truncated_base(tmp_path):
@@ -338,7 +349,7 @@ def test_a_truncated_base(tmp_path):
     path = tmp_path / "base/model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ModelError, match="model.safetensors"):
-        merge.merge_adapter(base, adapter, tmp_path / "out")
+        merge_folder(base, adapter, tmp_path / "out")
     assert nothing_left(tmp_path)
 
 
@@ -349,13 +360,13 @@ def test_quantized_bases(tmp_path):
     key = "model.layers.0.self_attn.q_proj.weight"
     save_file(tensors | {key: tensors[key].to(torch.float8_e4m3fn)}, path, {"format": "pt"})
     with pytest.raises(ModelError, match=f"{key} is torch.float8_e4m3fn"):
-        merge.merge_adapter(base, adapter, tmp_path / "out", other_base=True)
+        merge_folder(base, adapter, tmp_path / "out", other_base=True)
     save_file(tensors, path, {"format": "pt"})
     config = json.loads((tmp_path / "base/config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "base/config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="quantized weights can't take a merge"):
-        merge.merge_adapter(base, adapter, tmp_path / "out")
+    with pytest.raises(ModelError, match="can't be merged into quantized weights"):
+        merge_folder(base, adapter, tmp_path / "out")
     assert nothing_left(tmp_path)
 
 
@@ -364,7 +375,7 @@ def test_an_adapter_of_another_architecture(tmp_path):
     shutil.rmtree(tmp_path / "adapter")
     write_adapter(tiny_model("gpt2"), tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"unexpected: transformer.h.0.attn.c_attn.*another model's adapter"):
-        merge.merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
+        merge_folder(base, tmp_path / "adapter", tmp_path / "out")
     assert nothing_left(tmp_path)
 
 
@@ -378,7 +389,7 @@ def test_no_space(tmp_path, monkeypatch):
     base, adapter, _ = case(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(FilesError, match=r"\d+ bytes needed, 0 free"):
-        merge.merge_adapter(base, adapter, tmp_path / "out")
+        merge_folder(base, adapter, tmp_path / "out")
     assert nothing_left(tmp_path)
 
 
@@ -401,7 +412,7 @@ def killed_at(stage: int, base: Base, adapter: Path, output: Path) -> int:
 
     try:
         os.fsync, Path.rename, Path.replace = deadly(os.fsync), deadly(Path.rename), deadly(Path.replace)
-        merge.merge_adapter(base, adapter, output, verify=False)
+        merge_folder(base, adapter, output, verify=False)
         os._exit(0)
     finally:
         os._exit(1)
@@ -445,11 +456,11 @@ def test_a_tokenizer_that_changed_is_refused(tmp_path):
     write(words)
     record = json.loads((adapter / files.RECORD).read_text())
     storage.write_json(adapter / files.RECORD, record | {"tokenizer": tokenizer_hash(load_tokenizer(base))})
-    merge.merge_adapter(base, adapter, tmp_path / "out")
+    merge_folder(base, adapter, tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "base/tokenizer.json").read_bytes()
     write(words | {"of": 3})
     with pytest.raises(ModelError, match="tokenizer"):
-        merge.merge_adapter(base, adapter, tmp_path / "out2")
+        merge_folder(base, adapter, tmp_path / "out2")
 
 
 def test_a_gguf_base_becomes_a_float32_folder(tmp_path, monkeypatch):
@@ -461,6 +472,6 @@ def test_a_gguf_base_becomes_a_float32_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(lora_model, "load_model_config", lambda *_: model.config)
     monkeypatch.setattr(merge, "load_base", lambda b, *_: load_base(base, "float32"))
     monkeypatch.setattr(merge, "tokenizer_of", lambda *_: None)
-    merge.merge_adapter(gguf, adapter, tmp_path / "out", other_base=True)
+    merge_folder(gguf, adapter, tmp_path / "out", other_base=True)
     assert not (tmp_path / "out/.base").exists()
     assert torch.allclose(logits(plain(tmp_path / "out")), logits(model), atol=2e-5)
