@@ -30,8 +30,8 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import printable
 from lora_ft.data.batches import StepPlan
 from lora_ft.nn.attention import Isolation
-from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.nn.loss import supervised_loss
+from lora_ft.nn.mlp import keep_gate_and_up
 
 HEAP = 0.4  # of a step's peak without checkpointing, in glibc's malloc; 0.27 to 0.69 on four models
 LOOKED_AT = 5000  # steps of a plan that are searched for its largest rows

@@ -303,7 +303,9 @@ def test_one_adapter_left_out_fails_the_second_proof(tmp_path, monkeypatch, dtyp
         return (W.clone() if edit.module == "model.layers.1.self_attn.v_proj" else new), error
 
     monkeypatch.setattr(merge_shards, "merged", wrong)
-    with pytest.raises(ModelError, match=r"failed its verification: logits differ by .* in sample row \d+, position \d+"):
+    with pytest.raises(
+        ModelError, match=r"failed its verification: logits differ by .* in sample row \d+, position \d+"
+    ):
         merge_folder(base, adapter, tmp_path / "out")
     assert nothing_left(tmp_path)
 
