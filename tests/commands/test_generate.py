@@ -202,7 +202,7 @@ def test_sampling_is_the_models_own_unless_told(here, capsys):
 @pytest.mark.parametrize(
     "line, error, message",
     [
-        ('{"prompt": "x", "adapter": "talkk"}', ModelError, "p.jsonl:2: no adapter talkk; .* Is talk meant?"),
+        ('{"prompt": "x", "adapter": "talkk"}', ModelError, "p.jsonl:2: no adapter talkk; .* Did you mean talk?"),
         ('{"prompt": "x", "adapter": 3}', DataError, "p.jsonl:2: its adapter is no name"),
         (
             '{"txt": "x"}',
@@ -271,7 +271,7 @@ def test_a_chat_from_a_pipe(here, capsys, monkeypatch):
     )
     assert "reviews: each line fills the run's template 'Review: {text}\\nSentiment:', by itself" in err
     assert "talk: a chat through the chat template" in err and "* base" in err
-    assert "no adapter talkk; there is reviews, talk. Is talk meant?" in err
+    assert "no adapter talkk; loaded are reviews, talk. Did you mean talk?" in err
     assert "no command /bth; /both is one" in err and "/reset" in err
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.multi import bare, bare_modules
+from lora_ft.methods.lora.multi import base_layer, base_modules
 from lora_ft.methods.lora.peft import PREFIX, WEIGHTS, AdapterFile, differences
 from lora_ft.methods.lora.peft_config import targeted
 from lora_ft.nn.lora import dimensions
@@ -21,8 +21,8 @@ def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear
         ModelError: modules missing or unexpected (both lists), or a tensor of the wrong shape (both shapes).
     """
     path = adapter.folder / WEIGHTS
-    linear = {name: m for name, m in bare_modules(model).items() if isinstance(m, nn.Linear | Conv1D)}
-    head = next((n for n, m in linear.items() if m is bare(model.get_output_embeddings())), None)
+    linear = {name: m for name, m in base_modules(model).items() if isinstance(m, nn.Linear | Conv1D)}
+    head = next((n for n, m in linear.items() if m is base_layer(model.get_output_embeddings())), None)
     expected = targeted(adapter.trained.adapter_config, linear, head)
     missing = set() if expected is None else expected - adapter.tensors.keys()
     unexpected = adapter.tensors.keys() - linear.keys()

@@ -1,6 +1,6 @@
-"""LoRA into a model and out of it: freeze, swap; merge and unmerge.
+"""Adapt a model with LoRA layers in place; switch them off; merge and unmerge them.
 
-Trainability has one owner: injecting freezes the base and lets what it adds train; `trainable` reads it off.
+Injecting is the only place that decides what trains: it freezes the base, and the layers it adds have requires_grad.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from lora_ft.nn.multi_lora import MultiLoRALinear
 
 __all__ = ["Target", "bare", "disabled", "find_targets", "inject_lora", "lora_layers", "merge", "trainable", "unmerge"]
 
-SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles of a layer whose modules read one tensor
+SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles whose modules in a layer have the same input tensor
 
 
 def inject_lora(
@@ -32,9 +32,24 @@ def inject_lora(
     layers: Sequence[int] | None = None,
     seed: int | None = None,
 ) -> list[str]:
-    """Freeze `model` and adapt what `find_targets` finds, in place. Returns the paths of the adapted modules.
+    """Freeze `model` and replace the modules that `find_targets` finds by LoRA layers, in place.
 
-    B is zero, so the model computes what it did. With `seed`, A depends on nothing else. Raises as `find_targets` does.
+    B is zero, so the model's outputs do not change.
+
+    Args:
+        model: a base on any device, also meta.
+        targets, modules, layers: see `find_targets`.
+        rank: of A (rank, in) and B (out, rank); at least 1.
+        alpha: s is alpha / rank, or alpha / sqrt(rank) with `rslora`.
+        dropout: the probability of dropping an input of A in training; in [0, 1).
+        seed: determines A, whatever the global random state; None draws from it.
+
+    Returns:
+        The paths of the adapted modules.
+
+    Raises:
+        ConfigError, ModelError: see `find_targets`.
+        ValueError: rank or dropout is out of range.
     """
     if rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"rank {rank} must be at least 1, dropout {dropout} at least 0 and below 1")
@@ -51,7 +66,7 @@ def inject_lora(
 
 
 def set_dropout(model: nn.Module, p: float) -> None:
-    """Dropout on the input of every LoRA layer, one mask for the layers that read one tensor."""
+    """Put dropout on the input of every LoRA layer, with one mask for the layers that have the same input."""
     shared: dict[tuple, InputDropout] = {}
     for path, layer in lora_layers(model).items():
         group = next((roles for roles in SAME_INPUT if set(layer.rows) <= set(roles)), path)
@@ -65,12 +80,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, of any method, by name and in model order; LoRA's are "path.lora_A.part" and "path.lora_B.part"."""
+    """Name -> parameter with requires_grad, in model order; for LoRA "path.lora_A.part" and "path.lora_B.part"."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def bare(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within it the model computes its bare base, whether its adapters were injected or loaded by name."""
+    """Within it the model computes its bare base, whether its adapters were injected, loaded, or loaded by name."""
     return disabled(layer for layer in model.modules() if isinstance(layer, LoRALinear | MultiLoRALinear))
 
 
@@ -88,9 +103,12 @@ def disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def merge(model: PreTrainedModel) -> dict[str, LoRALinear]:
-    """Swap each LoRA layer for a plain one with W + s B A, in place. Returns the removed layers, which `unmerge` takes.
+    """Replace each LoRA layer by a plain one with W + s B A, in place.
 
-    A merged head is no longer tied to the embedding, which stays as it is; the config then says so.
+    A merged head is no longer tied to the embedding, which does not change; the config is updated accordingly.
+
+    Returns:
+        Path -> the removed layer, the argument of `unmerge`.
 
     Raises:
         ModelError: the model has no LoRA layers (it was merged already, or never adapted).
@@ -98,8 +116,8 @@ def merge(model: PreTrainedModel) -> dict[str, LoRALinear]:
     layers = lora_layers(model)
     if not layers:
         raise ModelError(
-            "there are no LoRA layers to merge: this model is merged already, was never adapted, or has adapters by "
-            "name, of which the one to merge is loaded without a name"
+            "there are no LoRA layers to merge: this model is merged already, was never adapted, or its adapters were "
+            "loaded by name; load the one to merge without a name"
         )
     if ties_head(model, layers):
         set_tied(model, False)
@@ -109,7 +127,7 @@ def merge(model: PreTrainedModel) -> dict[str, LoRALinear]:
 
 
 def unmerge(model: PreTrainedModel, layers: dict[str, LoRALinear]) -> None:
-    """Put back the layers that `merge` removed: the same objects, so the same bits."""
+    """Put back the layers that `merge` removed: the same objects, so outputs are the same to the bit."""
     for path, layer in layers.items():
         model.set_submodule(path, layer)
     if ties_head(model, layers):
@@ -117,10 +135,11 @@ def unmerge(model: PreTrainedModel, layers: dict[str, LoRALinear]) -> None:
 
 
 def ties_head(model: PreTrainedModel, layers: dict[str, LoRALinear]) -> bool:
-    """Whether one of the layers is a head that shares its weight with the input embedding."""
+    """Whether one of the layers is a head whose weight is that of the input embedding."""
     return any(layer.weight is model.get_input_embeddings().weight for layer in layers.values())
 
 
 def set_tied(model: PreTrainedModel, tied: bool) -> None:
+    """Set tie_word_embeddings in the config, and in the text config if it is another object."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = tied

@@ -1,4 +1,4 @@
-"""Several adapters on one model, each by its name: switch between them, or give every row of a batch its own."""
+"""Several adapters on one model, each with a name: switch between them, or select one for each row of a batch."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ from lora_ft.nn.multi_lora import MultiLoRALinear
 
 
 def use(model: nn.Module, name: str | None) -> None:
-    """From now on `model` computes with adapter `name`, or with None its bare base. No weight is moved or changed.
+    """Switch `model` to adapter `name`, or to its bare base (None). No weight is moved or changed.
 
     Raises:
-        ModelError: no adapter of that name; the nearest is told.
+        ModelError: there is no adapter of this name; the message suggests the nearest.
     """
     check_names(model, [name])
     for layer in shared_layers(model).values():
@@ -25,19 +25,21 @@ def use(model: nn.Module, name: str | None) -> None:
 
 @contextlib.contextmanager
 def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Inside, row i of a batch is computed with adapter `names[i]` (None: the bare base), all in one forward pass.
+    """Within it row i of a batch is computed with adapter `names[i]` (None: the bare base), all in one forward pass.
 
-    A batch of n * len(names) rows is taken as n rows for each name, as `generate` expands it for beams. Afterwards the
-    model computes its bare base.
+    A batch of n * len(names) rows has n rows for each name, in the order in which transformers' `generate` repeats rows for
+    beams. Afterwards the model computes its bare base.
 
     Raises:
-        ModelError: no adapter of that name; or an adapted expert, which gets tokens without their rows.
+        ModelError: there is no adapter of a name; or an expert is adapted, whose input does not show which row a token is of.
     """
     check_names(model, names)
     layers = shared_layers(model)
     for path, layer in layers.items():
         if "experts" in path.split(".") and not layer.adapters.keys().isdisjoint(names):
-            raise ModelError(f"{path}: an expert is given tokens, not rows, so a batch can't mix adapters there")
+            raise ModelError(
+                f"{path}: an expert's input is tokens without their rows, so a batch can't mix adapters there"
+            )
     try:
         for layer in layers.values():
             layer.mix(names)
@@ -48,18 +50,18 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The adapters that were loaded by name."""
+    """The names of the adapters that were loaded by name, in the order of loading."""
     return list(dict.fromkeys(name for layer in shared_layers(model).values() for name in layer.adapters))
 
 
 def add_adapter(model: nn.Module, name: str, layers: dict[str, LoRALinear]) -> None:
-    """Take `layers` (path -> layer over the base that stands there) as adapter `name`; nothing uses it yet.
+    """Add an adapter without switching to it. layers: path -> its LoRALinear over the base layer at this path.
 
     Raises:
-        ModelError: the name is taken.
+        ModelError: the name is in use.
     """
     if name in adapter_names(model):
-        raise ModelError(f"the model has an adapter {printable(name)} already: load this one by another name")
+        raise ModelError(f"the model has an adapter {printable(name)} already: load this one with another name")
     shared = shared_layers(model)
     for path, layer in layers.items():
         if path not in shared:
@@ -69,26 +71,31 @@ def add_adapter(model: nn.Module, name: str, layers: dict[str, LoRALinear]) -> N
 
 
 def shared_layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
-    """Path -> layer with adapters by name, in model order."""
+    """Path -> layer that has adapters by name, in model order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
 
 
-def bare(module: nn.Module) -> nn.Module:
-    """The layer of the base model that `module` is, or stands for."""
+def base_layer(module: nn.Module) -> nn.Module:
+    """The base's layer: `module` itself, or the layer that it wraps for adapters by name."""
     return module.base if isinstance(module, MultiLoRALinear) else module
 
 
-def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module as the base model has them, whatever adapters were added by name."""
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module of the base, without the wrappers for adapters by name."""
     inside = {f"{path}.base" for path in shared_layers(model)}
-    return {path: bare(module) for path, module in model.named_modules() if path not in inside}
+    return {path: base_layer(module) for path, module in model.named_modules() if path not in inside}
 
 
 def check_names(model: nn.Module, names: Sequence[str | None]) -> None:
+    """Check that the model has an adapter of each name that is not None.
+
+    Raises:
+        ModelError: it has none of this name.
+    """
     known = adapter_names(model)
     for name in dict.fromkeys(names):
         if name is not None and name not in known:
             near = nearest(name, known)
-            hint = f" Is {printable(near)} meant?" if near else ""
-            there = ", ".join(map(printable, known)) or "none"
-            raise ModelError(f"no adapter {printable(name)}; there is {there}.{hint}")
+            hint = f" Did you mean {printable(near)}?" if near else ""
+            loaded = ", ".join(map(printable, known)) or "none"
+            raise ModelError(f"no adapter {printable(name)}; loaded are {loaded}.{hint}")

@@ -1,8 +1,17 @@
-"""Which module computes which projection: one table over architectures.
+"""The table of architectures: in which module, and in which rows of its output, each projection is.
 
-A role (`q k v o gate up down`) names a projection, not a module: GPT-2's q is the first third of the outputs of
-`attn.c_attn`, GPT-NeoX's q the first third of every head's in `query_key_value`. To add an architecture, add a row to
-`TABLE`, and a tiny model to tests/families.py: the tests look at what reaches its attention.
+A role (`q k v o gate up down`) names a projection, not a module: GPT-2's q is the first third of the output of `attn.c_attn`,
+GPT-NeoX's q the first third of each head's rows of `query_key_value`.
+
+To add an architecture:
+
+1. Add a row to `TABLE` under its `config.model_type`. If a module computes several projections, the row's `fused` computes
+   their rows from the config; `fused()` below describes most layouts in a line.
+2. Add a tiny model to `FAMILIES` in tests/helpers/families.py, one for each layout. Every test that runs on all families
+   then covers it, and tests/methods/lora/test_roles.py checks that a role changes exactly its rows, that this changes the
+   right inputs of the model's attention and activation, and the number of trainable parameters. Where a config does not show
+   what these tests need, they have tables for it: fused layouts (`fused_rows`), the function that receives q, k and v in a
+   model with its own attention code (`SPLITS`, `RECEIVES`, `PRODUCTS`), sizes (`KV_HEADS`, `WIDTH_128`).
 """
 
 from collections.abc import Callable
@@ -15,24 +24,27 @@ from lora_ft.nn.lora import RowBlocks
 
 
 class Projection(NamedTuple):
-    """Where a role is: the module's path within a layer, and the rows of its output (None: all; its own module)."""
+    """Where a role is: a module's path within a layer, and the rows of its output (None: all of them)."""
 
     module: str
     rows: RowBlocks | None
 
 
-class Layout(NamedTuple):
-    """An architecture's roles, for one config: the path of its list of layers, and role -> Projection."""
+class Architecture(NamedTuple):
+    """The roles of a model with a given config: its model_type, the path of its list of layers, role -> Projection."""
 
-    architecture: str
+    name: str
     layers: str
     projections: dict[str, Projection]
 
 
 class Family(NamedTuple):
-    """A row of the table. `modules`: role, or the roles that one module holds ("q k v") -> its path within a layer.
+    """A row of the table.
 
-    `fused`: config -> the rows of each role that shares its module.
+    Attributes:
+        layers: the path of the list of layers.
+        modules: a role, or the roles that one module computes ("q k v") -> the module's path within a layer.
+        fused: config -> the rows of each role that shares its module.
     """
 
     layers: str
@@ -40,23 +52,30 @@ class Family(NamedTuple):
     fused: Callable[[PretrainedConfig], dict[str, RowBlocks]] = lambda config: {}
 
 
-def layout(config: PretrainedConfig) -> Layout:
-    """The roles of a model with this config. ModelError for an architecture that isn't in the table."""
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The roles of a model with this config.
+
+    Raises:
+        ModelError: the architecture is not in the table.
+    """
     family = TABLE.get(config.model_type)
     if family is None:
         raise ModelError(
-            f"targets: the roles of architecture {config.model_type!r} aren't known. Name what to adapt under "
+            f"targets: the roles of architecture {config.model_type!r} are not known. Name the modules to adapt under "
             f"`modules` instead (with `targets: []`): that works for any model. Known are {', '.join(sorted(TABLE))}."
         )
     rows = family.fused(config.get_text_config())
     projections = {
         role: Projection(module, rows.get(role)) for roles, module in family.modules.items() for role in roles.split()
     }
-    return Layout(config.model_type, family.layers, projections)
+    return Architecture(config.model_type, family.layers, projections)
 
 
 def fused(blocks: int, **lengths: int) -> dict[str, RowBlocks]:
-    """Rows of parts of `lengths` rows that follow each other in each of `blocks` equal blocks."""
+    """The rows of each part of an output of `blocks` equal blocks, in each of which the parts follow each other.
+
+    lengths: part -> its number of rows in a block.
+    """
     width, start, parts = sum(lengths.values()), 0, {}
     for part, length in lengths.items():
         parts[part] = RowBlocks(blocks, width, start, length)
@@ -65,41 +84,49 @@ def fused(blocks: int, **lengths: int) -> dict[str, RowBlocks]:
 
 
 def head_dim(config: PretrainedConfig) -> int:
+    """The number of rows of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def thirds(config: PretrainedConfig) -> dict[str, RowBlocks]:
+    """All of q, then all of k, then all of v."""
     d = config.hidden_size
     return fused(1, q=d, k=d, v=d)
 
 
 def per_head(config: PretrainedConfig) -> dict[str, RowBlocks]:
+    """q, k and v of the first head, then of the second, and so on."""
     d = config.hidden_size // config.num_attention_heads
     return fused(config.num_attention_heads, q=d, k=d, v=d)
 
 
 def falcon(config: PretrainedConfig) -> dict[str, RowBlocks]:
+    """Three layouts: by key-value head, multi-query (one k and one v), or by head."""
     heads, d = config.num_attention_heads, head_dim(config)
-    if config.new_decoder_architecture:  # each kv head with the q heads it serves
+    if config.new_decoder_architecture:  # each key-value head after its query heads
         return fused(config.num_kv_heads, q=heads // config.num_kv_heads * d, k=d, v=d)
     return fused(1, q=heads * d, k=d, v=d) if config.multi_query else per_head(config)
 
 
 def gpt_bigcode(config: PretrainedConfig) -> dict[str, RowBlocks]:
+    """Multi-query (one k and one v), or by head."""
     d = head_dim(config)
     return fused(1, q=config.hidden_size, k=d, v=d) if config.multi_query else per_head(config)
 
 
 def codegen(config: PretrainedConfig) -> dict[str, RowBlocks]:
-    d = config.hidden_size // 4  # trained on four devices, each with its quarter of the heads, in the order q v k
+    """q, v, k (in this order) of a quarter of the heads, four times: the model was trained on four devices."""
+    d = config.hidden_size // 4
     return fused(4, q=d, v=d, k=d)
 
 
 def gate_up(config: PretrainedConfig) -> dict[str, RowBlocks]:
+    """All of gate, then all of up."""
     return fused(1, gate=config.intermediate_size, up=config.intermediate_size)
 
 
 def phi3(config: PretrainedConfig) -> dict[str, RowBlocks]:
+    """All of q, k and v in one module, gate and up in another."""
     d = head_dim(config)
     kv = config.num_key_value_heads * d
     return fused(1, q=config.num_attention_heads * d, k=kv, v=kv) | gate_up(config)
@@ -115,11 +142,13 @@ C_ATTN = {"q k v": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": 
 
 
 def query_key_value(attention: str) -> dict[str, str]:
+    """The modules of the BLOOM, Falcon, GPT-NeoX and Persimmon families; `attention` is the path of the attention."""
     qkvo = {"q k v": f"{attention}.query_key_value", "o": f"{attention}.dense"}
     return qkvo | {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 
 
-# The last line has experts, 3-D parameters; the row fits their dense layers, and targets.py sees the difference.
+# The families in the last line have experts, which are 3-D parameters: the row is right for dense layers, and targets.py
+# refuses the others.
 LLAMA_LIKE = (
     "cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text granite helium hunyuan_v1_dense internlm3 llama "
     "ministral ministral3 mistral olmo olmo2 olmo3 qwen2 qwen3 seed_oss smollm3 stablelm vaultgemma "

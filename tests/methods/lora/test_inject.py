@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.methods.lora.inject import bare, find_targets, inject_lora, lora_layers, merge, trainable, unmerge
-from lora_ft.methods.lora.roles import layout
+from lora_ft.methods.lora.roles import architecture_of
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 from tests.helpers.families import FAMILIES, build, tiny_model, token_ids
 
@@ -92,7 +92,7 @@ def test_the_life_of_an_adapter(family):
 def test_layers_that_read_one_tensor_draw_one_mask(family, monkeypatch):
     model = tiny_model(family)
     inject_lora(model, everything(family), 2, dropout=0.25)
-    known = layout(model.config)
+    known = architecture_of(model.config)
     adapted = [r for r in known.projections if r in "qkvo" or family not in EXPERTS]
     modules = {r: known.projections[r].module for r in adapted}
     drawn = []
@@ -265,15 +265,15 @@ def test_train_mode_follows_the_base():
 @pytest.mark.parametrize(
     ("family", "targets", "modules", "layers", "error", "says"),
     [
-        ("llama", ["qq"], [], None, ConfigError, r"'qq' is no role; nearest is 'q'.*`modules`"),
-        ("llama", ["q_proj"], [], None, ConfigError, r"'q_proj' is no role.*`modules`"),
+        ("llama", ["qq"], [], None, ConfigError, r"unknown role 'qq'; the nearest is 'q'.*`modules`"),
+        ("llama", ["q_proj"], [], None, ConfigError, r"unknown role 'q_proj'.*`modules`"),
         ("gpt2", ["gate"], [], None, ModelError, r"gpt2 has no 'gate' projection. It has q \(attn.c_attn\)"),
         ("llama", [], ["q_prj"], None, ModelError, r"'q_prj' matches no module. Near: .*q_proj"),
         ("llama", [], ["q_prj", "lm_head"], None, ModelError, r"(?s)'q_prj'.*'lm_head' matched lm_head"),
         ("llama", [], ["q_prj", "o_prj"], None, ModelError, r"(?s)'q_prj'.*'o_prj'"),
         ("llama", [], ["xyz"], None, ModelError, r"Near: down_proj, gate_proj, k_proj, lm_head"),
         ("gpt2", [], ["wte"], None, ModelError, r"'wte' is Embedding \(transformer.wte\)"),
-        ("llama", [], ["layers.1.mlp.up_proj"], [0], ModelError, r"only model.layers.1.mlp.up_proj, outside of layers"),
+        ("llama", [], ["layers.1.mlp.up_proj"], [0], ModelError, r"only model.layers.1.mlp.up_proj, outside layers"),
         ("llama", ["q"], [], [1, 2], ModelError, r"layers \[2\]: this model has layers 0 to 1"),
         ("llama", ["q"], [], [-1], ModelError, r"layers \[-1\]"),
         ("llama", [], [], None, ModelError, r"nothing to adapt"),

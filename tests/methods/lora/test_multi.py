@@ -145,7 +145,9 @@ def test_no_loop_over_rows(tmp_path):
 
 def test_an_unknown_name_is_told_the_nearest(tmp_path):
     model = served(tmp_path, "llama")
-    with pytest.raises(ModelError, match="no adapter usuall; there is small, usual, wide, last. Is usual meant?"):
+    with pytest.raises(
+        ModelError, match="no adapter usuall; loaded are small, usual, wide, last. Did you mean usual\?"
+    ):
         use(model, "usuall")
     with pytest.raises(ModelError, match="no adapter x"), mixed(model, ["x", None]):
         pass

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, GPT2Config, LlamaConfig, T5Config
 
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.inject import find_targets, inject_lora, lora_layers, trainable
-from lora_ft.methods.lora.roles import TABLE, fused, layout
+from lora_ft.methods.lora.roles import TABLE, architecture_of, fused
 from lora_ft.nn.lora import RowBlocks
 from tests.helpers.families import FAMILIES, build, tiny_model, token_ids
 
@@ -47,7 +47,7 @@ def fused_rows(family: str, role: str, out_features: int) -> torch.Tensor:
 
 
 def roles_of(family: str) -> list[str]:
-    roles = list(layout(build(family).config).projections)
+    roles = list(architecture_of(build(family).config).projections)
     return [role for role in roles if role in "qkvo" or family not in EXPERTS]
 
 
@@ -103,7 +103,7 @@ def look_inside(model: torch.nn.Module, monkeypatch) -> dict[str, torch.Tensor]:
     """In layer 0: the q, k, v that reach the attention, and what goes into o, into down, into the activation."""
     SEEN.clear()
     model_type, found = model.config.model_type, {}
-    known = layout(model.config)
+    known = architecture_of(model.config)
     block = model.get_submodule(known.layers)[0]
     name = SPLITS.get(model_type) or RECEIVES.get(model_type)
     if module := next((m for m in block.modules() if name and hasattr(m, name)), None):
@@ -198,9 +198,9 @@ def test_fused_blocks():
 
 
 def test_rows_come_from_the_config():
-    wide = layout(GPT2Config(n_embd=48, n_head=6)).projections
+    wide = architecture_of(GPT2Config(n_embd=48, n_head=6)).projections
     assert wide["v"].rows == RowBlocks(1, 144, 96, 48)
-    assert layout(LlamaConfig()).projections["v"].rows is None
+    assert architecture_of(LlamaConfig()).projections["v"].rows is None
 
 
 def test_a_module_that_contradicts_the_config_is_an_error():
@@ -212,7 +212,7 @@ def test_a_module_that_contradicts_the_config_is_an_error():
 
 def test_an_unknown_architecture_names_the_known_and_the_way_on():
     with pytest.raises(ModelError, match=r"(?s)'t5'.*`modules`.*gpt2.*llama"):
-        layout(T5Config())
+        architecture_of(T5Config())
 
 
 @pytest.mark.parametrize("family", sorted(EXPERTS))
