@@ -28,7 +28,7 @@ app = typer.Typer(
 
 def settings_like(incomplete: str) -> list[str]:
     """The settings that begin so, for the shell's completion of `--set`."""
-    from lora_ft.config.problems import SECTIONS
+    from lora_ft.config.schema import SECTIONS
 
     names = [f"{section}.{name}=" for section, model in SECTIONS.items() for name in model.model_fields]
     return [name for name in [*names, "output="] if name.startswith(incomplete)]

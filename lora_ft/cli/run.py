@@ -43,7 +43,7 @@ def train(
     exits.silence_libraries()
     from lora_ft.distributed.launch import launch, wanted
 
-    many = wanted(processes, on_gpus=not settings.trainer.get("use_cpu"))
+    many = wanted(processes, on_gpus=not settings.trainer.use_cpu)
     if many > 1:
         raise SystemExit(launch(many, sys.argv[1:]))
     with redirect_stdout(sys.stderr):  # transformers greets W&B's offline mode on stdout

@@ -1,17 +1,27 @@
-"""The door for configs: a YAML file, `--set` or a record in; a `Config` out, or all that is wrong in one message.
+"""Loading a config: a YAML file, `--set` options or a record in; a `Config`, or one message with all errors, out.
 
-Each line of a message is `path:line: section.setting: what is wrong; what to do`. Imports no torch.
+Each line of the message is `path:line: section.setting: what is wrong; what to do`. Imports no torch.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any
 
-from lora_ft.config import training_arguments, yaml_reader
-from lora_ft.config.adapter_settings import AdapterConfig
-from lora_ft.config.problems import SECTIONS, field_at, plain_type, refused, unknown
-from lora_ft.config.rules import rules
-from lora_ft.config.schema import Config, DataConfig, GenerationConfig, ModelConfig, TrainConfig, eval_sets
+from lora_ft.config import yaml_reader
+from lora_ft.config.json_schema import alternatives, entry_at
+from lora_ft.config.rules import broken_rules, schema_errors, unknown
+from lora_ft.config.schema import (
+    SECTIONS,
+    AdapterConfig,
+    Config,
+    DataConfig,
+    GenerationConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainerConfig,
+    eval_sets,
+    resume_class,
+)
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import format_value, printable
 from lora_ft.core.metrics import SELECTION_METRICS
@@ -25,96 +35,109 @@ __all__ = [
     "GenerationConfig",
     "ModelConfig",
     "TrainConfig",
+    "TrainerConfig",
+    "changes",
     "eval_sets",
     "load_config",
     "parse_config",
-    "resume_class",
 ]
 
-# As overrides: how a run chooses its best step counts for nothing where a model is only scored, maybe on other sets.
+# Overrides where a model is only evaluated, perhaps on other sets: how a run selects its best step does not matter.
 NOT_TRAINING = ("train.metric_for_best_model=loss", "train.predict_with_generate=false")
-AT_MOST = 30  # lines of a message
-COMMAND_LINE = 10**9  # the "line" of what `--set` gave: sorts last
+MAX_LINES = 30  # of an error message
+COMMAND_LINE = 10**9  # the line number of a `--set` option: sorts last
+UNKNOWN = "unknown"  # in place of a required setting that is missing, so that the rules can be checked
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file; `overrides` are the `key.path=value` of `--set`, in order; they beat the file.
+    """Read a config file; `overrides` are the `key.path=value` of `--set`, in order, and take precedence over the file.
 
     Raises:
-        ConfigError: everything that is wrong, a line each.
+        ConfigError: all errors, one per line.
     """
     name = printable(str(path))
     try:
-        document = yaml_reader.read(_text(path, name))
+        document = yaml_reader.read(_read_text(path, name))
     except yaml_reader.Unreadable as e:
         raise ConfigError(f"{name}{f':{e.line}' if e.line else ''}: {e.message}") from None
     if document.value is None and not document.problems:
-        raise ConfigError(f"{name}: empty; a config needs at least model.name, data.train and what to learn from it")
+        raise ConfigError(f"{name}: empty; a config needs at least model.name, data.train and a text to learn")
     if not isinstance(document.value, dict):
-        what = document.problems[0].message if document.problems else f"{format_value(document.value)} is no config"
-        raise ConfigError(f"{name}:1: {what}; a config begins with sections such as `model:`")
-    return _config(document, overrides, name)
+        message = (
+            document.problems[0].message if document.problems else f"{format_value(document.value)} is not a config"
+        )
+        raise ConfigError(f"{name}:1: {message}; a config consists of sections such as `model:`")
+    return _parse(document, overrides, name)
 
 
 def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "the record's config") -> Config:
-    """A config from values that are typed already, such as a record's; `source` names them in messages.
+    """A config from parsed values such as those of a record; `source` names them in messages.
 
     Raises:
-        ConfigError: everything that is wrong, a line each.
+        ConfigError: all errors, one per line.
     """
-    return _config(yaml_reader.Document(dict(data), {}, []), overrides, printable(source))
+    return _parse(yaml_reader.Document(dict(data), {}, []), overrides, printable(source))
 
 
-def resume_class(section: str, setting: str = "") -> str:
-    """What changing `section.setting` means for `--resume`: result, rounding, free or longer (see lora_ft.config.schema)."""
-    if section == "trainer":
-        return training_arguments.ALLOWED[setting].resume
-    extra = field_at((section, setting)).json_schema_extra
-    assert isinstance(extra, dict)
-    return str(extra["resume"])
+def changes(before: dict, config: Config) -> dict[str, list[str]]:
+    """The settings that differ between a record's config and this one: "section.setting: was X, is Y", by resume class."""
+    old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    by_class: dict[str, list[str]] = {"result": [], "rounding": [], "free": [], "longer": []}
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) != new.get(path):
+            try:
+                resume = resume_class(*path)
+            except KeyError:  # not a setting of this version
+                resume = "result"
+            line = f"{'.'.join(path)}: was {format_value(old.get(path))}, is {format_value(new.get(path))}"
+            by_class[resume].append(line)
+    return by_class
 
 
-def _config(document: yaml_reader.Document, overrides: Sequence[str], source: str) -> Config:
-    # A missing or empty section has its defaults; copies, so that the caller's tables stay as they are.
-    data = {
-        key: {} if value is None and key in (*SECTIONS, "trainer") else value for key, value in document.value.items()
-    }
-    data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
-    data = {section: {} for section in SECTIONS} | data
+def _flat(config: dict) -> dict[tuple[str, ...], Any]:
+    """("adapter", "rank") -> value; a setting outside of sections is ("output",)."""
+    flat: dict[tuple[str, ...], Any] = {}
+    for section, value in config.items():
+        flat |= {(section, name): v for name, v in value.items()} if isinstance(value, dict) else {(section,): value}
+    return flat
+
+
+def _parse(document: yaml_reader.Document, overrides: Sequence[str], source: str) -> Config:
+    # Copies, so that the caller's tables stay as they are; a missing or empty section has its defaults.
+    data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in document.value.items()}
+    data |= {section: {} for section in SECTIONS if data.get(section) is None}
     lines = dict(document.lines)
-    wrong = [(line, path, message) for path, line, message, _ in document.problems]
-    bad: set[Any] = {
-        path[:2] for path, _, _, unread in document.problems if unread
-    }  # no more is said of these settings
+    errors = [(problem.line, problem.path, problem.message) for problem in document.problems]
+    # The settings and sections with an error so far: no further error is reported for them.
+    bad: set[Any] = {problem.path[:2] for problem in document.problems if problem.unread}
     for override in overrides:
-        place, value, problem = _override(override)
-        lines = {known: line for known, line in lines.items() if known[: len(place)] != place}
-        lines[place] = COMMAND_LINE
-        if problem:
-            wrong.append((COMMAND_LINE, place, problem))
-        elif len(place) == 1:
-            data[place[0]] = value
-        elif isinstance(data.setdefault(place[0], {}), dict):
-            data[place[0]][place[1]] = value
-    for path, message, meant in list(refused(_without(data, bad))):
-        if path[:2] not in bad:
-            wrong.append((_line(path, lines), path, message))
+        path, value, error = _parse_override(override)
+        lines = {known: line for known, line in lines.items() if known[: len(path)] != path} | {path: COMMAND_LINE}
+        if error:
+            errors.append((COMMAND_LINE, path, error))
+        elif len(path) == 1:
+            data[path[0]] = value
+        elif isinstance(data.setdefault(path[0], {}), dict):
+            data[path[0]][path[1]] = value
+    for place, message, meant in list(schema_errors(_without(data, bad))):
+        if place[:2] not in bad:
+            errors.append((_line(place, lines), place, message))
         bad |= {meant} if meant else set()
-    bad |= {path[:2] for _, path, _ in wrong}
-    sound = _without(data, bad)
-    for section, setting in (("model", "name"), ("data", "train")):
-        sound.setdefault(section, {}).setdefault(setting, "stands in")  # only so that the rules can be asked
-    config = Config.model_validate(sound)
-    for path, others, message in rules(config):
-        if not bad.intersection((path, path[:1], *others)):
-            wrong.append((_line(path, lines), path, message))
-    if wrong:
-        raise ConfigError(_message(wrong, source))
-    return _naming_its_set(config)
+    bad |= {place[:2] for _, place, _ in errors}
+    valid = _without(data, bad)
+    for section, name in (("model", "name"), ("data", "train")):
+        valid.setdefault(section, {}).setdefault(name, UNKNOWN)
+    config = Config.model_validate(valid)
+    for at, involved, message in broken_rules(config):
+        if not bad.intersection((at, at[:1], *involved)):
+            errors.append((_line(at, lines), at, message))
+    if errors:
+        raise ConfigError(_format_errors(errors, source))
+    return _with_metric_of_first_set(config)
 
 
-def _naming_its_set(config: Config) -> Config:
-    """Of several eval sets the first governs. Its name is written out, so that the record tells when another one does."""
+def _with_metric_of_first_set(config: Config) -> Config:
+    """With several eval sets, `loss` is that of the first: written out, so that the record shows a change of the first set."""
     first, key = next(iter(eval_sets(config.data.eval)), ""), config.train.metric_for_best_model
     if not first or key not in SELECTION_METRICS:
         return config
@@ -122,35 +145,31 @@ def _naming_its_set(config: Config) -> Config:
     return config.model_copy(update={"train": train})
 
 
-def _without(data: dict[str, Any], places: set[Any]) -> dict[str, Any]:
-    """A copy without the settings and sections at `places`."""
-    kept = {key: value for key, value in data.items() if (key,) not in places}
+def _without(data: dict[str, Any], paths: set[Any]) -> dict[str, Any]:
+    """A copy without the settings and sections at `paths`."""
     return {
-        key: {k: v for k, v in value.items() if (key, k) not in places} if isinstance(value, dict) else value
-        for key, value in kept.items()
+        key: {k: v for k, v in value.items() if (key, k) not in paths} if isinstance(value, dict) else value
+        for key, value in data.items()
+        if (key,) not in paths
     }
 
 
-def _override(text: str) -> tuple[tuple[str, ...], Any, str | None]:
-    """(path, value, what is wrong) of one `key.path=value`: text for a text setting, else YAML."""
+def _parse_override(text: str) -> tuple[tuple[str, ...], Any, str | None]:
+    """(path, value, error) of one `key.path=value`. For a text setting the value is taken literally, otherwise as YAML."""
     key, equals, raw = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
         return path, None, "give key.path=value, as in --set train.learning_rate=1e-4"
-    if path in [(section,) for section in (*SECTIONS, "trainer")]:
+    if len(path) == 1 and path[0] in SECTIONS:
         return path, None, f"is a section; name one of its settings, as in {path[0]}.NAME=value"
-    try:
-        if path[0] == "trainer" and len(path) == 2:
-            kind = training_arguments.ALLOWED[path[1]].kind if path[1] in training_arguments.ALLOWED else None
-            null, is_text = False, kind is str or isinstance(kind, tuple)
-        else:
-            assert len(path) == 2 if path[0] in SECTIONS else len(path) == 1
-            kind, null = plain_type(field_at(path))
-            is_text = kind is str or get_origin(kind) is Literal
-    except (AssertionError, KeyError):
+    if len(path) > 2 or len(path) == 2 and path[0] not in SECTIONS:
         return path, None, unknown(path)[0]
-    if is_text:
-        return path, None if null and raw == "null" else raw, None
+    try:
+        types = {kind.get("type") for kind in alternatives(entry_at(path))}
+    except KeyError:
+        return path, None, unknown(path)[0]
+    if "string" in types and types <= {"string", "null"}:
+        return path, None if "null" in types and raw == "null" else raw, None
     try:
         document = yaml_reader.read(raw)
     except yaml_reader.Unreadable as e:
@@ -159,20 +178,22 @@ def _override(text: str) -> tuple[tuple[str, ...], Any, str | None]:
 
 
 def _line(path: tuple[str | int, ...], lines: Mapping[yaml_reader.Path, int]) -> int:
-    """The line of the nearest thing that stands in the file on the way to `path`; 0 where there is none."""
+    """The line of the innermost part of `path` that is in the file; 0 if there is none."""
     return next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), 0)
 
 
-def _message(wrong: list[tuple[int, yaml_reader.Path, str]], source: str) -> str:
+def _format_errors(errors: list[tuple[int, yaml_reader.Path, str]], source: str) -> str:
+    """One line for each error, in the order of the file."""
     text = []
-    for line, path, message in sorted(wrong, key=lambda w: w[0]):
+    for line, path, message in sorted(errors, key=lambda error: error[0]):
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{printable(part, 60)}" for part in path)[1:]
         at = f"--set {name}" if line == COMMAND_LINE else f"{source}:{line}" if line else source
         text.append(f"{at}: {name}: {message}" if name and line != COMMAND_LINE else f"{at}: {message}")
-    return "\n".join(text[:AT_MOST] + ([f"... and {len(text) - AT_MOST} more"] if len(text) > AT_MOST else []))
+    return "\n".join(text[:MAX_LINES] + ([f"... and {len(text) - MAX_LINES} more"] if len(text) > MAX_LINES else []))
 
 
-def _text(path: str | Path, name: str) -> str:
+def _read_text(path: str | Path, name: str) -> str:
+    """The content of a config file, `name` in messages."""
     try:
         with open(path, "rb") as file:
             data = file.read(yaml_reader.MAX_BYTES + 1)

@@ -1,125 +1,206 @@
-"""Rules between settings, that no setting can check alone."""
+"""The errors of a config in words: what the schema refuses, and the rules between settings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
 
 from lora_ft.config import training_arguments
-from lora_ft.config.adapter_settings import methods_of
-from lora_ft.config.problems import Place
-from lora_ft.config.schema import Config, GenerationConfig, eval_sets
+from lora_ft.config.json_schema import accepted, alternatives, choices, entry_at
+from lora_ft.config.schema import SECTIONS, Config, GenerationConfig, eval_sets, field_at, methods_of
 from lora_ft.core.messages import format_value
 from lora_ft.core.metrics import SELECTION_METRICS, TEXT_METRICS, add_set_name, selection_metric
 from lora_ft.core.names import nearest, template_columns
 
-NEEDS_EVAL = "needs data.eval: a data source, or a fraction (0.05) or count (500) held out of data.train"
+Place = tuple[str, ...]  # ("data", "eval")
+Broken = tuple[Place, tuple[Place, ...], str]  # a broken rule: (setting, the other settings involved, message)
+
+FORMS = ("prompt", "completion", "text", "messages")
+NEEDS_EVAL = "needs data.eval: a data source, or a fraction (0.05) or number (500) of rows of data.train to hold out"
+SYNONYMS = {"fp16": "float16", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}  # spelled too differently
+EXAMPLES = {
+    "model": "{name: gpt2}",
+    "adapter": "{rank: 8}",
+    "data": "{train: reviews.jsonl}",
+    "train": "{learning_rate: 1e-4}",
+    "generation": "{metrics: [bleu]}",
+    "trainer": "{bf16: true}",
+}
 
 
-def rules(config: Config) -> Iterator[tuple[Place, tuple[Place, ...], str]]:
-    """The rules between settings that are broken: (where, what else took part, what is wrong and what to do)."""
-    adapter, data, train = config.adapter, config.data, config.train
-    forms = [form for form in ("prompt", "completion", "text", "messages") if getattr(data, form) is not None]
-    paths = tuple(("data", form) for form in ("prompt", "completion", "text", "messages"))
-    one = "give one form: prompt and completion, text, or messages"
-    if not forms:
-        yield ("data",), paths, f"says nothing about what to learn; {one}"
-    elif forms in (["prompt"], ["completion"]):
-        other = "completion" if forms == ["prompt"] else "prompt"
-        yield ("data", forms[0]), paths, f"has no {other}; give both, or text alone"
-    elif len(forms) > 1 and forms != ["prompt", "completion"]:
-        yield ("data", forms[-1]), paths, f"can't stand beside {' and '.join(forms[:-1])}; {one}"
-    elif data.label_names is not None:
-        column, involved = next(iter(data.label_names)), (("data", "label_names"), *paths)
-        columns = template_columns(data.completion) if data.completion else ()
-        if not data.completion:
-            yield ("data", "label_names"), involved, f"needs prompt and completion; this config has {forms[0]}"
-        elif column not in columns:
-            has = ", ".join(format_value(c) for c in columns)
-            yield (
-                ("data", "label_names"),
-                involved,
-                f"{format_value(column)} is no column of data.completion, which has {has}",
-            )
-    if data.chat_template is not None and forms and data.messages is None:
-        yield ("data", "chat_template"), paths, "is used with messages only; remove it, or give data.messages"
-    if data.long_text == "split" and forms and data.text is None:
-        yield ("data", "long_text"), paths, "split is for the form text only; remove it, or give data.text"
-    for name in sorted(adapter.model_fields_set - {"method"}):
-        if adapter.method not in (methods := methods_of(name)):
-            of = f"is of method {' and '.join(methods)}; this config's is {adapter.method}"
-            yield ("adapter", name), (("adapter", "method"),), f"{of}, so remove it, or change adapter.method"
-    if adapter.method == "full" and config.model.dtype in ("bfloat16", "float16"):
-        hint = "leave it auto; trainer.bf16 gives bfloat16 arithmetic on float32 weights"
-        yield ("model", "dtype"), (("adapter", "method"),), f"full trains float32 weights; {hint}"
-    if adapter.method == "full" and config.trainer.get("fsdp"):
-        hint = f"{adapter.method} trains weights of the base, so leave fsdp out, or take lora, bottleneck or prompt"
-        yield ("trainer", "fsdp"), (("adapter", "method"),), f"shards a frozen base; {hint}"
-    if adapter.method == "lora" and not adapter.targets and not adapter.modules:
-        involved = (("adapter", "targets"), ("adapter", "modules"))
-        yield (
-            ("adapter", "targets"),
-            involved,
-            "nothing would be trained; name a role here or a module in adapter.modules",
-        )
-    if data.eval is None:
-        for where, given in (
-            (("train", "early_stopping_patience"), train.early_stopping_patience),
-            (("train", "predict_with_generate"), train.predict_with_generate),
-            (("data", "max_eval_examples"), data.max_eval_examples),
-            (("trainer", "eval_on_start"), config.trainer.get("eval_on_start")),
-            (("trainer", "eval_delay"), config.trainer.get("eval_delay")),
-        ):
-            if given:
-                yield where, (("data", "eval"),), NEEDS_EVAL
-    yield from _metric_rules(config)
+def schema_errors(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str, Place | None]]:
+    """What the schema refuses: (path, message, for an unknown name the setting that was probably meant)."""
+    try:
+        Config.model_validate(data)
+        return
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+    meant = set()
+    for error in sorted(
+        errors, key=lambda error: error["type"] != "extra_forbidden"
+    ):  # misspelled before missing names
+        path = error["loc"]
+        if error["type"] == "extra_forbidden":
+            message, place = unknown(tuple(map(str, path)))
+            meant.add(place)
+            yield path, message, place
+        elif error["type"] != "missing":
+            yield path, _message(path, error), None
+        elif path not in meant:
+            yield path, f"missing ({field_at(path).description})", None
+
+
+def unknown(path: Place) -> tuple[str, Place | None]:
+    """(message for a name that is not a setting, the setting that was probably meant)."""
+    if len(path) == 3 and path[:2] in (("trainer", "lr_scheduler_kwargs"), ("data", "label_names")):
+        return f"set the whole mapping, as in --set '{'.'.join(path[:2])}={{{path[2]}: ...}}'", None
+    section, name = path[:-1], path[-1]
+    if section == ("trainer",):
+        return training_arguments.why_refused(name), None
+    siblings = SECTIONS[section[0]].model_fields if section and section[0] in SECTIONS else Config.model_fields
+    places: dict[str, Place] = {}  # by last name
+    for place in [(s, n) for s, model in SECTIONS.items() for n in model.model_fields]:
+        places.setdefault(place[1], place)
+    for n, own in training_arguments.OWN_SETTING.items():
+        places.setdefault(n, tuple(own.split(".")))
+    if name not in places and (near := nearest(name, siblings)):
+        return f"no such setting; did you mean {near}?", (*section, near)
+    if near := name if name in places else nearest(name, places):
+        return f"no such setting here; did you mean {'.'.join(places[near])}?", places[near]
+    return f"no such setting; available are {', '.join(siblings)}", None
+
+
+def _message(path: tuple[str | int, ...], error: Any) -> str:
+    if error["type"] == "value_error":  # a message of lora_ft.config.types
+        return str(error["ctx"]["error"])
+    value = error["input"]
+    if len(path) == 1 and path[0] in SECTIONS:
+        example = f"{path[0]}: {EXAMPLES[str(path[0])]}"
+        return f"{format_value(value)} is not a section; put its settings under it, as in {example}"
+    if error["type"] == "too_short":
+        return f"is empty ({field_at(path).description})"
+    entry, hint = entry_at(path), ""
+    kinds = [kind.get("items", kind) for kind in alternatives(entry)]
+    takes_text = any(kind.get("type") == "string" and "enum" not in kind for kind in kinds)
+    if value is None:
+        hint = "; remove it to use the default"
+    elif takes_text and isinstance(value, Mapping):
+        hint = '; a text that starts with a brace needs quotes: "{column}"'
+    elif takes_text and not isinstance(value, list | tuple):
+        hint = "; put text in quotes"
+    elif isinstance(value, str) and (near := nearest(SYNONYMS.get(value, value), choices(entry))):
+        hint = f"; did you mean {near}?"
+    return f"expected {accepted(entry)}, got {format_value(value)}{hint}"
+
+
+def broken_rules(config: Config) -> Iterator[Broken]:
+    """The rules between settings that a config breaks."""
+    yield from _data_rules(config)
+    yield from _adapter_rules(config)
+    yield from _eval_rules(config)
     yield from _generation_rules(config)
-    kwargs = config.trainer.get("lr_scheduler_kwargs", {})
-    if problem := training_arguments.scheduler_problem(
-        train.lr_scheduler_type, kwargs if isinstance(kwargs, dict) else {}
-    ):
+    kwargs = config.trainer.lr_scheduler_kwargs
+    if problem := training_arguments.scheduler_problem(config.train.lr_scheduler_type, kwargs or {}):
         at = ("trainer", "lr_scheduler_kwargs") if kwargs else ("train", "lr_scheduler_type")
         hint = "" if kwargs else ", in trainer.lr_scheduler_kwargs"
         yield at, (("train", "lr_scheduler_type"), ("trainer", "lr_scheduler_kwargs")), problem + hint
 
 
-def _metric_rules(config: Config) -> Iterator[tuple[Place, tuple[Place, ...], str]]:
-    """What metric_for_best_model may be."""
+def _data_rules(config: Config) -> Iterator[Broken]:
+    """Exactly one form of text, and settings that belong to another form."""
+    data = config.data
+    forms = [form for form in FORMS if getattr(data, form) is not None]
+    paths = tuple(("data", form) for form in FORMS)
+    if not forms:
+        yield ("data",), paths, "defines no training text; set one of prompt and completion, text, or messages"
+    elif forms in (["prompt"], ["completion"]):
+        missing = "completion" if forms == ["prompt"] else "prompt"
+        yield ("data", forms[0]), paths, f"needs data.{missing} too; or use data.text alone"
+    elif len(forms) > 1 and forms != ["prompt", "completion"]:
+        message = (
+            f"cannot be combined with {' and '.join(forms[:-1])}; set one of prompt and completion, text, or messages"
+        )
+        yield ("data", forms[-1]), paths, message
+    elif data.label_names is not None:
+        at, involved = ("data", "label_names"), (("data", "label_names"), *paths)
+        column, columns = next(iter(data.label_names)), template_columns(data.completion) if data.completion else ()
+        if not data.completion:
+            yield at, involved, f"needs data.prompt and data.completion, but the config has data.{forms[0]}"
+        elif column not in columns:
+            has = ", ".join(map(format_value, columns))
+            yield at, involved, f"{format_value(column)} is not a column of data.completion, which has {has}"
+    if data.chat_template is not None and forms and data.messages is None:
+        yield ("data", "chat_template"), paths, "is for data.messages only; remove it, or use data.messages"
+    if data.long_text == "split" and forms and data.text is None:
+        yield ("data", "long_text"), paths, "split is for data.text only; remove it, or use data.text"
+
+
+def _adapter_rules(config: Config) -> Iterator[Broken]:
+    """Settings of another method, and what full fine-tuning excludes."""
+    adapter = config.adapter
+    for name in sorted(adapter.model_fields_set - {"method"}):
+        if adapter.method not in (methods := methods_of(name)):
+            message = (
+                f"applies to method {' and '.join(methods)}, but adapter.method is {adapter.method}; remove one of them"
+            )
+            yield ("adapter", name), (("adapter", "method"),), message
+    if adapter.method == "full" and config.model.dtype in ("bfloat16", "float16"):
+        message = "full trains float32 weights; leave it auto, and use trainer.bf16 for bfloat16 computation"
+        yield ("model", "dtype"), (("adapter", "method"),), message
+    if adapter.method == "full" and config.trainer.fsdp:
+        message = "shards a frozen base, but full trains it; remove fsdp, or use method lora, bottleneck or prompt"
+        yield ("trainer", "fsdp"), (("adapter", "method"),), message
+    if adapter.method == "lora" and not adapter.targets and not adapter.modules:
+        at, involved = ("adapter", "targets"), (("adapter", "targets"), ("adapter", "modules"))
+        yield at, involved, "nothing would be trained; add a role here, or a module to adapter.modules"
+
+
+def _eval_rules(config: Config) -> Iterator[Broken]:
+    """Settings that need evaluation data, and the values of metric_for_best_model."""
     data, train = config.data, config.train
-    key, at, names = train.metric_for_best_model, ("train", "metric_for_best_model"), list(eval_sets(data.eval))
-    found = selection_metric(key, names or [""])
-    if found is None:
+    for section, name in (
+        ("train", "early_stopping_patience"),
+        ("train", "predict_with_generate"),
+        ("data", "max_eval_examples"),
+        ("trainer", "eval_on_start"),
+        ("trainer", "eval_delay"),
+    ):
+        if data.eval is None and getattr(getattr(config, section), name):
+            yield (section, name), (("data", "eval"),), NEEDS_EVAL
+    key, at, sets = train.metric_for_best_model, ("train", "metric_for_best_model"), list(eval_sets(data.eval))
+    selected = selection_metric(key, sets or [""])
+    if selected is None:
         metrics = dict.fromkeys(SELECTION_METRICS)
-        choices = [name for set_name in ("", *names) for name in add_set_name(set_name, metrics)]
-        near = nearest(key, choices)
-        meant = f"did you mean {near}?" if near else f"give one of {', '.join(choices[:20])}"
-        yield at, (("data", "eval"),), f"{format_value(key)} is no metric here; {meant}"
+        available = [name for set_name in ("", *sets) for name in add_set_name(set_name, metrics)]
+        near = nearest(key, available)
+        hint = f"did you mean {near}?" if near else f"give one of {', '.join(available[:20])}"
+        yield at, (("data", "eval"),), f"{format_value(key)} is not a metric of this config; {hint}"
         return
+    metric = selected[1]
     if key != "loss" and data.eval is None:
         yield at, (("data", "eval"),), f"{key} {NEEDS_EVAL}"
-    if found[1] in ("accuracy", "macro_f1") and data.label_names is None:
-        message = f"{found[1]} needs data.label_names, which makes eval a classification"
+    if metric in ("accuracy", "macro_f1") and data.label_names is None:
+        message = f"{metric} needs data.label_names, which makes the evaluation a classification"
         yield at, (("data", "label_names"),), message
-    if found[1] in TEXT_METRICS and not (train.predict_with_generate and found[1] in config.generation.metrics):
-        others = (("train", "predict_with_generate"), ("generation", "metrics"))
-        yield (
-            at,
-            others,
-            f"{found[1]} is computed in training only with it in generation.metrics and predict_with_generate",
-        )
+    if metric in TEXT_METRICS and not (train.predict_with_generate and metric in config.generation.metrics):
+        involved = (("train", "predict_with_generate"), ("generation", "metrics"))
+        yield at, involved, f"{metric} needs train.predict_with_generate, and {metric} in generation.metrics"
 
 
-def _generation_rules(config: Config) -> Iterator[tuple[Place, tuple[Place, ...], str]]:
-    """What texts are generated for, and which settings mean something to which kind of decoding."""
-    generation, data = config.generation, config.data
-    if generation.metrics and data.text is not None:
-        message = "compares with completions, or an assistant's turns; data.text has neither: leave it out"
+def _generation_rules(config: Config) -> Iterator[Broken]:
+    """Metrics that need completions, and settings that have no effect on the kind of decoding."""
+    generation = config.generation
+    if generation.metrics and config.data.text is not None:
+        message = "compares with completions or assistant turns, which data.text does not have; remove it"
         yield ("generation", "metrics"), (("data", "text"),), message
     if config.train.predict_with_generate and not generation.metrics:
-        at, others = ("train", "predict_with_generate"), (("generation", "metrics"),)
-        yield at, others, f"needs generation.metrics: some of {', '.join(TEXT_METRICS)}"
-    for names, needed, there in (
+        message = f"needs generation.metrics: one or more of {', '.join(TEXT_METRICS)}"
+        yield ("train", "predict_with_generate"), (("generation", "metrics"),), message
+    for names, needed, given in (
         (("temperature", "top_k", "top_p"), "do_sample: true", generation.do_sample),
         (("length_penalty",), "num_beams from 2", generation.num_beams > 1),
     ):
         for name in names:
-            if not there and getattr(generation, name) != GenerationConfig.model_fields[name].default:
+            if not given and getattr(generation, name) != GenerationConfig.model_fields[name].default:
                 involved = (("generation", "do_sample"), ("generation", "num_beams"))
-                yield ("generation", name), involved, f"means nothing without generation.{needed}"
+                yield ("generation", name), involved, f"has no effect without generation.{needed}"

@@ -1,193 +1,248 @@
-"""The config's schema: every setting with its default, range, meaning, and what changing it means for `--resume`.
+"""The schema of a config: every setting with its default, its bounds, its meaning, and the effect of a change on `--resume`.
 
-The one source of the settings: help, the JSON Schema and the reference come from these descriptions. `lora_ft.config.load`
-is the door: it reads files, and adds the rules between settings.
+The single source of the settings: error messages, the JSON Schema and the reference page are made from it. A config is read
+by `lora_ft.config.load`, which also applies the rules between settings.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BaseModel, Field, model_serializer
+from pydantic.fields import FieldInfo
 
-from lora_ft.config.adapter_settings import AdapterConfig
-from lora_ft.config.data_types import Column, EvalSet, EvalSets, LabelNames, Supervised, Template
-from lora_ft.config.section import FREE, LONGER, RESULT, ROUNDING, Section
+from lora_ft.config.section import Resume, Section, setting
+from lora_ft.config.training_arguments import TrainerConfig
 from lora_ft.config.types import (
-    Dtype,
+    Column,
+    EvalSet,
+    EvalSets,
+    LabelNames,
+    Layers,
     LocalPath,
-    MicroBatch,
+    MicroBatchTokens,
     Name,
     Names,
     Reporters,
     Scheduler,
     Steps,
-    StepsOrNone,
+    StepsOrZero,
+    Supervised,
+    Targets,
+    TemplateText,
     TextMetrics,
 )
 
 
-def eval_sets(value: EvalSets) -> dict[str, EvalSet]:
-    """data.eval as a mapping of names to sets; a single set without a name is called ""."""
-    return value if isinstance(value, dict) else {} if value is None else {"": value}
-
-
 class ModelConfig(Section):
-    name: Name = Field(
-        description="the base: a hub id, a local folder, or a local .gguf file", json_schema_extra=RESULT
+    """The base model."""
+
+    name: Name = setting(..., "the base model: a hub id, a local folder, or a local .gguf file")
+    revision: Name | None = setting(None, "a branch, tag or commit on the hub; the record pins the commit")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "the data type of the weights; auto: as stored, except that float16 becomes float32 on a CPU"
     )
-    revision: Name | None = Field(
+
+
+class AdapterConfig(Section):
+    """What is trained."""
+
+    method: Literal["lora", "full", "bottleneck", "prompt"] = setting(
+        "lora",
+        "what is trained: LoRA's A and B, all weights (full), bottleneck adapter layers, or virtual tokens (prompt)",
+    )
+    rank: int = setting(8, "number of rows of A and columns of B", ge=1, le=65536, methods=("lora",))
+    alpha: float = setting(16.0, "the update B A is scaled by alpha / rank", gt=0, methods=("lora",))
+    rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead", methods=("lora",))
+    dropout: float = setting(0.0, "dropout probability of the adapter's input", ge=0, lt=1, methods=("lora",))
+    targets: Targets = setting(
+        ("q", "v"),
+        "the adapted projections: roles q k v o gate up down, or groups attention (q k v o), mlp (gate up down), all (both)",
+        methods=("lora",),
+    )
+    modules: Names = setting(
+        (), "further modules, which no role covers, by exact name or dotted suffix (lm_head)", methods=("lora",)
+    )
+    layers: Layers = setting(
+        None, 'the adapted layers: null for all, a list [0, 1, 2], or a range "6-11"', methods=("lora", "bottleneck")
+    )
+    init_from: LocalPath | None = setting(
         None,
-        description="branch, tag or commit on the hub; the record pins it",
-        json_schema_extra=RESULT,
+        "start from the weights of this adapter (from lora-ft or PEFT) instead of the method's initialization",
+        methods=("lora", "bottleneck", "prompt"),
     )
-    dtype: Dtype = Field(
-        "auto", description="auto: as stored, but float16 becomes float32 on a CPU", json_schema_extra=RESULT
+    bottleneck_size: int = setting(64, "width of the bottleneck", ge=1, le=65536, methods=("bottleneck",))
+    placement: Literal["houlsby", "pfeiffer"] = setting(
+        "houlsby",
+        "adapter layers after attention and MLP (houlsby) or after the MLP only (pfeiffer)",
+        methods=("bottleneck",),
     )
+    nonlinearity: Literal["relu", "gelu", "silu", "tanh"] = setting(
+        "relu", "activation function in the bottleneck", methods=("bottleneck",)
+    )
+    virtual_tokens: int = setting(
+        20, "number of learned vectors in front of each example", ge=1, le=65536, methods=("prompt",)
+    )
+    init_text: Name | None = setting(
+        None,
+        "a text whose token embeddings initialize the virtual tokens; null: tokens drawn from the vocabulary",
+        methods=("prompt",),
+    )
+
+    @model_serializer(mode="wrap")
+    def _of_this_method(self, handler: Any) -> dict[str, Any]:
+        """Only the method's settings: the others have no effect on the run."""
+        return {name: value for name, value in handler(self).items() if self.method in methods_of(name)}
 
 
 class DataConfig(Section):
-    train: Annotated[Names, Field(min_length=1)] = Field(
-        description="a local jsonl, json, csv, tsv or parquet file, or a hub id[:config][@split]; or a list of them",
-        json_schema_extra=RESULT,
+    """Training and evaluation data, and the text that is learned from each row."""
+
+    train: Annotated[Names, Field(min_length=1)] = setting(
+        ...,
+        "training data: a local jsonl, json, csv, tsv or parquet file, a hub id[:config][@split], or a list of these",
     )
-    eval: EvalSets = Field(
+    eval: EvalSets = setting(
         None,
-        description="the same as train, or a fraction (0.05) or count (500) held out of train by seed, or null; "
-        "or several such, by name: {dev: 0.05, test: test.jsonl}",
-        json_schema_extra=RESULT,
+        "evaluation data: as for train, or a fraction (0.05) or number (500) of training rows to hold out; or several sets by "
+        "name: {dev: 0.05, test: test.jsonl}",
     )
-    max_train_examples: int | None = Field(
-        None, ge=1, description="train on a seeded sample of so many", json_schema_extra=RESULT
+    max_train_examples: int | None = setting(None, "train on a random sample of this size (by train.seed)", ge=1)
+    max_eval_examples: int | None = setting(None, "evaluate on a random sample of this size of each set", ge=1)
+    prompt: TemplateText | None = setting(None, "first form: a text with columns in braces, not supervised")
+    completion: Supervised | None = setting(None, "the text after the prompt: supervised, like the end token after it")
+    text: Supervised | None = setting(None, "second form: a text with columns in braces, fully supervised")
+    messages: Column | None = setting(None, "third form: a column of chat messages, role/content or from/value")
+    chat_template: LocalPath | None = setting(None, "a file with a chat template to use instead of the tokenizer's")
+    label_names: LabelNames = setting(
+        None, "{label: [negative, positive]} maps class ids to words and makes the evaluation a classification"
     )
-    max_eval_examples: int | None = Field(
-        None, ge=1, description="evaluate on a seeded sample of so many, of each set", json_schema_extra=RESULT
+    max_length: int = setting(512, "maximum number of tokens of an example; longer ones are cut", ge=2, le=2**24)
+    long_text: Literal["truncate", "split"] = setting(
+        "truncate", "for data.text: truncate long texts, or split them into pieces of max_length"
     )
-    prompt: Template | None = Field(
-        None, description="first form: a text with columns in braces, not supervised", json_schema_extra=RESULT
-    )
-    completion: Supervised | None = Field(
-        None, description="what follows the prompt: supervised, and so is its end", json_schema_extra=RESULT
-    )
-    text: Supervised | None = Field(
-        None, description="second form: a text with columns in braces, all of it supervised", json_schema_extra=RESULT
-    )
-    messages: Column | None = Field(
-        None, description="third form: a column of role/content or from/value turns", json_schema_extra=RESULT
-    )
-    chat_template: LocalPath | None = Field(
-        None, description="a file with the chat template, instead of the tokenizer's own", json_schema_extra=RESULT
-    )
-    label_names: LabelNames = Field(
-        None,
-        description="{label: [negative, positive]} turns class ids into words; makes eval a classification",
-        json_schema_extra=RESULT,
-    )
-    max_length: int = Field(
-        512, ge=2, le=2**24, description="tokens of an example at most; longer ones are cut", json_schema_extra=RESULT
-    )
-    long_text: Literal["truncate", "split"] = Field(
-        "truncate",
-        description="text only: cut a long text, or split it into pieces of max_length",
-        json_schema_extra=RESULT,
-    )
-    bad_rows: Literal["error", "skip"] = Field(
-        "error", description="rows that are wrong: stop, or skip them, counted and listed", json_schema_extra=RESULT
+    bad_rows: Literal["error", "skip"] = setting(
+        "error", "invalid rows: stop with an error, or skip, count and list them"
     )
 
 
 class TrainConfig(Section):
-    num_train_epochs: float = Field(
-        1.0, gt=0, description="passes over the data; max_steps, when given, beats it", json_schema_extra=LONGER
-    )
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps", json_schema_extra=LONGER)
-    batch_size: int = Field(16, ge=1, description="examples per step, over all devices", json_schema_extra=RESULT)
-    micro_batch_tokens: MicroBatch = Field(
+    """The training loop."""
+
+    num_train_epochs: float = setting(1.0, "passes over the data; max_steps overrides it", gt=0, resume="longer")
+    max_steps: int | None = setting(None, "number of optimizer steps", ge=1, resume="longer")
+    batch_size: int = setting(16, "examples per optimizer step, over all devices", ge=1)
+    micro_batch_tokens: MicroBatchTokens = setting(
         "auto",
-        description="how a batch is cut: memory and speed, never the gradient (without dropout)",
-        json_schema_extra=ROUNDING,
+        "tokens per micro-batch: affects memory and speed, not the gradient (unless there is dropout)",
+        resume="rounding",
     )
-    learning_rate: float = Field(5e-4, gt=0, description="the schedule's peak", json_schema_extra=RESULT)
-    lr_scheduler_type: Scheduler = Field(
-        "linear", description="the schedule, by transformers' name", json_schema_extra=RESULT
+    learning_rate: float = setting(5e-4, "the schedule's maximum", gt=0)
+    lr_scheduler_type: Scheduler = setting("linear", "the learning rate schedule, by its name in transformers")
+    warmup_steps: StepsOrZero = setting(0.06, "below 1 a fraction of the run, from 1 a number of steps; 0 for none")
+    weight_decay: float = setting(0.0, "weight decay of AdamW", ge=0)
+    max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0: do not clip", ge=0)
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, slower", resume="rounding"
     )
-    warmup_steps: StepsOrNone = Field(
-        0.06, description="below 1 a fraction of the run, from 1 a count; 0 for none", json_schema_extra=RESULT
+    seed: int = setting(0, "seed of A's initialization, the order of the data, samples and dropout", ge=0, lt=2**32)
+    logging_steps: Steps = setting(10, "interval of logging: a fraction of the run or a number of steps", resume="free")
+    eval_steps: Steps = setting(0.25, "interval of evaluations: a fraction of the run or a number of steps")
+    save_steps: Steps = setting(
+        0.25, "interval of checkpoints: a fraction of the run or a number of steps", resume="free"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's", json_schema_extra=RESULT)
-    max_grad_norm: float = Field(1.0, ge=0, description="clips gradients; 0: never", json_schema_extra=RESULT)
-    gradient_checkpointing: bool = Field(
-        False, description="compute activations twice: less memory, slower", json_schema_extra=ROUNDING
+    save_total_limit: int | None = setting(
+        2, "number of checkpoints to keep besides the best; null for all", ge=1, resume="free"
     )
-    seed: int = Field(
-        0, ge=0, lt=2**32, description="of A, the order of the data, samples, dropout", json_schema_extra=RESULT
-    )
-    logging_steps: Steps = Field(10, description="when to log: a fraction or a count", json_schema_extra=FREE)
-    eval_steps: Steps = Field(0.25, description="when to evaluate: a fraction or a count", json_schema_extra=RESULT)
-    save_steps: Steps = Field(0.25, description="when to save: a fraction or a count", json_schema_extra=FREE)
-    save_total_limit: int | None = Field(
-        2, ge=1, description="checkpoints kept, beside the best; null for all", json_schema_extra=FREE
-    )
-    metric_for_best_model: Name = Field(
+    metric_for_best_model: Name = setting(
         "loss",
-        description="on the eval data: loss, with label_names accuracy and macro_f1, with predict_with_generate one of "
-        "generation.metrics; of several sets the first's, or by name as in dev_loss",
-        json_schema_extra=RESULT,
+        "metric on the evaluation data: loss; with label_names accuracy or macro_f1; with predict_with_generate one of "
+        "generation.metrics. With several sets that of the first, or by name as in dev_loss",
     )
-    predict_with_generate: bool = Field(
-        False,
-        description="evaluations in training generate too, for generation.metrics: slow, so off",
-        json_schema_extra=RESULT,
+    predict_with_generate: bool = setting(
+        False, "also generate texts in evaluations during training, for generation.metrics (slow)"
     )
-    evaluate_base: bool = Field(
+    evaluate_base: bool = setting(
         True,
-        description="score the base before the first step, for the report: takes as long as any evaluation",
-        json_schema_extra=FREE,
+        "evaluate the base model before the first step, for the report (takes as long as any evaluation)",
+        resume="free",
     )
-    load_best_model_at_end: bool = Field(
-        True, description="with eval data: the output gets the best adapter, not the last", json_schema_extra=RESULT
+    load_best_model_at_end: bool = setting(True, "with evaluation data: output gets the best adapter, not the last")
+    early_stopping_patience: int | None = setting(
+        None, "stop after this number of evaluations without improvement", ge=1
     )
-    early_stopping_patience: int | None = Field(
-        None, ge=1, description="stop after so many evaluations without improvement", json_schema_extra=RESULT
-    )
-    report_to: Reporters = Field(
-        ("tensorboard",), description="where metrics go; [] for nowhere", json_schema_extra=FREE
-    )
+    report_to: Reporters = setting(("tensorboard",), "where metrics are reported; [] for nowhere", resume="free")
 
 
 class GenerationConfig(Section):
-    metrics: TextMetrics = Field(
-        (),
-        description="scores of generated texts against the completions, by lora-ft eval: bleu, rouge_l, exact_match",
-        json_schema_extra=RESULT,
+    """Generated texts and their metrics."""
+
+    metrics: TextMetrics = setting(
+        (), "metrics that `lora-ft eval` computes by comparing generated texts with the completions"
     )
-    max_prompts: int | None = Field(
-        None, ge=1, description="generate for a seeded sample of so many distinct prompts", json_schema_extra=RESULT
-    )
-    max_new_tokens: int = Field(128, ge=1, description="tokens of a generated text at most", json_schema_extra=RESULT)
-    batch_size: int = Field(32, ge=1, description="prompts decoded at a time", json_schema_extra=ROUNDING)
-    num_beams: int = Field(1, ge=1, description="beam search, from 2; 1: greedy", json_schema_extra=RESULT)
-    length_penalty: float = Field(
-        1.0, description="beams: above 0 favours longer texts, below 0 shorter ones", json_schema_extra=RESULT
-    )
-    no_repeat_ngram_size: int = Field(
-        0, ge=0, description="no sequence of so many tokens comes twice; 0: no such rule", json_schema_extra=RESULT
-    )
-    do_sample: bool = Field(False, description="sample, by train.seed", json_schema_extra=RESULT)
-    temperature: float = Field(1.0, gt=0, description="do_sample: below 1 is less random", json_schema_extra=RESULT)
-    top_k: int = Field(
-        0, ge=0, description="do_sample: among so many likeliest tokens; 0: all", json_schema_extra=RESULT
-    )
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="do_sample: among the likeliest of this share", json_schema_extra=RESULT
-    )
+    max_prompts: int | None = setting(None, "generate for a random sample of this number of distinct prompts", ge=1)
+    max_new_tokens: int = setting(128, "maximum number of tokens of a generated text", ge=1)
+    batch_size: int = setting(32, "prompts per batch", ge=1, resume="rounding")
+    num_beams: int = setting(1, "number of beams of a beam search; 1: greedy", ge=1)
+    length_penalty: float = setting(1.0, "in a beam search, above 0 favors longer texts, below 0 shorter ones")
+    no_repeat_ngram_size: int = setting(0, "no sequence of this number of tokens is repeated; 0: no limit", ge=0)
+    do_sample: bool = setting(False, "sample, with train.seed as the seed")
+    temperature: float = setting(1.0, "sampling temperature; below 1 is less random", gt=0)
+    top_k: int = setting(0, "sample from this number of most likely tokens; 0: from all", ge=0)
+    top_p: float = setting(1.0, "sample from the most likely tokens that add up to this probability", gt=0, le=1)
 
 
 class Config(Section):
+    """The settings of one fine-tuning run."""
+
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
     train: TrainConfig = TrainConfig()
     generation: GenerationConfig = GenerationConfig()
-    trainer: dict[str, Any] = Field(
-        {}, description="any other field of transformers.TrainingArguments", json_schema_extra=FREE
-    )
-    output: LocalPath = Field("out", description="the folder that gets the adapter", json_schema_extra=FREE)
+    trainer: TrainerConfig = TrainerConfig()
+    output: LocalPath = setting("out", "the folder for the adapter, its checkpoints and logs", resume="free")
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "generation": GenerationConfig,
+    "trainer": TrainerConfig,
+}
+
+
+def field_at(path: tuple[str | int, ...]) -> FieldInfo:
+    """The field that a path such as ("adapter", "rank") or ("output",) leads to, or into.
+
+    Raises:
+        KeyError: there is none.
+    """
+    inside = len(path) > 1 and path[0] in SECTIONS
+    fields = SECTIONS[str(path[0])].model_fields if inside else Config.model_fields
+    return fields[str(path[1 if inside else 0])]
+
+
+def methods_of(name: str) -> tuple[str, ...]:
+    """The values of adapter.method that use this setting of `adapter`."""
+    return tuple(_extra(("adapter", name))["methods"]) or get_args(field_at(("adapter", "method")).annotation)
+
+
+def resume_class(section: str, name: str = "") -> Resume:
+    """The effect on `--resume` of changing `section.name`, or a setting outside of sections.
+
+    Raises:
+        KeyError: there is no such setting.
+    """
+    return _extra((section, name) if name else (section,))["resume"]
+
+
+def _extra(path: tuple[str, ...]) -> dict[str, Any]:
+    extra = field_at(path).json_schema_extra
+    assert isinstance(extra, dict)
+    return extra
+
+
+def eval_sets(value: EvalSets) -> dict[str, EvalSet]:
+    """data.eval as a mapping of names to sets; a single set without a name is called ""."""
+    return value if isinstance(value, dict) else {} if value is None else {"": value}

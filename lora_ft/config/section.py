@@ -1,15 +1,27 @@
-"""What every section of a config is, and what its settings say of `--resume`."""
+"""The base class of a config's sections, and how a setting is declared."""
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-# What changing a setting means for a run that is resumed.
-RESULT: dict[str, Any] = {"resume": "result"}  # another result: refused
-ROUNDING: dict[str, Any] = {"resume": "rounding"}  # only rounding, and where dropout masks fall: a warning
-FREE: dict[str, Any] = {"resume": "free"}  # nothing
-LONGER: dict[str, Any] = {"resume": "longer"}  # more of it goes on, with the schedule derived again
+# The effect on `--resume` of changing a setting. result: refused, the run would differ. rounding: a warning, only rounding
+# and dropout masks change. free: none. longer: a higher value continues the run, with the schedule recomputed.
+Resume = Literal["result", "rounding", "free", "longer"]
 
 
 class Section(BaseModel):
+    """A closed, immutable table of settings; values are not converted between types."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def setting(default: Any, text: str, *, resume: Resume = "result", methods: tuple[str, ...] = (), **bounds: Any) -> Any:
+    """A setting of a section.
+
+    Args:
+        default: `...` where the setting is required.
+        text: its meaning, for error messages, the JSON Schema and the reference page.
+        methods: the values of adapter.method that use it; empty for all.
+        bounds: pydantic's `ge`, `gt`, `le`, `lt`.
+    """
+    return Field(default, description=text, json_schema_extra={"resume": resume, "methods": list(methods)}, **bounds)

@@ -1,19 +1,22 @@
-"""Every field of transformers.TrainingArguments: ours, allowed under `trainer`, or refused with the reason.
+"""The fields of transformers.TrainingArguments: governed by another setting, allowed under `trainer`, or refused.
 
-A test holds the three tables against the installed version.
+A test compares the three with the installed version of transformers.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
+from pydantic import model_serializer
+
+from lora_ft.config.section import Section, setting
 from lora_ft.core.messages import format_value, printable
 from lora_ft.core.names import nearest
 
-# field -> our setting that governs it
-OURS = {
+# field -> the setting of lora-ft that governs it
+OWN_SETTING = {
     "output_dir": "output",
-    "per_device_train_batch_size": "train.batch_size",  # over all devices, and cut by train.micro_batch_tokens
+    "per_device_train_batch_size": "train.batch_size",  # over all devices, divided by train.micro_batch_tokens
     "num_train_epochs": "train.num_train_epochs",
     "max_steps": "train.max_steps",
     "learning_rate": "train.learning_rate",
@@ -36,97 +39,102 @@ OURS = {
 }
 
 
-class Allowed(NamedTuple):
-    kind: type | tuple[str, ...]  # a tuple lists the words to choose from
-    resume: Literal["result", "rounding", "free"]  # what a change means for --resume
-    low: float = -math.inf
-    high: float = math.inf  # not included
+LogLevel = Literal["passive", "debug", "detail", "info", "warning", "error", "critical"]
 
 
-_LEVELS = ("passive", "debug", "detail", "info", "warning", "error", "critical")
+class TrainerConfig(Section):
+    """Other fields of transformers.TrainingArguments, by their own names and with their own defaults."""
 
-ALLOWED = {
-    "lr_scheduler_kwargs": Allowed(dict, "result"),
-    "optim": Allowed(("adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmsprop"), "result"),
-    "optim_args": Allowed(str, "result"),
-    "adam_beta1": Allowed(float, "result", 0, 1),
-    "adam_beta2": Allowed(float, "result", 0, 1),
-    "adam_epsilon": Allowed(float, "result", 0),
-    "bf16": Allowed(bool, "result"),
-    "tf32": Allowed(bool, "result"),
-    "eval_on_start": Allowed(bool, "result"),
-    "eval_delay": Allowed(float, "result", 0),
-    "full_determinism": Allowed(bool, "rounding"),
-    "use_cpu": Allowed(bool, "rounding"),
-    "ddp_backend": Allowed(("nccl", "gloo", "mpi", "xccl", "hccl"), "rounding"),
-    "ddp_bucket_cap_mb": Allowed(int, "rounding", 1),
-    "ddp_timeout": Allowed(int, "free", 1),
-    "fsdp": Allowed(bool, "rounding"),
-    "logging_first_step": Allowed(bool, "free"),
-    "log_on_each_node": Allowed(bool, "free"),
-    "log_level": Allowed(_LEVELS, "free"),
-    "log_level_replica": Allowed(_LEVELS, "free"),
-    "run_name": Allowed(str, "free"),
-    "project": Allowed(str, "free"),
-    "trackio_space_id": Allowed(str, "free"),
-    "trackio_bucket_id": Allowed(str, "free"),
-    "skip_memory_metrics": Allowed(bool, "free"),
-}
+    # A field that is not given is None here and absent from `model_dump()`.
+    lr_scheduler_kwargs: dict[str, Any] = setting(None, "arguments of train.lr_scheduler_type")
+    optim: Literal["adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmsprop"] = setting(None, "the optimizer")
+    optim_args: str = setting(None, "arguments of the optimizer")
+    adam_beta1: float = setting(None, "decay rate of AdamW's first moment", ge=0, lt=1)
+    adam_beta2: float = setting(None, "decay rate of AdamW's second moment", ge=0, lt=1)
+    adam_epsilon: float = setting(None, "AdamW's epsilon", ge=0)
+    bf16: bool = setting(None, "compute in bfloat16 (autocast)")
+    tf32: bool = setting(None, "TF32 matrix products on GPUs that have it")
+    eval_on_start: bool = setting(None, "evaluate before the first step")
+    eval_delay: float = setting(None, "number of steps before the first evaluation", ge=0)
+    full_determinism: bool = setting(None, "deterministic algorithms only (slower)", resume="rounding")
+    use_cpu: bool = setting(None, "train on the CPU even if there is a GPU", resume="rounding")
+    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl"] = setting(
+        None, "the backend of torch.distributed", resume="rounding"
+    )
+    ddp_bucket_cap_mb: int = setting(None, "size of DDP's gradient buckets", ge=1, resume="rounding")
+    ddp_timeout: int = setting(None, "seconds that processes wait for each other", ge=1, resume="free")
+    fsdp: bool = setting(None, "shard the frozen base over the processes", resume="rounding")
+    logging_first_step: bool = setting(None, "also log the first step", resume="free")
+    log_on_each_node: bool = setting(None, "log on each node, not only on the first", resume="free")
+    log_level: LogLevel = setting(None, "transformers' log level", resume="free")
+    log_level_replica: LogLevel = setting(
+        None, "transformers' log level in processes other than the main one", resume="free"
+    )
+    run_name: str = setting(None, "name of the run for report_to", resume="free")
+    project: str = setting(None, "name of the project for report_to", resume="free")
+    trackio_space_id: str = setting(None, "the Hugging Face Space for Trackio", resume="free")
+    trackio_bucket_id: str = setting(None, "the Hugging Face bucket for Trackio", resume="free")
+    skip_memory_metrics: bool = setting(None, "do not measure memory in the Trainer", resume="free")
 
-_STEP = "a step here is a list of micro-batches cut by tokens, which this would break"
-_PLAN = "which examples make a step is planned from train.seed, and the plan's batches are made in place"
-_LOSS = "the loss is summed over supervised tokens and divided by their number in the whole batch"
-_EVAL = "evaluation is lora-ft's own: it scores supervised tokens and keeps no predictions"
-_WHEN = "the *_steps settings under train say when"
-_STATE = "a checkpoint here is complete, written once and without pickles, so that a resumed run ends in the same bits"
-_PUSH = "nothing is pushed while training; push the finished folder: `lora-ft export FOLDER --to peft --push REPO`"
-_CODE = "it replaces parts of the model's own computation, which lora-ft relies on"
+    @model_serializer(mode="wrap")
+    def _given(self, handler: Any) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+
+
+_STEP = "lora-ft divides a batch into micro-batches by tokens"
+_PLAN = "lora-ft plans the batches of all steps from train.seed and builds them itself"
+_LOSS = "the loss is the mean over the supervised tokens of the batch"
+_EVAL = "lora-ft has its own evaluation, which scores supervised tokens and keeps no predictions"
+_WHEN = "set by the *_steps settings of train"
+_STATE = "checkpoints are always complete and contain no pickles, so that a resumed run is reproduced exactly"
+_PUSH = "nothing is uploaded during training; upload the result with `lora-ft export FOLDER --to peft --push REPO`"
+_CODE = "it replaces parts of the model that lora-ft relies on"
 _KERNEL = "not supported: micro-batches have varying shapes"
-_DDP = "set by lora-ft, so that each step is one all-reduce of the adapter"
-_SHARD = "not supported: a run is several processes (--processes), with trainer.fsdp each keeps a share of the base"
-_SCRIPT = "the commands say it: lora-ft train, lora-ft eval"
+_DDP = "set by lora-ft: each step is one all-reduce of the adapter"
+_SHARD = "not supported; use several processes (--processes), with trainer.fsdp to shard the base"
+_SCRIPT = "use the commands `lora-ft train` and `lora-ft eval`"
 
-# field -> why it can't be set
+# field -> why it cannot be set, and what to use instead
 REFUSED = {
-    "disable_tqdm": "the bar is lora-ft's own, and shows on a terminal only",
-    "gradient_accumulation_steps": f"{_STEP}; train.micro_batch_tokens lowers memory",
-    "auto_find_batch_size": f"{_STEP}; train.micro_batch_tokens lowers memory",
+    "disable_tqdm": "lora-ft has its own progress bar, shown on a terminal only",
+    "gradient_accumulation_steps": f"{_STEP}; lower train.micro_batch_tokens to save memory",
+    "auto_find_batch_size": f"{_STEP}; lower train.micro_batch_tokens to save memory",
     "torch_empty_cache_steps": _STEP,
-    "average_tokens_across_devices": f"{_LOSS}, over all devices already",
+    "average_tokens_across_devices": f"{_LOSS}, over all devices",
     "label_smoothing_factor": f"{_LOSS}; label smoothing is not supported",
-    "neftune_noise_alpha": "its noise is scaled by the row's length, and rows here hold several examples",
-    "fp16": "float16 needs a loss scaler, which is not supported; use bf16 here, or model.dtype",
-    "fp16_full_eval": "it would round the adapter itself; use model.dtype",
-    "bf16_full_eval": "it would round the adapter itself; use model.dtype",
-    "gradient_checkpointing_kwargs": "set by lora-ft; train.gradient_checkpointing turns it on",
-    "activation_checkpointing_kwargs": "set by lora-ft; train.gradient_checkpointing turns it on",
-    "optim_target_modules": "adapter.targets and adapter.modules say what is trained",
+    "neftune_noise_alpha": "it scales noise by the length of a row, and rows hold several examples",
+    "fp16": "float16 needs a loss scaler, which is not supported; use trainer.bf16 or model.dtype",
+    "fp16_full_eval": "it would round the adapter; use model.dtype",
+    "bf16_full_eval": "it would round the adapter; use model.dtype",
+    "gradient_checkpointing_kwargs": "set by lora-ft; turn checkpointing on with train.gradient_checkpointing",
+    "activation_checkpointing_kwargs": "set by lora-ft; turn checkpointing on with train.gradient_checkpointing",
+    "optim_target_modules": "use adapter.targets and adapter.modules",
     "torch_compile": _KERNEL,
     "torch_compile_backend": _KERNEL,
     "torch_compile_mode": _KERNEL,
     "use_liger_kernel": _CODE,
     "liger_kernel_config": _CODE,
-    "use_cache": "a cache would mix the examples that share a row",
+    "use_cache": "a cache would mix examples that share a row",
     "logging_strategy": _WHEN,
-    "logging_nan_inf_filter": "a loss that is no number stops the run, it is never hidden",
-    "include_num_input_tokens_seen": "log.jsonl counts tokens already",
+    "logging_nan_inf_filter": "a loss of NaN or infinity stops the run",
+    "include_num_input_tokens_seen": "log.jsonl already counts tokens",
     "trackio_static_space_id": _PUSH,
-    "eval_strategy": f"{_WHEN}, and data.eval whether",
-    "per_device_eval_batch_size": f"{_EVAL}; train.micro_batch_tokens cuts its batches too",
+    "eval_strategy": f"{_WHEN}; without data.eval there is no evaluation",
+    "per_device_eval_batch_size": f"{_EVAL}; its batches follow train.micro_batch_tokens too",
     "prediction_loss_only": _EVAL,
     "eval_do_concat_batches": _EVAL,
     "eval_use_gather_object": _EVAL,
     "eval_accumulation_steps": _EVAL,
     "include_for_metrics": _EVAL,
     "batch_eval_metrics": _EVAL,
-    "greater_is_better": "train.metric_for_best_model says it: less is better for loss, more for the others",
+    "greater_is_better": "follows from train.metric_for_best_model: lower is better for loss, higher for the others",
     "save_strategy": _WHEN,
     "save_only_model": _STATE,
     "save_on_each_node": _STATE,
-    "enable_jit_checkpoint": f"{_STATE}; a stopped run writes one by itself",
+    "enable_jit_checkpoint": f"{_STATE}; an interrupted run writes one automatically",
     "ignore_data_skip": _STATE,
     "restore_callback_states_from_checkpoint": _STATE,
-    "resume_from_checkpoint": "say `lora-ft train CONFIG --resume`",
+    "resume_from_checkpoint": "use `lora-ft train CONFIG --resume`",
     "push_to_hub": _PUSH,
     "hub_token": _PUSH,
     "hub_private_repo": _PUSH,
@@ -152,14 +160,14 @@ REFUSED = {
     "parallelism_config": _SHARD,
     "fsdp_config": _SHARD,
     "deepspeed": _SHARD,
-    "debug": "run `lora-ft train CONFIG --debug`",
+    "debug": "use `lora-ft train CONFIG --debug`",
     "do_train": _SCRIPT,
     "do_eval": _SCRIPT,
     "do_predict": _SCRIPT,
 }
 
-# lr_scheduler_type -> what trainer.lr_scheduler_kwargs may hold for it. Schedules of the step alone: those that follow
-# a metric (reduce_lr_on_plateau, greedy) can't be derived again for a longer run.
+# lr_scheduler_type -> the arguments it accepts in trainer.lr_scheduler_kwargs. Only schedules that depend on the step alone:
+# those that follow a metric (reduce_lr_on_plateau, greedy) cannot be recomputed for a longer run.
 SCHEDULERS: dict[str, tuple[str, ...]] = {
     "linear": (),
     "cosine": ("num_cycles",),
@@ -176,58 +184,30 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def problems(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong and what to do) for each field of the config's `trainer` table that is not right."""
-    for field, value in table.items():
-        if field in OURS:
-            yield field, f"set {OURS[field]} instead, which governs it"
-        elif field in REFUSED:
-            yield field, f"can't be set: {REFUSED[field]}"
-        elif field not in ALLOWED:
-            near = nearest(field, [*ALLOWED, *OURS, *REFUSED])
-            yield field, "no field of TrainingArguments" + (f"; did you mean {near}?" if near else "; remove it")
-        elif not _fits(value, ALLOWED[field]):
-            yield field, f"{format_value(value)} does not fit; give {wanted(ALLOWED[field])}"
+def why_refused(field: str) -> str:
+    """Why `trainer` does not accept a field that is not one of TrainerConfig, and what to use instead."""
+    if field in OWN_SETTING:
+        return f"set {OWN_SETTING[field]} instead"
+    if field in REFUSED:
+        return f"cannot be set: {REFUSED[field]}"
+    near = nearest(field, [*TrainerConfig.model_fields, *OWN_SETTING, *REFUSED])
+    return "not a field of TrainingArguments; " + (f"did you mean {near}?" if near else "remove it")
 
 
 def scheduler_problem(scheduler: str, kwargs: Mapping[str, Any]) -> str | None:
-    """What is wrong with `trainer.lr_scheduler_kwargs` for this `train.lr_scheduler_type`, if anything."""
+    """What is wrong with `trainer.lr_scheduler_kwargs` for this `train.lr_scheduler_type`; None if nothing is."""
     known = SCHEDULERS[scheduler]
     for name in kwargs:
         if name not in known:
-            return f"{printable(name)} means nothing to {scheduler}; it takes " + (", ".join(known) or "no arguments")
+            return f"{scheduler} does not accept {printable(name)}; it accepts {', '.join(known) or 'no arguments'}"
     for name, value in kwargs.items():
         text = name in ("warmup_type", "decay_type")
         if text and value not in ("linear", "cosine", "1-sqrt"):
             return f"{name} is {format_value(value)}; give linear, cosine or 1-sqrt"
-        if not text and not _fits(value, Allowed(float, "result", 0)):
+        if not text and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf):
             return f"{name} is {format_value(value)}; give a number from 0"
     if "min_lr_rate" in known and ("min_lr" in kwargs) == ("min_lr_rate" in kwargs):
         return f"{scheduler} needs one of min_lr and min_lr_rate"
     if scheduler == "warmup_stable_decay" and "num_decay_steps" not in kwargs:
         return f"{scheduler} needs num_decay_steps"
     return None
-
-
-def wanted(allowed: Allowed) -> str:
-    """What a field takes, in words."""
-    if isinstance(allowed.kind, tuple):
-        return "one of " + ", ".join(allowed.kind)
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        dict: "a mapping (key: value)",
-    }
-    low = f" from {allowed.low:g}" if allowed.low > -math.inf else ""
-    return words[allowed.kind] + low + (f" up to, not including, {allowed.high:g}" if allowed.high < math.inf else "")
-
-
-def _fits(value: Any, allowed: Allowed) -> bool:
-    if isinstance(allowed.kind, tuple):
-        return value in allowed.kind
-    if allowed.kind in (int, float):
-        number = isinstance(value, int) or (allowed.kind is float and isinstance(value, float))
-        return number and not isinstance(value, bool) and allowed.low <= value < allowed.high
-    return isinstance(value, allowed.kind)

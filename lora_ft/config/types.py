@@ -1,7 +1,7 @@
-"""The types that settings have: what each accepts, how it is normalised, and a kind sentence for what it refuses.
+"""The types of settings: what each accepts, how it is normalized, and a clear message for what it refuses.
 
-A validator raises ValueError with the sentence; lists become tuples, so that a config is frozen all through. `takes` says for
-the JSON Schema what a validator lets through.
+A validator raises ValueError with the message; lists become tuples, so that a config is immutable. `json_schema` gives the
+JSON Schema of what a validator accepts.
 """
 
 import os
@@ -13,34 +13,43 @@ from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 from lora_ft.config.training_arguments import SCHEDULERS
 from lora_ft.core.messages import format_value
 from lora_ft.core.metrics import TEXT_METRICS
-from lora_ft.core.names import GROUPS, ROLES, nearest, nearest_role
+from lora_ft.core.names import GROUPS, ROLES, nearest_role, template_columns
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Scheduler = Literal[*SCHEDULERS]  # type: ignore[valid-type]
 REPORTERS = (
     *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune"),
     *("swanlab", "tensorboard", "trackio", "wandb"),
 )
 MAX_LAYERS = 10_000
+SET_NAME = "[A-Za-z0-9_.-]+"  # of an eval set
+COLUMN = "^[^{}]+$"
 
 
-def listed(value: Any) -> Any:
-    """One text is a list of one; lists become tuples."""
+def as_tuple(value: Any) -> Any:
+    """A single text as a tuple of one, a list as a tuple; anything else as it is, for pydantic to refuse."""
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
 
 
-def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values as they are.
+
+    Raises:
+        ValueError: one is repeated.
+    """
     for n, value in enumerate(values):
         if value in values[:n]:
             raise ValueError(f"{format_value(value)} is given twice; keep one")
     return values
 
 
-def name_of(text: str) -> str:
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _name(text: str) -> str:
     if not text.strip() or any(ord(c) < 32 for c in text):
-        raise ValueError(f"{format_value(text)} is no name; give a path or a hub id")
+        raise ValueError(f"{format_value(text)} is not a name; give a path or a hub id")
     return text
 
 
@@ -48,117 +57,181 @@ def _role(word: str) -> str:
     if word in ROLES or word in GROUPS:
         return word
     if "," in word or " " in word.strip():
-        raise ValueError(f"{format_value(word)} is one word here; give a list, as in [q, v]")
-    roles, groups = " ".join(ROLES), " ".join(GROUPS)
+        raise ValueError(f"{format_value(word)} is a single word; give a list, as in [q, v]")
     raise ValueError(
-        f"{format_value(word)} is no role; nearest: {nearest_role(word)}. Roles are {roles}, groups {groups}; "
-        "the name of a module goes under adapter.modules"
+        f"unknown role {format_value(word)}; did you mean {nearest_role(word)}? Roles are {' '.join(ROLES)}, groups are "
+        f"{' '.join(GROUPS)}; names of modules go in adapter.modules"
     )
 
 
 def _layers(value: Any) -> Any:
-    """None, or layer numbers sorted; "6-11" holds both ends."""
+    """None, or sorted layer numbers; "6-11" includes both ends."""
     hint = f'give null for all, a list such as [0, 1, 2], or a range such as "6-11" (from 0 to {MAX_LAYERS - 1})'
     if value is None:
         return None
     if isinstance(value, str):
         match = re.fullmatch(r"(\d{1,5})\s*(?:-\s*(\d{1,5}))?", value.strip(), re.ASCII)
         if not match:
-            raise ValueError(f"{format_value(value)} is no range of layers; {hint}")
+            raise ValueError(f"{format_value(value)} is not a range of layers; {hint}")
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last or last >= MAX_LAYERS:
-            raise ValueError(f"{format_value(value)} holds no layers; {hint}")
+            raise ValueError(f"{format_value(value)} contains no layers; {hint}")
         return tuple(range(first, last + 1))
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{format_value(value)} names no layers; {hint}")
+        raise ValueError(f"{format_value(value)} does not name layers; {hint}")
     for number in value:
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_LAYERS:
-            raise ValueError(f"{format_value(number)} is no layer's number; {hint}")
-    return tuple(sorted(distinct(tuple(value))))
+        if not _is_integer(number) or not 0 <= number < MAX_LAYERS:
+            raise ValueError(f"{format_value(number)} is not a layer number; {hint}")
+    return tuple(sorted(unique(tuple(value))))
 
 
 def _steps(value: Any) -> Any:
-    """Below 1 a fraction of the run, from 1 a count."""
-    hint = "below 1 it is a fraction of the run (0.25), from 1 a count of steps, a whole number (100)"
+    """A fraction of the run if below 1, otherwise a number of steps."""
+    hint = "below 1 it is a fraction of the run (0.25), from 1 a number of steps, an integer (100)"
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"{format_value(value)} does not fit; {hint}")
+        raise ValueError(f"{format_value(value)} is not valid; {hint}")
     if value >= 1 and value != int(value):
         raise ValueError(f"{format_value(value)} is neither; {hint}")
     return value if value < 1 else int(value)
 
 
-def _steps_or_none(value: Any) -> Any:
+def _steps_or_zero(value: Any) -> Any:
     return 0 if not isinstance(value, bool) and value in (0, 0.0) else _steps(value)
 
 
-def _micro_batch(value: Any) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if value != "auto" and not (whole and value >= 1):
-        raise ValueError(f"{format_value(value)} does not fit; give auto, or a whole number of tokens from 1")
+def _micro_batch_tokens(value: Any) -> Any:
+    if value != "auto" and not (_is_integer(value) and value >= 1):
+        raise ValueError(f"{format_value(value)} is not valid; give auto, or a number of tokens, an integer from 1")
     return value
 
 
-def _reporters(value: Any) -> Any:
-    return () if value == "none" else listed(value)
+def _eval_set(value: Any) -> Any:
+    """Data sources, or the part of the training data to hold out. Checks everything itself: a union's errors say little."""
+    sources = as_tuple(value)
+    if isinstance(sources, tuple) and sources and all(isinstance(source, str) for source in sources):
+        return unique(tuple(map(_name, sources)))
+    if isinstance(value, float) and 0 < value < 1 or _is_integer(value) and value >= 1:
+        return value
+    hint = "give one or more data sources, a fraction below 1 (0.05), a number of rows from 1 (500), or null"
+    raise ValueError(f"{format_value(value)} is not valid; {hint}")
 
 
-def _reporter(word: str) -> str:
-    if word not in REPORTERS:
-        raise ValueError(f"{format_value(word)} is not known; give some of {', '.join(REPORTERS)}, or [] for none")
-    return word
+def _eval_sets(value: Any) -> Any:
+    """One eval set without a name, a mapping of names to sets, or None."""
+    if not isinstance(value, dict):
+        return None if value is None else _eval_set(value)
+    hint = "give names and their data, as in {dev: dev.jsonl, test: test.jsonl}"
+    if not value:
+        raise ValueError(f"the mapping is empty; {hint}")
+    for name in value:
+        if not isinstance(name, str) or not re.fullmatch(SET_NAME, name):
+            raise ValueError(f"eval set {format_value(name)}: a name has only letters, digits and . _ -; {hint}")
+    return {name: _eval_set(source) for name, source in value.items()}
 
 
-def _text_metric(word: str) -> str:
-    if word not in TEXT_METRICS:
-        near = nearest(word, TEXT_METRICS)
-        meant = f"did you mean {near}?" if near else f"give some of {', '.join(TEXT_METRICS)}"
-        raise ValueError(f"{format_value(word)} is no metric of texts; {meant}")
-    return word
+def _template(text: str) -> str:
+    if not text:
+        raise ValueError("is empty; give a text with columns in braces, as in {sentence}")
+    template_columns(text)
+    return text
 
 
-def takes(*kinds: dict[str, Any]) -> WithJsonSchema:
-    return WithJsonSchema(kinds[0] if len(kinds) == 1 else {"anyOf": list(kinds)})
+def _supervised(text: str) -> str:
+    if not template_columns(_template(text)):
+        raise ValueError("names no column; put one in braces, as in {label}")
+    return text
 
 
-def list_of(item: dict[str, Any], **limits: Any) -> dict[str, Any]:
+def _column(name: str) -> str:
+    if not name or "{" in name or "}" in name:
+        raise ValueError(f"{format_value(name)} is not a column; give its bare name, as in `messages: messages`")
+    return name
+
+
+def _label_names(value: Any) -> Any:
+    """One column and its words, in the order of class ids."""
+    if value is None:
+        return None
+    hint = "give one column and its words by class id, as in {label: [negative, positive]}"
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError(f"{format_value(value)} is not valid; {hint}")
+    column, words = next(iter(value.items()))
+    if not isinstance(words, list | tuple) or len(words) < 2:
+        raise ValueError(f"needs at least two words; {hint}")
+    for word in words:
+        if not isinstance(word, str) or not word:
+            raise ValueError(f"the word {format_value(word)} is not text; {hint}, each in quotes if needed")
+    return {_column(column): unique(tuple(words))}
+
+
+def json_schema(*alternatives: dict[str, Any]) -> WithJsonSchema:
+    """The JSON Schema of a type whose validators accept any of these."""
+    return WithJsonSchema(alternatives[0] if len(alternatives) == 1 else {"anyOf": list(alternatives)})
+
+
+def _list_of(item: dict[str, Any], **limits: Any) -> dict[str, Any]:
     return {"type": "array", "items": item, "uniqueItems": True, **limits}
+
+
+def _mapping(pattern: str, value: dict[str, Any], **limits: Any) -> dict[str, Any]:
+    keys = {"minProperties": 1, "patternProperties": {pattern: value}, "additionalProperties": False}
+    return {"type": "object", **keys, **limits}
 
 
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 NULL: dict[str, Any] = {"type": "null"}
-_ROLE = {"enum": [*ROLES, *GROUPS]}
-_REPORTER = {"enum": list(REPORTERS)}
 FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 COUNT = {"type": "integer", "minimum": 1}
-_LAYER = {"type": "integer", "minimum": 0, "maximum": MAX_LAYERS - 1}
+_ROLE = {"enum": [*ROLES, *GROUPS]}
+_REPORTER = {"enum": list(REPORTERS)}
 _TEXT_METRIC = {"enum": list(TEXT_METRICS)}
+_LAYER = {"type": "integer", "minimum": 0, "maximum": MAX_LAYERS - 1}
+_RANGE = {"type": "string", "pattern": r"^\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?$"}
+_EVAL_SET = (TEXT, _list_of(TEXT, minItems=1), FRACTION, COUNT)
 
-Name = Annotated[str, AfterValidator(name_of), takes(TEXT)]
+Scheduler = Literal[*SCHEDULERS]  # type: ignore[valid-type]
+Name = Annotated[str, AfterValidator(_name), json_schema(TEXT)]
 LocalPath = Annotated[Name, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
-Names = Annotated[tuple[Name, ...], BeforeValidator(listed), AfterValidator(distinct), takes(TEXT, list_of(TEXT))]
+Names = Annotated[
+    tuple[Name, ...], BeforeValidator(as_tuple), AfterValidator(unique), json_schema(TEXT, _list_of(TEXT))
+]
 Targets = Annotated[
     tuple[Annotated[str, AfterValidator(_role)], ...],
-    BeforeValidator(listed),
-    AfterValidator(distinct),
-    takes(_ROLE, list_of(_ROLE)),
-]
-Reporters = Annotated[
-    tuple[Annotated[str, AfterValidator(_reporter)], ...],
-    BeforeValidator(_reporters),
-    AfterValidator(distinct),
-    takes({"const": "none"}, _REPORTER, list_of(_REPORTER)),
-]
-Steps = Annotated[int | float, BeforeValidator(_steps), takes(FRACTION, COUNT)]
-StepsOrNone = Annotated[int | float, BeforeValidator(_steps_or_none), takes(FRACTION, COUNT | {"minimum": 0})]
-TextMetrics = Annotated[
-    tuple[Annotated[str, AfterValidator(_text_metric)], ...],
-    BeforeValidator(listed),
-    AfterValidator(distinct),
-    takes(_TEXT_METRIC, list_of(_TEXT_METRIC)),
+    BeforeValidator(as_tuple),
+    AfterValidator(unique),
+    json_schema(_ROLE, _list_of(_ROLE)),
 ]
 Layers = Annotated[
-    tuple[int, ...] | None,
-    BeforeValidator(_layers),
-    takes(list_of(_LAYER, minItems=1), {"type": "string", "pattern": r"^\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?$"}, NULL),
+    tuple[int, ...] | None, BeforeValidator(_layers), json_schema(_list_of(_LAYER, minItems=1), _RANGE, NULL)
 ]
-MicroBatch = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch), takes({"const": "auto"}, COUNT)]
+Steps = Annotated[int | float, BeforeValidator(_steps), json_schema(FRACTION, COUNT)]
+StepsOrZero = Annotated[int | float, BeforeValidator(_steps_or_zero), json_schema(FRACTION, COUNT | {"minimum": 0})]
+MicroBatchTokens = Annotated[
+    Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), json_schema({"const": "auto"}, COUNT)
+]
+Reporters = Annotated[
+    tuple[Literal[*REPORTERS], ...],  # type: ignore[valid-type]
+    BeforeValidator(lambda value: () if value == "none" else as_tuple(value)),
+    AfterValidator(unique),
+    json_schema({"const": "none"}, _REPORTER, _list_of(_REPORTER)),
+]
+TextMetrics = Annotated[
+    tuple[Literal[*TEXT_METRICS], ...],  # type: ignore[valid-type]
+    BeforeValidator(as_tuple),
+    AfterValidator(unique),
+    json_schema(_TEXT_METRIC, _list_of(_TEXT_METRIC)),
+]
+TemplateText = Annotated[str, AfterValidator(_template), json_schema(TEXT)]
+Supervised = Annotated[str, AfterValidator(_supervised), json_schema(TEXT)]
+Column = Annotated[str, AfterValidator(_column), json_schema(TEXT | {"pattern": COLUMN})]
+EvalSet = tuple[str, ...] | int | float
+EvalSets = Annotated[
+    EvalSet | dict[str, EvalSet] | None,
+    BeforeValidator(_eval_sets),
+    json_schema(*_EVAL_SET, _mapping(f"^{SET_NAME}$", {"anyOf": list(_EVAL_SET)}), NULL),
+]
+LabelNames = Annotated[
+    dict[str, tuple[str, ...]] | None,
+    BeforeValidator(_label_names),
+    json_schema(_mapping(COLUMN, _list_of(TEXT, minItems=2), maxProperties=1), NULL),
+]

@@ -1,25 +1,16 @@
-"""A strict reader of YAML: plain data and the line of every key, or everything that is wrong.
+"""A strict YAML reader: plain data and the line of every key, or a list of problems.
 
-YAML 1.2's reading of plain words (1e-4 is a number; `no`, `on`, 12:30, 2024-01-01 are text), and only what a config
-needs: no repeated keys, tags, anchors or aliases; bounded size and depth. It sits on PyYAML's parser and builds the
-values itself, so nothing a file says can construct an object.
+Plain words are read as in YAML 1.2 (1e-4 is a number; `no`, `on`, 12:30 and 2024-01-01 are text). Only what a config needs is
+accepted: no repeated keys, tags, anchors or aliases, and a limited size and depth. The values are built here from PyYAML's
+parser events, so that a file cannot construct objects.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from yaml.error import MarkedYAMLError
-from yaml.events import (
-    AliasEvent,
-    DocumentStartEvent,
-    MappingEndEvent,
-    ScalarEvent,
-    SequenceEndEvent,
-    SequenceStartEvent,
-)
-from yaml.parser import Parser
-from yaml.reader import Reader, ReaderError
-from yaml.scanner import Scanner
+import yaml
+from yaml.reader import ReaderError
 
 from lora_ft.core.messages import format_value, printable
 
@@ -36,6 +27,8 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\
 
 
 class Problem(NamedTuple):
+    """Something the reader refuses, after which it continues."""
+
     path: Path
     line: int
     message: str
@@ -43,13 +36,15 @@ class Problem(NamedTuple):
 
 
 class Document(NamedTuple):
+    """The content of a file."""
+
     value: Any
-    lines: dict[Path, int]  # where each key and list item stands, from 1
+    lines: dict[Path, int]  # of each key and list item, from 1
     problems: list[Problem]
 
 
 class Unreadable(Exception):
-    """Not YAML at all, too deep or too large."""
+    """The text is not YAML, too deep or too large. line: from 1, where known."""
 
     def __init__(self, line: int | None, message: str):
         super().__init__(message)
@@ -60,137 +55,113 @@ def read(text: str) -> Document:
     """Parse one document. An empty one has the value None.
 
     Raises:
-        Unreadable: with the line, where there is one.
+        Unreadable: it is not YAML, too deep or too large.
     """
     if len(text) > MAX_BYTES:
         raise Unreadable(None, TOO_LARGE)
     try:
-        return _Builder(_Events(text)).document()
+        return _Builder(yaml.parse(text.removeprefix("\ufeff"), Loader=yaml.SafeLoader)).document()
     except ReaderError as e:
         line = text.count("\n", 0, e.position) + 1
         raise Unreadable(line, f"the character {printable(chr(e.character))} is not allowed in YAML") from None
-    except MarkedYAMLError as e:
+    except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         raise Unreadable(mark.line + 1 if mark else None, _plain_words(e)) from None
-    except (ValueError, OverflowError):  # PyYAML's chr(): \UFFFFFFFF in quotes is no character
-        raise Unreadable(None, "an escape code (\\U...) in quotes is no character") from None
+    except (ValueError, OverflowError):  # PyYAML's chr(): \UFFFFFFFF in quotes is not a character
+        raise Unreadable(None, "an escape code (\\U...) in quotes is not a character") from None
 
 
-def _plain_words(e: MarkedYAMLError) -> str:
+def _plain_words(e: yaml.MarkedYAMLError) -> str:
     problem = printable(e.problem or e.context or "cannot be read")
     hint = ""
     if "mapping values are not allowed" in problem:
-        hint = '; a text with ": " in it needs quotes'
+        hint = '; a text that contains ": " needs quotes'
     elif "'\\t'" in problem or "\\t" in problem:
-        hint = "; YAML indents with spaces, not tabs"
+        hint = "; indent with spaces, not tabs"
     elif "block end" in problem:
-        hint = "; the indentation does not fit the lines above"
+        hint = "; the indentation does not match the lines above"
     elif "cannot start any token" in problem:
-        hint = "; a text that begins with this character needs quotes"
+        hint = "; a text that starts with this character needs quotes"
     column = f" (column {e.problem_mark.column + 1})" if e.problem_mark else ""
     return f"not valid YAML: {problem}{column}{hint}"
 
 
-class _Events(Reader, Scanner, Parser):
-    """PyYAML's events of a text. Depth is bounded in the scanner: what is deeper is never looked at."""
-
-    def __init__(self, text: str):
-        Reader.__init__(self, text.removeprefix("\ufeff"))
-        Scanner.__init__(self)
-        Parser.__init__(self)
-
-    def _bound(self, depth: int) -> None:
-        if depth > MAX_DEPTH:
-            raise Unreadable(self.line + 1, f"nested more than {MAX_DEPTH} deep; a config never is")
-
-    def add_indent(self, column: int) -> bool:
-        self._bound(len(self.indents))
-        return super().add_indent(column)
-
-    def fetch_flow_collection_start(self, TokenClass: type) -> None:
-        self._bound(self.flow_level)
-        super().fetch_flow_collection_start(TokenClass)
-
-
 class _Builder:
-    """Values, lines and problems out of events."""
+    """Builds values, lines and problems from parser events."""
 
-    def __init__(self, events: _Events):
+    def __init__(self, events: Iterator[Any]):
         self.events = events
         self.lines: dict[Path, int] = {}
         self.problems: list[Problem] = []
 
     def document(self) -> Document:
-        self.events.get_event()  # the stream's start
+        next(self.events)  # the start of the stream
         value = None
-        if self.events.check_event(DocumentStartEvent):
-            self.events.get_event()
-            value = self.value(())
-            self.events.get_event()
-        if self.events.check_event(DocumentStartEvent):
-            line = self.events.peek_event().start_mark.line + 1
-            raise Unreadable(line, "a second document begins here (---); a config is one document")
+        if isinstance(next(self.events), yaml.DocumentStartEvent):
+            value = self.value((), next(self.events))
+            next(self.events)  # the end of the document
+            if isinstance(event := next(self.events), yaml.DocumentStartEvent):
+                line = event.start_mark.line + 1  # type: ignore[union-attr]
+                raise Unreadable(line, "a second document starts here (---); a config is a single document")
         return Document(value, self.lines, self.problems)
 
     def problem(self, path: Path, event: Any, message: str) -> None:
         self.problems.append(Problem(path, event.start_mark.line + 1, message, unread=len(path) > 1))
 
-    def value(self, path: Path) -> Any:
-        event = self.events.get_event()
-        self.lines.setdefault(path, event.start_mark.line + 1)
-        if isinstance(event, AliasEvent):
-            return self.problem(
-                path, event, f"aliases (*{printable(str(event.anchor))}) are not read; write the value out"
-            )
+    def value(self, path: Path, event: Any) -> Any:
+        """The value that starts with `event`."""
+        line = event.start_mark.line + 1
+        if len(path) > MAX_DEPTH:
+            raise Unreadable(line, f"nested more than {MAX_DEPTH} levels deep")
+        self.lines.setdefault(path, line)
+        if isinstance(event, yaml.AliasEvent):
+            alias = printable(str(event.anchor))
+            return self.problem(path, event, f"aliases (*{alias}) are not supported; write out the value")
         if event.anchor:
-            self.problem(path, event, f"anchors (&{printable(event.anchor)}) are not read; write each value out")
+            anchor = printable(event.anchor)
+            self.problem(path, event, f"anchors (&{anchor}) are not supported; write out each value")
         if event.tag:
             tag = printable(event.tag.replace("tag:yaml.org,2002:", "!!"))
-            self.problem(path, event, f"tags ({tag}) are not read, and nothing is run; write a plain value")
-        if isinstance(event, ScalarEvent):
-            plain = event.style is None and not event.tag
-            return self.plain(path, event) if plain else event.value
-        if isinstance(event, SequenceStartEvent):
-            return self.sequence(path)
-        return self.mapping(path)
+            self.problem(path, event, f"tags ({tag}) are not supported; write a plain value")
+        if isinstance(event, yaml.ScalarEvent):
+            return event.value if event.style or event.tag else self.plain(event.value)
+        return self.sequence(path) if isinstance(event, yaml.SequenceStartEvent) else self.mapping(path)
 
     def sequence(self, path: Path) -> list[Any]:
         items: list[Any] = []
-        while not self.events.check_event(SequenceEndEvent):
-            items.append(self.value((*path, len(items))))
-        self.events.get_event()
+        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+            items.append(self.value((*path, len(items)), event))
         return items
 
     def mapping(self, path: Path) -> dict[str, Any]:
         items: dict[str, Any] = {}
-        while not self.events.check_event(MappingEndEvent):
-            event = self.events.peek_event()
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             line = event.start_mark.line + 1
-            key = self.value((*path, ""))
+            key = self.value((*path, ""), event)
             self.lines.pop((*path, ""))
             if not isinstance(key, str):
-                at = f"a key must be text, {format_value(key)} is not; if it is a name, put it in quotes"
-                if not isinstance(event, ScalarEvent):
-                    at = (
-                        'a key must be plain text; a value that begins with a brace or bracket needs quotes: "{column}"'
-                    )
-                self.problem(path, event, at)
-                self.value((*path, ""))
+                message = (
+                    'a key must be plain text; a value that starts with a brace or bracket needs quotes: "{column}"'
+                )
+                if isinstance(event, yaml.ScalarEvent):
+                    message = f"a key must be text, {format_value(key)} is not; if it is a name, put it in quotes"
+                self.problem(path, event, message)
+                self.value((*path, ""), next(self.events))
                 self.lines.pop((*path, ""), None)
                 continue
             here = (*path, key)
             if key in items:
-                message = f"given twice, in line {self.lines[here]} and in line {line}; keep one"
-                self.problems.append(Problem(here, line, message))
-                _Builder(self.events).value(here)  # read past it: the first stands
+                self.problems.append(
+                    Problem(here, line, f"given twice, in lines {self.lines[here]} and {line}; keep one")
+                )
+                _Builder(self.events).value(here, next(self.events))  # skip it: the first value is kept
                 continue
             self.lines[here] = line
-            items[key] = self.value(here)
-        self.events.get_event()
+            items[key] = self.value(here, next(self.events))
         return items
 
-    def plain(self, path: Path, event: ScalarEvent) -> Any:
-        word = event.value
+    def plain(self, word: str) -> Any:
+        """The value of an unquoted word."""
         if _NULL.fullmatch(word):
             return None
         if _BOOL.fullmatch(word):

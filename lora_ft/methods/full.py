@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from lora_ft.config.adapter_settings import AdapterConfig
+from lora_ft.config.schema import AdapterConfig
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.tensor_files import fill

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.config.adapter_settings import AdapterConfig
+from lora_ft.config.schema import AdapterConfig
 from lora_ft.methods import bottleneck, full, prompt
 from lora_ft.methods.lora import method as lora
 from lora_ft.methods.prompt import virtual_ids

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.config.adapter_settings import AdapterConfig
+from lora_ft.config.schema import AdapterConfig
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.methods import tensor_files
 from lora_ft.methods.lora.files import WEIGHTS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lora_ft.config.load import Config
+from lora_ft.config.load import Config, TrainerConfig
 from lora_ft.core.errors import ConfigError
 from lora_ft.distributed import processes
 
@@ -24,14 +24,12 @@ def prepare_device(config: Config) -> str:
     keep_freed_memory()
     use_no_more_threads_than_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for float32 bases on GPUs that have it; nothing on a CPU
-    return "cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu"
+    return "cuda" if torch.cuda.is_available() and not config.trainer.use_cpu else "cpu"
 
 
 def meet_others(config: Config, device: str) -> None:
     """Join the other processes of a run that has several. Raises ConfigError as `processes.init_process_group` does."""
-    processes.init_process_group(
-        device, config.trainer.get("ddp_timeout", LONGEST_WAIT), config.trainer.get("ddp_backend")
-    )
+    processes.init_process_group(device, config.trainer.ddp_timeout or LONGEST_WAIT, config.trainer.ddp_backend)
 
 
 def with_accelerate(config: Config) -> Config:
@@ -54,7 +52,9 @@ def with_accelerate(config: Config) -> Config:
         "ACCELERATE_USE_FSDP", None
     )  # the base is sharded by lora_ft.distributed.sharding, not by accelerate
     found = {"use_cpu": "USE_CPU" in on, "fsdp": "USE_FSDP" in on, "bf16": precision == "bf16"}
-    return config.model_copy(update={"trainer": {k: v for k, v in found.items() if v} | config.trainer})
+    return config.model_copy(
+        update={"trainer": TrainerConfig(**{k: v for k, v in found.items() if v} | config.trainer.model_dump())}
+    )
 
 
 def micro_batch_tokens(config: Config, device: str) -> int:

@@ -52,7 +52,7 @@ def arguments(config: Config, device: str) -> TrainingArguments:
         disable_tqdm=True,  # the bar is ours
     )
     try:
-        args = TrainingArguments(**settings | {k: v for k, v in config.trainer.items() if k != "fsdp"})
+        args = TrainingArguments(**settings | config.trainer.model_dump(exclude={"fsdp"}))
         if args.n_gpu > 1:
             args._n_gpu = 1  # else the Trainer wraps the model in DataParallel, which would cut a row into pieces
     except (ValueError, RuntimeError, ImportError) as e:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from lora_ft.config.changes import changes
-from lora_ft.config.load import Config
+from lora_ft.config.load import Config, changes
 from lora_ft.core import run_folder
 from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
 from lora_ft.core.messages import info, warn

@@ -140,7 +140,7 @@ class RunSetup:
     @property
     def is_sharded(self) -> bool:
         """Whether several processes share the base's layers (`trainer.fsdp`)."""
-        return bool(self.config.trainer.get("fsdp")) and processes.world_size() > 1
+        return bool(self.config.trainer.fsdp) and processes.world_size() > 1
 
     @cached_property
     def model(self) -> PreTrainedModel:

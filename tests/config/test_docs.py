@@ -7,19 +7,19 @@ import jsonschema
 import pytest
 import yaml
 
-from lora_ft.config import training_arguments
-from lora_ft.config.docs import FILE, HEADER, json_schema, reference, schema_text
-from lora_ft.config.load import load_config, parse_config
+from lora_ft.config.docs import FILE, HEADER, reference, schema_text
+from lora_ft.config.json_schema import config_schema
+from lora_ft.config.load import TrainerConfig, load_config, parse_config
 from lora_ft.core.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
-VALIDATOR = jsonschema.Draft202012Validator(json_schema())
+VALIDATOR = jsonschema.Draft202012Validator(config_schema())
 TEXT = {"train": "a.jsonl", "text": "{text}"}
 PAIR = {"train": "a.jsonl", "prompt": "{a}", "completion": "{b}"}
 
 
 def test_it_is_a_valid_schema():
-    jsonschema.Draft202012Validator.check_schema(json_schema())
+    jsonschema.Draft202012Validator.check_schema(config_schema())
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -30,13 +30,12 @@ def test_shipped_configs_are_valid_and_name_it(path):
 
 
 def test_every_setting_has_a_description():
-    schema = json_schema()
+    schema = config_schema()
     for section in (schema, *schema["$defs"].values()):
         assert section["additionalProperties"] is False
         for name, entry in section["properties"].items():
             assert "description" in entry or "$ref" in entry, name
-    trainer = schema["properties"]["trainer"]
-    assert trainer["properties"].keys() == training_arguments.ALLOWED.keys() and not trainer["additionalProperties"]
+    assert schema["$defs"]["TrainerConfig"]["properties"].keys() == TrainerConfig.model_fields.keys()
 
 
 @pytest.mark.parametrize("path, content", [("configs/" + FILE, schema_text()), ("docs/config.md", reference())])

@@ -9,7 +9,7 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lora_ft.config.adapter_settings import AdapterConfig
+from lora_ft.config.schema import AdapterConfig
 from lora_ft.core.errors import ModelError
 from lora_ft.core.storage import write_tensors
 from lora_ft.data.examples import EncodingReport, Examples

@@ -172,10 +172,10 @@ def test_check_counts_what_will_train(ran, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("adapter", "words"),
     [
-        ("{method: full, rank: 4}", r"config.yaml:3: adapter.rank: is of method lora; this config's is full"),
-        ("{method: bottleneck, alpha: 4}", r":3: adapter.alpha: is of method lora"),
-        ("{virtual_tokens: 4}", r":3: adapter.virtual_tokens: is of method prompt; this config's is lora"),
-        ("{method: prompt, layers: [1]}", r":3: adapter.layers: is of method lora and bottleneck"),
+        ("{method: full, rank: 4}", r"config.yaml:3: adapter.rank: applies to method lora, but adapter.method is full"),
+        ("{method: bottleneck, alpha: 4}", r":3: adapter.alpha: applies to method lora"),
+        ("{virtual_tokens: 4}", r":3: adapter.virtual_tokens: applies to method prompt, but adapter.method is lora"),
+        ("{method: prompt, layers: [1]}", r":3: adapter.layers: applies to method lora and bottleneck"),
         ("{method: ful}", r":3: adapter.method: .*did you mean full"),
     ],
 )

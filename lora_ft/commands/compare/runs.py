@@ -13,8 +13,7 @@ from pathlib import Path
 import yaml
 
 from lora_ft.cli.exits import MEMORY
-from lora_ft.config.changes import changes
-from lora_ft.config.load import Config
+from lora_ft.config.load import Config, changes
 from lora_ft.core.errors import ConfigError, FilesError
 from lora_ft.core.messages import info
 from lora_ft.core.run_folder import RECORD, checkpoints

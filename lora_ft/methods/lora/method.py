@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.config.adapter_settings import AdapterConfig
+from lora_ft.config.schema import AdapterConfig
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS, apply_adapter, initialize_from, save_adapter, slices
 from lora_ft.methods.lora.inject import bare, inject_lora
 from lora_ft.methods.lora.peft import read_adapter

@@ -1,0 +1,84 @@
+"""The JSON Schema of a config, and what it accepts in words, for error messages and the reference page."""
+
+from functools import cache
+from typing import Any
+
+from lora_ft.config.schema import SECTIONS, Config
+
+
+@cache
+def config_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12): closed, with the description, default, bounds and choices of every setting."""
+    schema = _cleaned(Config.model_json_schema())
+    for name in SECTIONS:
+        entry = schema["properties"][name]
+        schema["properties"][name] = {"$ref": entry["$ref"]}  # without its default: the settings have theirs
+    for entry in schema["$defs"]["TrainerConfig"]["properties"].values():
+        del entry["default"]  # transformers' own
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lora-ft config"} | schema
+
+
+def _cleaned(schema: Any) -> Any:
+    """Without pydantic's titles, which repeat the names, and the extras of `lora_ft.config.section.setting`."""
+    if isinstance(schema, list):
+        return [_cleaned(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    cleaned = {key: _cleaned(value) for key, value in schema.items() if key not in ("title", "resume", "methods")}
+    if "properties" in schema:  # of which one may be called title
+        cleaned["properties"] = {name: _cleaned(entry) for name, entry in schema["properties"].items()}
+    return cleaned
+
+
+def entry_at(path: tuple[str | int, ...]) -> dict[str, Any]:
+    """The JSON Schema of the setting that a path such as ("adapter", "rank") or ("output",) leads to, or into.
+
+    Raises:
+        KeyError: there is none.
+    """
+    schema = config_schema()
+    if len(path) > 1 and path[0] in SECTIONS:
+        return schema["$defs"][SECTIONS[str(path[0])].__name__]["properties"][path[1]]
+    return schema["properties"][path[0]]
+
+
+def alternatives(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The kinds of values that a setting accepts."""
+    return entry.get("anyOf", [entry])
+
+
+def choices(entry: dict[str, Any]) -> list[str]:
+    """The words that a setting, or an item of its list, may be."""
+    kinds = [kind.get("items", kind) for kind in alternatives(entry)]
+    return list(
+        dict.fromkeys(word for kind in kinds for word in [*kind.get("enum", ()), *filter(None, [kind.get("const")])])
+    )
+
+
+def accepted(entry: dict[str, Any]) -> str:
+    """The values that a setting accepts, in words: `an integer from 1 to 65536`."""
+    kinds = alternatives(entry)
+    items = [kind["items"] for kind in kinds if kind.get("type") == "array"]  # a single item stands for a list of one
+    return " or ".join(dict.fromkeys(_in_words(kind) for kind in kinds if kind not in items or "enum" not in kind))
+
+
+def _in_words(kind: dict[str, Any]) -> str:
+    if "const" in kind:
+        return str(kind["const"])
+    if "enum" in kind:
+        return "one of " + ", ".join(kind["enum"])
+    if kind["type"] == "array":
+        return "a list of " + _in_words(kind["items"]).removeprefix("one of ").replace("an integer", "integers")
+    words = {
+        "string": "text",
+        "integer": "an integer",
+        "number": "a number",
+        "boolean": "true or false",
+        "null": "null",
+        "object": "a mapping (key: value)",
+    }[kind["type"]]
+    low = f" from {kind['minimum']}" if "minimum" in kind else ""
+    low += f" above {kind['exclusiveMinimum']}" if "exclusiveMinimum" in kind else ""
+    high = f" to {kind['maximum']}" if "maximum" in kind else ""
+    high += f" below {kind['exclusiveMaximum']}" if "exclusiveMaximum" in kind else ""
+    return words + low + (" and" if low and "below" in high else "") + high
