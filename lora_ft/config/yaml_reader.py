@@ -17,7 +17,7 @@ from lora_ft.core.messages import format_value, printable
 MAX_BYTES = 128 * 1024
 MAX_DEPTH = 20
 TOO_LARGE = f"too large; a config has at most {MAX_BYTES // 1024} KiB"
-
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 Path = tuple[str | int, ...]  # ("adapter", "targets", 1)
 
 _NULL = re.compile(r"~|null|Null|NULL|")
@@ -60,7 +60,7 @@ def read(text: str) -> Document:
     if len(text) > MAX_BYTES:
         raise Unreadable(None, TOO_LARGE)
     try:
-        return _Builder(yaml.parse(text.removeprefix("\ufeff"), Loader=yaml.SafeLoader)).document()
+        return _Builder(yaml.parse(text.removeprefix("\ufeff"), Loader=_Loader)).document()
     except ReaderError as e:
         line = text.count("\n", 0, e.position) + 1
         raise Unreadable(line, f"the character {printable(chr(e.character))} is not allowed in YAML") from None
@@ -84,6 +84,15 @@ def _plain_words(e: yaml.MarkedYAMLError) -> str:
         hint = "; a text that starts with this character needs quotes"
     column = f" (column {e.problem_mark.column + 1})" if e.problem_mark else ""
     return f"not valid YAML: {problem}{column}{hint}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Limits the depth of brackets in the scanner, which reads ahead of the parser and is slow for many open ones."""
+
+    def fetch_flow_collection_start(self, TokenClass: type) -> None:
+        if self.flow_level > MAX_DEPTH:
+            raise Unreadable(self.line + 1, TOO_DEEP)
+        super().fetch_flow_collection_start(TokenClass)
 
 
 class _Builder:
@@ -112,7 +121,7 @@ class _Builder:
         """The value that starts with `event`."""
         line = event.start_mark.line + 1
         if len(path) > MAX_DEPTH:
-            raise Unreadable(line, f"nested more than {MAX_DEPTH} levels deep")
+            raise Unreadable(line, TOO_DEEP)
         self.lines.setdefault(path, line)
         if isinstance(event, yaml.AliasEvent):
             alias = printable(str(event.anchor))

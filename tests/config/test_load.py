@@ -337,7 +337,7 @@ def test_set_beats_the_file_and_the_last_one_the_others(load):
             "trainer.lr_scheduler_kwargs.power=2",
             "--set trainer.lr_scheduler_kwargs.power: set the whole mapping, as in --set '",
         ),
-        ("data.label_names.label=[a, b]", "--set data.label_names.label: set the whole mapping, as in --set '"),
+        ("data.label_names.label=[a, b]", "--set data.label_names.label: set the whole mapping, as in"),
     ],
 )
 def test_what_set_refuses(wrong, override, said):

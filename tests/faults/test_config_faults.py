@@ -45,7 +45,7 @@ def with_line(folder, line: str) -> int:
         ("output: !!python/object/apply:os.mkdir [ran]", ["python/object"]),
         (BOMB.strip(), []),
         # 8: a word that is no role
-        ("adapter: {targets: [q_proj]}", ["q_proj", "nearest: q", "modules"]),
+        ("adapter: {targets: [q_proj]}", ["q_proj", "did you mean q?", "modules"]),
     ],
 )
 def test_configs(fresh, line, words):
@@ -60,7 +60,7 @@ def test_a_key_given_twice_names_both_lines(fresh):
     path = fresh / "config.yaml"
     path.write_text("output: one\n" + path.read_text() + "output: two\n")
     last = len(path.read_text().splitlines())
-    refused_untouched(fresh, 2, f"config.yaml:{last}", "output", "line 1")
+    refused_untouched(fresh, 2, f"config.yaml:{last}", "output", f"lines 1 and {last}")
 
 
 def test_1e_4_is_a_number(fresh):
