@@ -64,7 +64,7 @@ def reference() -> str:
 
 def _row(*path: str) -> str:
     entry = entry_at(path)
-    own = "transformers'" if path[0] == "trainer" else "required"
+    own = "–" if path[0] == "trainer" else "required"
     default = f"`{json.dumps(entry['default'])}`" if "default" in entry else own
     cells = (f"`{path[-1]}`", default, accepted(entry), entry["description"], RESUME[resume_class(*path)])
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"

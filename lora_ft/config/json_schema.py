@@ -50,16 +50,16 @@ def alternatives(entry: dict[str, Any]) -> list[dict[str, Any]]:
 def choices(entry: dict[str, Any]) -> list[str]:
     """The words that a setting, or an item of its list, may be."""
     kinds = [kind.get("items", kind) for kind in alternatives(entry)]
-    return list(
-        dict.fromkeys(word for kind in kinds for word in [*kind.get("enum", ()), *filter(None, [kind.get("const")])])
-    )
+    return [word for kind in kinds for word in kind.get("enum", [kind["const"]] if "const" in kind else [])]
 
 
 def accepted(entry: dict[str, Any]) -> str:
     """The values that a setting accepts, in words: `an integer from 1 to 65536`."""
     kinds = alternatives(entry)
-    items = [kind["items"] for kind in kinds if kind.get("type") == "array"]  # a single item stands for a list of one
-    return " or ".join(dict.fromkeys(_in_words(kind) for kind in kinds if kind not in items or "enum" not in kind))
+    items = [kind["items"] for kind in kinds if kind.get("type") == "array"]
+    # Beside a list, a single choice is not worth mentioning: it means a list of one.
+    *words, last = [_in_words(kind) for kind in kinds if "enum" not in kind or kind not in items]
+    return (", ".join(words) + (", or " if len(words) > 1 else " or ") if words else "") + last
 
 
 def _in_words(kind: dict[str, Any]) -> str:

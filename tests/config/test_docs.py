@@ -1,4 +1,4 @@
-"""The JSON Schema says what lora-ft takes, by an independent validator; the files made of it are up to date."""
+"""The JSON Schema accepts what a config accepts, by an independent validator; the generated files are up to date."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ TEXT = {"train": "a.jsonl", "text": "{text}"}
 PAIR = {"train": "a.jsonl", "prompt": "{a}", "completion": "{b}"}
 
 
-def test_it_is_a_valid_schema():
+def test_the_json_schema_is_valid():
     jsonschema.Draft202012Validator.check_schema(config_schema())
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configs_are_valid_and_name_it(path):
+def test_shipped_configs_are_valid_and_name_the_schema(path):
     text = path.read_text()
     VALIDATOR.validate(yaml.safe_load(text))
     assert text.splitlines()[0] == HEADER + FILE
@@ -40,11 +40,11 @@ def test_every_setting_has_a_description():
 
 @pytest.mark.parametrize("path, content", [("configs/" + FILE, schema_text()), ("docs/config.md", reference())])
 def test_the_committed_files_are_up_to_date(path, content):
-    """Else: lora-ft schema > configs/lora-ft.schema.json; lora-ft schema --markdown > docs/config.md"""
+    """If not: lora-ft schema > configs/lora-ft.schema.json; lora-ft schema --markdown > docs/config.md"""
     assert (REPOSITORY / path).read_text() == content
 
 
-# (section, setting, value): what the one takes, the other takes, and what the one refuses, the other refuses
+# (section, setting, value), valid or not
 VALUES = [
     *[("model", "dtype", v) for v in ("bfloat16", "fp32", 1)],
     *[("adapter", "rank", v) for v in (1, 0, "8", 1.5, 65537)],
@@ -71,7 +71,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize("section, setting, value", VALUES)
-def test_it_takes_what_a_config_takes(section, setting, value):
+def test_schema_and_config_accept_the_same_values(section, setting, value):
     config = {"model": {"name": "gpt2"}, "data": dict(TEXT)}
     config[section] = config.get(section, {}) | {setting: value}
     agree(config)
@@ -80,26 +80,26 @@ def test_it_takes_what_a_config_takes(section, setting, value):
 @pytest.mark.parametrize(
     "value", [None, {"b": ["no", "yes"]}, {"b": ["one"]}, {"b": ["x", "x"]}, {"b": [0, 1]}, {}, ["no", "yes"]]
 )
-def test_it_takes_the_label_names_that_a_config_takes(value):
+def test_schema_and_config_accept_the_same_label_names(value):
     agree({"model": {"name": "gpt2"}, "data": PAIR | {"label_names": value}})
 
 
 @pytest.mark.parametrize("config", [{"model": {"name": "gpt2"}}, {"data": TEXT}, {"model": {}, "data": TEXT}])
-def test_what_is_missing(config):
+def test_schema_and_config_require_the_same_settings(config):
     agree(config)
 
 
 def agree(config: dict) -> None:
     try:
         parse_config(config)
-        taken = True
+        accepted = True
     except ConfigError:
-        taken = False
-    assert VALIDATOR.is_valid(json.loads(json.dumps(config))) == taken
+        accepted = False
+    assert VALIDATOR.is_valid(json.loads(json.dumps(config))) == accepted
 
 
-def test_an_editor_reads_numbers_as_a_config_does(tmp_path):
-    """YAML 1.2, which editors read, has 1e-4 as a number, and so has lora-ft."""
+def test_numbers_are_read_as_in_editors(tmp_path):
+    """In YAML 1.2, which editors use, 1e-4 is a number."""
     path = tmp_path / "c.yaml"
     path.write_text('model: {name: gpt2}\ndata: {train: a.jsonl, text: "{t}"}\ntrain: {learning_rate: 1e-4}\n')
     assert load_config(path).train.learning_rate == 1e-4

@@ -1,11 +1,11 @@
-"""The config: what is accepted, and how what is wrong is said."""
+"""Loading a config: the accepted values, and the error messages."""
 
 import json
 import re
 
 import pytest
 
-from lora_ft.config.load import Config, load_config, parse_config
+from lora_ft.config.load import Config, changes, load_config, parse_config
 from lora_ft.config.schema import SECTIONS, resume_class
 from lora_ft.core.errors import ConfigError
 
@@ -32,7 +32,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def wrong(load):
-    """The message's lines, the folder cut off."""
+    """The lines of the message, without the folder."""
 
     def message(text: str, *overrides: str) -> list[str]:
         with pytest.raises(ConfigError) as caught:
@@ -50,13 +50,28 @@ def test_defaults(load):
     assert (config.data.train, config.data.eval, config.output) == (("reviews.jsonl",), None, "out")
 
 
-def test_a_record_gives_the_same_config(load):
+def test_a_record_round_trips(load):
     text = GOOD + "  label_names: {label: [bad, good]}\n  eval: [a.csv, b.csv]\nadapter: {layers: 1-3}\n"
     config = load(text, "trainer.adam_beta2=0.99")
     assert parse_config(json.loads(json.dumps(config.model_dump()))) == config == parse_config(config.model_dump())
     assert parse_config(config.model_dump(), ["adapter.rank=2"]).adapter.rank == 2
     with pytest.raises(ConfigError, match="out/lora_ft.json: adapter.rank: expected an integer from 1 to 65536, got 0"):
         parse_config({**config.model_dump(), "adapter": {"rank": 0}}, source="out/lora_ft.json")
+
+
+def test_a_record_of_an_earlier_version_is_the_same_run(load):
+    """`trainer` has only the given fields, and numbers may be written as integers."""
+    config = load(GOOD + "  eval: 0.1\ntrainer: {eval_delay: 2, lr_scheduler_kwargs: {}}\n")
+    record = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert record["trainer"] == {"eval_delay": 2, "lr_scheduler_kwargs": {}}
+    record["trainer"]["eval_delay"] = 2
+    assert parse_config(record) == config and not any(changes(record, config).values())
+    assert changes(record, load(GOOD + "  eval: 0.2\noutput: b\ntrainer: {eval_delay: 2, use_cpu: true}\n")) == {
+        "result": ["data.eval: was 0.1, is 0.2", "trainer.lr_scheduler_kwargs: was a mapping (key: value), is null"],
+        "rounding": ["trainer.use_cpu: was null, is true"],
+        "free": ['output: was "out", is "b"'],
+        "longer": [],
+    }
 
 
 def test_frozen(load):
@@ -79,12 +94,12 @@ def test_an_unknown_key_has_line_and_nearest_name(wrong):
         ("trian: {seed: 1}\n", "train"),
     ],
 )
-def test_a_setting_in_the_wrong_place_is_told_the_right_one(wrong, text, meant):
+def test_a_setting_in_the_wrong_place_gets_a_suggestion(wrong, text, meant):
     (line,) = wrong(GOOD + text)
     assert line.startswith("c.yaml:7: ") and line.endswith(f"did you mean {meant}?")
 
 
-def test_a_misspelt_key_is_one_mistake_not_two(wrong):
+def test_a_misspelled_key_is_reported_once(wrong):
     assert len(wrong(GOOD.replace("prompt", "promt"))) == 1
     assert len(wrong(GOOD.replace("train:", "trian:"))) == 1
 
@@ -112,13 +127,13 @@ def test_an_empty_section_has_its_defaults(load, text):
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "[]", "- a\n", "word", "*x"])
-def test_what_is_no_config(wrong, text):
+def test_files_that_are_not_configs(wrong, text):
     (line,) = wrong(text)
     assert "c.yaml" in line
 
 
 def with_setting(place: str, given: str) -> str:
-    """GOOD's text with one setting more."""
+    """The text of GOOD with one more setting."""
     section, _, setting = place.partition(".")
     if place == "data.train":
         return GOOD.replace("train: reviews.jsonl", f"train: {given}")
@@ -127,7 +142,7 @@ def with_setting(place: str, given: str) -> str:
     return GOOD + (f"{section}: {{{setting}: {given}}}\n" if setting else f"{section}: {given}\n")
 
 
-# setting, what is accepted -> what it becomes
+# setting, value in the file, value in the config
 ACCEPTED = [
     ("train.learning_rate", "1e-4", 1e-4),
     ("train.learning_rate", "1", 1.0),
@@ -269,7 +284,7 @@ def test_refused(wrong, place, given, word):
         ("  messages: m\n  long_text: split\n", "text only"),
     ],
 )
-def test_forms_that_do_not_fit(wrong, form, word):
+def test_invalid_forms(wrong, form, word):
     (line,) = wrong(FORMLESS + form)
     assert word in line
 
@@ -295,7 +310,7 @@ def test_modules_alone_are_enough(load):
     assert load(GOOD + "adapter: {targets: [], modules: [lm_head]}\n").adapter.targets == ()
 
 
-def test_set_takes_text_settings_as_they_are(load):
+def test_set_takes_text_literally(load):
     text = "[1] {sentence}: # null"
     assert load(GOOD, f"data.prompt={text}").data.prompt == text
     assert load(GOOD, "output=null").output == "null"  # may not be null
@@ -311,13 +326,13 @@ def test_a_tilde_is_the_home_folder(load, monkeypatch):
     assert load(GOOD, "output=runs/~").output == "runs/~"
 
 
-def test_set_beats_the_file_and_the_last_one_the_others(load):
+def test_set_overrides_the_file_and_earlier_ones(load):
     config = load(GOOD + "train: {seed: no number, batch_size: 2}\n", "train.seed=4", "train.seed=5")
     assert (config.train.seed, config.train.batch_size) == (5, 2)
 
 
 @pytest.mark.parametrize(
-    "override, said",
+    "override, message",
     [
         ("train.lerning_rate=1", "--set train.lerning_rate: no such setting; did you mean learning_rate?"),
         ("rank=1", "--set rank: no such setting here; did you mean adapter.rank?"),
@@ -340,12 +355,12 @@ def test_set_beats_the_file_and_the_last_one_the_others(load):
         ("data.label_names.label=[a, b]", "--set data.label_names.label: set the whole mapping, as in"),
     ],
 )
-def test_what_set_refuses(wrong, override, said):
+def test_refused_overrides(wrong, override, message):
     (line,) = wrong(GOOD, override)
-    assert line.startswith(said)
+    assert line.startswith(message)
 
 
-def test_control_characters_are_shown_escaped(wrong):
+def test_control_characters_are_escaped(wrong):
     lines = wrong(GOOD + 'output: "a\\x1b[31m"\n"\\x1b[2J": 3\n', "\x1b[2J=3")
     assert len(lines) == 3 and all("\\x1b" in line and "\x1b" not in line for line in lines)
 
@@ -370,7 +385,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert load_config(near).model.name == "gpt2"
 
 
-def test_many_errors_are_cut(wrong):
+def test_long_messages_are_truncated(wrong):
     lines = wrong(GOOD + "".join(f"x{n}: 1\n" for n in range(1000)))
     assert lines[-1] == "... and 970 more" and len(lines) == 31
 
@@ -391,6 +406,6 @@ def test_every_setting_has_a_description_and_a_resume_class():
     }
 
 
-def test_there_is_a_json_schema():
+def test_sections():
     schema = Config.model_json_schema()
     assert set(schema["properties"]) == {"model", "adapter", "data", "train", "generation", "trainer", "output"}

@@ -1,4 +1,4 @@
-"""The shipped configs are valid, short, and mean what their first lines say."""
+"""The shipped configs are valid and short, and have the settings that their first lines announce."""
 
 import json
 import subprocess
@@ -14,21 +14,21 @@ CONFIGS = sorted(FOLDER.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_loads_and_is_short_and_commented(path):
+def test_each_is_valid_short_and_commented(path):
     load_config(path)
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert len(text.splitlines()) <= 40
 
 
-def test_the_three_forms_of_data_are_all_shown():
+def test_all_three_forms_of_data_are_used():
     data = {path.stem: load_config(path).data for path in CONFIGS}
     assert set(data) == {"quickstart", "gpt2_sst2", "chat", "alpaca", "text", "e2e", "compare_sst2", "compare_e2e"}
     assert data["chat"].messages and data["text"].text
     assert all(data[name].prompt and data[name].completion for name in ("quickstart", "gpt2_sst2", "alpaca", "e2e"))
 
 
-def test_gpt2_sst2_is_the_papers_choice():
+def test_gpt2_sst2_has_the_settings_of_the_paper():
     config = load_config(FOLDER / "gpt2_sst2.yaml")
     assert config.model.name == "gpt2"
     assert list(config.adapter.targets) == ["q", "v"]
@@ -36,7 +36,7 @@ def test_gpt2_sst2_is_the_papers_choice():
     assert config.output == "out"
 
 
-def test_gpt2_sst2_takes_local_files_from_the_command_line():
+def test_gpt2_sst2_with_local_files():
     overrides = ["model.name=models/smollm2", "data.train=sst2/train.tsv", "data.eval=sst2/dev.tsv"]
     config = load_config(FOLDER / "gpt2_sst2.yaml", [*overrides, "data.max_train_examples=2000"])
     assert config.model.name == "models/smollm2"
@@ -44,7 +44,7 @@ def test_gpt2_sst2_takes_local_files_from_the_command_line():
     assert config.data.max_train_examples == 2000
 
 
-def test_e2e_has_the_papers_settings():
+def test_e2e_has_the_settings_of_the_paper():
     config = load_config(FOLDER / "e2e.yaml")
     adapter, train, generation = config.adapter, config.train, config.generation
     assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.targets) == (4, 32, 0.1, ("q", "v"))
@@ -53,7 +53,7 @@ def test_e2e_has_the_papers_settings():
     assert generation.metrics and train.metric_for_best_model == "valid_loss"
 
 
-def test_e2e_rows_come_from_the_papers_text_files(tmp_path):
+def test_e2e_rows_are_read_from_the_text_files_of_the_paper(tmp_path):
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text("name : X | Type : pub||X is a pub . \nname : Y||Y || why ? \n")
     script = [sys.executable, FOLDER.parent / "scripts/e2e.py", tmp_path, tmp_path / "rows"]

@@ -1,4 +1,4 @@
-"""The tables over TrainingArguments, held against the installed version."""
+"""The tables of TrainingArguments, compared with the installed version of transformers."""
 
 import dataclasses
 import inspect
@@ -41,11 +41,11 @@ def test_types_of_allowed_fields_are_those_of_transformers(name):
 def test_choices_are_those_of_transformers():
     assert set(get_args(ALLOWED["optim"])) <= {o.value for o in OptimizerNames}
     assert set(REPORTERS) == set(INTEGRATION_TO_CALLBACK)
-    following_a_metric = {"reduce_lr_on_plateau", "greedy"}
-    assert set(SCHEDULERS) == {s.value for s in SchedulerType} - following_a_metric
+    depend_on_a_metric = {"reduce_lr_on_plateau", "greedy"}
+    assert set(SCHEDULERS) == {s.value for s in SchedulerType} - depend_on_a_metric
 
 
-def test_schedulers_take_what_the_table_says():
+def test_schedulers_accept_the_arguments_of_the_table():
     given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     for name, kwargs in SCHEDULERS.items():
         function = optimization.TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]

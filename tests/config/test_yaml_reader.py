@@ -1,4 +1,4 @@
-"""The strict reader: YAML 1.2's plain words, lines, and what it refuses."""
+"""The strict YAML reader: plain words as in YAML 1.2, line numbers, and refused syntax."""
 
 import time
 
@@ -29,7 +29,7 @@ def test_lines():
     assert not document.problems
 
 
-def test_a_repeated_key_names_both_lines_and_the_first_stands():
+def test_a_repeated_key_names_both_lines_and_keeps_the_first_value():
     document = read("a: 1\nb: {c: 2, c: [3]}\na:\n  x: {y: 1}\nd: 4\n")
     assert document.value == {"a": 1, "b": {"c": 2}, "d": 4}
     assert [(p.path, p.line) for p in document.problems] == [(("b", "c"), 2), (("a",), 3)]
@@ -50,12 +50,12 @@ def test_a_repeated_key_names_both_lines_and_the_first_stands():
         ("1: 2\n", "1 is not"),
     ],
 )
-def test_refused_and_read_past(text, word):
+def test_refused_syntax_is_skipped(text, word):
     problems = read(text + "last: 1\n" if text.startswith(("a", "prompt", "true", "1")) else text).problems
     assert len(problems) == 1 and word in problems[0].message
 
 
-def test_nothing_is_run(tmp_path):
+def test_nothing_is_executed(tmp_path):
     path = tmp_path / "run"
     for tag in ("!!python/object/apply:os.system", "!!python/object/new:os.system", "!!python/name:os.system"):
         assert read(f"a: {tag} ['touch {path}']\n").problems
@@ -82,24 +82,24 @@ def test_nothing_is_run(tmp_path):
         "%YAML 3.0\n---\na",
     ],
 )
-def test_unreadable_is_said_within_a_second(text):
-    begun = time.perf_counter()
+def test_unreadable_text_is_refused_within_a_second(text):
+    start = time.perf_counter()
     with pytest.raises(Unreadable):
         read(text)
-    assert time.perf_counter() - begun < 1
+    assert time.perf_counter() - start < 1
 
 
 def test_an_alias_bomb_stays_small():
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
     for last, name in zip("abcdefgh", "bcdefghi", strict=True):
         bomb += f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]\n"
-    begun = time.perf_counter()
+    start = time.perf_counter()
     document = read(bomb)
     assert len(document.problems) >= 9 and len(repr(document.value)) < 10_000
-    assert time.perf_counter() - begun < 1
+    assert time.perf_counter() - start < 1
 
 
-def test_unreadable_names_the_line_and_the_way_out():
+def test_unreadable_text_is_reported_with_line_and_hint():
     with pytest.raises(Unreadable) as caught:
         read("data:\n  prompt: Review: {sentence}\n")
     assert caught.value.line == 2 and "quotes" in caught.value.message
