@@ -54,7 +54,7 @@ def test_rows_of_both_sets_are_found(made):
 
 def test_a_prompt_longer_than_max_length(made):
     facts, _ = checked(made, data__max_length=24)
-    assert facts["train"]["truncated"] and warned(facts, "data.max_length 24", "prompts lose their start")
+    assert facts["train"]["truncated"] and warned(facts, "data.max_length 24", "prompts are cut at the start")
     assert facts["lengths"][-1][2] == facts["train"]["truncated"]
 
 
@@ -65,12 +65,12 @@ def test_a_misspelt_column(made):
 
 def test_labels_that_begin_alike(made):
     facts, _ = checked(made, data__label_names="{label: [great film, great movie]}")
-    assert warned(facts, "begin with the same token", "great film")
-    assert not warned(checked(made)[0], "begin with the same token")
+    assert warned(facts, "share a first token", "great film")
+    assert not warned(checked(made)[0], "share a first token")
     facts, _ = checked(
         made, data__label_names="null", data__completion=" good {label}", train__metric_for_best_model="loss"
     )
-    assert warned(facts, "begin with the same token")  # completions of which there are only a few are labels, too
+    assert warned(facts, "share a first token")  # completions of which there are only a few are labels, too
 
 
 def chats(folder, template):

@@ -1,14 +1,13 @@
-"""The memory that training will need, found by running its own step on tensors that have shapes but no values.
+"""The memory that training will need, from running the real step on tensors that have shapes but no values.
 
-torch's FakeTensorMode computes shapes, dtypes and devices of everything and allocates nothing, so one forward and backward
-of the real code (flat rows, fused LoRA, chunked logits, checkpointing) shows every tensor it would make and when each goes:
-their sum at its highest is the peak. So any family, method or setting is counted by what it does, and no constant is fitted.
-What the process itself takes, interpreter and libraries, is read from the system.
+torch's FakeTensorMode computes shapes, dtypes and devices and allocates nothing, so one forward and backward of the real
+code (flat rows, fused LoRA, chunked logits, checkpointing) shows every tensor and its lifetime; the largest sum is the
+peak. Any family, method or setting is counted by what it does, and no constant is fitted. What interpreter and libraries
+take is read from the system.
 
-One thing can't be seen so: on a CPU freed memory goes back to the C library's heap (device.keep_freed_memory), whose holes
-stay resident: torch asks for aligned blocks, the slivers cut off wait in malloc's cache, and neighbours that were freed can't
-become one. They follow from all that a layer makes, kept for the backward or made again there, so checkpointing has as many.
-HEAP is their measured share.
+One part can't be seen this way: on a CPU, freed memory returns to the C library's heap, and its fragments stay resident.
+They come from everything a layer allocates, whether kept for the backward or recomputed there, so checkpointing has as
+many. HEAP is their measured share.
 """
 
 import logging
@@ -33,29 +32,34 @@ from lora_ft.nn.attention import Isolation
 from lora_ft.nn.loss import supervised_loss
 from lora_ft.nn.mlp import keep_gate_and_up
 
-HEAP = 0.4  # of a step's peak without checkpointing, in glibc's malloc; 0.27 to 0.69 on four models
-LOOKED_AT = 5000  # steps of a plan that are searched for its largest rows
+HEAP = 0.4  # of a step's peak without checkpointing, with glibc's malloc; 0.27 to 0.69 on four models
+SEARCHED_STEPS = 5000  # of a plan, for its largest rows
 
 
 class Row(NamedTuple):
-    """A flat row: lengths of its examples, and how many of its tokens are supervised."""
+    """A flat row: the lengths of its examples in tokens, and how many of its tokens are supervised."""
 
     lengths: tuple[int, ...]
     supervised: int
 
     def with_fewer(self, at_most: int = 32) -> "Row":
-        """The same tokens in fewer examples: attention's memory is linear in them, and the estimate stays quick."""
+        """The same tokens in fewer examples, so that the estimate is quick: attention memory is linear in tokens."""
         size = -(-len(self.lengths) // at_most)
         return Row(tuple(sum(self.lengths[i : i + size]) for i in range(0, len(self.lengths), size)), self.supervised)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the moment when training needs most.
+    """Bytes at the peak of training.
 
-    runtime: interpreter and libraries (0 on a GPU, whose allocator doesn't hold them). adapter: what is trained, and its
-    gradients; weights: all other parameters and buffers. logits: tensors over the vocabulary, for one chunk of tokens
-    at a time; activations: everything else that the step makes. heap: freed memory that the C library keeps (0 on a GPU).
+    Attributes:
+        runtime: interpreter and libraries (0 on a GPU, whose allocator doesn't hold them).
+        weights: frozen parameters and buffers.
+        adapter: trained parameters and their gradients.
+        optimizer: its moments.
+        activations: all other tensors of a step.
+        logits: tensors over the vocabulary, for one chunk of tokens at a time.
+        heap: freed memory that the C library keeps (0 on a GPU).
     """
 
     runtime: int
@@ -68,20 +72,23 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return sum(asdict(self).values())
 
     def as_dict(self) -> dict[str, int]:
+        """The parts by name, and their total."""
         return asdict(self) | {"total": self.total}
 
 
 def largest_rows(plan: StepPlan, virtual: int = 0) -> list[Row]:
-    """The rows that may need most memory: the one with most tokens, and the one with most of them supervised.
+    """The rows that may need the most memory: the one with the most tokens, and the one with the most supervised tokens.
 
-    virtual: tokens that stand in front of each example beside its own.
+    Args:
+        virtual: virtual tokens before each example.
     """
     sizes = plan.dataset.select_columns(["tokens", "supervised"]).with_format("numpy")[:]
     rows = []
-    for step in range(min(len(plan), LOOKED_AT)):
+    for step in range(min(len(plan), SEARCHED_STEPS)):
         examples = plan.examples(step)
         lengths = [virtual + int(sizes["tokens"][i]) for i in examples]
         for row in plan.packing.rows(lengths):
@@ -102,24 +109,26 @@ def estimate(
     moments: int = 2,
     runtime: int = 0,
 ) -> Memory:
-    """Memory of training the model that `build` makes, on the row of `rows` that needs most.
+    """The memory that training needs on the most expensive of `rows`.
 
     Args:
-        build: makes the model, on the device and in the dtype of the run, what is trained requiring gradients. It is called
-            where tensors have no values.
-        packing: how examples are kept apart; None takes what the architecture is expected to use.
-        moments: numbers that the optimizer keeps for each that is trained (AdamW: 2).
-        runtime: bytes that the process has before the model is there; 0, as on a GPU, leaves its heap out too.
+        build: makes the model on the device and in the dtype of the run; what trains requires gradients. It is called
+            under FakeTensorMode.
+        isolation: how examples are kept apart; None guesses from the architecture.
+        checkpointing: whether activations are recomputed in the backward.
+        autocast: the dtype of mixed precision.
+        moments: numbers that the optimizer keeps for each trained one (2 for AdamW).
+        runtime: bytes that the process has before the model is loaded; 0, as on a GPU, leaves out the heap too.
 
     Raises:
-        ModelError: the model computes something that depends on values, so the step can't be run.
+        ModelError: the model's step depends on values, so it can't be estimated.
     """
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it is said in the error
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # the error says it
     try:
         with FakeTensorMode():
             model = build()
             trained = [p for p in model.parameters() if p.requires_grad]
-            held = bytes_of([*model.parameters(), *model.buffers()])
+            total = bytes_of([*model.parameters(), *model.buffers()])
             if not checkpointing:
                 keep_gate_and_up(model)
             way = isolation or Isolation.guess_from_config(model, max(max(row.lengths) for row in rows))
@@ -130,15 +139,15 @@ def estimate(
                 peaks = [_step(model, row.with_fewer(), way, autocast) for row in rows]
     except ModelError:
         raise
-    except Exception as e:  # what a model may need of values, and torch of kernels, comes in many classes
+    except Exception as e:  # models that need values, and kernels that need memory, raise many classes
         why = printable((str(e) or type(e).__name__).splitlines()[0], 120)
         raise ModelError(
-            f"memory: can't be estimated, for torch can't run this model's step without values ({why})."
+            f"memory: can't be estimated: torch can't run this model's step without values ({why})."
         ) from e
     growth = max(peaks, key=lambda peak: sum(peak.values()))
     return Memory(
         runtime=runtime,
-        weights=held - bytes_of(trained),
+        weights=total - bytes_of(trained),
         adapter=2 * bytes_of(trained),
         optimizer=moments * sum(4 * p.numel() for p in trained),
         activations=growth["activations"],
@@ -148,11 +157,11 @@ def estimate(
 
 
 def _step(model: PreTrainedModel, row: Row, isolation: Isolation, autocast: torch.dtype | None) -> dict[str, int]:
-    """What a micro-batch makes on top of parameters and their gradients, in bytes at its peak."""
+    """Bytes that a micro-batch allocates at its peak, beside parameters and their gradients."""
     device, tokens = model.device, sum(row.lengths)
     model.train()
     for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None  # there from the step's first micro-batch on
+        p.grad = torch.zeros_like(p) if p.requires_grad else None  # they exist from the first micro-batch on
     head = model.get_output_embeddings()
     counted = _Live([*model.parameters(), *model.buffers()], head.weight.shape[0] if head is not None else 0)
     with counted:
@@ -166,14 +175,14 @@ def _step(model: PreTrainedModel, row: Row, isolation: Isolation, autocast: torc
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, by kind; at_peak has them at the moment of the largest sum."""
+    """Counts the bytes of live tensors by kind; `at_peak` holds them at the moment of the largest sum."""
 
     def __init__(self, known: Sequence[Tensor], vocabulary: int):
         super().__init__()
         self.vocabulary = vocabulary
         self.known = {_storage(t) for tensor in known for t in (tensor, tensor.grad) if t is not None}
-        self.now = {"activations": 0, "logits": 0}
-        self.at_peak, self.peak = dict(self.now), 0
+        self.live = {"activations": 0, "logits": 0}
+        self.at_peak, self.peak = dict(self.live), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -183,17 +192,19 @@ class _Live(TorchDispatchMode):
         return out
 
     def add(self, tensor: Tensor) -> None:
+        """Count a new tensor's storage until it is freed."""
         key, storage = _storage(tensor), tensor.untyped_storage()
         kind = "logits" if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "activations"
         self.known.add(key)
-        self.now[kind] += storage.nbytes()
+        self.live[kind] += storage.nbytes()
         weakref.finalize(storage, self.drop, key, kind, storage.nbytes())
-        if sum(self.now.values()) > self.peak:
-            self.at_peak, self.peak = dict(self.now), sum(self.now.values())
+        if sum(self.live.values()) > self.peak:
+            self.at_peak, self.peak = dict(self.live), sum(self.live.values())
 
     def drop(self, key: int, kind: str, size: int) -> None:
+        """Stop counting a storage."""
         self.known.discard(key)
-        self.now[kind] -= size
+        self.live[kind] -= size
 
 
 def _storage(tensor: Tensor) -> int:
@@ -201,12 +212,12 @@ def _storage(tensor: Tensor) -> int:
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Their storages' bytes, a shared one (a tied head's) once."""
+    """The bytes of the tensors' storages; a shared one (a tied head) counts once."""
     return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def moments_of(args: TrainingArguments) -> int:
-    """Numbers that the Trainer's optimizer keeps for each trained one, seen on a step of a tiny one."""
+    """Numbers that the Trainer's optimizer keeps for each trained one, from a step on a tiny parameter."""
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
     parameter = nn.Parameter(torch.zeros(8, device=args.device))
     parameter.grad = torch.ones_like(parameter)

@@ -1,6 +1,6 @@
-"""`lora-ft check --shape`: parameters and memory of a model of which only the shape is known, LoRA against all of it.
+"""`lora-ft check --shape`: parameters and memory of a model from its shape alone, LoRA beside full fine-tuning.
 
-Nothing is loaded and nothing allocated, so GPT-3 175B is counted on a laptop.
+Nothing is loaded or allocated, so GPT-3 175B fits on a laptop.
 """
 
 import json
@@ -21,7 +21,7 @@ from lora_ft.methods.lora.inject import lora_layers, trainable
 from lora_ft.model.files import Base
 from lora_ft.model.load import DTYPES, build, load_model_config
 
-# name -> the shape; GPT-3's from Brown et al. 2020, table 2.1, whose blocks are GPT-2's, in 16 bit as the LoRA paper trained it
+# name -> shape. GPT-3 has GPT-2's blocks (Brown et al. 2020, table 2.1), in 16 bits as in the LoRA paper.
 SHAPES: dict[str, dict] = {
     "gpt2": dict(n_embd=768, n_layer=12, n_head=12, dtype="float32"),
     "gpt2-medium": dict(n_embd=1024, n_layer=24, n_head=16, dtype="float32"),
@@ -34,30 +34,31 @@ SHAPES: dict[str, dict] = {
 
 
 def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Trust = NO_TRUST) -> None:
-    """Print what training a model of this shape takes, with the config's adapter and with every weight.
+    """Print what training a model of this shape needs, with the config's adapter and with full fine-tuning.
 
     Args:
-        shape: a name in SHAPES, a folder with a config.json, or such a file.
+        shape: a name in SHAPES, a config.json, or a folder that has one.
 
     Raises:
-        ModelError: none of these; or the config's targets aren't in the model.
+        ConfigError: the method is not lora.
+        ModelError: an unknown shape; or the config's targets are not in the model.
     """
     if config.adapter.method != "lora":
-        raise ConfigError(f"adapter.method: {config.adapter.method}; a shape's sizes are known for lora, beside full.")
-    known = shape_config(shape, trust)
-    stored = DTYPES.get(config.model.dtype) or getattr(known, "dtype", None) or torch.float32
+        raise ConfigError(f"adapter.method: {config.adapter.method}; --shape compares lora with full fine-tuning only.")
+    model_config = shape_config(shape, trust)
+    stored = DTYPES.get(config.model.dtype) or getattr(model_config, "dtype", None) or torch.float32
     row = row_of(config)
 
     def with_lora() -> PreTrainedModel:
-        model = build(known, "cpu", stored, trust.remote_code)
+        model = build(model_config, "cpu", stored, trust.remote_code)
         lora.inject(model, config.adapter, config.train.seed, None)
         return model
 
     def full() -> PreTrainedModel:
-        return build(known, "cpu", torch.float32, trust.remote_code).requires_grad_(True)
+        return build(model_config, "cpu", torch.float32, trust.remote_code).requires_grad_(True)
 
     with torch.device("meta"):
-        adapted = build(known, "meta", stored, trust.remote_code)
+        adapted = build(model_config, "meta", stored, trust.remote_code)
         lora.inject(adapted, config.adapter, config.train.seed, None)
     parameters = sum(p.numel() for p in trainable(adapted).values())
     base = sum(p.numel() for p in adapted.parameters()) - parameters
@@ -82,26 +83,31 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
 
 
 def shape_config(shape: str, trust: Trust) -> PretrainedConfig:
-    """The transformers config that a name, a folder or a file stands for."""
+    """The transformers config of a named shape, a folder or a file.
+
+    Raises:
+        ModelError: it is none of these.
+    """
     path = Path(shape).expanduser()
     if shape in SHAPES and not path.exists():
         return GPT2Config(vocab_size=50257, **SHAPES[shape])
     folder = path.parent if path.name == "config.json" else path
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"--shape {shape}: no folder with a config.json, no such file, and none of {', '.join(SHAPES)}."
+            f"--shape {shape}: not a config.json, not a folder that has one, and not one of {', '.join(SHAPES)}."
         )
     return load_model_config(Base(shape, folder, trusted_code=trust.remote_code))
 
 
 def row_of(config: Config) -> Row:
-    """A row as full as train.micro_batch_tokens says, of one example for `auto`; every token supervised."""
+    """A row filled to train.micro_batch_tokens (for `auto` with one example of max_length), every token supervised."""
     setting, length = config.train.micro_batch_tokens, config.data.max_length
     examples = 1 if setting == "auto" else max(1, setting // length)
     return Row((length,) * examples, examples * (length - 1))
 
 
 def show(facts: dict, memory: dict[str, Memory], adapted: PreTrainedModel, config: Config) -> None:
+    """Print the facts for people, LoRA and full fine-tuning side by side."""
     out = display.console()
     display.heading(out, f"{facts['shape']}: {facts['base_parameters']:,} parameters, {facts['dtype']}")
     for line in display.target_lines(lora_layers(adapted)):
@@ -121,9 +127,9 @@ def show(facts: dict, memory: dict[str, Memory], adapted: PreTrainedModel, confi
     table.add_column("full fine-tuning", justify="right")
     names = {"adapter": "trained weights and gradients", "weights": "frozen weights"}
     for name, value in memory["lora"].as_dict().items():
-        other = memory["full"].as_dict()[name]
-        if value or other:
-            table.add_row(names.get(name, name), display.size(value), display.size(other))
+        full_value = memory["full"].as_dict()[name]
+        if value or full_value:
+            table.add_row(names.get(name, name), display.size(value), display.size(full_value))
     out.print()
     out.print(table)
     out.print("Full fine-tuning trains float32 weights: 16 bytes each, with gradient and Adam's two moments.")

@@ -22,7 +22,14 @@ WARM_UP, TIMED, SCORED = 1, 2, 64  # steps, steps, eval examples
 
 @dataclass(frozen=True)
 class Timing:
-    """seconds_training, seconds_evaluating: of the whole run, by the tokens a second that were measured."""
+    """A forecast of the complete run from the measured steps.
+
+    Attributes:
+        tokens_per_second: measured in training.
+        seconds_training, seconds_evaluating: for the complete run.
+        evaluations: how many there will be.
+        peak_memory_mb: MiB at most during the measurement.
+    """
 
     tokens_per_second: float
     seconds_training: float
@@ -31,30 +38,32 @@ class Timing:
     peak_memory_mb: float
 
     def as_dict(self) -> dict[str, float]:
+        """For JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:
+        """For people."""
         evaluating = f" and {duration(self.seconds_evaluating)} for {self.evaluations} evaluations"
         return [
-            f"about {duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens a second"
+            f"about {duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens per second"
             + (evaluating if self.evaluations else ""),
-            f"measured peak of these {WARM_UP + TIMED} steps: {self.peak_memory_mb:,.0f} MiB",
+            f"measured peak memory of these {WARM_UP + TIMED} steps: {self.peak_memory_mb:,.0f} MiB",
         ]
 
 
 class Clock(TrainerCallback):
-    """When each step began and ended."""
+    """Measures the seconds of each step."""
 
     def __init__(self):
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **_):
-        self.begun = time.perf_counter()
+        self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
         if args.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.begun)
+        self.seconds.append(time.perf_counter() - self.started)
 
 
 def time_steps(setup: RunSetup) -> Timing:

@@ -1,37 +1,37 @@
-"""What is suspicious about a run before it begins: sentences for people, and the counts behind them.
+"""What looks wrong with a run's data: the counts, and a sentence for each with what to do about it.
 
-Nothing here refuses: what training refuses is an error and raised where training raises it.
+Nothing is refused here: what training refuses is an error, raised where training raises it.
 """
 
 from collections.abc import Iterable, Mapping
 
 import datasets
 import numpy as np
-import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from lora_ft.config.load import DataConfig
 from lora_ft.core.messages import printable
 from lora_ft.data.examples import Examples
 
-FEW_LABELS = 20  # distinct completions at most that are taken for the labels of a classification
+FEW_LABELS = 20  # at most so many distinct completions count as the labels of a classification
 
 
 def lists(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists as (all values, where each list begins; one more at the end)."""
+    """A column of lists as (all values, the start of each list and, last, the end)."""
     values = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
     lengths = values.value_lengths().to_numpy(zero_copy_only=False)
     return values.flatten().to_numpy(zero_copy_only=False), np.concatenate([[0], np.cumsum(lengths)])
 
 
 def ends_learned(examples: Examples, ends: Iterable[int]) -> int:
-    """Examples whose last supervised token is one of `ends`: after them generation learns to stop."""
+    """How many examples have an end token as their last supervised token, and so teach generation to stop."""
     labels, starts = lists(examples.dataset, "labels")
     last = np.maximum.reduceat(np.where(labels >= 0, np.arange(len(labels)), -1), starts[:-1])
     return int(np.isin(labels[last], list(ends)).sum())
 
 
 def in_common(train: Examples, evaluation: Examples) -> int:
-    """Eval examples whose tokens are also a training example's, one for one."""
+    """How many eval examples have exactly the tokens of a training example."""
     seen = set(_rows(train.dataset))
     return sum(row in seen for row in _rows(evaluation.dataset))
 
@@ -41,8 +41,8 @@ def _rows(dataset: datasets.Dataset) -> Iterable[bytes]:
     return (ids[a:b].tobytes() for a, b in zip(starts[:-1], starts[1:], strict=True))
 
 
-def alike_labels(examples: Examples, tokenizer) -> list[tuple[str, str]]:
-    """Pairs of labels that begin with the same token: label words, or completions of which there are only a few."""
+def labels_sharing_a_first_token(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """Pairs of labels that share a first token; labels are label words, or completions if there are only a few."""
     if examples.label_words:
         answers = {tuple(choice) for choice in examples.dataset[0]["choices"]}
     else:
@@ -57,14 +57,14 @@ def alike_labels(examples: Examples, tokenizer) -> list[tuple[str, str]]:
             return []
     ordered = sorted(answers)
     return [
-        (tokenizer.decode(one), tokenizer.decode(other))
-        for i, one in enumerate(ordered)
-        for other in ordered[i + 1 :]
-        if one[:1] == other[:1]
+        (tokenizer.decode(a), tokenizer.decode(b))
+        for i, a in enumerate(ordered)
+        for b in ordered[i + 1 :]
+        if a[:1] == b[:1]
     ]
 
 
-def lengths(examples: Examples) -> pa.Array:
+def lengths(examples: Examples) -> np.ndarray:
     """Tokens of each example before truncation."""
     return np.asarray(examples.dataset.select_columns(["whole"]).with_format("numpy")[:]["whole"])
 
@@ -76,52 +76,60 @@ def data_warnings(
     ends: set[int],
     learned: int,
     common: Mapping[str, int],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[str]:
-    """Sentences about the data, each with what to do about it. learned, common: as `ends_learned`, `in_common`."""
-    found = []
+    """Warnings about the data, each with what to do about it.
+
+    Args:
+        ends: ids of the tokens that end an answer.
+        learned: the result of `ends_learned`.
+        common: eval set -> the result of `in_common`.
+    """
+    result = []
     total = len(train.dataset)
     named = {name: f"eval.{name}" if name else "eval" for name in evals}
     for which, examples in (("train", train), *((named[name], examples) for name, examples in evals.items())):
         report = examples.report
         if report.truncated:
-            longest, loses = int(lengths(examples).max()), "start" if data.prompt is not None else "end"
-            loses = f"prompts lose their {loses}" if data.prompt is not None else f"they lose their {loses}"
-            found.append(
+            longest = int(lengths(examples).max())
+            lost = "prompts are cut at the start" if data.prompt is not None else "they are cut at the end"
+            result.append(
                 f"data.{which}: {report.truncated:,} of {report.examples:,} examples are longer than data.max_length "
-                f"{data.max_length}: {loses}. The longest has {longest:,} tokens."
+                f"{data.max_length}: {lost}. The longest has {longest:,} tokens."
             )
         if report.dropped:
-            found.append(
+            result.append(
                 f"data.{which}: {report.dropped:,} rows are dropped: truncation to data.max_length {data.max_length} "
-                "leaves nothing of them to learn."
+                "leaves nothing to learn from."
             )
         if report.skipped_count:
-            found.append(f"data.{which}: {report.skipped_count:,} bad rows are skipped; the first: {report.skipped[0]}")
+            result.append(
+                f"data.{which}: {report.skipped_count:,} bad rows are skipped; the first: {report.skipped[0]}"
+            )
         if report.merged:
-            found.append(
-                f"data.{which}: in {report.merged:,} examples a token would join the prompt's end and the completion's "
-                "beginning. End the prompt without a space, and begin the completion with one."
+            result.append(
+                f"data.{which}: in {report.merged:,} examples the end of the prompt and the start of the completion would "
+                "merge into one token. End the prompt without a space, and start the completion with one."
             )
     if not learned:
-        names = ", ".join(printable(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ends)) or "none is known"
-        found.append(
-            f"data.train: no example ends in a supervised end token ({names}): the model won't learn to stop. "
-            + ("Look at what the chat template writes after an assistant's turn." if data.messages else "")
+        names = ", ".join(printable(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ends)) or "none known"
+        result.append(
+            f"data.train: no example ends in a supervised end token ({names}): the model will not learn to stop. "
+            + ("Check what the chat template writes after an assistant turn." if data.messages else "")
         )
     elif learned < total / 2:
-        found.append(f"data.train: only {learned:,} of {total:,} examples end in a supervised end token.")
+        result.append(f"data.train: only {learned:,} of {total:,} examples end in a supervised end token.")
     for name, examples in evals.items():
         if common[name]:
-            found.append(
+            result.append(
                 f"data.{named[name]}: {common[name]:,} of {len(examples.dataset):,} examples are also in data.train, token "
-                "for token: the evaluation flatters the adapter. Remove them from one of the two."
+                "for token, which makes the adapter look better than it is. Remove them from one of the two."
             )
-    if data.messages is None and data.text is None and (pairs := alike_labels(train, tokenizer)):
-        one, other = (printable(text, 30) for text in pairs[0])
+    if data.messages is None and data.text is None and (pairs := labels_sharing_a_first_token(train, tokenizer)):
+        first, second = (printable(text, 30) for text in pairs[0])
         more = f" (and {len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""
-        found.append(
-            f'data.completion: the labels "{one}" and "{other}" begin with the same token{more}. eval compares whole '
-            "words, but whoever looks at the first token only can't tell them apart. Choose other words if you can."
+        result.append(
+            f'data.completion: the labels "{first}" and "{second}" share a first token{more}. eval compares complete '
+            "words, but tools that look at the first token only can't tell them apart. Choose other words if you can."
         )
-    return [" ".join(sentence.split()) for sentence in found]
+    return [" ".join(sentence.split()) for sentence in result]
