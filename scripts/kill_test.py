@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 TIMES = {"seconds", "tokens_per_second", "peak_memory_mb"}
 SETTINGS = ["adapter.dropout=0.1", "train.micro_batch_tokens=64", "train.save_steps=3", "train.eval_steps=4"]
-ANEW = "beginning at step 0"
+ANEW = "starting at step 0"
 NOTED, SAID = "operations.txt", "stderr.txt"
 
 # "after step-3: write log.jsonl #2": since which checkpoint was begun or gone on from, what, below out/, the how manieth.

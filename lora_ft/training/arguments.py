@@ -13,10 +13,10 @@ from lora_ft.core.metrics import metric_of
 
 
 def arguments(config: Config, device: str) -> TrainingArguments:
-    """The Trainer's settings but for max_steps. What the plan and this tool's own files take care of is switched off.
+    """The Trainer's settings, except max_steps. What the step plan and our own files replace is switched off.
 
     Raises:
-        ConfigError: the Trainer refuses a value, or a reporter isn't installed.
+        ConfigError: the Trainer refuses a value, or a reporter is not installed.
     """
     train, output, evaluates = config.train, Path(config.output), config.data.eval is not None
     missing = set(train.report_to) - set(get_available_reporting_integrations())

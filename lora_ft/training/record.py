@@ -1,4 +1,4 @@
-"""The record, lora_ft.json: what a run was, so that its adapter can be scored, merged and trusted later."""
+"""The record of a run, lora_ft.json: what its adapter needs to be scored, merged and trusted later."""
 
 import platform
 from importlib.metadata import version
@@ -21,7 +21,7 @@ def describe(
     train_set: Examples,
     eval_sets: dict[str, Examples],
 ) -> dict:
-    """What is known of a run before its first step."""
+    """The record as far as it is known before the first step."""
     return {
         "format": 1,
         "config": config.model_dump(mode="json"),

@@ -1,7 +1,6 @@
-"""What a run leaves on disk: checkpoints on the way, the adapter at its end."""
+"""Writing a run to disk: its checkpoints, and the adapter at its end."""
 
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from lora_ft.methods.trained import Trained
 from lora_ft.training import checkpoint, run_log
 
 CARD = "README.md"
-SMALL_FILES = 2**20  # bytes that a record, card and configs take at most
+SMALL_FILES = 2**20  # bytes at most for record, card and configs
 
 
 @dataclass
@@ -38,25 +37,29 @@ class Saver:
     evaluations: dict[int, dict] = field(default_factory=dict)
 
     def save(self, state: checkpoint.State, best_step: int | None) -> None:
-        """Write the checkpoint of a step, check it by reading it back, then let older ones go."""
+        """Write the checkpoint of a step, verify it by reading it back, then remove older ones.
+
+        Raises:
+            FilesError: no space, or what was written reads back differently.
+        """
         folder = run_folder.checkpoint_of(self.output, state.step)
         if folder.exists():
             if is_intact(folder):
-                return  # an interruption wrote it, and the run came back to the same step: the same bits
-            print(f"checkpoint {folder} is damaged; it is now {put_aside(folder)}", file=sys.stderr)
+                return  # an interruption wrote it, and the run reached the same step again: the same bits
+            warn(f"checkpoint {folder} is damaged; renamed to {set_aside(folder)}")
         require_space(
             self.output, state.bytes + 4 * sum(p.numel() for p in trainable(self.model).values()) + SMALL_FILES
         )
         if best_step in self.evaluations:
             state.values["best"] = {"step": best_step, "metrics": self.evaluations[best_step]}
         state.values["log_size"] = run_log.size(self.output)
-        about = {"kind": "checkpoint", "step": state.step, "metrics": self.evaluations.get(state.step, {})}
+        facts = {"kind": "checkpoint", "step": state.step, "metrics": self.evaluations.get(state.step, {})}
         with staged_folder(folder) as staged:
             state.write(staged)
-            self._write(staged, about, [checkpoint.TENSORS, checkpoint.JSON])
+            self._write(staged, facts, [checkpoint.TENSORS, checkpoint.JSON])
         if not is_intact(folder):
             raise FilesError(
-                f"{folder}: what was written reads back otherwise. Is the disk in order? Older ones were kept."
+                f"{folder}: what was written reads back differently; is the disk failing? Older checkpoints were kept."
             )
         self.rotate(state.step, best_step)
 
@@ -67,7 +70,7 @@ class Saver:
         self.rotate(state.step, state.values["trainer"]["best_global_step"])
 
     def rotate(self, step: int, best_step: int | None) -> None:
-        """Let checkpoints older than `step` go, but for the best."""
+        """Remove the oldest checkpoints beyond the limit, but never the best one or those from `step` on."""
         run_folder.rotate(self.output, self.save_total_limit, {step} | ({best_step} if best_step else set()))
 
     def load_best(self, step: int, last: int) -> dict:
@@ -81,17 +84,17 @@ class Saver:
         (self.output / run_folder.RECORD).unlink(missing_ok=True)  # of a run that was made longer
         self._write(self.output, result, mentions=[n for n in run_folder.MENTIONED if (self.output / n).exists()])
 
-    def _write(self, folder: Path, about: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:
-        """Write what was trained and its card, the record last; its manifest covers the `state` files that are there."""
+    def _write(self, folder: Path, facts: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:
+        """Write what was trained and its card, the record last; its manifest covers the `state` files in the folder."""
         method, base = self.record["config"]["adapter"]["method"], self.record["base"]["name"]
         files, more = interface.save(method, self.model, folder, base, self.tokenizer)
-        record = self.record | about | more
+        record = self.record | facts | more
         write_file(folder / CARD, model_card(record))
         write_record(folder, record, [*files, *state], [CARD, *mentions])
 
 
-def put_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that a new one can take its name."""
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that a new one can have its name. Returns the new path."""
     for n in itertools.count(1):
         aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{n}")
         if not aside.exists():
@@ -101,7 +104,7 @@ def put_aside(checkpoint: Path) -> Path:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether a checkpoint's files are all as its manifest says."""
+    """Whether all files of a checkpoint match its manifest."""
     try:
         verify_manifest(folder, read_json(folder / run_folder.RECORD, FilesError)["files"], FilesError)
     except (FilesError, KeyError):

@@ -404,9 +404,9 @@ def test_an_error_of_one_ends_all_with_its_code(tmp_path):
     """A process other than the main one that can't read its base."""
     folder = write_run(tmp_path)
     code = (
-        "import os, sys, lora_ft.commands.train, lora_ft.core.errors\n"
+        "import os, sys, lora_ft.training.setup, lora_ft.core.errors\n"
         "def fail(*_): raise lora_ft.core.errors.ModelError('no model here')\n"
-        "if os.environ.get('RANK') == '1': lora_ft.commands.train.load_base = fail\n"
+        "if os.environ.get('RANK') == '1': lora_ft.training.setup.load_base = fail\n"
         "from lora_ft.cli import main\n"
         "main()\n"
     )

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora_ft.commands.train
 import lora_ft.evaluation.evaluate
+import lora_ft.training.setup
 import lora_ft.training.step
 from lora_ft.core import run_folder
 from lora_ft.training.saving import is_intact
@@ -208,7 +209,7 @@ def no_model_yet():
     def load_base(*_):
         raise AssertionError("the model was loaded")
 
-    lora_ft.commands.train.load_base = load_base
+    lora_ft.training.setup.load_base = load_base
 
 
 def test_an_output_that_is_a_file(fresh):

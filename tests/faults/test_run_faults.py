@@ -63,7 +63,7 @@ def test_killed_before_its_first_checkpoint_it_begins_at_step_0(fresh, prepared)
     command.end()
     assert not steps(fresh)
     ended = cli(fresh, *RESUME)
-    assert ended.code == 0 and "beginning at step 0" in ended.err, ended
+    assert ended.code == 0 and "starting at step 0" in ended.err, ended
     same(fresh, prepared)
 
 

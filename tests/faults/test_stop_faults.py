@@ -18,12 +18,13 @@ import lora_ft.evaluation.scoring
 import lora_ft.methods.lora.merge
 import lora_ft.methods.lora.merge_shards
 import lora_ft.model.load
+import lora_ft.training.setup
 import lora_ft.training.step
 import lora_ft.training.trainer
 from lora_ft.core import run_folder
 from lora_ft.training import run_log
 from lora_ft.training.checkpoint import State
-from lora_ft.training.saving import Run, is_intact
+from lora_ft.training.saving import Saver, is_intact
 from tests.helpers.command import TRAIN, cli, files, start
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -57,10 +58,10 @@ def at(place: object, name: str, call: int, signum: int, times: int = 1) -> Call
 
 
 BEFORE_THE_FIRST_STEP = {
-    "tokenizer": (lora_ft.commands.train, "load_tokenizer", 1),
+    "tokenizer": (lora_ft.training.setup, "load_tokenizer", 1),
     "encoding": (lora_ft.data.encode, "encode_pairs", 1),
     "loading": (lora_ft.model.load.AutoModelForCausalLM, "from_pretrained", 1),
-    "adapting": (lora_ft.commands.train, "inject", 1),
+    "adapting": (lora_ft.training.setup, "inject", 1),
     "the first step": (lora_ft.training.step, "supervised_loss", 1),
 }
 AFTER_IT = {
@@ -72,7 +73,7 @@ AFTER_IT = {
     "the log": (run_log, "write_line", 4),
     "the last step": (lora_ft.training.step, "supervised_loss", 12),
     "the last checkpoint": (State, "write", 4),
-    "the end": (Run, "finish", 1),
+    "the end": (Saver, "finish", 1),
 }
 
 
@@ -114,7 +115,7 @@ def test_after_it_the_last_whole_step_is_saved_and_going_on_is_exact(prepared, f
 
 
 def test_with_overwrite_the_hint_is_resume_only_once_the_old_run_is_gone(folder):
-    ended = cli(folder, *TRAIN, "--overwrite", before=at(lora_ft.commands.train, "inject", 1, signal.SIGTERM))
+    ended = cli(folder, *TRAIN, "--overwrite", before=at(lora_ft.training.setup, "inject", 1, signal.SIGTERM))
     assert ended.code == 143 and ended.err.rstrip().endswith("lora-ft train config.yaml --overwrite")
     assert is_intact(folder / "out")
     ended = cli(folder, *TRAIN, "--overwrite", before=at(State, "write", 2, signal.SIGTERM))
@@ -151,7 +152,7 @@ def test_eval_and_merge(folder, signum):
         (["eval"], (lora_ft.commands.evaluate, "load_base", 1)),
         (["merge", "--adapter", "out"], (lora_ft.methods.lora.merge_shards, "merged", 2)),
         (["merge", "--adapter", "out"], (lora_ft.methods.lora.merge, "compare_logits", 1)),
-        (["check", "config.yaml"], (lora_ft.commands.check.inspect, "load_tokenizer", 1)),
+        (["check", "config.yaml"], (lora_ft.training.setup, "load_tokenizer", 1)),
     ):
         ended = cli(folder, *command, before=at(*place, signum))
         assert ended.code == CODES[signum] and ended.err.rstrip().endswith("stopped"), ended
@@ -174,7 +175,7 @@ def test_a_library_that_takes_the_stop_for_an_error_or_loses_it(fresh):
     for swallow in (taken_for_an_error, lost):
 
         def arm(swallow=swallow):
-            lora_ft.commands.train.load_tokenizer = swallow
+            lora_ft.training.setup.load_tokenizer = swallow
             lora_ft.core.signals.SECONDS = 0.3
 
         ended = cli(fresh, *TRAIN, before=arm)

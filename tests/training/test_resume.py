@@ -131,7 +131,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(folder, monkeypatch):
 
 def test_resume_without_anything_begins_at_step_0(folder, whole, capsys):
     run(folder, resume=True)
-    assert "beginning at step 0" in capsys.readouterr().err
+    assert "starting at step 0" in capsys.readouterr().err
     same(folder / "out", whole)
 
 
