@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError
+from lora_ft.core.messages import warn
 from lora_ft.core.storage import read_json, require_space, staged_folder, verify_manifest, write_file
 from lora_ft.methods import interface
 from lora_ft.methods.lora.files import write_record
