@@ -10,6 +10,7 @@ from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.merge import merge_adapter
 from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Trained
+from lora_ft.model.files import Base
 
 WHY_NOT = {
     "full": "a complete model already, which loads anywhere as it is: there is nothing to merge.",
@@ -21,8 +22,8 @@ WHY_NOT = {
 
 def merge_command(
     folder: Path, *, base: str | None = None, output: Path | None = None, verify: bool = True, trust: Trust = NO_TRUST
-) -> None:
-    """Merge an adapter into its base, and print what was written and how it was verified.
+) -> Base:
+    """Merge an adapter into its base, and print what was written and how it was verified. Returns the base.
 
     Args:
         base: its name, if not the recorded one.
@@ -55,3 +56,4 @@ def merge_command(
     else:
         print("  logits were not compared (--no-verify)")
     print(f"  {report['seconds']:.1f} s, peak memory {report['peak_memory_mb']} MiB")
+    return files

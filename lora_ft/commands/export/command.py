@@ -1,6 +1,8 @@
-"""`lora-ft export`: an adapter, or a model, in the form that another program loads; and, only if asked, onto the hub."""
+"""`lora-ft export`: write an adapter or a model in a form that another program loads, and upload it if asked."""
 
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from lora_ft.commands.export import hub
 from lora_ft.commands.export.gguf_adapter import write_adapter_gguf
@@ -16,7 +18,7 @@ from lora_ft.methods.lora.compatibility import check_against, check_copies
 from lora_ft.methods.lora.files import portable_name
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.model_card import vllm_rank
-from lora_ft.methods.trained import Trained
+from lora_ft.methods.trained import Trained, check_base
 from lora_ft.model.files import Base, resolve, stored_dtype
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
 
@@ -34,11 +36,21 @@ def export_command(
     public: bool = False,
     trust: Trust = NO_TRUST,
 ) -> None:
-    """Write `folder` (an adapter; with `to` gguf also a whole model) in another form, and print who can load it.
+    """Write `folder` in another form, and print what can load it.
+
+    Args:
+        folder: an adapter; for `to` gguf also a complete model.
+        to: peft, merged or gguf.
+        merged: for gguf: base and adapter in one file.
+        dtype: for gguf: of the matrices; "auto" is float32 for an adapter and the stored dtype for a model.
+        verify: compare the logits of a complete model.
+        push: a hub repository to upload to.
 
     Raises:
-        UserError: options that don't go together, nothing there to export, an output that exists, a family or tokenizer that
-            llama.cpp's names aren't known of, a failed proof, a hub that says no.
+        ConfigError: options that don't go together.
+        ModelError: nothing to export, a family or tokenizer that is not supported, a failed verification, or the hub
+            refuses the upload.
+        FilesError: the output exists, or can't be written.
     """
     complete = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
     if to != "gguf" and (merged or dtype != "auto"):
@@ -54,20 +66,20 @@ def export_command(
     kind = to if to != "gguf" else "model.gguf" if complete else "merged.gguf" if merged else "lora.gguf"
     target = output or sibling(folder, ".gguf" if complete else f"-{kind}")
     if target.exists():
-        raise FilesError(f"{target}: exists already. Remove it, or name another place with --output.")
+        raise FilesError(f"{target}: already exists. Remove it, or name another place with --output.")
     if to == "merged":
-        merge_command(folder, base=base, output=target, verify=verify, trust=trust)
-        files = Trained.open(folder).base(base, trust)
+        files = merge_command(folder, base=base, output=target, verify=verify, trust=trust)
     elif complete:
         files = resolve(str(folder), trust=trust)
         export_model_gguf(files, target, dtype, None, verify)
     else:
         trained = Trained.open(folder)
         adapter, files = read_adapter(trained), trained.base(base, trust)
-        trained.check(files, load_tokenizer(files) if merged else None, trust.other_base)
+        check_base(trained.record, files, trust.other_base)
         if to == "peft":
             export_peft(adapter, files, target)
         elif merged:
+            trained.check(files, load_tokenizer(files), trust.other_base)
             export_model_gguf(files, target, dtype, adapter, verify)
         else:
             export_lora_gguf(adapter, files, target, dtype)
@@ -76,17 +88,15 @@ def export_command(
 
 
 def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
-    """The adapter as a folder of its two files and its model card, after checking that it fits the base."""
-    model = load_base(base) if adapter.copies else skeleton(base)  # copies are left out: they must be the base's own
-    check_against(model, adapter)
-    check_copies(model, adapter)
+    """Write the adapter's two files and its model card as a folder, after checking that it fits the base."""
+    model = _checked_model(adapter, base)
     with storage.staged_folder(target) as staged:
         rank = write_portable(adapter, staged)
         if (card := adapter.folder / hub.CARD).is_file():
-            named = str(
+            base_name = str(
                 adapter.trained.adapter_config.get("base_model_name_or_path")
-            )  # PEFT's own cards may hold a path of the machine
-            text = card.read_text(encoding="utf-8", errors="replace").replace(named, portable_name(named))
+            )  # PEFT's cards may have a path
+            text = card.read_text(encoding="utf-8", errors="replace").replace(base_name, portable_name(base_name))
             storage.write_file(staged / hub.CARD, text)
         else:
             storage.write_file(staged / hub.CARD, hub.card("peft", portable_name(base.name), target.name))
@@ -94,20 +104,18 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
     gguf = (
         f"lora-ft export {adapter.folder} --to gguf"
         if family in FAMILIES
-        else f"its own converter, if it knows {family}"
+        else f"its own converter, if it supports {family}"
     )
     print(f"{target}: rank {rank} on {len(adapter.tensors)} modules, the scaling folded into B (lora_alpha = r)")
     print(f'  PEFT          PeftModel.from_pretrained(base, "{target}")')
     print(f'  transformers  model.load_adapter("{target}"), with peft installed')
-    print(f"  vLLM          --enable-lora --max-lora-rank {vllm_rank(rank)}, where it has LoRA for {family}")
+    print(f"  vLLM          --enable-lora --max-lora-rank {vllm_rank(rank)}, where it supports LoRA for {family}")
     print(f"  llama.cpp     {gguf}")
 
 
 def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str) -> None:
-    """The adapter alone as a GGUF."""
-    model = load_base(base) if adapter.copies else skeleton(base)
-    check_against(model, adapter)
-    check_copies(model, adapter)
+    """Write the adapter alone as a GGUF."""
+    model = _checked_model(adapter, base)
     with storage.landing(target, sum(4 * (A.numel() + B.numel()) for A, B in adapter.tensors.values())) as temporary:
         size = write_adapter_gguf(adapter, model, temporary, "float32" if dtype == "auto" else dtype, base.name)
     print(f"{target}: the adapter of {len(adapter.tensors)} modules, {size / 2**20:.1f} MiB")
@@ -117,7 +125,7 @@ def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str)
 
 
 def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile | None, verify: bool) -> None:
-    """A whole model, with the adapter folded in if there is one, as a GGUF that has proved itself."""
+    """Write a complete model, merged with the adapter if there is one, as a GGUF, and verify it."""
     if base.gguf or base.pickles:
         raise ModelError(
             f"base {base.name}: no safetensors. Merge first: --to merged, then export that folder --to gguf."
@@ -136,3 +144,11 @@ def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile
             f"  logits, read back by transformers: {proof['difference']:.3g} off at most ({proof['allowed']:.3g} allowed)"
         )
     print(f"  llama.cpp  llama-cli -m {target}; smaller: llama-quantize {target} small.gguf Q4_K_M")
+
+
+def _checked_model(adapter: AdapterFile, base: Base) -> PreTrainedModel:
+    """The base, without weights unless the adapter has copies of them, after checking that the adapter fits it."""
+    model = load_base(base) if adapter.copies else skeleton(base)  # copies are not exported, so they must be the base's
+    check_against(model, adapter)
+    check_copies(model, adapter)
+    return model
