@@ -17,10 +17,9 @@ from lora_ft.commands.export.gguf_vocabulary import write_vocabulary
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.compatibility import check_against
 from lora_ft.methods.lora.files import load_adapter, portable_name
-from lora_ft.methods.lora.merge_shards import DTYPES, finite, merged, stored_keys
-from lora_ft.methods.lora.merge_shards import check_copies as check_stored_copies
+from lora_ft.methods.lora.merge_shards import DTYPES, check_stored_copies, finite, merged, stored_keys
 from lora_ft.methods.lora.peft import AdapterFile
-from lora_ft.methods.lora.stored_names import Edit, plan, source_of, stored_names
+from lora_ft.methods.lora.stored_names import Edit, plan_edits, source_of, stored_names
 from lora_ft.methods.lora.verify import largest, logits, sample_rows
 from lora_ft.model.files import Base, opened, stored_dtype, weight_files
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
@@ -48,7 +47,7 @@ def write_model_gguf(base: Base, path: Path, dtype: str, adapter: AdapterFile | 
     if adapter is not None:
         check_against(model, adapter)
         check_stored_copies(model, adapter, shards, on_disk)
-        planned, _ = plan(model, on_disk, adapter.tensors)
+        planned, _ = plan_edits(model, on_disk, adapter.tensors)
         edits = {f"{edit.module}.weight": edit for edit in planned if edit.module is not None}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = []

@@ -1,4 +1,4 @@
-"""Whether an adapter read from files fits a model: its modules, their shapes, and copies of base weights."""
+"""Check that an adapter read from files fits a model: its modules, their shapes, and copies of base weights."""
 
 import difflib
 from pathlib import Path
@@ -15,10 +15,13 @@ from lora_ft.nn.lora import dimensions
 
 
 def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear | Conv1D]:
-    """The model's linear modules, after checking that the adapter fits them (a model on the meta device will do).
+    """Check that the adapter's modules and shapes fit `model`, which may be on the meta device.
+
+    Returns:
+        Path -> module, for all linear modules of the base.
 
     Raises:
-        ModelError: modules missing or unexpected (both lists), or a tensor of the wrong shape (both shapes).
+        ModelError: modules are missing or unexpected (with both lists), or a tensor has the wrong shape (with both shapes).
     """
     path = adapter.folder / WEIGHTS
     linear = {name: m for name, m in base_modules(model).items() if isinstance(m, nn.Linear | Conv1D)}
@@ -32,34 +35,42 @@ def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear
         hint = f" The model has {', '.join(near)}." if near else ""
         raise ModelError(differences(path, missing, unexpected | unknown) + f" Is it another model's adapter?{hint}")
     for module, (A, B) in adapter.tensors.items():
-        check_shape(path, module, A, B, *dimensions(linear[module]))
+        check_ab_shapes(path, module, A, B, *dimensions(linear[module]))
     return linear
 
 
-def check_shape(path: Path, module: str, A: Tensor, B: Tensor, in_features: int, out_features: int) -> None:
-    for name, found, wanted in (("A", A, (A.shape[0], in_features)), ("B", B, (out_features, B.shape[1]))):
-        if tuple(found.shape) != wanted:
-            key = f"{PREFIX}{module}.lora_{name}.weight"
-            raise ModelError(f"{path}: {key} has shape {tuple(found.shape)}, the model needs {wanted}.")
+def check_ab_shapes(path: Path, module: str, A: Tensor, B: Tensor, in_features: int, out_features: int) -> None:
+    """Check that A is (R, in) and B (out, R).
+
+    Raises:
+        ModelError: with both shapes.
+    """
+    for letter, tensor, expected in (("A", A, (A.shape[0], in_features)), ("B", B, (out_features, B.shape[1]))):
+        if tuple(tensor.shape) != expected:
+            key = f"{PREFIX}{module}.lora_{letter}.weight"
+            raise ModelError(f"{path}: {key} has shape {tuple(tensor.shape)}, the model needs {expected}.")
 
 
 def check_copies(model: nn.Module, adapter: AdapterFile) -> None:
-    """ModelError unless the base weights in the file (PEFT adds those of an adapted head) are the model's own.
+    """Check that the base weights in the adapter's file (PEFT saves those of an adapted head) are the model's.
 
-    Of a model on the meta device nothing is asked: its weights are yet to come.
+    A model on the meta device passes: it has no weights to compare.
+
+    Raises:
+        ModelError: a weight differs.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if any(p.is_meta for p in parameters.values()):
-        return  # a model without weights is asked for shapes only
+        return
     for name, copy in adapter.copies.items():
         module = name.rpartition(".")[0]
-        key = name if name in parameters else name.replace(module, f"{module}.base", 1)  # adapted already
+        key = name if name in parameters else name.replace(module, f"{module}.base", 1)  # in a LoRA layer
         if key not in parameters or not same_weight(parameters[key].detach(), copy):
             raise ModelError(changed_copy(adapter, name))
 
 
 def same_weight(base: Tensor, copy: Tensor) -> bool:
-    """Whether one is the other, maybe rounded to its dtype: a base can be loaded in another dtype than stored."""
+    """Whether the weights are equal, or one is the other rounded: a base can be loaded in another dtype than stored."""
     base = base.cpu()
     if base.shape != copy.shape:
         return False
@@ -67,7 +78,8 @@ def same_weight(base: Tensor, copy: Tensor) -> bool:
 
 
 def changed_copy(adapter: AdapterFile, name: str) -> str:
+    """The error message for a copy of a base weight that differs from the base's."""
     return (
-        f"{adapter.folder / WEIGHTS}: holds a weight {name} of its own, which isn't the base's: fully trained or "
-        "resized modules can't be applied here. Merge it with PEFT."
+        f"{adapter.folder / WEIGHTS}: has a weight {name} that differs from the base's: fully trained or resized modules "
+        "can't be applied here. Merge the adapter with PEFT."
     )

@@ -19,9 +19,9 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import info
 from lora_ft.methods.lora.compatibility import check_against
 from lora_ft.methods.lora.files import RECORD, WEIGHTS, write_record
-from lora_ft.methods.lora.merge_shards import check_copies, stored_keys, write_shards
+from lora_ft.methods.lora.merge_shards import check_stored_copies, stored_keys, write_shards
 from lora_ft.methods.lora.peft import AdapterFile
-from lora_ft.methods.lora.stored_names import Edit, plan, stored_names
+from lora_ft.methods.lora.stored_names import Edit, plan_edits, stored_names
 from lora_ft.methods.lora.verify import compare_logits, sample_rows
 from lora_ft.model.files import Base, opened, stored_dtype, weight_files
 from lora_ft.model.load import load_base, load_tokenizer, skeleton
@@ -81,10 +81,10 @@ def merge_adapter(
             source = base
         shards = weight_files(source)
         stored = stored_names(model, stored_keys(shards))
-        edits, unties = plan(model, stored, adapter.tensors)
+        edits, unties = plan_edits(model, stored, adapter.tensors)
         if unties:
             info("note: the adapter changes the tied head, so the merged model's head is no longer tied")
-        check_copies(model, adapter, shards, stored)
+        check_stored_copies(model, adapter, shards, stored)
         storage.require_space(output.parent, space_needed(shards, edits))
         errors, dtypes = write_shards(shards, staged, edits, adapter, progress)
         copy_files(source, staged, unties)

@@ -1,4 +1,4 @@
-"""The base's safetensors files, one at a time, the adapter folded in: W' = W + s B A, and all else as it is."""
+"""Write the base's safetensors files with the adapter merged into them, W' = W + s B A, one file at a time."""
 
 import sys
 from pathlib import Path
@@ -18,10 +18,11 @@ from lora_ft.methods.lora.verify import matrix_error, random_signs
 from lora_ft.model.files import INDEX, opened
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = 2**20  # weights in hand at once beside the shard: 8 MB in float64, some copies
+BLOCK = 2**20  # weights that are merged and verified at a time: 8 MB in float64, a few copies
 
 
 def stored_keys(shards: list[Path]) -> list[str]:
+    """The names of all tensors in the files."""
     keys: list[str] = []
     for shard in shards:
         with opened(shard) as file:
@@ -29,12 +30,18 @@ def stored_keys(shards: list[Path]) -> list[str]:
     return keys
 
 
-def check_copies(model: PreTrainedModel, adapter: AdapterFile, shards: list[Path], stored: dict[str, str]) -> None:
-    """ModelError unless base weights in the adapter's file are the base's own (PEFT adds those of an adapted head)."""
+def check_stored_copies(
+    model: PreTrainedModel, adapter: AdapterFile, shards: list[Path], stored: dict[str, str]
+) -> None:
+    """`check_copies` against the base's files.
+
+    Raises:
+        ModelError: a weight differs.
+    """
     left = {name: source_of(model, stored, name) for name in adapter.copies}
     for shard in shards:
         with opened(shard) as file:
-            for name in [n for n, key in left.items() if key in file.keys()]:  # noqa: SIM118 (safe_open is no mapping)
+            for name in [n for n, key in left.items() if key in file.keys()]:  # noqa: SIM118 (safe_open is not a mapping)
                 if not same_weight(file.get_tensor(left.pop(name)), adapter.copies[name]):
                     raise ModelError(changed_copy(adapter, name))
     if left:
@@ -44,27 +51,31 @@ def check_copies(model: PreTrainedModel, adapter: AdapterFile, shards: list[Path
 def write_shards(
     shards: list[Path], staged: Path, edits: list[Edit], adapter: AdapterFile, progress: bool
 ) -> tuple[dict[str, float], dict[str, torch.dtype]]:
-    """Write each shard with its adapted tensors, and the index, if any. module -> largest error, stored dtype."""
+    """Write each shard with its edited tensors, and the index if there is one.
+
+    Returns:
+        Module -> largest error of its products (see `matrix_error`), and module -> stored dtype.
+
+    Raises:
+        ModelError: a tensor can't be merged (see `merged`), or contains NaN or inf.
+    """
     by_source: dict[str, list[Edit]] = {}
     for edit in edits:
         by_source.setdefault(edit.source, []).append(edit)
     errors: dict[str, float] = {}
     dtypes: dict[str, torch.dtype] = {}
     weight_map: dict[str, str] = {}
-    added: list[tuple[int, int]] = []  # bytes and elements of tensors that the base hasn't
-    # delay: no bar for what is over in two seconds
-    bar = tqdm(
-        total=len(stored_keys(shards)), desc="merge", unit="tensor", delay=2, disable=not progress, file=sys.stderr
-    )
-    with bar:
+    added: list[tuple[int, int]] = []  # bytes and elements of the tensors that the base does not have
+    total = len(stored_keys(shards))
+    with tqdm(total=total, desc="merge", unit="tensor", delay=2, disable=not progress, file=sys.stderr) as bar:
         for shard in shards:
             tensors: dict[str, Tensor] = {}
             with opened(shard) as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     W = finite(file, name, shard)
                     edited = by_source.get(name, [])
                     if not any(e.target == name for e in edited):
-                        tensors[name] = W  # still the file's own pages: no copy
+                        tensors[name] = W  # memory-mapped, not copied
                     for e in edited:
                         if e.module is None:
                             tensors[e.target] = W.clone()
@@ -91,22 +102,22 @@ def write_shards(
 
 
 def merged(W: Tensor, edit: Edit, adapter: AdapterFile, shard: Path) -> tuple[Tensor, float]:
-    """W + s B A in W's dtype and layout, and the largest error of its product with random signs. Proved row by row.
+    """W + s B A in the dtype and layout of W, verified on random signs, and the largest error found.
+
+    W, the stored weight: (out, in), or (in, out) if `edit.transposed`.
 
     Raises:
-        ModelError: the stored dtype can't be merged into, the result overflows it, or the proof fails.
+        ModelError: W is quantized, the result overflows its dtype, or the verification fails.
     """
     if W.dtype not in DTYPES:
-        raise ModelError(f"{shard}: {edit.source} is {W.dtype}: quantized weights can't take a merge.")
+        raise ModelError(f"{shard}: {edit.source} is {W.dtype}: an adapter can't be merged into quantized weights.")
     assert edit.module is not None
-    A, B = adapter.tensors[edit.module]
-    s = adapter.scalings[edit.module]
+    (A, B), s = adapter.tensors[edit.module], adapter.scalings[edit.module]
     result = torch.empty_like(W)
-    # both as (out, in): Conv1D is stored as (in, out)
     old, new = (W.T, result.T) if edit.transposed else (W, result)
     if old.shape != (B.shape[0], A.shape[1]):
         raise ModelError(
-            f"{shard}: {edit.source} is {tuple(W.shape)}; the adapter's B A is {(B.shape[0], A.shape[1])}."
+            f"{shard}: {edit.source} has shape {tuple(W.shape)}; the adapter's B A {(B.shape[0], A.shape[1])}."
         )
     x, rows, worst = random_signs(A.shape[1]), max(1, BLOCK // A.shape[1]), 0.0
     for i in range(0, B.shape[0], rows):
@@ -117,7 +128,7 @@ def merged(W: Tensor, edit: Edit, adapter: AdapterFile, shard: Path) -> tuple[Te
         error, quotient = matrix_error(old[part], new[part], A, B[part], s, x)
         if quotient > 1:
             raise ModelError(
-                f"the merge failed its proof: {edit.module} on random x is off by {error:.3g} in the rows from {i}, "
+                f"the merge failed its verification: {edit.module} on random x is off by {error:.3g} in the rows from {i}, "
                 f"{quotient:.3g} times what rounding to {W.dtype} allows. The output was not kept."
             )
         worst = max(worst, error)
@@ -125,7 +136,12 @@ def merged(W: Tensor, edit: Edit, adapter: AdapterFile, shard: Path) -> tuple[Te
 
 
 def finite(file: safe_open, name: str, shard: Path) -> Tensor:
+    """A tensor of an open file.
+
+    Raises:
+        ModelError: it contains NaN or inf.
+    """
     tensor = file.get_tensor(name)
     if tensor.dtype in DTYPES and tensor.numel() and not all(torch.isfinite(v) for v in torch.aminmax(tensor)):
-        raise ModelError(f"{shard}: {name} holds NaN or inf. Copy the base again.")
+        raise ModelError(f"{shard}: {name} contains NaN or inf. Copy the base again.")
     return tensor

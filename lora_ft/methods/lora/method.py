@@ -1,11 +1,11 @@
-"""LoRA as one of the methods; all of it is in lora_ft.methods.lora."""
+"""The five functions of method lora (see methods/interface.py): inject, save, load, load_into, bare."""
 
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.schema import AdapterConfig
-from lora_ft.methods.lora.files import CONFIG, WEIGHTS, apply_adapter, initialize_from, save_adapter, slices
+from lora_ft.methods.lora.files import CONFIG, WEIGHTS, apply_adapter, initialize_from, parts_record, save_adapter
 from lora_ft.methods.lora.inject import bare, inject_lora
 from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Trained
@@ -16,6 +16,7 @@ __all__ = ["bare", "inject", "load", "load_into", "save"]
 def inject(
     model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
+    """Add LoRA layers; see `inject_lora`."""
     adapted = inject_lora(
         model,
         settings.targets,
@@ -33,13 +34,16 @@ def inject(
 def save(
     model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], dict]:
+    """Write PEFT's two files; the record gets the parts of each module."""
     save_adapter(model, folder, base_name)
-    return [WEIGHTS, CONFIG], {"slices": slices(model)}
+    return [WEIGHTS, CONFIG], {"slices": parts_record(model)}
 
 
 def load(model: PreTrainedModel, trained: Trained) -> None:
+    """Put the adapter on the base; see `apply_adapter`."""
     apply_adapter(model, read_adapter(trained))
 
 
 def load_into(model: PreTrainedModel, trained: Trained) -> None:
+    """Copy the adapter's weights into the LoRA layers; see `initialize_from`."""
     initialize_from(model, read_adapter(trained))

@@ -1,7 +1,7 @@
-"""PEFT's adapter format, read strictly and without a model (peft 0.21, `LoraConfig` and `get_peft_model_state_dict`).
+"""Read PEFT's adapter format strictly, without a model (peft 0.21, `LoraConfig` and `get_peft_model_state_dict`).
 
-`adapter_config.json` says rank, alpha and which modules; `adapter_model.safetensors` holds for each module A (r, in)
-and B (out, r), for HF's Conv1D too. What can't be applied exactly is refused by name: nothing is guessed or left out.
+`adapter_config.json` has rank, alpha and the adapted modules; `adapter_model.safetensors` has A (r, in) and B (out, r) of each
+module, also for Hugging Face's Conv1D. What can't be applied exactly is an error: nothing is guessed or ignored.
 """
 
 import math
@@ -26,8 +26,8 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
-class Slices:
-    """How a module of ours is cut: parts of one rank each, in the order in which the file stacks them."""
+class Parts:
+    """The parts of a module that lora-ft trained: the rank of each, part -> rows, in the order of the stacked A."""
 
     rank: int
     rows: dict[str, RowBlocks]
@@ -35,16 +35,20 @@ class Slices:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as read: checked, not yet applied to anything.
+    """An adapter as read and checked, not yet applied to a model.
 
-    tensors: module path -> A (R, in), B (out, R), float32. scalings: module path -> s of s B A. slices: of our own.
-    copies: base weights that PEFT saved beside an adapted head or embedding; the base must hold the very same.
+    Attributes:
+        trained: its folder, record and config.
+        tensors: module path -> A (R, in) and B (out, R), float32.
+        scalings: module path -> s of s B A.
+        parts: module path -> its parts; empty for another tool's adapter.
+        copies: name -> base weight that PEFT saved with an adapted head or embedding; must be equal to the base's.
     """
 
     trained: Trained
     tensors: dict[str, tuple[Tensor, Tensor]]
     scalings: dict[str, float]
-    slices: dict[str, Slices]
+    parts: dict[str, Parts]
     copies: dict[str, Tensor]
 
     @property
@@ -54,11 +58,11 @@ class AdapterFile:
 
 
 def read_adapter(trained: Trained) -> AdapterFile:
-    """Read the adapter of a folder, ours or PEFT's (a checkpoint of ours too), with every check that needs no model.
+    """Read the adapter of a folder, lora-ft's (also a checkpoint) or PEFT's, with every check that needs no model.
 
     Raises:
-        ModelError: it is damaged, of another method, has a rank or shape that contradicts the config, or holds NaN or
-            inf. The file and the tensor are named.
+        ModelError: it is damaged, of another method, contradicts its config in rank or shape, or contains NaN or inf; with the
+            file and the tensor.
     """
     folder, config, record = trained.folder, trained.adapter_config, trained.record
     if trained.method == "full":
@@ -68,8 +72,8 @@ def read_adapter(trained: Trained) -> AdapterFile:
         pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
         if pickles:
             raise ModelError(
-                f"{folder / pickles[0]}: a pickle, which can run code when read; it was not opened. Save the adapter "
-                f"as {WEIGHTS} where it comes from (PEFT does so by default)."
+                f"{folder / pickles[0]}: a pickle, which can run code when loaded; it was not opened. Save the adapter "
+                f"as {WEIGHTS} with the tool that made it (PEFT does so by default)."
             )
         raise ModelError(f"{weights}: missing. The adapter is incomplete: copy it again.")
     check_config(config_path, config)
@@ -88,21 +92,25 @@ def read_adapter(trained: Trained) -> AdapterFile:
         for letter, tensor in zip("AB", pair, strict=True):
             key = f"{PREFIX}{module}.lora_{letter}.weight"
             if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ModelError(f"{weights}: {key} is {tensor.dtype}; floats are needed.")
+                raise ModelError(f"{weights}: {key} is {tensor.dtype}, not a floating-point type.")
             if tensor.numel() and not all(torch.isfinite(v) for v in torch.aminmax(tensor)):
-                raise ModelError(f"{weights}: {key} holds NaN or inf.")
+                raise ModelError(f"{weights}: {key} contains NaN or inf.")
     tensors = {module: (A.float(), B.float()) for module, (A, B) in tensors.items()}
-    slices = _read_slices(folder / RECORD, record, tensors, scalings)
-    return AdapterFile(trained, tensors, scalings, slices, copies)
+    parts = _read_parts(folder / RECORD, record, tensors, scalings)
+    return AdapterFile(trained, tensors, scalings, parts, copies)
 
 
 def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Sort the file's tensors into A and B of modules, and plain copies of base weights."""
-    found: dict[str, dict[str, Tensor]] = {}
+    """Sort the file's tensors into A and B by module, and copies of base weights by name.
+
+    Raises:
+        ModelError: a tensor is missing, unexpected, or of a kind that can't be applied.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
     copies, unexpected = {}, []
     for key in sorted(tensors):
         if match := KEY.fullmatch(key):
-            found.setdefault(match[1], {})[match[2]] = tensors[key]
+            pairs.setdefault(match[1], {})[match[2]] = tensors[key]
         elif ".lora_embedding_" in key:
             raise ModelError(f"{path}: {key}: LoRA on an embedding can't be applied here. Merge it with PEFT.")
         elif ".lora_magnitude_vector" in key:
@@ -113,46 +121,50 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tenso
             copies[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensors[key]
         else:
             unexpected.append(key)
-    missing = [f"{PREFIX}{m}.lora_{x}.weight" for m, pair in found.items() for x in "AB" if x not in pair]
-    if missing or unexpected or not found:
-        raise ModelError(differences(path, missing or (["any lora_A and lora_B"] if not found else []), unexpected))
-    return {module: (pair["A"], pair["B"]) for module, pair in found.items()}, copies
+    missing = [f"{PREFIX}{m}.lora_{x}.weight" for m, pair in pairs.items() for x in "AB" if x not in pair]
+    if missing or unexpected or not pairs:
+        raise ModelError(differences(path, missing or (["any lora_A and lora_B"] if not pairs else []), unexpected))
+    return {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}, copies
 
 
 def differences(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    """One message with both lists, each cut after ten."""
+    """A message with both lists, at most ten names of each."""
 
-    def shown(names: Iterable[str]) -> str:
+    def list_of(names: Iterable[str]) -> str:
         names = sorted(names)
         return (", ".join(names[:10]) or "none") + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
-    return f"{path}: tensors missing: {shown(missing)}; unexpected: {shown(unexpected)}."
+    return f"{path}: tensors missing: {list_of(missing)}; unexpected: {list_of(unexpected)}."
 
 
-def _read_slices(path: Path, record: dict, tensors: dict, scalings: dict[str, float]) -> dict[str, Slices]:
-    """The record's slices, checked against the tensors; `scalings` gets the record's exact values."""
+def _read_parts(path: Path, record: dict, tensors: dict, scalings: dict[str, float]) -> dict[str, Parts]:
+    """The record's `slices`, checked against the tensors. Updates `scalings` with the record's exact values.
+
+    Raises:
+        ModelError: they are damaged, or contradict the tensors or the config.
+    """
     entries = record.get("slices")
     if not entries:
         return {}
     if not isinstance(entries, dict) or entries.keys() != tensors.keys():
         listed = set(entries) if isinstance(entries, dict) else set()
         raise ModelError(differences(path, listed - tensors.keys(), tensors.keys() - listed))
-    slices = {}
+    parts = {}
     for module, entry in entries.items():
         A, B = tensors[module]
         try:
             rank, s = entry["rank"], float(entry["scaling"])
             rows = {part: RowBlocks(*map(int, numbers)) for part, numbers in entry["parts"].items()}
-            cut = Slices(int(rank), rows)
+            parts[module] = Parts(int(rank), rows)
             fits = all(
                 min(r) >= 0 and r.blocks * r.width == B.shape[0] and 0 < r.length <= r.width - r.start
                 for r in rows.values()
             )
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise ModelError(f"{path}: slices of {module} can't be read ({e!r}).") from e
-        if not fits or not rows or cut.rank < 1 or cut.rank * len(rows) > A.shape[0]:
+        if not fits or not rows or not 1 <= parts[module].rank <= A.shape[0] // len(rows):
             raise ModelError(f"{path}: slices of {module} don't fit A {tuple(A.shape)} and B {tuple(B.shape)}.")
         if not math.isclose(s, scalings[module], rel_tol=1e-6):
-            raise ModelError(f"{path}: {module} has scaling {s} there and {scalings[module]} by {CONFIG}.")
-        scalings[module], slices[module] = s, cut
-    return slices
+            raise ModelError(f"{path}: {module} has scaling {s} here and {scalings[module]} in {CONFIG}.")
+        scalings[module] = s
+    return parts

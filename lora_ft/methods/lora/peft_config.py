@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json (peft 0.21): what is accepted, a module's rank and alpha, which modules are meant."""
+"""PEFT's adapter_config.json (peft 0.21): which settings are accepted, a module's rank and alpha, the targeted modules."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from lora_ft.core.errors import ModelError
 
 CONFIG = "adapter_config.json"
 
-# Settings that change the function that the tensors stand for. Off, they are null, false, empty or absent.
+# Settings that change what the tensors compute. When off they are null, false, empty or absent.
 REFUSED = {
     "use_dora": "DoRA",
     "modules_to_save": "fully trained modules (modules_to_save)",
@@ -24,14 +24,18 @@ REFUSED = {
     "velora_config": "VeLoRA (velora_config)",
     "monteclora_config": "MonteCLoRA (monteclora_config)",
 }
-# These start A and B some way but leave W alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change W itself.
-INNOCENT_INITS = ("gaussian", "eva", "orthogonal")
+# These only initialize A and B; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also change W.
+INITS_OF_A_AND_B = ("gaussian", "eva", "orthogonal")
 
 
 def check_config(path: Path, config: dict) -> None:
-    """ModelError for what can't be applied exactly: other methods, extras, values that are no rank or alpha."""
+    """Check that an adapter with this config can be applied exactly.
+
+    Raises:
+        ModelError: another method, a setting that changes the computation, or an invalid rank, alpha or pattern.
+    """
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be read.")
+        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported.")
     for key, what in REFUSED.items():
         if config.get(key):
             raise ModelError(f"{path}: the adapter uses {what}, which can't be applied here. Merge it with PEFT.")
@@ -40,9 +44,9 @@ def check_config(path: Path, config: dict) -> None:
             f"{path}: bias is {config['bias']!r}: trained biases can't be applied here. Merge it with PEFT."
         )
     if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ModelError(f"{path}: task_type is {config['task_type']!r}; only CAUSAL_LM can be used.")
+        raise ModelError(f"{path}: task_type is {config['task_type']!r}; only CAUSAL_LM is supported.")
     init = config.get("init_lora_weights")
-    if not (init is None or isinstance(init, bool) or init in INNOCENT_INITS):
+    if not (init is None or isinstance(init, bool) or init in INITS_OF_A_AND_B):
         raise ModelError(
             f"{path}: init_lora_weights {init!r} changes the base weights too. Convert the adapter with PEFT first "
             "(path_initial_model_for_weight_conversion)."
@@ -61,7 +65,7 @@ def check_config(path: Path, config: dict) -> None:
     value = config.get("layers_to_transform")
     if not (value is None or isinstance(value, int) or _all(value, int)):
         raise ModelError(f"{path}: layers_to_transform must be a number or a list of numbers.")
-    # A method of a later PEFT is switched on by true or a table; a mere number or name is a setting of one that is off.
+    # A method of a later PEFT is switched on by true or a table; a number or a name is a setting of one that is off.
     known = {"auto_mapping", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"}
     known |= {"rank_pattern", "alpha_pattern", "use_rslora", "inference_mode", "fan_in_fan_out", "init_lora_weights"}
     known |= {"ensure_weight_tying", "runtime_config"}
@@ -74,19 +78,28 @@ def _all(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(v, kind) for v in value)
 
 
+def file_rank(parts: dict[str, dict]) -> int:
+    """R, the one rank of an adapter's files, which holds the stacked parts of any module. parts: the record's `slices`."""
+    return max(entry["rank"] * len(entry["parts"]) for entry in parts.values())
+
+
 def _rank(path: Path, key: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"{path}: {key} is {value!r}; a rank is a whole number from 1.")
+        raise ModelError(f"{path}: {key} is {value!r}; a rank is an integer of at least 1.")
 
 
 def _alpha(path: Path, key: str, value: object) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1e30:
-        shown = value if isinstance(value, float) else repr(value)[:40]
-        raise ModelError(f"{path}: {key} is {shown}; a finite number is needed.")
+        text = value if isinstance(value, float) else repr(value)[:40]
+        raise ModelError(f"{path}: {key} is {text}; it must be a finite number.")
 
 
 def by_pattern(path: Path, patterns: dict | None, module: str, default):
-    """PEFT's `get_pattern_key`: the first pattern that matches the end of the module's path."""
+    """The value of the first pattern that matches the end of the module's path (PEFT's `get_pattern_key`), or `default`.
+
+    Raises:
+        ModelError: a pattern is not a valid regular expression.
+    """
     for pattern, value in (patterns or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
@@ -97,9 +110,17 @@ def by_pattern(path: Path, patterns: dict | None, module: str, default):
 
 
 def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] | None:
-    """Which of a model's linear modules PEFT would adapt by this config (its `check_target_module_exists`).
+    """The modules that PEFT would adapt with this config (its `check_target_module_exists`).
 
-    None when the config leaves it to PEFT's table of architectures.
+    Args:
+        names: the paths of the model's linear modules.
+        head: the path of the output head.
+
+    Returns:
+        A subset of `names`; None if the config leaves the choice to PEFT's table of architectures.
+
+    Raises:
+        ModelError: a pattern is not a valid regular expression.
     """
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
     if wanted is None:
@@ -118,8 +139,8 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
             return False
         if not layers or isinstance(wanted, str):
             return True
-        found = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns)
-        first = next((m for m in found if m), None)
+        matches = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns)
+        first = next((m for m in matches if m), None)
         return first is not None and int(first["index"]) in layers
 
     try:

@@ -1,7 +1,7 @@
-"""Where a model's weights stand in its files: names on disk differ from names in memory, and a tied head isn't there.
+"""The names of a model's weights in its files, which differ from those in memory; a tied head is not in the files at all.
 
-transformers renames on load (GPT-NeoX's `embed_out.weight` is `lm_head.weight`), and adds or drops the prefix of the
-base model (the hub's gpt2 has `h.0...` for `transformer.h.0...`). Its own rules are asked, on a model without weights.
+transformers renames weights when it loads them (GPT-NeoX's `embed_out.weight` is `lm_head.weight` in memory) and adds or drops
+the prefix of the base model (the hub's gpt2 has `h.0...` for `transformer.h.0...`). Its own functions give the names here.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,10 @@ from lora_ft.core.errors import ModelError
 
 @dataclass(frozen=True)
 class Edit:
-    """One tensor to write: `target` is `source` with the adapter of `module` in it, or (module None) a copy of it."""
+    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or a copy if module is None.
+
+    transposed: whether the file has (in, out) instead of (out, in).
+    """
 
     source: str
     target: str
@@ -31,37 +34,42 @@ class Edit:
 
 
 def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Name in memory -> name on disk, for the tensors that are stored as they are (not as parts of another)."""
+    """Name in memory -> name on disk, for tensors that are not stored as a part of another.
+
+    Args:
+        model: may be on the meta device.
+        keys: the names on disk.
+    """
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
-    found = {}
+    stored = {}
     for key in keys:
         name, converted = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:  # as transformers does: it should not have been renamed
+        if name not in state and key in state:  # as in transformers: this name must not be renamed
             name, converted = rename_source_key(key, [], [], prefix, state)
         if name in state and converted is None:
-            found[name] = key
-    return found
+            stored[name] = key
+    return stored
 
 
 def partners(model: PreTrainedModel, name: str) -> list[str]:
-    """The weights that this one is tied to (the embedding, for a tied head)."""
+    """The names of the weights that this one is tied to, such as the embedding for a tied head."""
     tied = model.all_tied_weights_keys
     return [tied[name]] if name in tied else [target for target, source in tied.items() if source == name]
 
 
 def source_of(model: PreTrainedModel, stored: dict[str, str], name: str) -> str | None:
-    """The tensor on disk that holds this weight, its own or the one it is tied to."""
+    """The name on disk of this weight or of one it is tied to; None if there is neither. stored: see `stored_names`."""
     return next((stored[n] for n in (name, *partners(model, name)) if n in stored), None)
 
 
-def plan(model: PreTrainedModel, stored: dict[str, str], modules: Iterable[str]) -> tuple[list[Edit], bool]:
-    """The tensors to write for adapters on `modules`, and whether that unties the head from the embedding.
+def plan_edits(model: PreTrainedModel, stored: dict[str, str], modules: Iterable[str]) -> tuple[list[Edit], bool]:
+    """The tensors to write for adapters on `modules`, and whether this unties the head from the embedding.
 
     Raises:
-        ModelError: weights of adapted modules that aren't on disk, or not as a tensor of their own (all are named).
+        ModelError: weights of adapted modules are not on disk, or not as separate tensors; all are listed.
     """
     edits, absent, unties = [], [], False
     for module in modules:
@@ -72,17 +80,17 @@ def plan(model: PreTrainedModel, stored: dict[str, str], modules: Iterable[str])
             absent.append(name)
             continue
         edits.append(Edit(source, stored.get(name) or name_on_disk(model, name), module, conv))
-        if name in stored:  # maybe under the head's name alone: the embedding then needs a tensor of its own
+        if name in stored:  # if only the head's name is on disk, the embedding now needs its own tensor
             edits += [Edit(source, name_on_disk(model, p), None) for p in tied_to if p not in stored]
     if absent:
         raise ModelError(
-            f"the base's files hold no tensor of its own for {', '.join(absent[:10])}"
+            f"the base's files have no separate tensor for {', '.join(absent[:10])}"
             + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
-            + ": this architecture stores them in another layout, so this adapter can't be merged on disk."
+            + ": this architecture stores them in another layout, so the adapter can't be merged on disk."
         )
     return edits, unties
 
 
 def name_on_disk(model: PreTrainedModel, name: str) -> str:
-    """The name under which transformers would save this weight."""
+    """The name with which transformers would save this weight."""
     return next(iter(revert_weight_conversion(model, {name: model.get_parameter(name)})))

@@ -135,7 +135,7 @@ def test_we_load_what_peft_saves(tmp_path, family, settings):
     theirs.save_pretrained(tmp_path)
     ours = tiny_model(family)
     adapter = files.load_adapter(ours, tmp_path)
-    assert adapter.trained.record == {} and adapter.slices == {}
+    assert adapter.trained.record == {} and adapter.parts == {}
     assert (logits(theirs) - logits(tiny_model(family))).abs().max() > 0.01
     assert torch.allclose(logits(ours), logits(theirs), atol=2e-5)
 
@@ -244,7 +244,7 @@ def test_init_from_another_shape_of_run(tmp_path, settings, why):
 
 def test_init_from_a_foreign_adapter_that_moves_more(tmp_path):
     saved("gpt2", tmp_path / "a", record=False, targets=("q", "k"))
-    whole = r"as a whole, so must this run: adapter.targets: \[\], adapter.modules: \[c_attn\]"
+    whole = r"as one module, so must this run: adapter.targets: \[\], adapter.modules: \[c_attn\]"
     with pytest.raises(ModelError, match=r"c_attn.lora_B.weight holds more than rank 3 of the parts q, v. .*" + whole):
         files.initialize_from(adapted("gpt2", targets=("q", "v")), read(tmp_path / "a"))
     saved("gpt2", tmp_path / "b", record=False, targets=(), modules=("c_attn",))

@@ -266,7 +266,7 @@ def test_pefts_adapter_with_a_head_merges(tmp_path):
     merge_folder(base, tmp_path / "adapter", tmp_path / "out")
     assert torch.allclose(logits(plain(tmp_path / "out")), logits(theirs), atol=2e-5)
     other = write_base(tiny_model("gpt2", seed=1), tmp_path / "other")
-    with pytest.raises(ModelError, match="lm_head.weight of its own"):
+    with pytest.raises(ModelError, match="lm_head.weight that differs"):
         merge_folder(other, tmp_path / "adapter", tmp_path / "out2")
 
 
@@ -288,7 +288,7 @@ def test_a_wrong_matrix_fails_the_first_proof(tmp_path, monkeypatch, dtype):
         return result
 
     monkeypatch.setattr(merge_shards.torch, "addmm", wrong)
-    with pytest.raises(ModelError, match="failed its proof: model.layers.0.self_attn.q_proj on random x"):
+    with pytest.raises(ModelError, match="failed its verification: model.layers.0.self_attn.q_proj on random x"):
         merge_folder(base, adapter, tmp_path / "out", verify=False)
     assert nothing_left(tmp_path)
 
@@ -335,7 +335,7 @@ def test_nan_in_the_base_is_named(tmp_path):
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"model.safetensors: model.norm.weight holds NaN"):
+    with pytest.raises(ModelError, match=r"model.safetensors: model.norm.weight contains NaN"):
         merge_folder(base, adapter, tmp_path / "out", other_base=True)
     assert nothing_left(tmp_path)
 
@@ -383,8 +383,8 @@ def test_an_adapter_of_another_architecture(tmp_path):
 
 def test_weights_that_are_part_of_another_tensor_on_disk():
     model = tiny_model("llama")
-    with pytest.raises(ModelError, match="no tensor of its own for model.layers.0.mlp.up_proj.weight"):
-        stored_names.plan(model, {}, ["model.layers.0.mlp.up_proj"])
+    with pytest.raises(ModelError, match="no separate tensor for model.layers.0.mlp.up_proj.weight"):
+        stored_names.plan_edits(model, {}, ["model.layers.0.mlp.up_proj"])
 
 
 def test_no_space(tmp_path, monkeypatch):
