@@ -34,9 +34,9 @@ def init(
     \b
     Example: lora-ft init --model gpt2 --data reviews.csv
     """
-    from lora_ft.commands.init.command import start
+    from lora_ft.commands.init.command import create_config
 
-    start(config, model, data, task, output, overwrite)
+    create_config(config, model, data, task, output, overwrite)
 
 
 @command

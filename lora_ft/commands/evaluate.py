@@ -11,7 +11,7 @@ from lora_ft.core.messages import info
 from lora_ft.core.run_folder import RECORD
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import largest_id
-from lora_ft.data.prepare import evaluation_sets
+from lora_ft.data.prepare import prepare_eval_sets
 from lora_ft.evaluation.evaluate import evaluate_set
 from lora_ft.evaluation.tables import Result, save_texts, show
 from lora_ft.evaluation.texts import check_installed, questions_for
@@ -67,7 +67,7 @@ def evaluate_command(
         entry.check(files, tokenizer, trust.other_base, str(entry.folder) if entry is not trained[0] else None)
     for entry in trained[1:]:
         note_other_template(entry, config)
-    sets = evaluation_sets(config.data, tokenizer, config.train.seed)
+    sets = prepare_eval_sets(config.data, tokenizer, config.train.seed)
     for name, examples in sets.items():
         info(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
     model = load_base(files, model_config.dtype, device)

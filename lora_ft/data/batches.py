@@ -1,8 +1,8 @@
-"""Which examples make a step, and how a step is cut into flat micro-batches.
+"""Which examples make up an optimizer step, and how a step is packed into flat micro-batches.
 
-One item of the plan is one whole optimizer step, or a process's share of it. It is a pure function of the seed and the step's
-number, so a run can go on anywhere; and how it is shared out and cut (`micro_batch_tokens`) changes neither its examples nor,
-beyond rounding, its gradient.
+An item of a StepPlan is one optimizer step, or one rank's shard of it: a pure function of the seed and the step's number, so a
+run can resume anywhere. How a step is sharded and packed (`micro_batch_tokens`) changes neither its examples nor, except for
+rounding, its gradient.
 """
 
 import math
@@ -16,14 +16,14 @@ from torch.utils.data import Dataset
 
 from lora_ft.nn.attention import flat_row
 
-EMPTY_EXAMPLE = {"input_ids": [0], "labels": [-100]}  # an example with nothing to learn from
+EMPTY_EXAMPLE = {"input_ids": [0], "labels": [-100]}  # nothing supervised
 
 
 class MicroBatch(TypedDict):
-    """A flat row.
+    """One flat row: examples one after another, without padding.
 
-    input_ids, position_ids: (1, tokens). keep: (supervised,) positions whose next token is supervised. targets: (supervised,)
-    those next tokens. lengths: of the examples in the row.
+    input_ids, position_ids: (1, tokens); positions restart at each example. keep: (supervised,) the positions whose next
+    token is supervised. targets: (supervised,) those next tokens. lengths: the tokens of each example.
     """
 
     input_ids: Tensor
@@ -34,7 +34,11 @@ class MicroBatch(TypedDict):
 
 
 class Step(TypedDict):
-    """micro: this process's micro-batches. Of the whole step: total, its supervised tokens; tokens; rows, where they stand."""
+    """One optimizer step.
+
+    micro: the micro-batches of this rank. total: supervised tokens, tokens: tokens, rows: locations of the examples, all
+    three over all ranks.
+    """
 
     micro: list[MicroBatch]
     total: int
@@ -54,22 +58,25 @@ UNSHARDED = Shard()
 
 
 class RowPacking(NamedTuple):
-    """How examples share rows: at most `max_tokens` in one (a longer example gets a row of its own), or one_per_row."""
+    """How examples share rows: at most `max_tokens` per row (a longer example has a row of its own), or one_per_row."""
 
     max_tokens: int
     one_per_row: bool = False
 
     def rows(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of `lengths`, grouped into as few rows as fit, of equal sums where that fits: memory is the largest row's."""
+        """Indices of `lengths` (tokens), grouped into as few rows as fit.
+
+        The rows have nearly equal sums where that fits: the largest row determines the memory.
+        """
         if self.one_per_row:
             return [[i] for i in range(len(lengths))]
         rows = self._first_fit(lengths)
         even = split_evenly(lengths, len(rows))
-        fits = max(sum(lengths[i] for i in row) for row in even) <= self.max_tokens if even else True
+        fits = all(sum(lengths[i] for i in row) <= self.max_tokens for row in even)
         return even if fits else rows
 
     def _first_fit(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Longest first, each into the first row with room."""
+        """Longest first, each into the first row with room for it."""
         rows: list[list[int]] = []
         room: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -84,25 +91,26 @@ class RowPacking(NamedTuple):
 
 
 def split_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of `lengths` in `count` shares of nearly equal sums: longest first, each to the smallest share so far.
+    """Indices of `lengths` in `count` groups of nearly equal sums: longest first, each to the smallest group so far.
 
-    (Longest processing time first, Graham 1969: within 4/3 of the best deal, and far closer for many examples.)
+    Longest processing time first (Graham 1969): the largest sum is within 4/3 of the optimum, and far closer for many
+    examples.
     """
-    shares: list[list[int]] = [[] for _ in range(count)]
+    groups: list[list[int]] = [[] for _ in range(count)]
     sums = [0] * count
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         smallest = sums.index(min(sums))
-        shares[smallest].append(i)
+        groups[smallest].append(i)
         sums[smallest] += lengths[i]
-    return [sorted(share) for share in shares]
+    return [sorted(group) for group in groups]
 
 
 def micro_batch(examples: Sequence[dict]) -> MicroBatch:
-    """The flat row of examples with `input_ids` and `labels` (-100: not supervised; labels[i] is input_ids[i] or that)."""
+    """The flat row of examples with `input_ids` and `labels` (labels[i] is input_ids[i], or -100 if not supervised)."""
     keep, targets, start = [], [], 0
     for example in examples:
         labels = example["labels"]
-        supervised = [i for i in range(1, len(labels)) if labels[i] >= 0]  # nothing stands before a first token
+        supervised = [i for i in range(1, len(labels)) if labels[i] >= 0]  # no position predicts a first token
         keep += [start + i - 1 for i in supervised]
         targets += [labels[i] for i in supervised]
         start += len(labels)
@@ -117,13 +125,17 @@ def micro_batch(examples: Sequence[dict]) -> MicroBatch:
 
 
 def on_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch's tensors on `device`, without waiting for the copies where the memory is pinned."""
-    to = {key: x.to(device, non_blocking=True) for key, x in micro.items() if isinstance(x, Tensor)}
-    return micro | to  # type: ignore[return-value]
+    """The micro-batch with its tensors on `device`; copies from pinned memory are asynchronous."""
+    moved = {key: x.to(device, non_blocking=True) for key, x in micro.items() if isinstance(x, Tensor)}
+    return micro | moved  # type: ignore[return-value]
 
 
 class StepPlan(Dataset):
-    """The optimizer steps of a run, each an epoch's shuffled examples in turn; an epoch's last step may be smaller."""
+    """The optimizer steps of a run: each epoch's shuffled examples, batch_size per step; an epoch's last may have fewer.
+
+    dataset: as in `Examples`; its columns input_ids, labels, tokens, supervised and where are read. epochs: ignored if
+    max_steps is given.
+    """
 
     def __init__(
         self,
@@ -138,13 +150,13 @@ class StepPlan(Dataset):
         self.dataset, self.batch_size, self.packing, self.seed, self.shard = dataset, batch_size, packing, seed, shard
         self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
         self.steps = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch))
-        self._epoch: tuple[int, list[int]] = (-1, [])
+        self._epoch: tuple[int, list[int]] = (-1, [])  # the epoch shuffled last, and its order
 
     def __len__(self) -> int:
         return self.steps
 
     def examples(self, step: int) -> list[int]:
-        """Indices of the examples of a step."""
+        """The indices of the examples of a step, from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -152,20 +164,24 @@ class StepPlan(Dataset):
         return self._epoch[1][position * self.batch_size : (position + 1) * self.batch_size]
 
     def epoch_at(self, step: int) -> float:
-        """Epochs done after `step` steps."""
+        """The number of epochs completed after `step` steps."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return epoch + min(1.0, position * self.batch_size / len(self.dataset))
 
     def __getitem__(self, step: int) -> Step:
+        """The step's micro-batches for this rank, and its totals over all ranks."""
         examples = [self.dataset[i] for i in self.examples(step)]
         lengths = [len(e["input_ids"]) for e in examples]
-        shares = [
-            [[share[i] for i in row] for row in self.packing.rows([lengths[i] for i in share])]
-            for share in split_evenly(lengths, self.shard.world_size)
+        rows_by_rank = [
+            [[group[i] for i in row] for row in self.packing.rows([lengths[i] for i in group])]
+            for group in split_evenly(lengths, self.shard.world_size)
         ]
-        micro = [micro_batch([examples[i] for i in row]) for row in shares[self.shard.rank]]
+        micro = [micro_batch([examples[i] for i in row]) for row in rows_by_rank[self.shard.rank]]
         if self.shard.padded:
-            micro += [micro_batch([EMPTY_EXAMPLE])] * (max(map(len, shares)) - len(micro))
-        total = sum(sum(label >= 0 for label in e["labels"][1:]) for e in examples)
-        tokens = sum(e["tokens"] for e in examples)  # prompt tuning's virtual tokens are no tokens of the data
-        return Step(micro=micro, total=total, tokens=tokens, rows=[e["where"] for e in examples])
+            micro += [micro_batch([EMPTY_EXAMPLE])] * (max(map(len, rows_by_rank)) - len(micro))
+        return Step(
+            micro=micro,
+            total=sum(e["supervised"] for e in examples),
+            tokens=sum(e["tokens"] for e in examples),  # unlike `lengths`, without prompt tuning's virtual tokens
+            rows=[e["where"] for e in examples],
+        )

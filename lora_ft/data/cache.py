@@ -1,8 +1,8 @@
-"""Tables made once: memory-mapped Arrow files in the cache of `datasets`, found again by what they were made from.
+"""Tables computed once: memory-mapped Arrow files in the cache of `datasets`, keyed by everything they depend on.
 
-An entry is KEY.arrow, and KEY.json with what is known of it, written last: an entry without it is not whole. A cache
-that can't be written is replaced by a temporary folder that goes when the process does. Old entries go when all of
-them take more than KEEP_BYTES.
+An entry is KEY.arrow and KEY.json with facts about the table. KEY.json is written last: an entry without it is incomplete.
+If the cache is not writable, a temporary folder replaces it for the life of the process. The entries that were not used
+for longest are removed when all take more than MAX_BYTES.
 """
 
 import errno
@@ -25,26 +25,27 @@ from tqdm import tqdm
 
 from lora_ft.core.errors import FilesError
 
-KEEP_BYTES = 20 * 2**30
-DAY = 24 * 3600.0  # seconds
+MAX_BYTES = 20 * 2**30
+DAY_SECONDS = 24 * 3600.0
 Batch = dict[str, list]
 Write = Callable[[Batch], None]
 
 
 def key_of(*parts: Any) -> str:
-    """SHA-256 of anything that JSON can write."""
+    """SHA-256 of anything that JSON can represent."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def cached(
     key: str, schema: pa.Schema, make: Callable[[Write], dict], what: str, total: int | None = None
 ) -> tuple[datasets.Dataset, dict]:
-    """The table of this key and the facts about it, made by `make(write)` unless it is there already.
+    """The table with this key and the facts about it, from the cache or else made by `make(write)`.
 
-    make: calls `write` with batches of columns and returns the facts (JSON). what, total: of the progress bar, in rows.
+    make: calls `write` with batches of columns and returns the facts (JSON). what: what happens to the data, for progress bar
+    and errors. total: rows of the progress bar.
 
     Raises:
-        FilesError: no room on the disk.
+        FilesError: no room left on the disk.
     """
     folder = _folder()
     path, facts_path = folder / f"{key}.arrow", folder / f"{key}.json"
@@ -52,15 +53,15 @@ def cached(
         facts = json.loads(facts_path.read_text())
         table = datasets.Dataset.from_file(str(path))
         if len(table) == facts["rows_written"]:
-            with suppress(OSError):  # a cache that may only be read
-                os.utime(facts_path)  # when it was last used: see `_trim`
+            with suppress(OSError):  # a read-only cache
+                os.utime(facts_path)  # the time of last use, for `_trim`
             return table, facts
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
-        pass  # not there, or not whole: made anew
+        pass  # missing or incomplete: make it
     suffix = f".{os.getpid()}-{secrets.token_hex(4)}.partial"
     partial, partial_facts = folder / f"{key}.arrow{suffix}", folder / f"{key}.json{suffix}"
     try:
-        # a bar only for what takes longer than two seconds, and (disable=None) only on a terminal
+        # a bar after two seconds (delay), and only on a terminal (disable=None)
         with partial.open("xb") as file, tqdm(desc=what, total=total, unit=" rows", delay=2, disable=None) as bar:
             written = 0
             with pa.ipc.new_stream(file, schema) as stream:
@@ -82,7 +83,7 @@ def cached(
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FilesError(
-                f"{folder}: no room left ({what} the data). Make room, or point HF_DATASETS_CACHE elsewhere."
+                f"{folder}: no room left for {what} the data. Free some space, or set HF_DATASETS_CACHE to another folder."
             ) from e
         raise
     finally:
@@ -94,27 +95,28 @@ def cached(
 
 
 def _trim(folder: Path) -> None:
-    """Remove the entries that were used longest ago while all take more than KEEP_BYTES, and what killed runs left.
+    """Remove leftovers of killed runs, and the entries unused for longest while all take more than MAX_BYTES.
 
-    Only files of our own naming, and none used within a day. A run that still has one mapped keeps what it sees: the
-    file goes when the mapping does.
+    Only files that match our naming and were not used within a day. A run that has a removed file mapped keeps its data: the
+    file is freed when the mapping is.
     """
-    entries: list[tuple[float, int, Path]] = []  # last used, bytes, KEY.arrow
-    past, total = time.time() - DAY, 0
+    entries: list[tuple[float, int, Path]] = []  # (time of last use, bytes, KEY.arrow)
+    day_ago, total = time.time() - DAY_SECONDS, 0
     for path in folder.iterdir():
-        with suppress(OSError):  # another process trims, too
-            if re.fullmatch(r"[0-9a-f]{64}\.(arrow|json)\.[\w-]+\.partial", path.name) and path.stat().st_mtime < past:
-                path.unlink()
+        with suppress(OSError):  # another process may trim at the same time
+            if re.fullmatch(r"[0-9a-f]{64}\.(arrow|json)\.[\w-]+\.partial", path.name):
+                if path.stat().st_mtime < day_ago:
+                    path.unlink()
             elif re.fullmatch(r"[0-9a-f]{64}\.arrow", path.name):
                 facts = path.with_suffix(".json")
                 used, size = (facts if facts.exists() else path).stat().st_mtime, path.stat().st_size
                 entries.append((used, size, path))
                 total += size
     for used, size, path in sorted(entries):
-        if total <= KEEP_BYTES or used > past:
+        if total <= MAX_BYTES or used > day_ago:
             break
         with suppress(OSError):
-            path.with_suffix(".json").unlink(missing_ok=True)  # without it an entry is none
+            path.with_suffix(".json").unlink(missing_ok=True)  # first: it is what makes an entry complete
             path.unlink()
             total -= size
 

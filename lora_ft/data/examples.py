@@ -1,4 +1,4 @@
-"""Encoded examples, what is known of them, and their parts by seed."""
+"""Encoded examples, the report on their encoding, and seeded parts and samples of rows."""
 
 import random
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ EXAMPLES = pa.schema(
         "prompt_length": pa.int32(),
         "choices": pa.list_(IDS),
         "label": pa.int32(),
-        "tokens": pa.int32(),  # len(input_ids)
-        "whole": pa.int32(),  # tokens before truncation
+        "tokens": pa.int32(),
+        "full_length": pa.int32(),
         "supervised": pa.int32(),
         "truncated": pa.bool_(),
         "merged": pa.bool_(),
@@ -33,14 +33,16 @@ EXAMPLES = pa.schema(
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What became of the rows.
+    """Counts of what became of the rows, and hashes of what was encoded.
 
-    rows: read. used: of them in `examples` examples (a split text is several). held_out: kept for evaluation (of
-    these a report of their own says `rows`). not_sampled: left out by a sample. skipped: the first bad rows,
-    skipped_count all of them. dropped: rows that truncation left with nothing supervised. empty: rows used whose
-    completion is blank. truncated, merged: examples. tokens, supervised: of all examples; longest: tokens of the
-    longest. content: SHA-256 of the sources' content. sha256: of content, template, tokenizer and settings, so of what
-    was encoded.
+    rows: rows read (of a held-out set: its rows). used: rows that became examples. examples: more than `used` if texts are
+    split. held_out: rows kept for evaluation. not_sampled: rows outside the sample. skipped, skipped_count: the messages
+    of the first bad rows, the number of all. dropped: rows that truncation left with nothing supervised. empty: rows
+    whose completion is blank.
+    truncated, merged: numbers of such examples, see `Examples`. tokens, supervised: sums over all examples. longest: tokens
+    of the longest example.
+    content: SHA-256 of the sources' content. sha256: of content, template, tokenizer and settings. Records contain both,
+    and --resume compares them.
     """
 
     rows: int
@@ -61,11 +63,12 @@ class EncodingReport:
     sha256: str = ""
 
     def as_dict(self) -> dict[str, Any]:
+        """The report as JSON has it."""
         return asdict(self)
 
     def summary(self) -> str:
-        """One line for people; only what happened is named."""
-        told = [
+        """One line for users with all counts that are not zero, and the first skipped rows below it."""
+        counts = [
             (self.used, "rows used" if self.used == self.rows else f"of {self.rows:,} rows used"),
             (self.held_out, "held out for evaluation"),
             (self.not_sampled, "not in the sample"),
@@ -73,12 +76,12 @@ class EncodingReport:
             (self.tokens, "tokens"),
             (self.supervised, "of them supervised"),
             (self.truncated, "truncated"),
-            (self.dropped, "dropped (truncation left nothing supervised)"),
+            (self.dropped, "dropped (nothing supervised left after truncation)"),
             (self.empty, "with an empty completion, so that only its end is supervised"),
-            (self.merged, "with tokens that merge across the prompt's end"),
+            (self.merged, "with tokens that merge across the end of the prompt"),
             (self.skipped_count, "bad rows skipped"),
         ]
-        line = ", ".join(f"{number:,} {what}" for number, what in told if number)
+        line = ", ".join(f"{count:,} {label}" for count, label in counts if count)
         return line + "".join(f"\n  skipped {message}" for message in self.skipped[:3])
 
 
@@ -86,12 +89,17 @@ class EncodingReport:
 class Examples:
     """Encoded examples.
 
-    dataset: one row an example. input_ids, labels: int32 lists of one length; labels[i] is input_ids[i] where
-    supervised, else -100 (not shifted; never at i = 0). tokens, supervised: their numbers; whole: tokens before
-    truncation. row: position in the sources, from 0; where: for messages. prompt_length: tokens before the completion
-    (0 for text and chat). choices: ids of each label word after the prompt, no end-of-sequence ([] if not a
-    classification); label: the right one, or -1. label_words: the words, in that order. texts: those of the whole set
-    (data/texts.py), of which the examples may be a sample, by `row` ascending.
+    dataset: one example per row, with the columns
+        input_ids, labels: int32 lists of equal length; labels[i] is input_ids[i] if supervised, else -100 (not shifted;
+            labels[0] is always -100).
+        row: the position of its row in the sources, from 0. where: its location, for messages.
+        prompt_length: tokens before the completion (0 for texts and chats).
+        choices: ids of each label word after the prompt, without end-of-sequence ([] if not a classification). label: the
+            index of the right one, or -1.
+        tokens, supervised: numbers of tokens. full_length: tokens before truncation. truncated: whether that was longer.
+        merged: tokens merge across the end of the prompt, so the completion was tokenized alone.
+    label_words: the words of `choices`.
+    texts: the rendered rows (data/texts.py) of the whole set, of which the examples may be a sample, by `row` ascending.
     """
 
     dataset: datasets.Dataset
@@ -120,49 +128,47 @@ class Examples:
 
 
 def reports(sets: dict[str, Examples]) -> dict[str, Any] | None:
-    """Of a single set without a name its report; of named ones theirs by name; of none None."""
-    found = {name: examples.report.as_dict() for name, examples in sets.items()}
-    return found.get("", found or None)
+    """The report of a single unnamed set, reports by name for named sets, None without sets."""
+    by_name = {name: examples.report.as_dict() for name, examples in sets.items()}
+    return by_name.get("", by_name or None)
 
 
 def largest_id(examples: Examples) -> int:
-    """The largest token id in any row that was encoded, label words included."""
+    """The largest token id in the examples, label words included."""
     columns = [examples.dataset.data.column("input_ids"), pc.list_flatten(examples.dataset.data.column("choices"))]
     return max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
 
 
-def held_count(population: int, held_out: int | float) -> int:
-    """How many of `population` rows are held out: a count or, below 1, a fraction.
+def held_out_count(population: int, amount: int | float) -> int:
+    """How many of `population` rows an amount of data.eval holds out: a count or, below 1, a fraction.
 
     Raises:
-        DataError: nothing would be left on one side.
+        DataError: none would be left on one side.
     """
-    count = held_out if isinstance(held_out, int) else max(1, round(population * held_out))
+    count = amount if isinstance(amount, int) else max(1, round(population * amount))
     if not 0 < count < population:
-        raise DataError(
-            f"data.eval: {held_out} of {population:,} usable rows can't be held out and leave rows to train on."
-        )
+        raise DataError(f"data.eval: holding out {amount} of {population:,} usable rows leaves one side empty.")
     return count
 
 
-def part_of(population: int, held_out: Sequence[int | float], part: int | None, seed: int) -> np.ndarray:
-    """Which of `population` rows are a part, ascending: that of the amount held_out[part] (as in `held_count`), or the rest.
+def part_indices(population: int, held_out: Sequence[int | float], part: int | None, seed: int) -> np.ndarray:
+    """The ascending indices of the rows in one part: the one that held_out[part] holds out, or the rest (part None).
 
-    Each amount is taken from what the one before has left.
+    Each amount is taken from the rest that the amounts before it have left.
     """
     rest = np.arange(population)
     for i, amount in enumerate(held_out):
-        held = rest[sample_indices(len(rest), held_count(len(rest), amount), seed)]
+        indices = rest[sample_indices(len(rest), held_out_count(len(rest), amount), seed)]
         if i == part:
-            return held
-        rest = np.setdiff1d(rest, held)
+            return indices
+        rest = np.setdiff1d(rest, indices)
     return rest
 
 
 def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
-    """Indices of `count` of `population` things, ascending: those with the smallest of a seeded generator's numbers.
+    """The ascending indices of a seeded sample: those with the `count` smallest random numbers.
 
-    Python promises that `random()` gives the same numbers in all its versions; it promises no such thing of `sample`.
+    Python guarantees the numbers of `random()` across its versions, but not those of `sample`.
     """
     generator = random.Random(seed)
     draws = np.fromiter((generator.random() for _ in range(population)), float, population)
@@ -170,16 +176,16 @@ def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
 
 
 def row_numbers(dataset: datasets.Dataset) -> np.ndarray:
-    """Of each example (or text) the position of its row in the sources."""
-    return _column(dataset, "row")
+    """The position in the sources of each example's (or text's) row."""
+    return column_array(dataset, "row")
 
 
-def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
+def column_array(dataset: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of numbers."""
     return np.asarray(dataset.select_columns(name).with_format("numpy")[:][name])
 
 
-def counts(dataset: datasets.Dataset) -> dict[str, int]:
-    """The report's totals over all examples."""
-    columns = {name: _column(dataset, name) for name in ("tokens", "supervised", "truncated", "merged")}
-    totals = {name: int(column.sum()) for name, column in columns.items()}
-    return totals | {"longest": int(columns["tokens"].max(initial=0))}
+def totals(dataset: datasets.Dataset) -> dict[str, int]:
+    """The report's counts over all examples."""
+    sums = {name: int(column_array(dataset, name).sum()) for name in ("tokens", "supervised", "truncated", "merged")}
+    return sums | {"longest": int(column_array(dataset, "tokens").max(initial=0))}

@@ -1,4 +1,4 @@
-"""Data sets of the hub, through `datasets`: the only room of data that may ask the network."""
+"""Data sets of the Hugging Face hub, through `datasets`: the only module of data/ that uses the network."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,42 +13,41 @@ from lora_ft.core.messages import first_line
 from lora_ft.core.names import parse_hub_data
 from lora_ft.model.hub import silent
 
-WAYS_ON = (
-    "Two ways on: point HF_HOME at a cache that holds it, or name a local file: --set data.train=FILE "
-    "(data.eval likewise; --data FILE for eval)."
+OFFLINE_HINT = (
+    "Point HF_HOME at a cache that contains it, or use a local file: --set data.train=FILE "
+    "(likewise data.eval; --data FILE for eval)."
 )
 
 
 def load_split(source: str) -> datasets.Dataset:
-    """The split that `id[:config][@split]` names, memory-mapped from the cache of `datasets`.
+    """The split named by `id[:config][@split]`, memory-mapped from the cache of `datasets`.
 
     Raises:
-        DataError: the hub can't be reached and no cache has it (with the ways on), gated or private, no such data set,
-            config or split; several splits and none named.
+        DataError: the hub cannot be reached and the data set is not cached; it is gated, private or does not exist; or
+            it has several splits and none is named.
     """
     hub_id, config, split = parse_hub_data(source)
     page = f"https://huggingface.co/datasets/{hub_id}"
-    login = f"Ask for access on {page}, then run `hf auth login`."
     why = silent(hub_id, "dataset")
     with _offline(why is not None):
         try:
             try:
                 loaded = datasets.load_dataset(hub_id, config, split=split)
-            except ConnectionError:  # offline, `datasets` looks only for what it made itself, not for the hub's files
+            except ConnectionError:  # offline, `datasets` reads only tables that it prepared, not downloaded files
                 loaded = _load_cached_files(hub_id, config, split)
-        except (FileNotFoundError, ConnectionError) as e:  # a gated data set is one that isn't found, too
+        except (FileNotFoundError, ConnectionError) as e:  # a gated data set is also "not found"
             if "gated" in str(e) or isinstance(e.__cause__, GatedRepoError):
-                raise DataError(f"data {source}: gated. {login}") from e
+                raise DataError(f"data {source}: gated. Request access on {page}, then run `hf auth login`.") from e
             if isinstance(e, ConnectionError):
                 raise DataError(
-                    f"data {source}: no such file here, the hub can't be reached ({why or first_line(e)}) and no local cache "
-                    f"holds it. {WAYS_ON}"
+                    f"data {source}: not a local file, the hub cannot be reached ({why or first_line(e)}) and no local cache "
+                    f"contains it. {OFFLINE_HINT}"
                 ) from e
             raise DataError(
-                f"data {source}: neither a file here nor a public data set of the hub. If it is private, run "
+                f"data {source}: neither a local file nor a public data set on the hub. If it is private, run "
                 f"`hf auth login`. {first_line(e)}"
             ) from e
-        except Exception as e:  # unknown configs and splits, data that won't parse: many classes, each with its message
+        except Exception as e:  # unknown config or split, data that cannot be parsed, ...: many classes
             raise DataError(f"data {source}: {first_line(e)}") from e
     if isinstance(loaded, datasets.Dataset):
         return loaded
@@ -58,9 +57,12 @@ def load_split(source: str) -> datasets.Dataset:
 
 
 def _load_cached_files(hub_id: str, config: str | None, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
-    """What the hub's cache holds of a repository; ConnectionError if that is nothing.
+    """A data set from the files in the hub's cache.
 
-    The cache may hold the files of one config or split only, and `datasets` wants those of the first config for any.
+    The cache may contain the files of a single config or split; `datasets` by itself requires those of the first config.
+
+    Raises:
+        ConnectionError: the cache contains none of its files.
     """
     try:
         folder = Path(huggingface_hub.snapshot_download(hub_id, repo_type="dataset", local_files_only=True))
@@ -68,29 +70,29 @@ def _load_cached_files(hub_id: str, config: str | None, split: str | None) -> da
         raise ConnectionError(str(e)) from e
     card = folder / "README.md"
     configs = (huggingface_hub.DatasetCard.load(card).data.get("configs") if card.is_file() else None) or []
-    listed = next((c.get("data_files") for c in configs if c.get("config_name") == config), None)
-    files = _present(folder, listed) if isinstance(listed, list) else None
+    data_files = next((c.get("data_files") for c in configs if c.get("config_name") == config), None)
+    files = _cached_splits(folder, data_files) if isinstance(data_files, list) else None
     if not files:
         return datasets.load_dataset(str(folder), config, split=split)
     return datasets.load_dataset(str(folder), config, split=split, data_files=files, verification_mode="no_checks")
 
 
-def _present(folder: Path, listed: list) -> dict[str, list[str]]:
-    """Of a card's `data_files`, a list of {split, path}, the splits of which files are there."""
+def _cached_splits(folder: Path, data_files: list) -> dict[str, list[str]]:
+    """The path patterns that match files in `folder`, by split; data_files: a card's list of {split, path}."""
     files = {}
-    for entry in listed:
+    for entry in data_files:
         if isinstance(entry, dict):
             patterns = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
-            if there := [pattern for pattern in patterns if any(folder.glob(pattern))]:
-                files[entry["split"]] = there
+            if cached := [pattern for pattern in patterns if any(folder.glob(pattern))]:
+                files[entry["split"]] = cached
     return files
 
 
 @contextmanager
-def _offline(yes: bool):
-    """Within, `datasets` and `huggingface_hub` look into their caches only."""
+def _offline(offline: bool):
+    """If `offline`, `datasets` and `huggingface_hub` read only their caches inside the block."""
     before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
-    if yes:
+    if offline:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         yield

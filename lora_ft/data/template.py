@@ -11,19 +11,19 @@ from lora_ft.core.messages import format_value, printable
 from lora_ft.core.names import nearest, template_columns
 from lora_ft.data.delimited import separator_hint
 
-Columns = dict[str, Any]
+Columns = dict[str, Any]  # a row's values by column
 
 
 class BadRow(Exception):
-    """What is wrong with one row, without where it stands: an error, or with `bad_rows: skip` a row left out."""
+    """The problem with one row, without its location: an error, or a skipped row with `bad_rows: skip`."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a row becomes an example: prompt and completion, or text, or messages (a column's name).
+    """How a row becomes an example: a prompt and a completion, or a text, or messages (the name of a column).
 
-    chat_template: a chat template's text, instead of the tokenizer's own. label_names: words by class id, for each
-    column.
+    chat_template: the text of a chat template that replaces the tokenizer's. label_names: for each labelled column, the
+    words of its classes by id.
     """
 
     prompt: str | None = None
@@ -34,13 +34,14 @@ class Template:
     label_names: Mapping[str, Sequence[str]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """The template as JSON has it, for hashes."""
         return asdict(self)
 
     @cached_property
     def label_column(self) -> str | None:
-        """The column whose words are the choices of a classification: the one labelled column of the completion.
+        """The column that a classification predicts: the only labelled column in the completion.
 
-        With two of them the choices would be pairs of words; that is no classification, and None as well.
+        None without a labelled column, and with several: the choices would be tuples of words.
         """
         columns = _columns("completion", self.completion or "")
         labelled = [column for column in columns if column in (self.label_names or {})]
@@ -48,7 +49,13 @@ class Template:
 
 
 def pair_renderer(template: Template) -> Callable[[Columns], tuple[str, str, list[str], int]]:
-    """A function from a row to (prompt, completion, choices, label); [] and -1 if it is no classification."""
+    """A function from a row to (prompt, completion, choices, label), where completion is choices[label].
+
+    If the template is not a classification, choices is [] and label -1. The function raises BadRow.
+
+    Raises:
+        ConfigError: invalid braces.
+    """
     names = template.label_names or {}
     prompt = renderer("prompt", template.prompt or "", names)
     completion = renderer("completion", template.completion or "", names)
@@ -65,10 +72,10 @@ def pair_renderer(template: Template) -> Callable[[Columns], tuple[str, str, lis
 
 
 def renderer(field: str, template: str, label_names: Mapping[str, Sequence[str]]) -> Callable[[Columns], str]:
-    """A function that fills a row's values into the template; it raises BadRow.
+    """A function that fills a row's values into `template`, the setting data.`field`. The function raises BadRow.
 
     Raises:
-        ConfigError: braces that make no sense.
+        ConfigError: invalid braces.
     """
     _columns(field, template)
     parts = [(literal, column) for literal, column, _, _ in Formatter().parse(template)]
@@ -90,66 +97,83 @@ def renderer(field: str, template: str, label_names: Mapping[str, Sequence[str]]
 
 
 def value_text(columns: Columns, column: str) -> str:
-    """A str as it is; a number or bool as Python prints it. Null, NaN, lists, objects and no such column: BadRow."""
-    value = value_of(columns, column)
+    """The value of a column as text: a str unchanged, a number or bool as Python prints it.
+
+    Raises:
+        BadRow: no such column, or its value is null, NaN, a list or an object.
+    """
+    value = column_value(columns, column)
     if type(value) is str:
         return value
     if value is None or value != value:
         raise BadRow(f'column "{printable(column)}" is {"null" if value is None else "NaN"}')
     if isinstance(value, (str, int, float)):
         return str(value)
-    raise BadRow(f'column "{printable(column)}" is {kind(value)}, and a template takes text or numbers')
+    raise BadRow(f'column "{printable(column)}" is {type_in_words(value)}, but a template needs text or numbers')
 
 
 def class_id(columns: Columns, column: str, words: Sequence[str]) -> int:
-    """The row's class: an id (an int, a whole float, digits in a str), or one of the words themselves."""
-    value = value_of(columns, column)
+    """The class of a row, from 0: the column contains an id (an int, 1.0, or digits in a str) or one of the words.
+
+    Raises:
+        BadRow: neither.
+    """
+    value = column_value(columns, column)
     if isinstance(value, str) and value in words and not any(word.strip().isdecimal() for word in words):
-        return words.index(value)  # words made of digits would read as ids and as words
+        return words.index(value)  # if words are digits, all values are read as ids
     number = value
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         number = int(value)
     if isinstance(number, float) and number.is_integer():
         number = int(number)
     if not isinstance(number, int):
-        found = f'"{printable(value, 60)}"' if isinstance(value, str) else kind(value)
+        shown = f'"{printable(value, 60)}"' if isinstance(value, str) else type_in_words(value)
         near = nearest(value.strip(), words) if isinstance(value, str) else None
         raise BadRow(
-            f'column "{printable(column)}" is {found}, and label_names takes a class id from 0 to {len(words) - 1}, or '
+            f'column "{printable(column)}" is {shown}, but label_names needs a class id from 0 to {len(words) - 1} or '
             f"one of its words: {printable(', '.join(map(format_value, words)))}"
-            + (f". Is {format_value(near)} meant?" if near else "")
+            + (f". Did you mean {format_value(near)}?" if near else "")
         )
     if not 0 <= number < len(words):
         raise BadRow(
-            f'column "{printable(column)}" is class {printable(str(number), 20)}, and label_names has words for 0 to '
+            f'column "{printable(column)}" is class {printable(str(number), 20)}, but label_names has words for 0 to '
             f"{len(words) - 1}: {', '.join(words)}"
-            + (" (words of digits are not read as words: give ids, or other words)" if str(value) in words else "")
+            + (" (words of digits are not read as words: use ids, or other words)" if str(value) in words else "")
         )
     return int(number)
 
 
-def value_of(columns: Columns, column: str) -> Any:
+def column_value(columns: Columns, column: str) -> Any:
+    """The value of a column.
+
+    Raises:
+        BadRow: the row has no such column.
+    """
     try:
         return columns[column]
     except KeyError:
         near = nearest(column, columns)
-        there = printable(", ".join(f'"{c}"' for c in columns)) or "none"
+        names = printable(", ".join(f'"{c}"' for c in columns)) or "no columns"
         raise BadRow(
-            f'no column "{printable(column)}"; the row has {there}'
-            + (separator_hint(list(columns)) or (f'. Is "{printable(near)}" meant?' if near else ""))
+            f'no column "{printable(column)}"; the row has {names}'
+            + (separator_hint(list(columns)) or (f'. Did you mean "{printable(near)}"?' if near else ""))
         ) from None
 
 
 def check_unicode(text: str) -> None:
-    """Refuse lone surrogates, which JSON can write (\\ud800) and UTF-8 can't."""
+    """Reject lone surrogates, which JSON can contain (\\ud800) and UTF-8 cannot.
+
+    Raises:
+        BadRow: the text contains one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as e:
         raise BadRow(f"\\u{ord(text[e.start]):04x} in its text is half a character (a lone surrogate)") from None
 
 
-def kind(value: Any) -> str:
-    """What a value is, in JSON's words, for a message."""
+def type_in_words(value: Any) -> str:
+    """The type of a value in JSON's terms, for a message."""
     names = {dict: "an object", list: "a list", type(None): "null", bool: "a bool", float: "a fraction", str: "text"}
     return names.get(type(value), f"a {type(value).__name__}")
 

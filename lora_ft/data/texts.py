@@ -1,7 +1,7 @@
-"""The first stage: rows of the sources as texts, in a table made once."""
+"""The first cached stage: the rows of the sources, rendered as texts."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -14,12 +14,13 @@ from lora_ft.core.messages import printable
 from lora_ft.data.cache import Write, cached, key_of
 from lora_ft.data.chat import chat_format, read_turns, render_chat
 from lora_ft.data.sources import iter_rows
-from lora_ft.data.template import BadRow, Columns, Template, pair_renderer, renderer, value_of
+from lora_ft.data.template import BadRow, Columns, Template, column_value, pair_renderer, renderer
 
-CODE = 3  # raise it when this package comes to encode the same rows otherwise: older cache entries are then left alone
-BATCH = 1000
-LISTED = 20  # bad rows named in a report
-SKIP_HINT = "Mend it, or leave such rows out with data.bad_rows: skip."
+ENCODING_VERSION = (
+    4  # raise it when the same rows are encoded differently, or a schema changes: old cache entries expire
+)
+BATCH = 1000  # rows
+MAX_REPORTED_ROWS = 20
 
 TEXTS = pa.schema(
     {
@@ -29,13 +30,13 @@ TEXTS = pa.schema(
         "completion": pa.large_string(),  # or the text, or the chat
         "choices": pa.list_(pa.large_string()),
         "label": pa.int32(),
-        "spans": pa.list_(pa.int32()),  # of a chat: start, end, ... of what the assistant says, in characters
+        "spans": pa.list_(pa.int32()),  # start, end, ... of a chat's assistant turns, in characters
     }
 )
 
 
 class BadRows:
-    """Raises at the first bad row, or with `skip` counts them and keeps the first messages."""
+    """Raises at the first bad row, or with `skip` counts bad rows and keeps the first MAX_REPORTED_ROWS messages."""
 
     def __init__(self, bad_rows: str):
         self.skip = bad_rows == "skip"
@@ -43,67 +44,75 @@ class BadRows:
         self.count = 0
 
     def add(self, where: str, problem: object) -> None:
+        """Register the row at `where`.
+
+        Raises:
+            DataError: bad rows are not skipped.
+        """
         message = f"{where}: {problem}"
         message += "" if message[-1] in ".!?" else "."
         if not self.skip:
-            raise DataError(f"{message} {SKIP_HINT}")
+            raise DataError(f"{message} Fix the row, or skip such rows with data.bad_rows: skip.")
         self.count += 1
-        if len(self.messages) < LISTED:
+        if len(self.messages) < MAX_REPORTED_ROWS:
             self.messages.append(message)
 
     def facts(self) -> dict[str, Any]:
+        """The skipped rows, for a report."""
         return {"skipped": self.messages, "skipped_count": self.count}
 
 
 def load_texts(
-    sources: list[str],
-    content: str,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    bad_rows: str,
+    sources: list[str], content: str, template: Template, tokenizer: PreTrainedTokenizerBase, bad_rows: str
 ) -> tuple[datasets.Dataset, dict]:
-    """The rows' texts (TEXTS), and how many rows were read and skipped."""
+    """The rows of the sources as texts (a TEXTS table, cached), with the numbers of rows read and skipped.
+
+    content: a hash of the sources' content.
+
+    Raises:
+        DataError: a source cannot be read, has a bad row that is not skipped, or no rows.
+    """
     render, identity = _text_renderer(template, tokenizer)
 
     def make(write: Write) -> dict:
         bad, count = BadRows(bad_rows), 0
-        rows = itertools.chain.from_iterable(map(iter_rows, sources))
-        for chunk in _chunks(rows, BATCH):
+        rows = enumerate(itertools.chain.from_iterable(map(iter_rows, sources)))
+        while chunk := list(itertools.islice(rows, BATCH)):
             batch: dict[str, list] = {name: [] for name in TEXTS.names}
-            for where, columns, problem in chunk:
+            for row, (where, columns, problem) in chunk:
                 try:
                     if problem:
                         raise BadRow(problem)
-                    values = (count, where, *render(columns))
+                    values = (row, where, *render(columns))
                 except BadRow as e:
                     bad.add(where, e)
                 else:
                     for column, value in zip(batch.values(), values, strict=True):
                         column.append(value)
-                count += 1
+            count += len(chunk)
             write(batch)
         return {"rows": count} | bad.facts()
 
-    key = key_of("texts", content, sources, identity, bad_rows, CODE, version("transformers"))
+    key = key_of("texts", content, sources, identity, bad_rows, ENCODING_VERSION, version("transformers"))
     texts, facts = cached(key, TEXTS, make, "reading")
     if not facts["rows"]:
-        raise DataError(f"{names_of(sources)}: no rows: empty, only blank lines, or only a header.")
+        raise DataError(f"{join_names(sources)}: no rows: the file is empty, or has only blank lines or a header.")
     if not len(texts):
         first = "".join(f"\n  {message}" for message in facts["skipped"][:3])
-        raise DataError(f"{names_of(sources)}: all {facts['rows']:,} rows are bad; the first:{first}")
+        raise DataError(f"{join_names(sources)}: all {facts['rows']:,} rows are bad; the first:{first}")
     return texts, facts
 
 
 def _text_renderer(
     template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Callable[[Columns], tuple[str, str, list[str], int, list[int]]], list]:
-    """A function from a row to (prompt, completion or text, choices, label, spans), and what its results depend on."""
+    """A function from a row to the columns prompt, completion, choices, label, spans, and all that its results depend on."""
     if template.messages:
         column = template.messages
         chat = chat_format(tokenizer, template.chat_template)
 
         def render_turns(columns: Columns):
-            text, spans = render_chat(read_turns(value_of(columns, column)), chat)
+            text, spans = render_chat(read_turns(column_value(columns, column)), chat)
             return "", text, [], -1, [position for span in spans for position in span]
 
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -118,18 +127,10 @@ def _text_renderer(
             return "", text, [], -1, []
 
         return render_text, [template.as_dict()]
-    pair = pair_renderer(template)
-
-    def render_pair(columns: Columns):
-        return *pair(columns), []
-
-    return render_pair, [template.as_dict()]
+    render_pair = pair_renderer(template)
+    return lambda columns: (*render_pair(columns), []), [template.as_dict()]
 
 
-def _chunks(rows: Iterator, size: int) -> Iterator[list]:
-    while chunk := list(itertools.islice(rows, size)):
-        yield chunk
-
-
-def names_of(sources: list[str]) -> str:
+def join_names(sources: list[str]) -> str:
+    """The names of the sources, for a message."""
     return printable(", ".join(sources))

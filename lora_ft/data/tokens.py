@@ -1,7 +1,6 @@
-"""From texts to ids and labels: the boundary between prompt and completion, special tokens, truncation.
+"""From text to token ids and labels: the boundary between prompt and completion, special tokens, truncation.
 
-A label is the id at its own place (not shifted), or IGNORE. The first token of an example is never supervised, for
-nothing comes before it that could predict it.
+labels[i] is input_ids[i] (not shifted) or IGNORE. The first token is never supervised: no token before it predicts it.
 """
 
 import copy
@@ -18,11 +17,11 @@ Ids = list[int]
 
 
 class Encoded(NamedTuple):
-    """One example: lists of ids as long as each other, and what Examples.dataset says of it."""
+    """One example; the fields are columns of `Examples.dataset`."""
 
     input_ids: Ids
     labels: Ids
-    whole: int  # tokens before truncation
+    full_length: int
     prompt_length: int = 0
     choices: list[Ids] = []  # noqa: RUF012
     truncated: bool = False
@@ -31,149 +30,150 @@ class Encoded(NamedTuple):
 
     @property
     def supervised(self) -> int:
+        """The number of supervised tokens."""
         return len(self.labels) - self.labels.count(IGNORE)
 
 
 @dataclass(frozen=True)
-class Coder:
-    """A fast tokenizer's own backend, and what its post-processing adds to a text: `before` (BOS, where it has one),
-    `after`.
+class TextEncoder:
+    """The backend of a fast tokenizer, without padding and truncation, and what its post-processing adds to a text.
 
-    whole: the backend, without padding or truncation. plain: the same without post-processing, so that nothing is
-    added and character offsets are as they are (ByteLevel's leaves white space out of them). eos: the id of the end
-    of a sequence, in a list; empty where it has none.
+    backend: with post-processing. bare: without it: nothing is added, and character offsets include white space, which
+    ByteLevel's post-processing strips. before, after: ids added around a text (BOS where the tokenizer adds it). eos: the
+    id of the end-of-sequence token in a list, or [].
     """
 
-    whole: Tokenizer
-    plain: Tokenizer
+    backend: Tokenizer
+    bare: Tokenizer
     before: Ids
     after: Ids
     eos: Ids
 
-    def with_specials(self, texts: list[str]) -> list[Ids]:
-        """Ids as at inference, but for what the tokenizer adds after a text: generation goes on from there."""
-        rows = (encoding.ids for encoding in self.whole.encode_batch_fast(texts))
+    def encode_prompts(self, texts: list[str]) -> list[Ids]:
+        """Ids as at inference, without those that the tokenizer adds after a text: generation continues from there."""
+        rows = (encoding.ids for encoding in self.backend.encode_batch_fast(texts))
         return [ids[: len(ids) - len(self.after)] for ids in rows]
 
-    def alone(self, text: str) -> Ids:
-        """Ids of the text by itself, nothing added."""
-        return self.plain.encode(text).ids
+    def encode_bare(self, text: str) -> Ids:
+        """Ids of the text alone, nothing added."""
+        return self.bare.encode(text).ids
 
-    def cut_start(self, prompt: Ids, room: int) -> Ids:
-        """The prompt's end, as much as there is room for; what the tokenizer adds before a text (BOS) is kept."""
-        if len(prompt) <= room:
+    def truncate_start(self, prompt: Ids, max_length: int) -> Ids:
+        """At most `max_length` ids of the prompt: what the tokenizer adds before a text (BOS), then the prompt's end."""
+        if len(prompt) <= max_length:
             return prompt
-        first, tail = len(self.before), max(room - len(self.before), 0)
-        return prompt[:first] + (prompt[first:][-tail:] if tail else [])
+        first, kept = len(self.before), max(max_length - len(self.before), 0)
+        return prompt[:first] + (prompt[first:][-kept:] if kept else [])
 
-    def without_eos(self, ids: Ids) -> Ids:
-        """A template may spell the end-of-sequence token out; it must not come twice."""
+    def strip_eos(self, ids: Ids) -> Ids:
+        """Without a final end-of-sequence token: a text may spell it out, and it must not occur twice."""
         return ids[:-1] if self.eos and ids[-1:] == self.eos else ids
 
 
-def coder(tokenizer: PreTrainedTokenizerBase) -> Coder:
-    """Copies of the tokenizer's backend, and what it adds, learned from a short text."""
-    whole = copy.deepcopy(tokenizer.backend_tokenizer)
-    whole.no_truncation()
-    whole.no_padding()
-    whole.encode_special_tokens = tokenizer.split_special_tokens
-    plain = copy.deepcopy(whole)
-    plain.encode_special_tokens = tokenizer.split_special_tokens  # a copy doesn't keep it
-    plain.post_processor = processors.Sequence([])
-    inner, outer = plain.encode("a").ids, whole.encode("a").ids
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
+    """An encoder with copies of the tokenizer's backend; what the tokenizer adds is read off a short text."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    bare = copy.deepcopy(backend)
+    bare.encode_special_tokens = tokenizer.split_special_tokens  # lost by deepcopy
+    bare.post_processor = processors.Sequence([])
+    inner, outer = bare.encode("a").ids, backend.encode("a").ids
     first = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), 0)
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return Coder(whole, plain, outer[:first], outer[first + len(inner) :], end)
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return TextEncoder(backend, bare, outer[:first], outer[first + len(inner) :], eos)
 
 
 def encode_pairs(
-    prompts: list[str], completions: list[str], choices: list[list[str]], max_length: int, coder: Coder
+    prompts: list[str], completions: list[str], choices: list[list[str]], max_length: int, encoder: TextEncoder
 ) -> Iterator[Encoded]:
-    """Prompts and completions; `choices[i]` are completions to be compared, or empty.
+    """Prompts and completions; choices[i] are the completions to compare in a classification, or [].
 
-    A completion is what prompt + completion, tokenized together, adds. Where tokens merge across the boundary it is
-    tokenized alone. Too long: the prompt loses its start (BOS kept) until the completion fits, with the longest
-    choice and end-of-sequence; then the completion its end.
+    The ids of a completion are those that prompt + completion, tokenized together, adds to the prompt's. Where tokens merge
+    across the boundary, the completion is tokenized alone. If an example is too long, the prompt loses its start (BOS is
+    kept) until the longest choice with end-of-sequence fits; then the completion loses its end.
     """
-    # The completion is one of the choices, where there are any.
-    answers = [words or [completion] for completion, words in zip(completions, choices, strict=True)]
-    for i, (prompt, encoded, merges) in enumerate(_added(prompts, answers, coder)):
-        right = answers[i].index(completions[i])
-        completion, words = encoded[right], encoded if choices[i] else []
-        whole = completion + coder.eos
-        room = max_length - max(len(whole), *(len(w) + len(coder.eos) for w in words), 0)
-        kept = coder.cut_start(prompt, room)
-        ids = (kept + whole)[:max_length]
-        labels = [IGNORE] * len(kept) + whole
-        labels = [IGNORE, *labels[1:]][: len(ids)]
+    # the completion is one of the choices, if there are any
+    candidates = [words or [completion] for completion, words in zip(completions, choices, strict=True)]
+    for i, (prompt, encoded, merges) in enumerate(_encode_after(prompts, candidates, encoder)):
+        right = candidates[i].index(completions[i])
+        words = encoded if choices[i] else []
+        completion = encoded[right] + encoder.eos
+        reserved = max(len(completion), *(len(word) + len(encoder.eos) for word in words), 0)
+        kept = encoder.truncate_start(prompt, max_length - reserved)
+        ids = (kept + completion)[:max_length]
+        labels = [IGNORE] * len(kept) + completion
+        full_length = len(prompt) + len(completion)
         yield Encoded(
             ids,
-            labels,
-            whole=len(prompt) + len(whole),
+            [IGNORE, *labels[1:]][: len(ids)],
+            full_length,
             prompt_length=min(len(kept), max_length),
             choices=words,
-            truncated=len(ids) < len(prompt) + len(whole),
+            truncated=len(ids) < full_length,
             merged=merges[right],
-            blank=len(prompt) + len(whole) < 2 or not whole,
+            blank=full_length < 2 or not completion,
         )
 
 
-def _added(prompts: list[str], answers: list[list[str]], coder: Coder) -> Iterator[tuple[Ids, list[Ids], list[bool]]]:
-    """(the prompt's ids, each answer's ids after it, whether each answer's tokens merge with the prompt's)."""
-    joint = iter(coder.with_specials([p + a for p, texts in zip(prompts, answers, strict=True) for a in texts]))
-    for prompt, texts in zip(coder.with_specials(prompts), answers, strict=True):
-        found, merges = [], []
+def _encode_after(
+    prompts: list[str], candidates: list[list[str]], encoder: TextEncoder
+) -> Iterator[tuple[Ids, list[Ids], list[bool]]]:
+    """For each prompt its ids, the ids of each candidate after it, and whether tokens merge across the boundary."""
+    joint = iter(encoder.encode_prompts([p + c for p, texts in zip(prompts, candidates, strict=True) for c in texts]))
+    for prompt, texts in zip(encoder.encode_prompts(prompts), candidates, strict=True):
+        encoded, merges = [], []
         for text in texts:
             ids = next(joint)
             merges.append(ids[: len(prompt)] != prompt)
-            found.append(coder.without_eos(coder.alone(text) if merges[-1] else ids[len(prompt) :]))
-        yield prompt, found, merges
+            encoded.append(encoder.strip_eos(encoder.encode_bare(text) if merges[-1] else ids[len(prompt) :]))
+        yield prompt, encoded, merges
 
 
-def encode_texts(texts: list[str], max_length: int, split: bool, coder: Coder) -> Iterator[list[Encoded]]:
-    """Texts, supervised but for BOS, with end-of-sequence after the true end; a list of pieces for each.
+def encode_texts(texts: list[str], max_length: int, split: bool, encoder: TextEncoder) -> Iterator[list[Encoded]]:
+    """Texts, supervised except for BOS, with end-of-sequence after the true end: the pieces of each text.
 
-    split: a text longer than max_length becomes pieces of it, each with a BOS of its own where there is one.
+    split: cut a text longer than max_length into pieces, each with BOS if the tokenizer adds it; else truncate it.
     """
-    for ids in coder.with_specials(texts):
-        body = coder.without_eos(ids[len(coder.before) :]) + coder.eos
-        size = max(max_length - len(coder.before), 0)
-        cut = len(body) > size
-        starts = range(0, len(body), size) if split and size else [0]
+    for ids in encoder.encode_prompts(texts):
+        bos = encoder.before
+        body = encoder.strip_eos(ids[len(bos) :]) + encoder.eos
+        size = max(max_length - len(bos), 0)
+        split_body = split and size > 0
         pieces = []
-        for start in starts:
+        for start in range(0, max(len(body), 1), size) if split_body else [0]:
             piece = body[start : start + size]
-            labels = [IGNORE] * len(coder.before) + piece
             pieces.append(
                 Encoded(
-                    coder.before + piece,
-                    [IGNORE, *labels[1:]],
-                    whole=len(coder.before) + len(piece if split and size else body),
-                    truncated=cut and not (split and size),
-                    blank=len(coder.before) + len(body) < 2,
+                    bos + piece,
+                    [IGNORE, *([IGNORE] * len(bos) + piece)[1:]],
+                    full_length=len(bos) + len(piece if split_body else body),
+                    truncated=len(body) > size and not split_body,
+                    blank=len(bos) + len(body) < 2,
                 )
             )
         yield pieces
 
 
-def encode_chats(texts: list[str], spans: list[list[int]], max_length: int, coder: Coder) -> Iterator[Encoded]:
-    """Chats as their template wrote them, special tokens included; supervised where a token has a character of a span.
+def encode_chats(texts: list[str], spans: list[list[int]], max_length: int, encoder: TextEncoder) -> Iterator[Encoded]:
+    """Chats as the template renders them, with its special tokens; a token that overlaps a span is supervised.
 
-    spans: start, end, start, end, ... in characters.
+    spans: for each chat start, end, start, end, ... in characters.
     """
-    encodings = coder.plain.encode_batch(texts)
+    encodings = encoder.bare.encode_batch(texts)
     for encoding, row in zip(encodings, spans, strict=True):
         ids = np.array(encoding.ids, dtype=np.int64)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)  # (tokens, [start, end])
         bounds = np.array([*row, 2**62, 2**62]).reshape(-1, 2)
-        # of each token: the first span that ends after the token's start
+        # for each token, the first span that ends after the token's start
         span = bounds[np.searchsorted(bounds[:, 1], offsets[:, 0], side="right")]
         labels = np.where(span[:, 0] < offsets[:, 1], ids, IGNORE)
         labels[:1] = IGNORE
         yield Encoded(
             ids[:max_length].tolist(),
             labels[:max_length].tolist(),
-            whole=len(ids),
+            full_length=len(ids),
             truncated=len(ids) > max_length,
             blank=bool((labels == IGNORE).all()),
         )

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.data.chat import chat_format
 from lora_ft.data.examples import Examples, row_numbers, sample_indices
 from lora_ft.data.template import Template
-from lora_ft.data.tokens import Ids, coder
+from lora_ft.data.tokens import Ids, text_encoder
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def questions(
         room: tokens of a prompt at most; a longer one loses its start, as in training.
         max_prompts: a seeded sample of so many, each with all of its references.
     """
-    coding = coder(tokenizer)
+    encoder = text_encoder(tokenizer)
     ends = chat_format(tokenizer, template.chat_template).end_tokens if template.messages else frozenset()
     wanted = set(row_numbers(examples.dataset).tolist())
     by_prompt: dict[str, list[str]] = {}
@@ -57,10 +57,10 @@ def questions(
     if max_prompts is not None and max_prompts < len(prompts):
         prompts = [prompts[i] for i in sample_indices(len(prompts), max_prompts, seed)]
     # a chat's special tokens are in its text already
-    ids = [coding.alone(p) for p in prompts] if template.messages else coding.with_specials(prompts)
+    ids = [encoder.encode_bare(p) for p in prompts] if template.messages else encoder.encode_prompts(prompts)
     return Questions(
         prompts,
-        [coding.cut_start(row, room) for row in ids],
+        [encoder.truncate_start(row, room) for row in ids],
         [by_prompt[prompt] for prompt in prompts],
         sorted({tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, ends)} - {None}),
         sum(len(row) > room for row in ids),

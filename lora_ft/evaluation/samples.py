@@ -6,7 +6,7 @@ import time
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.data.encode import Examples
+from lora_ft.data.examples import Examples
 from lora_ft.methods.interface import bare
 
 ROWS, MOST_TOKENS, SHOWN = 4, 96, 4000  # SHOWN: characters of a text that are kept

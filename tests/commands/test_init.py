@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from lora_ft.commands.init.command import start
+from lora_ft.commands.init.command import create_config
 from lora_ft.commands.init.suggest import TASKS, suggest
 from lora_ft.config import docs
 from lora_ft.config.load import load_config
@@ -118,8 +118,8 @@ def test_columns_suggest_the_form(tmp_path, name, capsys):
     row, task, form = CASES[name]
     data, path = write(tmp_path / name, row), tmp_path / "config.yaml"
     seen = suggest(data)
-    assert (seen.task, seen.form.settings, seen.rows) == (task, form, 40)
-    start(path, "gpt2", data, None, None, False)
+    assert (seen.task, seen.data.settings, seen.rows) == (task, form, 40)
+    create_config(path, "gpt2", data, None, None, False)
     config = load_config(path)
     assert config.data.eval == 0.1 and config.output == "out"
     lines = path.read_text().splitlines()
@@ -138,20 +138,22 @@ def test_it_passes_check(tmp_path, base, name, capsys):
     from lora_ft.commands.check.command import check
 
     path = tmp_path / "config.yaml"
-    start(path, str(base), write(tmp_path / name, CASES[name][0]), None, None, False)
+    create_config(path, str(base), write(tmp_path / name, CASES[name][0]), None, None, False)
     check(load_config(path), as_json=True)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] > 0
 
 
 def test_a_task_overrules_the_guess(tmp_path):
     data = write(tmp_path / "words.csv", CASES["words.csv"][0])
-    assert suggest(data, "text").form.settings == {"text": "{review}"}
+    assert suggest(data, "text").data.settings == {"text": "{review}"}
     with pytest.raises(ConfigError, match="review, sentiment.*task chat"):
         suggest(data, "chat")
 
 
 def test_few_rows_hold_nothing_out(tmp_path):
-    start(tmp_path / "c.yaml", "gpt2", write(tmp_path / "book.jsonl", CASES["book.jsonl"][0], 3), None, "mine", False)
+    create_config(
+        tmp_path / "c.yaml", "gpt2", write(tmp_path / "book.jsonl", CASES["book.jsonl"][0], 3), None, "mine", False
+    )
     config = load_config(tmp_path / "c.yaml")
     assert config.data.eval is None and config.output == "mine"
 
@@ -159,7 +161,7 @@ def test_few_rows_hold_nothing_out(tmp_path):
 @pytest.mark.parametrize("text", ["no", "a: b", "12", "ends in space ", "déjà vu #1", "x\ty", '"quoted"', "null"])
 def test_any_name_and_word_comes_back(tmp_path, text):
     data = write(tmp_path / "l.jsonl", lambda i: {"text": said(i), "label": text if i % 2 else "other"})
-    start(tmp_path / "c.yaml", "gpt2", data, None, text.strip().replace("\t", " "), False)
+    create_config(tmp_path / "c.yaml", "gpt2", data, None, text.strip().replace("\t", " "), False)
     config = load_config(tmp_path / "c.yaml")
     assert config.output == text.strip().replace("\t", " ")
     assert text == "12" or set(config.data.label_names["label"]) == {text, "other"}
@@ -184,9 +186,9 @@ def test_a_file_is_never_overwritten_unasked(tmp_path):
     data, path = write(tmp_path / "words.csv", CASES["words.csv"][0]), tmp_path / "c.yaml"
     path.write_text("mine")
     with pytest.raises(FilesError, match="--overwrite"):
-        start(path, "gpt2", data, None, None, False)
+        create_config(path, "gpt2", data, None, None, False)
     assert path.read_text() == "mine"
-    start(path, "gpt2", data, None, None, True)
+    create_config(path, "gpt2", data, None, None, True)
     assert load_config(path)
 
 

@@ -11,7 +11,15 @@ def corpus(n: int = 23) -> datasets.Dataset:
     rows = []
     for i in range(n):
         ids = [100 * i + j for j in range(3 + i % 5)]
-        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]], "tokens": len(ids), "where": f"rows:{i}"})
+        rows.append(
+            {
+                "input_ids": ids,
+                "labels": [-100, *ids[1:]],
+                "tokens": len(ids),
+                "supervised": len(ids) - 1,
+                "where": f"rows:{i}",
+            }
+        )
     return datasets.Dataset.from_list(rows)
 
 
@@ -56,7 +64,7 @@ def test_a_micro_batch_keeps_the_positions_before_supervised_tokens():
     m = micro_batch(
         [
             {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]},
-            {"input_ids": [8, 9, 10, 11], "labels": [8, 9, -100, 11]},  # nothing stands before 8
+            {"input_ids": [8, 9, 10, 11], "labels": [8, 9, -100, 11]},  # no token before 8 predicts it
         ]
     )
     assert m["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11]]
@@ -83,7 +91,7 @@ def test_rows_are_as_few_as_fit_and_even():
 
 def test_virtual_tokens_are_not_counted():
     with_two_more = corpus().map(lambda e: {"input_ids": [0, 0, *e["input_ids"]], "labels": [-100, -100, *e["labels"]]})
-    assert (
-        StepPlan(with_two_more, 4, 1, None, RowPacking(64), 0)[0]["tokens"]
-        == StepPlan(corpus(), 4, 1, None, RowPacking(64), 0)[0]["tokens"]
-    )
+    step, longer = (StepPlan(data, 4, 1, None, RowPacking(64), 0)[0] for data in (corpus(), with_two_more))
+    assert (longer["tokens"], longer["total"]) == (step["tokens"], step["total"])
+    for s in (step, longer):
+        assert sum(len(m["keep"]) for m in s["micro"]) == s["total"]

@@ -3,7 +3,8 @@
 import pytest
 
 from lora_ft.core.errors import ConfigError, DataError, ModelError
-from lora_ft.data.encode import Template, load_examples
+from lora_ft.data.encode import load_examples
+from lora_ft.data.template import Template
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -170,7 +171,7 @@ def test_long_chats_lose_their_end(write, plain):
         ),
         (CHATML, [U1, {"role": "assistant", "content": "\ud83d"}], "lone surrogate"),
         ("{{ messages[0].nothing.at_all }}", [U1, A1], "the chat template fails"),
-        (REWRITES, [U1, A1, U2, A2], "can't tell which part"),
+        (REWRITES, [U1, A1, U2, A2], "cannot locate the assistant"),
     ],
 )
 def test_bad_chats(write, plain, template, chat, told):

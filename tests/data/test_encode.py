@@ -10,8 +10,9 @@ import pytest
 
 from lora_ft.core.errors import ConfigError, DataError
 from lora_ft.data import cache, encode, texts
-from lora_ft.data.encode import Template, load_examples
-from lora_ft.data.examples import held_count, sample_indices
+from lora_ft.data.encode import load_examples
+from lora_ft.data.examples import held_out_count, sample_indices
+from lora_ft.data.template import Template
 
 PAIR = Template(prompt="Review: {text}\nSentiment:", completion=" {label}")
 WORDS = ["positive", "negative", "so it goes"]
@@ -162,7 +163,7 @@ def test_rows_that_truncation_empties_are_dropped_and_counted(write, with_bos):
 
 BAD = [
     ({"text": "x"}, 'no column "label"; the row has "text"'),
-    ({"text": "x", "labl": 1}, 'Is "labl" meant?'),
+    ({"text": "x", "labl": 1}, 'Did you mean "labl"?'),
     ({"text": None, "label": 1}, 'column "text" is null'),
     ({"text": float("nan"), "label": 1}, 'column "text" is NaN'),
     ({"text": ["x"], "label": 1}, 'column "text" is a list'),
@@ -210,7 +211,7 @@ def test_lines_that_are_no_rows_are_bad_rows(write, plain):
         path = write(name, content)
         report = load(path, PAIR, plain, bad_rows="skip").report
         assert (report.rows, report.used, report.skipped_count) == (4, 2, 2)
-        with pytest.raises(DataError, match="Mend it, or leave such rows out") as caught:
+        with pytest.raises(DataError, match="Fix the row, or skip such rows") as caught:
             load(path, PAIR, plain)
         assert str(caught.value).startswith(f"{path}:{2 if name == 'a.jsonl' else 3}: ")
 
@@ -218,7 +219,7 @@ def test_lines_that_are_no_rows_are_bad_rows(write, plain):
 def test_kind_words_for_columns_and_labels(write, plain):
     with pytest.raises(DataError, match=r'no column "text".*separated by ";": convert it'):
         load(write("a.csv", "text;label\nx;y\n"), PAIR, plain)
-    with pytest.raises(DataError, match=r'is "Positive".* Is "positive" meant\?'):
+    with pytest.raises(DataError, match=r'is "Positive".* Did you mean "positive"\?'):
         load(write("a.jsonl", [{"text": "x", "label": "Positive"}]), CLASSES, plain)
 
 
@@ -296,7 +297,7 @@ def test_hold_out(write, plain):
     assert sorted(row for examples in several for row in set(examples.dataset["row"])) == list(range(50))
     for amount in (50, 60, 0):
         with pytest.raises(DataError, match="data.eval"):
-            held_count(50, amount)
+            held_out_count(50, amount)
 
 
 def test_what_is_not_chosen_is_not_encoded(write, plain, monkeypatch):
@@ -386,12 +387,12 @@ def test_old_entries_go_when_the_cache_grows_too_large(write, plain, own_cache, 
         os.utime(path, (1e9, 1e9))
     load(write("a.jsonl", [{"text": "a" * 9, "label": "x"}] * 100), PAIR, plain)  # used again: the newest
     size = sum(p.stat().st_size for p in folder.glob("*.arrow") if p not in foreign)
-    monkeypatch.setattr(cache, "KEEP_BYTES", size * 3 // 4)
+    monkeypatch.setattr(cache, "MAX_BYTES", size * 3 // 4)
     held = load(write("d.jsonl", [{"text": "d" * 9, "label": "x"}] * 100), PAIR, plain)
     load(write("e.jsonl", [{"text": "e" * 9, "label": "x"}] * 100), PAIR, plain)
     assert not any(p.exists() for p in made["b"] | {left}), "used longest ago"
     assert all(p.exists() for p in [*made["a"], *made["d"], *foreign]), "used today, and files of others"
-    monkeypatch.setattr(cache, "KEEP_BYTES", 0)
-    monkeypatch.setattr(cache, "DAY", -60.0)
+    monkeypatch.setattr(cache, "MAX_BYTES", 0)
+    monkeypatch.setattr(cache, "DAY_SECONDS", -60.0)
     load(write("f.jsonl", ROWS), PAIR, plain)
     assert not list(folder.glob("*[0-9a-f].json")) and held.dataset[0]["tokens"] > 0, "mapped still"

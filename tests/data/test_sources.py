@@ -35,11 +35,11 @@ def test_jsonl(write):
     "content, told",
     [
         ('{"a": 1}\n{"a": \n', ":2: broken JSON"),
-        ('{"a": 1}\n[1]\n', ":2: a row is a JSON object"),
+        ('{"a": 1}\n[1]\n', ":2: a row must be a JSON object"),
         ('{"a": 1}\n{"a": ' + "9" * 5000 + "}\n", ":2: broken JSON"),
         ('{"a": ' + "[" * 100_000 + "\n", ":1: broken JSON"),
-        (b'{"a": "x"}\n{"a": "\xe9"}\n', ":2: byte 8 of the line (0xe9) isn't UTF-8"),
-        (b'\xef\xbb\xbf{"a": "\xe9"}\n', ":1: byte 11 of the line (0xe9) isn't UTF-8"),
+        (b'{"a": "x"}\n{"a": "\xe9"}\n', ":2: byte 8 of the line (0xe9) is not UTF-8"),
+        (b'\xef\xbb\xbf{"a": "\xe9"}\n', ":1: byte 11 of the line (0xe9) is not UTF-8"),
         ('{"a": "x"}\n'.encode("utf-16"), ":1: byte 1 of the line (0xff)"),
         ('{"a": "\0"}\n', ":1: byte 8 of the line (0x00)"),
     ],
@@ -70,10 +70,10 @@ def test_json(write):
         ('[{"a": 1}\n {"a": 2}]', ":2: broken JSON"),
         ('[{"a": 1},\n]', ":2: broken JSON"),
         ('[{"a": 1}\n', "broken JSON"),
-        ('[{"a": 1}]\n[2]', "after the closing"),
-        ('[{"a": 1},\n 5]', ":2: a row is a JSON object"),
-        ('{"rows": []}', "a .json file is a list of objects"),
-        ("5", "a .json file is a list of objects"),
+        ('[{"a": 1}]\n[2]', "text after the closing"),
+        ('[{"a": 1},\n 5]', ":2: a row must be a JSON object"),
+        ('{"rows": []}', "a .json file must be a list of objects"),
+        ("5", "a .json file must be a list of objects"),
         ('{"a": 1,\n "b": }', ":2: broken JSON"),
     ],
 )
@@ -125,13 +125,23 @@ def test_files_of_another_kind_say_how_to_convert_them(write, name, content, tol
 TABLE = [["text", "n"], ['say "hi"', "1"], ["two\nlines", "2"], ["a\ttab", "3"], ['"all"', "4"], ["plain", "5"]]
 
 
-@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
-def test_tsv_of_a_csv_writer(tmp_path, quoting):
+@pytest.mark.parametrize("quoting", [csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+def test_tsv_with_a_quoted_header_is_quoted(tmp_path, quoting):
     path = tmp_path / "a.tsv"
     with path.open("w", newline="") as file:
         csv.writer(file, delimiter="\t", quoting=quoting).writerows(TABLE)
     assert [list(columns.values()) for _, columns in rows(str(path))] == TABLE[1:]
     assert [where for where, _ in rows(str(path))] == [":2", ":3", ":5", ":6", ":7"]
+
+
+@pytest.mark.parametrize("header", ["text\tn", '"text"\tn', 'text "a"\tn', '"text\tn"'])
+def test_tsv_without_a_quoted_header_is_not(write, header):
+    """The header decides alone: quotes further down that a CSV reader would accept stay as they are."""
+    path = write("a.tsv", header + '\n"say ""hi"""\t1\n"two\nlines"\t2\nplain\t3\n')
+    text, n = header.split("\t")
+    assert rows(path)[0] == (":2", {text: '"say ""hi"""', n: "1"}) and rows(path)[-1][1] == {text: "plain", n: "3"}
+    problems = [row.problem for row in iter_rows(path) if row.problem]
+    assert problems[0].startswith("1 fields, the header has 2 (quotes are plain characters here")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +173,7 @@ def test_parquet(tmp_path, write):
     pa.parquet.write_table(pa.Table.from_pylist(data), path, row_group_size=700)
     found = rows(path)
     assert [columns for _, columns in found] == data and found[2999][0] == " row 3000"
-    assert "not a whole Parquet file" in refused(write("b.parquet", b"PAR1 nonsense"))
+    assert "damaged Parquet file" in refused(write("b.parquet", b"PAR1 nonsense"))
 
 
 def test_the_folder_of_a_data_set_says_how_to_convert_it(tmp_path):
@@ -175,7 +185,7 @@ def test_what_is_no_data_file(tmp_path, write):
     write("x.jsonl", "{}")
     assert "a folder" in refused(str(tmp_path)) and "x.jsonl" in refused(str(tmp_path))
     assert "no such file" in refused(str(tmp_path / "missing.jsonl"))
-    assert f"Is {tmp_path}/x.jsonl meant?" in refused(str(tmp_path / "x.jsnl.json"))
+    assert f"Did you mean {tmp_path}/x.jsonl?" in refused(str(tmp_path / "x.jsnl.json"))
     assert ".parquet" in refused(write("x.txt", "hello"))
     for name in ("empty.jsonl", "empty.csv", "empty.tsv", "empty.json"):
         assert rows(write(name, "")) == []
@@ -191,8 +201,8 @@ def test_content_hash_is_the_content(write):
 def test_hub_out_of_reach_names_the_ways_on():
     told = refused("some-owner/some-data:config@train")  # tests run offline
     assert (
-        "no such file here" in told
-        and "can't be reached" in told
+        "not a local file" in told
+        and "cannot be reached" in told
         and "HF_HOME" in told
         and "--set data.train=FILE" in told
     )

@@ -1,6 +1,7 @@
 """Rows with the same prompt are one prompt with several references; of a chat the last turn is the reference."""
 
-from lora_ft.data.encode import Template, load_examples
+from lora_ft.data.encode import load_examples
+from lora_ft.data.template import Template
 from lora_ft.evaluation.references import questions
 from tests.data.test_chat import A1, A2, CHATML, U1, U2
 

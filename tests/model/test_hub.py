@@ -85,7 +85,7 @@ def test_a_silent_hub_is_asked_once_and_the_cache_serves(cached, silence):
 def test_a_silent_hub_without_a_cache(silence):
     with pytest.raises(ModelError, match=r"can't be reached \(.*timed out.*HF_HOME.*--base FOLDER"):
         resolve("hubtest/other")
-    with pytest.raises(DataError, match=r"can't be reached \(.*timed out.*HF_HOME.*--set data.train=FILE"):
+    with pytest.raises(DataError, match=r"cannot be reached \(.*timed out.*HF_HOME.*--set data.train=FILE"):
         list(iter_rows("hubtest/other@train"))
 
 

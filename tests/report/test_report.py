@@ -19,7 +19,7 @@ from lora_ft.config.load import load_config
 from lora_ft.core.errors import FilesError, ModelError, NumbersError
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.core.storage import verify_manifest
-from lora_ft.data.prepare import evaluation_sets
+from lora_ft.data.prepare import prepare_eval_sets
 from lora_ft.evaluation.scoring import Scores
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
@@ -133,7 +133,7 @@ def test_the_base_is_scored_as_what_it_is(classified):
     tokenizer, model = load_tokenizer(resolve(str(classified / "base"))), load_base(resolve(str(classified / "base")))
     here = os.getcwd()
     os.chdir(classified)
-    examples = evaluation_sets(config.data, tokenizer, 0)[""].dataset
+    examples = prepare_eval_sets(config.data, tokenizer, 0)[""].dataset
     os.chdir(here)
     losses = []
     for example in examples:

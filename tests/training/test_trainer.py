@@ -22,7 +22,8 @@ def corpus(n: int = 40) -> datasets.Dataset:
         ids = token_ids(1, 4 + 3 * (i % 7), seed=i)[0].tolist()
         prompt = len(ids) // 2
         labels = [-100] * prompt + ids[prompt:]
-        rows.append({"input_ids": ids, "labels": labels, "tokens": len(ids), "where": f"rows:{i}"})
+        counts = {"tokens": len(ids), "supervised": len(ids) - prompt}
+        rows.append({"input_ids": ids, "labels": labels, "where": f"rows:{i}"} | counts)
     return datasets.Dataset.from_list(rows)
 
 

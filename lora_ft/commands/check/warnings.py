@@ -66,7 +66,7 @@ def labels_sharing_a_first_token(examples: Examples, tokenizer: PreTrainedTokeni
 
 def lengths(examples: Examples) -> np.ndarray:
     """Tokens of each example before truncation."""
-    return np.asarray(examples.dataset.select_columns(["whole"]).with_format("numpy")[:]["whole"])
+    return np.asarray(examples.dataset.select_columns(["full_length"]).with_format("numpy")[:]["full_length"])
 
 
 def data_warnings(

@@ -14,7 +14,7 @@ from lora_ft.commands.generate.serving import BASE, Answer, Question, Served, lo
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.messages import printable
 from lora_ft.core.trust import NO_TRUST, Trust
-from lora_ft.data.sources import Row
+from lora_ft.data.sources import SourceRow
 from lora_ft.data.template import BadRow
 from lora_ft.methods.trained import Trained, is_model
 
@@ -102,7 +102,7 @@ def find_adapters(
     return found, base
 
 
-def questions_of(served: Served, rows: Sequence[Row], source: str, default: str | None) -> list[Question]:
+def questions_of(served: Served, rows: Sequence[SourceRow], source: str, default: str | None) -> list[Question]:
     """The questions of a prompts file's rows; a row's `adapter` says whom to ask, else it is `default`.
 
     Raises:

@@ -20,9 +20,9 @@ from lora_ft.core.names import template_columns
 from lora_ft.data.chat import ChatFormat, Turn, chat_format, read_turns
 from lora_ft.data.delimited import text_lines
 from lora_ft.data.prepare import template_of
-from lora_ft.data.sources import Row, iter_rows
+from lora_ft.data.sources import SourceRow, iter_rows
 from lora_ft.data.template import BadRow, Template, check_unicode, renderer
-from lora_ft.data.tokens import Coder, coder
+from lora_ft.data.tokens import TextEncoder, text_encoder
 
 USER, ASSISTANT = "user", "assistant"
 
@@ -38,7 +38,7 @@ class Form:
     template: Template
     chat: ChatFormat | None
     talks: bool
-    coder: Coder
+    encoder: TextEncoder
 
     def of_text(self, text: str, before: list[Turn] | None = None) -> tuple[str, list[int]]:
         """The prompt for a text, after the turns before it where this is a chat: as text, and as token ids.
@@ -70,7 +70,7 @@ class Form:
             raise BadRow("the model has no chat template for messages: give a prompt")
         text = self.chat.render(turns, generation_prompt=True)
         check_unicode(text)
-        return text, self.coder.alone(text)
+        return text, self.encoder.encode_bare(text)
 
     def of_row(self, columns: dict[str, Any]) -> tuple[str, list[int]]:
         """The prompt for a row: its turns, or its columns through the run's template, or its `prompt`. Raises BadRow.
@@ -98,7 +98,7 @@ class Form:
         if self.chat is None:
             return []
         mark = "@@turn@@"
-        text = self.chat.attempt([{"role": USER, "content": "a"}, {"role": ASSISTANT, "content": mark}]) or ""
+        text = self.chat.try_render([{"role": USER, "content": "a"}, {"role": ASSISTANT, "content": mark}]) or ""
         closing = text.rpartition(mark)[2].lstrip()
         return [token for token in self.chat.end_tokens if closing.startswith(token)]
 
@@ -106,7 +106,7 @@ class Form:
         check_unicode(text)
         if not text:
             raise BadRow("the prompt is empty")
-        return text, self.coder.with_specials([text])[0]
+        return text, self.encoder.encode_prompts([text])[0]
 
 
 def form_of(data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, raw: bool) -> Form:
@@ -125,10 +125,10 @@ def form_of(data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, raw: bo
             raise
         chat = None
     talks = chat is not None and not raw and template.prompt is None and template.text is None
-    return Form(template, chat, talks, replace(coder(tokenizer), eos=[]))
+    return Form(template, chat, talks, replace(text_encoder(tokenizer), eos=[]))
 
 
-def read_prompts(source: str) -> Iterator[Row]:
+def read_prompts(source: str) -> Iterator[SourceRow]:
     """The rows of a prompts file; a .txt file has a prompt on every line that isn't blank.
 
     Raises:
@@ -141,6 +141,6 @@ def read_prompts(source: str) -> Iterator[Row]:
     try:
         for number, line in enumerate(text_lines(path), 1):
             if line.strip():
-                yield Row(f"{printable(str(path))}:{number}", {"prompt": line.rstrip("\r\n")})
+                yield SourceRow(f"{printable(str(path))}:{number}", {"prompt": line.rstrip("\r\n")})
     except OSError as e:
         raise DataError(f"{printable(str(path))}: can't be read: {e.strerror or e}.") from e

@@ -1,4 +1,4 @@
-"""`lora-ft init`: a short config for a model and a data file, with what was seen in the data written beside each choice."""
+"""`lora-ft init`: a short config for a model and a data file, with comments on what was found in the data."""
 
 import sys
 from collections.abc import Callable
@@ -19,61 +19,62 @@ NOTES = {
     "prompt": "columns in braces; not supervised",
     "completion": "supervised, with the end-of-sequence token after it",
     "label_names": "the labels",
-    "messages": "the column of turns; the assistant's are supervised",
+    "messages": "the column with the turns; the assistant's are supervised",
     "text": "every token is supervised",
 }
-LENGTHS = (64, 128, 256, 512, 1024)
-COLUMN = 48  # where comments stand
+LENGTHS = (64, 128, 256, 512, 1024)  # tokens
+COMMENT_COLUMN = 48
 
 
-def start(
+def create_config(
     path: Path, model: str | None, data: str | None, task: str | None, output: str | None, overwrite: bool
 ) -> None:
-    """Write a config to `path`, asking on a terminal for what isn't given, and the schema for editors beside it.
+    """Write a config to `path`, and the schema for editors beside it. A missing model or data is asked for on a terminal.
 
     Raises:
-        ConfigError: no terminal to ask on (what is missing is named), or data that suits no task.
-        DataError: the data can't be read. FilesError: the file exists, or can't be written.
+        ConfigError: an option is missing and there is no terminal, an unknown task, or data that suits no task.
+        DataError: the data cannot be read.
+        FilesError: the file exists, or cannot be written.
     """
     if path.exists() and not overwrite:
-        raise FilesError(f"{path}: exists already. Name another file, or add --overwrite.")
+        raise FilesError(f"{path}: already exists. Name another file, or add --overwrite.")
     missing = [f"--{name}" for name, value in (("model", model), ("data", data)) if not value]
-    asks = sys.stdin.isatty() and sys.stderr.isatty()
-    if missing and not asks:
-        raise ConfigError(f"{' and '.join(missing)}: missing, and there is no terminal to ask on")
+    if missing and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigError(f"{' and '.join(missing)}: missing, and there is no terminal to ask for it")
     if task is not None and task not in TASKS:
-        raise ConfigError(f"--task {format_value(task)}: the tasks are {', '.join(TASKS)}")
-    asking = bool(missing)
+        raise ConfigError(f"--task {format_value(task)}: unknown; the tasks are {', '.join(TASKS)}")
     model = model or _ask("Model: a hub id, a folder or a .gguf file", MODEL)
     data = data or _ask("Data: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id[:config][@split]")
-    seen = suggest(data, task)
-    if asking and task is None:
+    suggestion = suggest(data, task)
+    if missing and task is None:
         for name, meaning in TASKS.items():
             print(f"  {name:<15} {meaning}", file=sys.stderr)
-        chosen = _ask("Task", seen.task, lambda word: word in TASKS)
-        seen = seen if chosen == seen.task else suggest(data, chosen)
-    output = output or (_ask("Output: the folder that gets the adapter", "out") if asking else "out")
-    text = config_text(model, data, seen, output)
-    write_file(path, text)
+        task = _ask("Task", suggestion.task, lambda word: word in TASKS)
+        suggestion = suggestion if task == suggestion.task else suggest(data, task)
+    output = output or (_ask("Output: the folder for the adapter", "out") if missing else "out")
+    write_file(path, config_text(model, data, suggestion, output))
     load_config(path)
     schema = path.parent / docs.FILE
     if not schema.exists() or schema.read_text() != docs.schema_text():
         write_file(schema, docs.schema_text())
-    print(f"{path}: {seen.task}, from {seen.rows:,}{' or more' if seen.partial else ''} rows of {data}")
-    for name, value in seen.form.settings.items():
-        note = seen.form.notes.get(name)
+    print(
+        f"{path}: {suggestion.task}, from {suggestion.rows:,}{' or more' if suggestion.partial else ''} rows of {data}"
+    )
+    for name, value in suggestion.data.settings.items():
+        note = suggestion.data.notes.get(name)
         print(f"  {name}: {yaml_value(value)}" + (f"   ({note})" if note else ""))
     print(f"Next: lora-ft check {path}, then lora-ft train {path}")
 
 
-def config_text(model: str, data: str, seen: Suggestion, output: str) -> str:
-    """The config: sections in the usual order, a comment where a reader would ask."""
-    held_out = seen.rows >= 20
-    small = seen.rows < 1000 and not seen.partial
-    length = next((n for n in LENGTHS if n * 3 >= seen.length), LENGTHS[-1])
+def config_text(model: str, data: str, suggestion: Suggestion, output: str) -> str:
+    """The YAML of a config for the suggestion: sections in the usual order, comments where a reader has questions."""
+    hold_out = suggestion.rows >= 20
+    small = suggestion.rows < 1000 and not suggestion.partial
+    length = next((n for n in LENGTHS if n * 3 >= suggestion.length), LENGTHS[-1])  # 3 characters per token or more
+    settings, notes = suggestion.data.settings, suggestion.data.notes
     lines = [
         docs.HEADER + docs.FILE,
-        f"# {TASKS[seen.task].capitalize()}. `lora-ft schema --markdown` has every setting.",
+        f"# {TASKS[suggestion.task].capitalize()}. `lora-ft schema --markdown` lists every setting.",
         "model:",
         _line("name", model),
         "",
@@ -85,13 +86,12 @@ def config_text(model: str, data: str, seen: Suggestion, output: str) -> str:
         "data:",
         _line("train", data),
     ]
-    if held_out:
+    if hold_out:
         lines.append(_line("eval", 0.1, "a tenth is held out; or name another file"))
-    for name, value in seen.form.settings.items():
-        lines.append(_line(name, value, seen.form.notes.get(name) or NOTES.get(name, "")))
-    lines.append(_line("max_length", length, "tokens; a longer example is cut"))
-    if seen.task == "text":
-        lines.append(_line("long_text", "split", "a longer text becomes several examples"))
+    lines += [_line(name, value, notes.get(name) or NOTES.get(name, "")) for name, value in settings.items()]
+    lines.append(_line("max_length", length, "tokens; longer examples are truncated"))
+    if suggestion.task == "text":
+        lines.append(_line("long_text", "split", "longer texts become several examples"))
     lines += [
         "",
         "train:",
@@ -99,31 +99,31 @@ def config_text(model: str, data: str, seen: Suggestion, output: str) -> str:
         _line("batch_size", 8 if small else 16),
         "  learning_rate: 3.0e-4",
     ]
-    if held_out and "label_names" in seen.form.settings:
+    if hold_out and "label_names" in settings:
         lines.append(_line("metric_for_best_model", "accuracy"))
     return "\n".join([*lines, "", f"output: {yaml_value(output)}", ""])
 
 
 def _line(name: str, value: Any, comment: str = "") -> str:
     text = f"  {name}: {yaml_value(value)}"
-    return f"{text:<{COLUMN - 1}} # {comment}" if comment else text
+    return f"{text:<{COMMENT_COLUMN - 1}} # {comment}" if comment else text
 
 
 def yaml_value(value: Any) -> str:
-    """A value on one line, texts with line ends or braces in double quotes."""
+    """A value as YAML on one line; text with line ends, braces or outer spaces is in double quotes."""
     if isinstance(value, str) and ("\n" in value or "{" in value or value != value.strip()):
         return yaml.safe_dump(value, default_style='"', width=10**6, allow_unicode=True).strip()
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
     return text.removesuffix("...\n").strip()
 
 
-def _ask(question: str, default: str | None = None, right: Callable[[str], bool] = bool) -> str:
-    """An answer from the terminal. Questions go to stderr; stdout is for what was made."""
+def _ask(question: str, default: str | None = None, valid: Callable[[str], bool] = bool) -> str:
+    """A valid reply from the terminal. Prompts go to stderr; stdout is for results."""
     while True:
         print(question + (f" [{default}]: " if default else ": "), end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        answer = line.strip() or default or ""
-        if line and right(answer):
-            return answer
         if not line:
-            raise ConfigError(f"\n{question}: no answer")
+            raise ConfigError(f"\n{question}: no reply")
+        reply = line.strip() or default or ""
+        if valid(reply):
+            return reply

@@ -1,32 +1,31 @@
-"""What a data file seems to be for, by its columns: a chat, a classification, prompts and completions, or plain text."""
+"""Guess from the columns of a data file how to train on it: as chats, classification, prompts and completions, or text."""
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from lora_ft.commands.init.labels import LABELS, Rows, is_label, values_of, words_of
 from lora_ft.core.errors import ConfigError, DataError
 from lora_ft.core.messages import printable
 from lora_ft.core.names import template_columns
 from lora_ft.data.sources import iter_rows
+from lora_ft.data.template import Columns
 
 TASKS = {
-    "chat": "turns of a chat, of which the assistant's are learned",
+    "chat": "turns of a chat; the model learns the assistant's",
     "classification": "a text gets one of a few labels",
-    "completion": "a prompt, and what should follow it",
+    "completion": "a prompt, and the completion that follows it",
     "text": "plain text: a style, a domain or a language",
 }
-LOOKED_AT = 20_000  # rows
-TEXTS = ("text", "sentence", "review", "content", "body", "comment", "document", "message", "title")
-# what is given (all of it), what should follow (one of them), and how the two are written
+MAX_ROWS = 20_000  # read from the source
+MAX_CLASSES = 20
+TEXT_NAMES = ("text", "sentence", "review", "content", "body", "comment", "document", "message", "title")
+LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "target", "rating", "stars")
+ALPACA = "### Instruction:\n{%s}\n\n### Input:\n{%s}\n\n### Response:\n"
+# common pairs of columns: (prompt columns, all required; completion columns, of which one; prompt; completion)
 PAIRS = (
-    (
-        ("instruction", "input"),
-        ("output", "response"),
-        "### Instruction:\n{%s}\n\n### Input:\n{%s}\n\n### Response:\n",
-        "{%s}",
-    ),
+    (("instruction", "input"), ("output", "response"), ALPACA, "{%s}"),
     (("instruction",), ("output", "response", "completion"), "### Instruction:\n{%s}\n\n### Response:\n", "{%s}"),
     (("context", "question"), ("answer",), "{%s}\n\nQuestion: {%s}\nAnswer:", " {%s}"),
     (("question",), ("answer", "response", "output"), "Question: {%s}\nAnswer:", " {%s}"),
@@ -41,164 +40,208 @@ PAIRS = (
 
 
 @dataclass(frozen=True)
-class Form:
-    """A way to learn from some rows. settings: of the config's `data`. notes: setting -> what a reader should know of it."""
+class DataSettings:
+    """Settings of a config's data section, and by setting a note for the reader of the config."""
 
     settings: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def columns(self) -> set[str]:
+        """The columns that the settings read."""
+        templates = [self.settings[name] for name in ("prompt", "completion", "text") if name in self.settings]
+        return {name for template in templates for name in template_columns(template)} or {self.settings["messages"]}
+
 
 @dataclass(frozen=True)
 class Suggestion:
-    """task: one of TASKS, with its form. rows: looked at; partial: the file has more. length: characters of a long example."""
+    """A task of TASKS and its settings, suggested by `rows` rows; partial: the source has more. length: characters of an
+    example, 95th percentile."""
 
     task: str
-    form: Form
+    data: DataSettings
     rows: int
     partial: bool
     length: int
 
 
 def suggest(source: str, task: str | None = None) -> Suggestion:
-    """Look at the first rows of `source` and say how to learn from them; `task` overrules the guess of what for.
+    """Examine the first rows of `source` and suggest how to train on them, for `task` or else for the task they suggest.
 
     Raises:
-        DataError: no such file, a line that can't be read, or no rows.
-        ConfigError: the columns don't allow the task, or any (they are named).
+        DataError: no such file, a malformed row, or no rows.
+        ConfigError: the columns do not suit the task, or any task.
     """
-    read = list(itertools.islice(iter_rows(source), LOOKED_AT + 1))
-    if wrong := next((row for row in read if row.problem), None):
-        raise DataError(f"{wrong.where}: {wrong.problem}.")
-    rows = [row.columns for row in read]
+    source_rows = list(itertools.islice(iter_rows(source), MAX_ROWS + 1))
+    if bad := next((row for row in source_rows if row.problem), None):
+        raise DataError(f"{bad.where}: {bad.problem}.")
+    rows = [row.columns for row in source_rows[:MAX_ROWS]]
     if not rows:
-        raise DataError(f"{printable(source)}: holds no rows.")
-    partial, rows = len(rows) > LOOKED_AT, rows[:LOOKED_AT]
-    for kind, find in FINDERS:
-        if task in (None, kind) and (form := find(rows)) is not None:
-            return Suggestion(kind, _gaps_told(rows, form), len(rows), partial, _length(rows, form))
-    wanted = f"the task {task} ({TASKS[task]})" if task else f"any of the tasks {', '.join(TASKS)}"
-    columns = printable(", ".join(_columns(rows)), 400)
+        raise DataError(f"{printable(source)}: no rows.")
+    for name, detect in DETECTORS:
+        if task in (None, name) and (data := detect(rows)) is not None:
+            return Suggestion(name, _skip_gaps(rows, data), len(rows), len(source_rows) > MAX_ROWS, _length(rows, data))
+    goal = f"the task {task} ({TASKS[task]})" if task else f"any of the tasks {', '.join(TASKS)}"
     raise ConfigError(
-        f"{printable(source)}: its columns ({columns}) don't suit {wanted}. Name another --task, or write data.prompt, text or "
-        "messages by hand: docs/config.md."
+        f"{printable(source)}: its columns ({printable(', '.join(_columns(rows)), 400)}) do not suit {goal}. Choose another "
+        "--task, or write data.prompt, text or messages by hand: docs/config.md."
     )
 
 
-def _chat(rows: Rows) -> Form | None:
-    names = [name for name in _columns(rows) if all(_is_turns(row.get(name)) for row in rows[:100])]
-    return Form({"messages": _first(names, ("messages", "conversations", "conversation"))}) if names else None
+def _detect_chat(rows: list[Columns]) -> DataSettings | None:
+    chats = [name for name in _columns(rows) if all(_is_chat(row.get(name)) for row in rows[:100])]
+    return DataSettings({"messages": _pick(chats, ("messages", "conversations", "conversation"))}) if chats else None
 
 
-def _is_turns(value: Any) -> bool:
+def _is_chat(value: Any) -> bool:
     keys = ({"role", "content"}, {"from", "value"})
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(t, dict) and any(k <= t.keys() for k in keys) for t in value)
-    )
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(isinstance(t, dict) and any(k <= t.keys() for k in keys) for t in turns)
 
 
-def _known_pair(rows: Rows) -> Form | None:
-    by_lower = {name.lower(): name for name in _columns(rows) if _fits_template(name)}
-    for given, answers, prompt, completion in PAIRS:
-        answer = next((name for name in answers if name in by_lower), None)
-        if answer and all(name in by_lower for name in given) and not is_label(rows, by_lower[answer]):
-            columns = [by_lower[name] for name in given]
-            return Form(_pair(rows, prompt % tuple(columns), completion % by_lower[answer], by_lower[answer]))
+def _detect_known_pair(rows: list[Columns]) -> DataSettings | None:
+    by_lower = {name.lower(): name for name in _template_columns(rows)}
+    for prompt_names, completion_names, prompt, completion in PAIRS:
+        answer = next(filter(None, map(by_lower.get, completion_names)), None)
+        if answer and all(name in by_lower for name in prompt_names) and not _is_label(rows, answer):
+            columns = tuple(by_lower[name] for name in prompt_names)
+            return DataSettings(_pair(rows, prompt % columns, completion % answer, answer))
     return None
 
 
-def _classification(rows: Rows) -> Form | None:
-    columns = [name for name in _columns(rows) if _fits_template(name)]
-    labels = [name for name in columns if is_label(rows, name)]
-    labels = [name for name in labels if name.lower() in LABELS] or labels
-    texts = [name for name in _texts(rows, columns) if name not in labels]
+def _detect_classification(rows: list[Columns]) -> DataSettings | None:
+    labels = [name for name in _template_columns(rows) if _is_label(rows, name)]
+    labels = [name for name in labels if name.lower() in LABEL_NAMES] or labels
+    texts = [name for name in _text_columns(rows) if name not in labels]
     if not labels or not texts:
         return None
-    label, text = _first(labels, LABELS), _first(texts, TEXTS)
-    form = _pair(rows, f"{_title(text)}: {{{text}}}\n{_title(label)}:", f" {{{label}}}", label)
-    words, note = words_of(rows, _columns(rows), label)
-    return Form(
-        form | ({"label_names": {label: words}} if words else {}), {"label_names" if words else "completion": note}
-    )
+    label, text = _pick(labels, LABEL_NAMES), _pick(texts, TEXT_NAMES)
+    settings = _pair(rows, f"{_title(text)}: {{{text}}}\n{_title(label)}:", f" {{{label}}}", label)
+    words, note = _class_words(rows, label)
+    if words:
+        return DataSettings(settings | {"label_names": {label: words}}, {"label_names": note})
+    return DataSettings(settings, {"completion": note})
 
 
-def _two_texts(rows: Rows) -> Form | None:
-    texts = _texts(rows, [name for name in _columns(rows) if _fits_template(name)])
+def _detect_two_texts(rows: list[Columns]) -> DataSettings | None:
+    texts = _text_columns(rows)
     if len(texts) != 2:
         return None
-    note = "guessed from the columns' order"
-    return Form(_pair(rows, f"{{{texts[0]}}}\n", f"{{{texts[1]}}}", texts[1]), {"completion": note})
+    pair = _pair(rows, f"{{{texts[0]}}}\n", f"{{{texts[1]}}}", texts[1])
+    return DataSettings(pair, {"completion": "guessed from the order of the columns"})
 
 
-def _text(rows: Rows) -> Form | None:
-    texts = _texts(rows, [name for name in _columns(rows) if _fits_template(name)])
-    return Form({"text": f"{{{_first(texts, TEXTS)}}}"}) if texts else None
+def _detect_text(rows: list[Columns]) -> DataSettings | None:
+    texts = _text_columns(rows)
+    return DataSettings({"text": f"{{{_pick(texts, TEXT_NAMES)}}}"}) if texts else None
 
 
-FINDERS: tuple[tuple[str, Callable[[Rows], Form | None]], ...] = (
-    ("chat", _chat),
-    ("completion", _known_pair),
-    ("classification", _classification),
-    ("completion", _two_texts),
-    ("text", _text),
+DETECTORS: tuple[tuple[str, Callable[[list[Columns]], DataSettings | None]], ...] = (
+    ("chat", _detect_chat),
+    ("completion", _detect_known_pair),
+    ("classification", _detect_classification),
+    ("completion", _detect_two_texts),
+    ("text", _detect_text),
 )
 
 
-def _columns(rows: Rows) -> list[str]:
+def _columns(rows: list[Columns]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _fits_template(name: str) -> bool:
-    """Whether a template can name the column."""
-    try:
-        return template_columns(f"{{{name}}}") == (name,)
-    except ValueError:
+def _template_columns(rows: list[Columns]) -> list[str]:
+    """The columns that a template can name."""
+
+    def fits(name: str) -> bool:
+        try:
+            return template_columns(f"{{{name}}}") == (name,)
+        except ValueError:
+            return False
+
+    return [name for name in _columns(rows) if fits(name)]
+
+
+def _text_columns(rows: list[Columns]) -> list[str]:
+    """The columns with texts of 20 characters on average, in order; if there are none, those with any text."""
+    columns = {name: _values(rows, name) for name in _template_columns(rows)}
+    texts = {name: values for name, values in columns.items() if values and all(isinstance(v, str) for v in values)}
+    words = [name for name, values in texts.items() if not all(v.strip().isdecimal() for v in values)]
+    long = [name for name in words if sum(map(len, texts[name])) >= 20 * len(texts[name]) and len(set(texts[name])) > 1]
+    return long or words
+
+
+def _values(rows: list[Columns], name: str) -> list[Any]:
+    """The values of a column, without gaps."""
+    return [value for row in rows if (value := row.get(name)) is not None and value != ""]
+
+
+def _is_label(rows: list[Columns], name: str) -> bool:
+    """Whether a column has few distinct short values, five rows each on average (two if the column is named like a label)."""
+    values = _values(rows, name)
+    if not values or not all(isinstance(v, str | int) or isinstance(v, float) and v.is_integer() for v in values):
         return False
+    classes = set(values)
+    short = all(len(str(v)) <= 40 and "\n" not in str(v) for v in classes)
+    per_class = 2 if name.lower() in LABEL_NAMES else 5
+    return short and 2 <= len(classes) <= min(MAX_CLASSES, len(values) // per_class)
 
 
-def _texts(rows: Rows, columns: list[str]) -> list[str]:
-    """The columns that hold text of some length, in their order; those of mere words only where there is nothing else."""
-    held = {name: values_of(rows, name) for name in columns}
-    held = {name: values for name, values in held.items() if values and all(isinstance(v, str) for v in values)}
-    mean = {name: sum(map(len, values)) / len(values) for name, values in held.items()}
-    distinct = {name: len(set(values)) for name, values in held.items()}
-    plain = [name for name in mean if not all(v.strip().isdecimal() for v in held[name])]
-    return [name for name in plain if mean[name] >= 20 and distinct[name] > 1] or plain
+def _class_words(rows: list[Columns], label: str) -> tuple[list[str], str]:
+    """The words of the classes by id, and a note on them; [] if the values cannot be ids or words of `label_names`."""
+    values = set(_values(rows, label))
+    if all(isinstance(v, bool) for v in values):
+        return ["false", "true"], "replace by what false and true mean, in this order"
+    if any(isinstance(v, str) and not v.isdecimal() for v in values):
+        words = sorted(map(str, values))
+        if any(word.strip().isdecimal() for word in words):
+            return [], f"{len(words)} labels, as in the file"
+        return words, "the labels in the file"
+    ids = sorted(int(v) for v in values)
+    if ids != list(range(len(ids))):
+        return [], f"the numbers {ids[0]} to {ids[-1]} in the file; to measure accuracy use words, or ids from 0"
+    for name in _columns(rows):
+        if words := _words_by_id(rows, label, name, len(ids)):
+            return words, f"the words for the ids 0 to {ids[-1]}, from the column {name}"
+    example = "[negative, positive]" if len(ids) == 2 else "[sports, politics, ...]"
+    return list(map(str, ids)), f"replace by what the ids 0 to {ids[-1]} mean, in this order, as in {example}"
 
 
-def _pair(rows: Rows, prompt: str, completion: str, answer: str) -> dict[str, Any]:
-    """A prompt and its completion; the blank between them stands once, whether the data has it or not."""
-    given = [str(v) for v in values_of(rows, answer)]
-    if sum(v[:1].isspace() for v in given) > len(given) / 2:
+def _words_by_id(rows: list[Columns], label: str, name: str, count: int) -> list[str]:
+    """The words of column `name` in the order of the ids, if it has exactly one for each of `count` ids; else []."""
+    labelled = [row for row in rows if row.get(label) not in (None, "")]
+    if not all(isinstance(row[label], str | int) and isinstance(row.get(name), str) for row in labelled):
+        return []
+    pairs = sorted({(int(row[label]), row[name]) for row in labelled})
+    words = [word for _, word in pairs if word.strip() and not word.strip().isdecimal()]
+    return words if len(pairs) == len(set(words)) == count else []
+
+
+def _pair(rows: list[Columns], prompt: str, completion: str, answer: str) -> dict[str, Any]:
+    """A prompt and a completion with one separator between them, whether or not the values of `answer` start with it."""
+    values = [str(v) for v in _values(rows, answer)]
+    if sum(v[:1].isspace() for v in values) > len(values) / 2:
         prompt, completion = prompt.removesuffix("\n"), completion.removeprefix(" ")
     return {"prompt": prompt, "completion": completion}
 
 
-def _gaps_told(rows: Rows, form: Form) -> Form:
-    """Rows in which a column of the form is null, or a label empty, would stop a run: they are left out, and that is said."""
-    labels = form.settings.get("label_names", {})
-    gaps = sum(any(row.get(c) is None or c in labels and row[c] == "" for c in _used(form)) for row in rows)
+def _skip_gaps(rows: list[Columns], data: DataSettings) -> DataSettings:
+    """Add bad_rows: skip, with a note, if rows have gaps that would stop a run: null, or an empty label."""
+    labels = data.settings.get("label_names", {})
+    gaps = sum(any(row.get(c) is None or c in labels and row[c] == "" for c in data.columns) for row in rows)
     if not gaps:
-        return form
-    note = f"{gaps:,} of {len(rows):,} rows looked at have a gap"
-    return Form(form.settings | {"bad_rows": "skip"}, form.notes | {"bad_rows": note})
+        return data
+    note = {"bad_rows": f"a value is missing in {gaps:,} of {len(rows):,} rows"}
+    return DataSettings(data.settings | {"bad_rows": "skip"}, data.notes | note)
 
 
-def _used(form: Form) -> set[str]:
-    """The columns that a form reads."""
-    templates = [form.settings[name] for name in ("prompt", "completion", "text") if name in form.settings]
-    columns = {column for template in templates for column in template_columns(template)}
-    return columns or {form.settings["messages"]}
-
-
-def _length(rows: Rows, form: Form) -> int:
-    """Characters of a long example: nineteen of twenty are no longer."""
-    sizes = sorted(sum(len(str(row.get(column, ""))) for column in _used(form)) for row in rows)
+def _length(rows: list[Columns], data: DataSettings) -> int:
+    """The 95th percentile of an example's characters."""
+    sizes = sorted(sum(len(str(row.get(column, ""))) for column in data.columns) for row in rows)
     return sizes[(len(sizes) - 1) * 19 // 20]
 
 
-def _first(names: list[str], preferred: tuple[str, ...]) -> str:
+def _pick(names: list[str], preferred: tuple[str, ...]) -> str:
+    """The first of `preferred` that occurs in `names` (in any case), or else the first name."""
     return next((name for wanted in preferred for name in names if name.lower() == wanted), names[0])
 
 
