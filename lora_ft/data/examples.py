@@ -108,20 +108,16 @@ class Examples:
     texts: datasets.Dataset
 
     def with_prefix(self, ids: list[int]) -> "Examples":
-        """The same examples with `ids` (n virtual tokens, unsupervised) before each one's own; n = 0 changes nothing.
+        """The examples with `ids` (n virtual tokens, not supervised) in front of each.
 
-        The rows are changed as they are read: the columns `tokens` and `whole` and the texts stay without the prefix.
+        They are added as rows are read: neither the columns `tokens` and `full_length` nor the texts include them.
         """
         if not ids:
             return self
+        prefix: dict[str, Any] = {"input_ids": ids, "labels": [-100] * len(ids), "prompt_length": len(ids)}
 
         def prefixed(batch: dict[str, list]) -> dict[str, list]:
-            longer = {
-                "input_ids": lambda row: ids + row,
-                "labels": lambda row: [-100] * len(ids) + row,
-                "prompt_length": lambda length: len(ids) + length,
-            }
-            return {name: [longer.get(name, lambda value: value)(v) for v in values] for name, values in batch.items()}
+            return {name: [prefix[name] + v for v in vs] if name in prefix else vs for name, vs in batch.items()}
 
         report = replace(self.report, longest=self.report.longest + len(ids))
         return replace(self, dataset=self.dataset.with_transform(prefixed), report=report)
