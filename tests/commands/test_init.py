@@ -1,4 +1,4 @@
-"""A new user's config: suggested by the data's columns, short, commented, and good enough to pass `check`."""
+"""The config written by `init`: suggested by the data's columns, short, commented, and accepted by `check`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.helpers.tiny import lora_ft, write_base
 WORDS = ["the", "film", "was", "good", "and", "bad", "and", "great", "but", "awful", "in", "parts"]
 
 
-def said(n: int, length: int = 8) -> str:
+def sentence(n: int, length: int = 8) -> str:
     return " ".join(WORDS[(n + k) % len(WORDS)] for k in range(length)) + f" {n}"
 
 
@@ -38,21 +38,21 @@ def write(path, row, n=40):
 
 
 TURNS = [{"role": "user", "content": "good film?"}, {"role": "assistant", "content": "great"}]
-# name of the file, a row, the task, the data section's form
+# file name: (row number -> row, task, settings of the data section)
 CASES = {
     "words.csv": (
-        lambda i: {"review": said(i), "sentiment": ("negative", "no", "positive")[i % 3]},
+        lambda i: {"review": sentence(i), "sentiment": ("negative", "no", "positive")[i % 3]},
         "classification",
         {"prompt": "Review: {review}\nSentiment:", "completion": " {sentiment}"}
         | {"label_names": {"sentiment": ["negative", "no", "positive"]}},
     ),
     "ids.tsv": (
-        lambda i: {"id": i, "text": said(i), "label": i % 2},
+        lambda i: {"id": i, "text": sentence(i), "label": i % 2},
         "classification",
         {"prompt": "Text: {text}\nLabel:", "completion": " {label}", "label_names": {"label": ["0", "1"]}},
     ),
     "gaps.csv": (
-        lambda i: {"text": said(i), "label": "" if i == 7 else "yes" if i % 2 else "off"},
+        lambda i: {"text": sentence(i), "label": "" if i == 7 else "yes" if i % 2 else "off"},
         "classification",
         {
             "prompt": "Text: {text}\nLabel:",
@@ -62,7 +62,7 @@ CASES = {
         },
     ),
     "named.jsonl": (
-        lambda i: {"text": said(i), "label": i % 3, "topic": ["sport", "money", "art"][i % 3]},
+        lambda i: {"text": sentence(i), "label": i % 3, "topic": ["sport", "money", "art"][i % 3]},
         "classification",
         {
             "prompt": "Text: {text}\nLabel:",
@@ -71,17 +71,17 @@ CASES = {
         },
     ),
     "bools.jsonl": (
-        lambda i: {"comment": said(i), "toxic": i % 3 == 0},
+        lambda i: {"comment": sentence(i), "toxic": i % 3 == 0},
         "classification",
         {"prompt": "Comment: {comment}\nToxic:", "completion": " {toxic}", "label_names": {"toxic": ["false", "true"]}},
     ),
     "stars.csv": (
-        lambda i: {"text": said(i), "stars": 1 + i % 5},
+        lambda i: {"text": sentence(i), "stars": 1 + i % 5},
         "classification",
         {"prompt": "Text: {text}\nStars:", "completion": " {stars}"},
     ),
     "alpaca.jsonl": (
-        lambda i: {"instruction": said(i), "input": "" if i % 2 else said(3 * i), "output": said(2 * i)},
+        lambda i: {"instruction": sentence(i), "input": "" if i % 2 else sentence(3 * i), "output": sentence(2 * i)},
         "completion",
         {
             "prompt": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
@@ -89,36 +89,36 @@ CASES = {
         },
     ),
     "qa.csv": (
-        lambda i: {"Question": said(i), "Answer": said(2 * i)},
+        lambda i: {"Question": sentence(i), "Answer": sentence(2 * i)},
         "completion",
         {"prompt": "Question: {Question}\nAnswer:", "completion": " {Answer}"},
     ),
     "blank.jsonl": (
-        lambda i: {"prompt": said(i), "completion": " " + said(2 * i)},
+        lambda i: {"prompt": sentence(i), "completion": " " + sentence(2 * i)},
         "completion",
         {"prompt": "{prompt}", "completion": "{completion}"},
     ),
     "two.jsonl": (
-        lambda i: {"english text": said(i), "french": said(2 * i)},
+        lambda i: {"english text": sentence(i), "french": sentence(2 * i)},
         "completion",
         {"prompt": "{english text}\n", "completion": "{french}"},
     ),
     "chat.jsonl": (lambda i: {"id": i, "messages": TURNS}, "chat", {"messages": "messages"}),
     "shared.jsonl": (
-        lambda i: {"conversations": [{"from": "human", "value": said(i)}, {"from": "gpt", "value": "good"}]},
+        lambda i: {"conversations": [{"from": "human", "value": sentence(i)}, {"from": "gpt", "value": "good"}]},
         "chat",
         {"messages": "conversations"},
     ),
-    "book.jsonl": (lambda i: {"text": said(i, 200), "page": i}, "text", {"text": "{text}"}),
+    "book.jsonl": (lambda i: {"text": sentence(i, 200), "page": i}, "text", {"text": "{text}"}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_columns_suggest_the_form(tmp_path, name, capsys):
+def test_columns_suggest_the_task_and_data_settings(tmp_path, name, capsys):
     row, task, form = CASES[name]
     data, path = write(tmp_path / name, row), tmp_path / "config.yaml"
-    seen = suggest(data)
-    assert (seen.task, seen.data.settings, seen.rows) == (task, form, 40)
+    suggestion = suggest(data)
+    assert (suggestion.task, suggestion.data.settings, suggestion.rows) == (task, form, 40)
     create_config(path, "gpt2", data, None, None, False)
     config = load_config(path)
     assert config.data.eval == 0.1 and config.output == "out"
@@ -134,7 +134,7 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["words.csv", "gaps.csv", "alpaca.jsonl", "book.jsonl"])
-def test_it_passes_check(tmp_path, base, name, capsys):
+def test_the_config_passes_check(tmp_path, base, name, capsys):
     from lora_ft.commands.check.command import check
 
     path = tmp_path / "config.yaml"
@@ -143,14 +143,14 @@ def test_it_passes_check(tmp_path, base, name, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] > 0
 
 
-def test_a_task_overrules_the_guess(tmp_path):
+def test_the_task_option_overrides_the_suggestion(tmp_path):
     data = write(tmp_path / "words.csv", CASES["words.csv"][0])
     assert suggest(data, "text").data.settings == {"text": "{review}"}
     with pytest.raises(ConfigError, match="review, sentiment.*task chat"):
         suggest(data, "chat")
 
 
-def test_few_rows_hold_nothing_out(tmp_path):
+def test_nothing_is_held_out_of_few_rows(tmp_path):
     create_config(
         tmp_path / "c.yaml", "gpt2", write(tmp_path / "book.jsonl", CASES["book.jsonl"][0], 3), None, "mine", False
     )
@@ -159,16 +159,16 @@ def test_few_rows_hold_nothing_out(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["no", "a: b", "12", "ends in space ", "déjà vu #1", "x\ty", '"quoted"', "null"])
-def test_any_name_and_word_comes_back(tmp_path, text):
-    data = write(tmp_path / "l.jsonl", lambda i: {"text": said(i), "label": text if i % 2 else "other"})
+def test_any_name_and_word_survives_the_round_trip(tmp_path, text):
+    data = write(tmp_path / "l.jsonl", lambda i: {"text": sentence(i), "label": text if i % 2 else "other"})
     create_config(tmp_path / "c.yaml", "gpt2", data, None, text.strip().replace("\t", " "), False)
     config = load_config(tmp_path / "c.yaml")
     assert config.output == text.strip().replace("\t", " ")
     assert text == "12" or set(config.data.label_names["label"]) == {text, "other"}
 
 
-def test_columns_that_no_template_can_name(tmp_path):
-    data = write(tmp_path / "odd.jsonl", lambda i: {"a.b": said(i), "n": i})
+def test_columns_that_templates_cannot_name(tmp_path):
+    data = write(tmp_path / "odd.jsonl", lambda i: {"a.b": sentence(i), "n": i})
     with pytest.raises(ConfigError, match=r"a\.b, n.*docs/config.md"):
         suggest(data)
 
@@ -182,7 +182,7 @@ def test_broken_and_empty_data(tmp_path):
         suggest(str(tmp_path / "b.csv"))
 
 
-def test_a_file_is_never_overwritten_unasked(tmp_path):
+def test_a_file_is_overwritten_only_with_overwrite(tmp_path):
     data, path = write(tmp_path / "words.csv", CASES["words.csv"][0]), tmp_path / "c.yaml"
     path.write_text("mine")
     with pytest.raises(FilesError, match="--overwrite"):
@@ -192,7 +192,7 @@ def test_a_file_is_never_overwritten_unasked(tmp_path):
     assert load_config(path)
 
 
-def test_without_a_terminal_what_is_missing_is_named(tmp_path):
+def test_without_a_terminal_missing_options_are_errors(tmp_path):
     done = lora_ft("init", "--task", "text", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("--model and --data: missing") and not done.stdout
     assert lora_ft("init", "--model", "gpt2", cwd=tmp_path).stderr.startswith("--data: missing")

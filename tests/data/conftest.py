@@ -1,4 +1,4 @@
-"""Small tokenizers made here, with and without BOS, and files to read."""
+"""Small tokenizers, with and without BOS, and data files."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", 
 
 
 def build(bos: bool = False, eos: bool = False, **kwargs) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; `bos` and `eos`: what it adds to a text."""
+    """Byte-level BPE; `bos` and `eos`: the tokens it adds to a text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -30,7 +30,7 @@ def build(bos: bool = False, eos: bool = False, **kwargs) -> PreTrainedTokenizer
     single = " ".join(["<s>"] * bos + ["$A"] + ["</s>"] * eos)
     ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
     template = processors.TemplateProcessing(single=single, special_tokens=ids)
-    # As in many real tokenizers, ByteLevel's post-processing leaves white space out of the offsets.
+    # As in many real tokenizers, ByteLevel's post-processing strips white space from the offsets.
     backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **kwargs)
 
@@ -47,7 +47,7 @@ def with_bos():
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a file: bytes and text as they are, a list of objects as JSON Lines. Returns its path as a str."""
+    """Write a file, bytes and text unchanged, a list of objects as JSON Lines; returns its path as a str."""
 
     def write(name: str, content) -> str:
         path = tmp_path / name
@@ -64,7 +64,7 @@ def write(tmp_path):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """A cache of its own for each test, so that none finds another's entries."""
+    """A separate cache for each test, so that no test reads another's entries."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(folder))
     yield folder

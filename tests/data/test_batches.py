@@ -1,4 +1,4 @@
-"""Which examples make a step, and how a step is cut."""
+"""Which examples make up a step, and how a step is packed."""
 
 import datasets
 import pytest
@@ -27,7 +27,7 @@ def plan(micro_batch_tokens=16, batch_size=4, epochs=2.0, max_steps=None, seed=0
     return StepPlan(corpus(n), batch_size, epochs, max_steps, RowPacking(micro_batch_tokens, alone), seed)
 
 
-def test_an_epoch_sees_every_example_once_and_each_epoch_in_another_order():
+def test_an_epoch_uses_every_example_once_and_each_epoch_is_shuffled():
     p = plan()
     assert len(p) == 12  # 2 x ceil(23 / 4)
     first, second = ([i for s in range(a, a + 6) for i in p.examples(s)] for a in (0, 6))
@@ -35,14 +35,14 @@ def test_an_epoch_sees_every_example_once_and_each_epoch_in_another_order():
     assert first != second
 
 
-def test_a_step_depends_on_seed_and_number_alone():
+def test_a_step_depends_only_on_seed_and_number():
     a, b = plan(), plan()
     for step in (7, 2, 11, 0):  # in any order, as after a resume
         assert a.examples(step) == b.examples(step)
     assert plan(seed=1).examples(0) != a.examples(0)
 
 
-def test_how_a_step_is_cut_does_not_change_its_examples():
+def test_packing_does_not_change_the_examples_of_a_step():
     fine, coarse, alone = plan(8), plan(10_000), plan(8, alone=True)
     for step in range(len(fine)):
         assert sorted(fine[step]["rows"]) == sorted(coarse[step]["rows"]) == sorted(alone[step]["rows"])
@@ -52,7 +52,7 @@ def test_how_a_step_is_cut_does_not_change_its_examples():
 
 
 @pytest.mark.parametrize("limit", [4, 7, 9, 100])
-def test_rows_hold_at_most_micro_batch_tokens_unless_one_example_is_longer(limit):
+def test_rows_have_at_most_micro_batch_tokens_unless_one_example_is_longer(limit):
     lengths = [3, 9, 4, 4, 8, 1, 2, 7]
     rows = RowPacking(limit).rows(lengths)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
@@ -74,7 +74,7 @@ def test_a_micro_batch_keeps_the_positions_before_supervised_tokens():
     assert torch.equal(m["input_ids"][0, m["keep"] + 1], m["targets"])
 
 
-def test_max_steps_beats_epochs_and_may_pass_them():
+def test_max_steps_overrides_epochs_and_may_exceed_them():
     assert len(plan(max_steps=3)) == 3
     long = plan(max_steps=100)
     assert len(long) == 100 and long.examples(99)
@@ -82,7 +82,7 @@ def test_max_steps_beats_epochs_and_may_pass_them():
     assert plan().epoch_at(6) == 1.0 and plan().epoch_at(3) == pytest.approx(12 / 23)
 
 
-def test_rows_are_as_few_as_fit_and_even():
+def test_rows_are_as_few_as_fit_and_of_similar_size():
     lengths = [30, 9, 14, 22, 5, 18, 27, 11, 8, 16]  # 160
     rows = RowPacking(64).rows(lengths)
     sums = [sum(lengths[i] for i in row) for row in rows]

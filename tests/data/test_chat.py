@@ -1,4 +1,4 @@
-"""What of a chat is supervised, under templates that help and templates that don't; told by the texts of the tokens."""
+"""Which part of a chat is supervised, under many templates; compared as the text of the supervised tokens."""
 
 import pytest
 
@@ -10,7 +10,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CHATML_BARE = CHATML.partition("{% if add")[0]  # takes no notice of add_generation_prompt
+CHATML_BARE = CHATML.partition("{% if add")[0]  # ignores add_generation_prompt
 CHATML_DEFAULT_SYSTEM = (  # as SmolLM2 and Qwen2.5
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
 )
@@ -24,12 +24,12 @@ LLAMA2 = (
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-SYSTEM_LAST = (  # as Mistral: the system prompt stands before the last user turn
+SYSTEM_LAST = (  # as Mistral: the system prompt is in the last user turn
     "{{ bos_token }}{% set s = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
     "{% if m.role == 'user' %}[INST] {{ s + '\n\n' if loop.last or loop.index0 == messages | length - 2 else '' }}"
     "{{ m.content }}[/INST]{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
-FORGETS_THINKING = (  # as Qwen3: thinking only after the last question, and an empty one where there is none
+FORGETS_THINKING = (  # as Qwen3: thinking only after the last question, and an empty block if there is none
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' %}{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
@@ -64,7 +64,7 @@ def load(write, tokenizer, *chats, chat_template=None, max_length=200, **setting
     return load_examples([path], template, tokenizer, max_length=max_length, **settings)
 
 
-def said(tokenizer, example) -> list[str]:
+def supervised_texts(tokenizer, example) -> list[str]:
     """The texts of the runs of supervised tokens."""
     runs, before = [], False
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
@@ -80,7 +80,7 @@ def said(tokenizer, example) -> list[str]:
     [
         (CHATML, [U1, A1, U2, A2], [A1["content"] + E, A2["content"] + E]),
         (CHATML, [SYSTEM, U1, A1, U2], [A1["content"] + E]),
-        (CHATML, [A1, U1, A2], [A1["content"] + E, A2["content"] + E]),  # begins with the assistant
+        (CHATML, [A1, U1, A2], [A1["content"] + E, A2["content"] + E]),  # starts with the assistant
         (CHATML, [U1, A2, A1], [A2["content"] + E, A1["content"] + E]),
         (CHATML, [U1, {"role": "assistant", "content": ""}], [E]),
         (CHATML, [{"role": "user", "content": "fine"}, {"role": "assistant", "content": "fine"}], ["fine" + E]),
@@ -101,10 +101,10 @@ def said(tokenizer, example) -> list[str]:
         (NO_END, [U1, A2, U2], [" it  goes\n"]),
     ],
 )
-def test_what_the_assistant_says_is_supervised(write, plain, template, chat, expected):
+def test_assistant_turns_are_supervised(write, plain, template, chat, expected):
     examples = load(write, plain, chat, chat_template=template)
     example = examples.dataset[0]
-    assert said(plain, example) == expected
+    assert supervised_texts(plain, example) == expected
     text = plain.apply_chat_template(chat, chat_template=template, tokenize=False)
     if template is NO_END and chat[-1]["role"] == "assistant":
         text += "</s>"
@@ -112,7 +112,7 @@ def test_what_the_assistant_says_is_supervised(write, plain, template, chat, exp
 
 
 def test_spans_follow_the_generation_prompt(write, with_bos):
-    """The oracle: ids of the prompt that inference would make come first, the rest is supervised."""
+    """The oracle: the ids of the prompt at inference come first, the rest is supervised."""
     for template in (CHATML, LLAMA3):
         example = load(write, with_bos, [SYSTEM, U1, A2], chat_template=template).dataset[0]
         prompt = with_bos.apply_chat_template(
@@ -120,7 +120,7 @@ def test_spans_follow_the_generation_prompt(write, with_bos):
         )
         assert example["input_ids"][: len(prompt)] == prompt
         assert set(example["labels"][: len(prompt)]) == {-100}
-        assert said(with_bos, example) == ["it  goes" + (E if template == CHATML else "<|eot_id|>")]
+        assert supervised_texts(with_bos, example) == ["it  goes" + (E if template == CHATML else "<|eot_id|>")]
         assert (example["prompt_length"], example["choices"], example["label"]) == (0, [], -1)
 
 
@@ -131,14 +131,14 @@ def test_share_gpt_and_the_tokenizers_own_template(write, make_tokenizer):
         load(write, tokenizer, chat)
     tokenizer.chat_template = CHATML
     example = load(write, tokenizer, chat).dataset[0]
-    assert said(tokenizer, example) == ["it goes" + E]
+    assert supervised_texts(tokenizer, example) == ["it goes" + E]
     assert tokenizer.decode(example["input_ids"]) == f"<|im_start|>user\nso{E}\n<|im_start|>assistant\nit goes{E}\n"
 
 
 def test_long_chats_lose_their_end(write, plain):
-    whole = load(write, plain, [U1, A1, U2, A2], chat_template=CHATML).dataset[0]
-    for length in range(1, len(whole["input_ids"])):
-        cut, kept = whole["labels"][:length], any(x != -100 for x in whole["labels"][:length])
+    full = load(write, plain, [U1, A1, U2, A2], chat_template=CHATML).dataset[0]
+    for length in range(1, len(full["input_ids"])):
+        cut, kept = full["labels"][:length], any(x != -100 for x in full["labels"][:length])
         if kept:
             examples = load(write, plain, [U1, A1, U2, A2], chat_template=CHATML, max_length=length)
             assert examples.dataset[0]["labels"] == cut and examples.report.truncated == 1
@@ -148,7 +148,7 @@ def test_long_chats_lose_their_end(write, plain):
 
 
 @pytest.mark.parametrize(
-    "template, chat, told",
+    "template, chat, message",
     [
         (LLAMA2, [SYSTEM, U1, A1], "Only user and assistant roles are supported!"),
         (CHATML, [U1], "no assistant turn, so nothing is supervised; its roles are user"),
@@ -174,8 +174,8 @@ def test_long_chats_lose_their_end(write, plain):
         (REWRITES, [U1, A1, U2, A2], "cannot locate the assistant"),
     ],
 )
-def test_bad_chats(write, plain, template, chat, told):
-    with pytest.raises(DataError, match=told) as caught:
+def test_bad_chats(write, plain, template, chat, message):
+    with pytest.raises(DataError, match=message) as caught:
         load(write, plain, chat, chat_template=template)
     assert "chats.jsonl:1: " in str(caught.value)
     if template != "{{ messages[0].nothing.at_all }}" and template != REWRITES:
@@ -183,18 +183,18 @@ def test_bad_chats(write, plain, template, chat, told):
         assert (report.used, report.skipped_count) == (1, 1) and "chats.jsonl:2: " in report.skipped[0]
 
 
-def test_a_template_that_is_none(write, plain):
+def test_a_template_with_a_syntax_error(write, plain):
     with pytest.raises(ConfigError, match="data.chat_template: line 2"):
         load(write, plain, [U1, A1], chat_template="\n{% for %}")
 
 
-def test_dates_stand_still(write, plain):
+def test_dates_are_fixed(write, plain):
     text = plain.decode(load(write, plain, [U1, A1], chat_template=DATED).dataset[0]["input_ids"])
     assert text.startswith("26 Jul 2024 ")
 
 
-def test_content_parts_are_their_text(write, plain):
+def test_content_parts_are_joined(write, plain):
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo", "image_url": None}]
     in_parts = load(write, plain, [{"role": "user", "content": parts}, A1], chat_template=CHATML)
-    whole = load(write, plain, [{"role": "user", "content": "hello"}, A1], chat_template=CHATML)
-    assert in_parts.dataset["input_ids"][:] == whole.dataset["input_ids"][:]
+    full = load(write, plain, [{"role": "user", "content": "hello"}, A1], chat_template=CHATML)
+    assert in_parts.dataset["input_ids"][:] == full.dataset["input_ids"][:]

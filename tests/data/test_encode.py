@@ -1,4 +1,4 @@
-"""Prompts, completions and texts against straight-line encodings written out here; faults of rows; caching; parts by seed."""
+"""Prompts, completions and texts compared with row-by-row encodings; bad rows; caching; held-out parts."""
 
 import itertools
 import os
@@ -30,7 +30,7 @@ def ids(tokenizer, text, special=True):
 
 
 def oracle(tokenizer, prompt, completion, max_length, room=0):
-    """(ids, labels, prompt's length) by the design's rules, one row at a time."""
+    """(ids, labels, prompt length) by the design's rules, one row at a time."""
     before, joint = ids(tokenizer, prompt), ids(tokenizer, prompt + completion)
     answer = joint[len(before) :] if joint[: len(before)] == before else ids(tokenizer, completion, False)
     answer = answer + [tokenizer.eos_token_id]
@@ -72,7 +72,7 @@ def test_tokens_that_merge_across_the_boundary(write, plain):
     rows = [{"a": "Senti", "b": "ment: positive"}, {"a": "film,", "b": " warm"}]
     examples = load(write("a.jsonl", rows), template, plain)
     merged = [ids(plain, r["a"] + r["b"])[: len(ids(plain, r["a"]))] != ids(plain, r["a"]) for r in rows]
-    assert merged == [True, False]  # or this test tests nothing
+    assert merged == [True, False]  # otherwise this test is void
     assert examples.dataset["merged"][:] == merged and examples.report.merged == 1
     first = ids(plain, "Senti") + ids(plain, "ment: positive", False) + [plain.eos_token_id]
     assert examples.dataset[0]["input_ids"] == first
@@ -92,7 +92,10 @@ def test_end_of_sequence(write, make_tokenizer, plain):
         load(path, template, endless)
     without = load(path, template, endless, bad_rows="skip")
     assert without.dataset["row"][:] == [0, 2]
-    assert [labels.count(end) for labels in without.dataset["labels"]] == [0, 1]  # what the row itself says stays
+    assert [labels.count(end) for labels in without.dataset["labels"]] == [
+        0,
+        1,
+    ]  # the one that the row spells out is kept
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -121,7 +124,7 @@ def test_no_choices_without_a_labelled_column_in_the_completion(write, plain):
     assert examples.dataset[0]["choices"] == [] and examples.label_words == []
 
 
-def test_label_words_with_equal_tokens_are_refused(write, plain):
+def test_label_words_with_equal_tokens_are_rejected(write, plain):
     template = Template("{text}", " {label}", label_names={"label": ["same", "same"]})
     with pytest.raises(DataError, match="equal tokens"):
         load(write("a.jsonl", [{"text": "x", "label": 1}]), template, plain)
@@ -141,7 +144,7 @@ def test_texts(write, make_tokenizer, bos, eos, long_text, max_length):
         pieces = [body[at : at + size] for at in range(0, len(body), size)]
         for piece in pieces if long_text == "split" else pieces[:1]:
             labels = [-100] * bos + piece
-            if len(labels) > 1:  # a lone token has nothing that predicts it
+            if len(labels) > 1:  # no token predicts a lone token
                 expected.append((i, start + piece, [-100, *labels[1:]]))
     assert [(e["row"], e["input_ids"], e["labels"]) for e in examples.dataset] == expected
     assert (examples.report.used, examples.report.examples) == (6, len(expected))
@@ -149,7 +152,7 @@ def test_texts(write, make_tokenizer, bos, eos, long_text, max_length):
     assert examples.report.truncated == (cut if long_text == "truncate" else 0)
 
 
-def test_rows_that_truncation_empties_are_dropped_and_counted(write, with_bos):
+def test_rows_with_nothing_supervised_after_truncation_are_dropped_and_counted(write, with_bos):
     rows = [{"a": "x", "b": "y"}, {"a": "x", "b": "y"}]
     path = write("a.jsonl", rows)
     with pytest.raises(DataError, match="Raise data.max_length"):
@@ -177,11 +180,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("bad, told", BAD)
-def test_bad_rows(write, plain, bad, told):
+@pytest.mark.parametrize("bad, message", BAD)
+def test_bad_rows(write, plain, bad, message):
     good = {"text": "x", "label": 1}
     path = write("a.jsonl", [good, bad, good])
-    with pytest.raises(DataError, match=told.replace("?", r"\?")) as caught:
+    with pytest.raises(DataError, match=message.replace("?", r"\?")) as caught:
         load(path, CLASSES, plain)
     assert str(caught.value).startswith(f"{path}:2: ") and "bad_rows" in str(caught.value)
     assert str(caught.value).isprintable()
@@ -189,7 +192,7 @@ def test_bad_rows(write, plain, bad, told):
     assert examples.dataset["row"][:] == [0, 2] and examples.dataset["where"][:] == [f"{path}:1", f"{path}:3"]
     assert (examples.report.skipped_count, examples.report.used) == (1, 2)
     assert examples.report.skipped[0].startswith(f"{path}:2: ")
-    with pytest.raises(DataError):  # what was skipped before is still an error
+    with pytest.raises(DataError):  # rows skipped before are still an error
         load(path, CLASSES, plain)
 
 
@@ -201,8 +204,8 @@ def test_many_bad_rows_are_counted_and_the_first_listed(write, plain):
         load(write("b.jsonl", [{"text": "x"}] * 30), CLASSES, plain, bad_rows="skip")
 
 
-def test_lines_that_are_no_rows_are_bad_rows(write, plain):
-    """A wrong number of fields, or broken JSON: the next line is read all the same."""
+def test_malformed_lines_are_bad_rows(write, plain):
+    """A wrong number of fields, or broken JSON: reading continues with the next line."""
     for name, content in (
         ("a.csv", "text,label\nx,y\nx\nx,y,z\nx,y\n"),
         ("a.tsv", "text\tlabel\nx\ty\nx\nx\ty\tz\nx\ty\n"),
@@ -216,7 +219,7 @@ def test_lines_that_are_no_rows_are_bad_rows(write, plain):
         assert str(caught.value).startswith(f"{path}:{2 if name == 'a.jsonl' else 3}: ")
 
 
-def test_kind_words_for_columns_and_labels(write, plain):
+def test_hints_for_wrong_separators_and_misspelled_labels(write, plain):
     with pytest.raises(DataError, match=r'no column "text".*separated by ";": convert it'):
         load(write("a.csv", "text;label\nx;y\n"), PAIR, plain)
     with pytest.raises(DataError, match=r'is "Positive".* Did you mean "positive"\?'):
@@ -229,7 +232,7 @@ def test_numbers_in_templates_and_label_words_of_digits(write, plain):
     assert plain.decode(example["input_ids"]) == "3 2.5 True {i}é{x}</s>"
     stars = Template("{s}", " {n}", label_names={"n": ["1", "2", "3"]})
     path = write("b.jsonl", [{"s": "x", "n": "1"}, {"s": "x", "n": 2}])
-    assert load(path, stars, plain).dataset["label"][:] == [1, 2]  # ids, never sometimes words
+    assert load(path, stars, plain).dataset["label"][:] == [1, 2]  # always ids, never words
     with pytest.raises(DataError, match="class 3.*words of digits are not read as words"):
         load(write("c.jsonl", [{"s": "x", "n": "3"}]), stars, plain)
 
@@ -244,7 +247,7 @@ def test_empty_data(write, plain):
         load(write("f.jsonl", ROWS), Template("{text", "x"), plain)
 
 
-def test_several_sources_are_one_after_the_other(write, plain):
+def test_several_sources_are_concatenated(write, plain):
     a, b = write("a.jsonl", ROWS[:3]), write("b.csv", "text,label\nfour,positive\n")
     examples = load_examples([a, b], PAIR, plain, max_length=64)
     assert examples.dataset["row"][:] == [0, 1, 2, 3] and examples.dataset["where"][3] == f"{b}:2"
@@ -257,13 +260,13 @@ def test_sample_is_seeded_ordered_and_taken_before_encoding(write, plain):
         examples = load(path, PAIR, plain, max_examples=10, seed=seed)
         picks[seed] = examples.dataset["row"][:]
         assert picks[seed] == sorted(set(picks[seed])) and len(picks[seed]) == 10
-        whole = load(path, PAIR, plain, seed=seed)
+        full = load(path, PAIR, plain, seed=seed)
         assert sample_indices(40, 10, seed).tolist() == picks[seed]
         assert (
             examples.report.not_sampled == 30
             and "10 of 40 rows used, 30 not in the sample" in examples.report.summary()
         )
-        assert [whole.dataset[i]["input_ids"] for i in picks[seed]] == examples.dataset["input_ids"][:]
+        assert [full.dataset[i]["input_ids"] for i in picks[seed]] == examples.dataset["input_ids"][:]
     assert picks[0] != picks[1]
     assert len(load(path, PAIR, plain, max_examples=1000).dataset) == 40
 
@@ -281,7 +284,7 @@ def test_hold_out(write, plain):
         rest, held = load_side(None, amount), load_side(0, amount)
         a, b = set(rest.dataset["row"]), set(held.dataset["row"])
         assert len(b) == count == held.report.used == held.report.rows and not a & b and a | b == set(range(50))
-        assert len(rest.dataset) + len(held.dataset) == len(everything.dataset)  # pieces of a row on one side
+        assert len(rest.dataset) + len(held.dataset) == len(everything.dataset)  # the pieces of a row stay together
         assert rest.report.tokens + held.report.tokens == everything.report.tokens
         assert held.report.tokens == sum(map(len, held.dataset["input_ids"]))
         assert (rest.report.held_out, rest.report.skipped_count, held.report.skipped_count) == (count, 1, 0)
@@ -292,7 +295,7 @@ def test_hold_out(write, plain):
         assert set(some.dataset["row"]) < a and set(few.dataset["row"]) <= b
         assert (some.report.used, some.report.not_sampled, few.report.used) == (9, 41 - count, 1)
         assert (few.report.rows, few.report.not_sampled) == (count, count - 1)
-    several = [load_side(part, 7, 0.1, 3) for part in (0, 1, 2, None)]  # each of what the one before has left
+    several = [load_side(part, 7, 0.1, 3) for part in (0, 1, 2, None)]  # each from what the ones before have left
     assert [examples.report.used for examples in several] == [7, 4, 3, 36] and several[3].report.held_out == 14
     assert sorted(row for examples in several for row in set(examples.dataset["row"])) == list(range(50))
     for amount in (50, 60, 0):
@@ -300,7 +303,7 @@ def test_hold_out(write, plain):
             held_out_count(50, amount)
 
 
-def test_what_is_not_chosen_is_not_encoded(write, plain, monkeypatch):
+def test_only_rows_in_use_are_encoded(write, plain, monkeypatch):
     path, encoded = write("a.jsonl", ROWS), []
     real = encode.encode_pairs
     monkeypatch.setattr(encode, "encode_pairs", lambda prompts, *a: encoded.extend(prompts) or real(prompts, *a))
@@ -309,7 +312,7 @@ def test_what_is_not_chosen_is_not_encoded(write, plain, monkeypatch):
     assert len(encoded) == 5
 
 
-def test_made_once(write, plain, monkeypatch, own_cache):
+def test_tables_are_computed_once(write, plain, monkeypatch, own_cache):
     path = write("a.jsonl", ROWS)
     first = load(path, CLASSES, plain)
     reads, encodings = [], []
@@ -322,7 +325,7 @@ def test_made_once(write, plain, monkeypatch, own_cache):
     monkeypatch.undo()
 
 
-def test_made_anew_when_anything_it_depends_on_changes(write, make_tokenizer, plain):
+def test_tables_are_recomputed_when_anything_they_depend_on_changes(write, make_tokenizer, plain):
     path = write("a.jsonl", ROWS)
     shas = [load(path, PAIR, plain).report.sha256]
     for other in (
@@ -339,7 +342,29 @@ def test_made_anew_when_anything_it_depends_on_changes(write, make_tokenizer, pl
     assert moved.report.sha256 == shas[0] and "moved.jsonl" in moved.dataset[0]["where"]
 
 
-def test_a_damaged_entry_is_made_anew(write, plain, own_cache):
+@pytest.mark.parametrize(
+    "template, settings, sha256",
+    [
+        (Template("{t}:", " {l}", label_names={"l": ["x", "y"]}), {}, "436bbcb0dbede3e58b9312382cbdc1c2"),
+        (Template(text="{t}"), {"long_text": "split", "held_out": (1,), "part": 0}, "29b0cbff347df4ba7586199f45c5badd"),
+        (
+            Template(
+                messages="m", chat_template="{% for m in messages %}{{ m.role + m.content + '</s>' }}{% endfor %}"
+            ),
+            {"max_examples": 2, "seed": 1, "bad_rows": "skip"},
+            "2aa6eafcaee8ba78ac6683c9d0bc3f61",
+        ),
+    ],
+)
+def test_hashes_in_records_are_stable_across_versions(write, plain, monkeypatch, template, settings, sha256):
+    """--resume compares them with the record of a run, which an earlier version may have written."""
+    monkeypatch.setattr(encode, "tokenizer_hash", lambda tokenizer: "tokenizer")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    report = load(write("a.jsonl", [{"t": "a b", "l": 1, "m": chat}] * 3), template, plain, **settings).report
+    assert (report.content[:16], report.sha256[:32]) == ("ee1f17f8ff8dc7ea", sha256)
+
+
+def test_a_damaged_entry_is_recomputed(write, plain, own_cache):
     path = write("a.jsonl", ROWS)
     first = load(path, PAIR, plain).dataset[:]
     for file in (own_cache / "lora_ft").iterdir():
@@ -350,13 +375,13 @@ def test_a_damaged_entry_is_made_anew(write, plain, own_cache):
     assert load(path, PAIR, plain).dataset[:] == first
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(write, plain, monkeypatch, tmp_path):
+def test_a_read_only_cache_is_replaced_by_a_temporary_folder(write, plain, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(tmp_path / "file" / "below"))
     assert len(load(write("a.jsonl", ROWS), PAIR, plain).dataset) == 40
 
 
-def test_nothing_is_left_in_the_cache_by_a_failure(write, plain, own_cache):
+def test_a_failure_leaves_nothing_in_the_cache(write, plain, own_cache):
     with pytest.raises(DataError):
         load(write("a.jsonl", '{"text": "x", "label": "y"}\n' * 1500 + "{\n"), PAIR, plain)
     assert not list((own_cache / "lora_ft").iterdir())
@@ -371,7 +396,7 @@ def test_more_rows_than_a_batch(write, plain):
         assert examples.dataset[i]["input_ids"] == expected
 
 
-def test_old_entries_go_when_the_cache_grows_too_large(write, plain, own_cache, monkeypatch):
+def test_old_entries_are_removed_when_the_cache_is_too_large(write, plain, own_cache, monkeypatch):
     folder, names = own_cache / "lora_ft", "abcd"
     made: dict[str, set[Path]] = {}
     for age, name in enumerate(names):  # a is the oldest
@@ -390,9 +415,9 @@ def test_old_entries_go_when_the_cache_grows_too_large(write, plain, own_cache, 
     monkeypatch.setattr(cache, "MAX_BYTES", size * 3 // 4)
     held = load(write("d.jsonl", [{"text": "d" * 9, "label": "x"}] * 100), PAIR, plain)
     load(write("e.jsonl", [{"text": "e" * 9, "label": "x"}] * 100), PAIR, plain)
-    assert not any(p.exists() for p in made["b"] | {left}), "used longest ago"
-    assert all(p.exists() for p in [*made["a"], *made["d"], *foreign]), "used today, and files of others"
+    assert not any(p.exists() for p in made["b"] | {left}), "unused for longest"
+    assert all(p.exists() for p in [*made["a"], *made["d"], *foreign]), "used today, or not ours"
     monkeypatch.setattr(cache, "MAX_BYTES", 0)
     monkeypatch.setattr(cache, "DAY_SECONDS", -60.0)
     load(write("f.jsonl", ROWS), PAIR, plain)
-    assert not list(folder.glob("*[0-9a-f].json")) and held.dataset[0]["tokens"] > 0, "mapped still"
+    assert not list(folder.glob("*[0-9a-f].json")) and held.dataset[0]["tokens"] > 0, "still mapped"

@@ -1,4 +1,4 @@
-"""Rows of every kind of file, where they stand, and what is said of files that can't be read."""
+"""Rows and their locations in every kind of file, and the messages about files that cannot be read."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ def rows(path):
 
 
 def refused(path) -> str:
-    """What is said of the file, or of its first bad row."""
+    """The message about the file or its first bad row."""
     try:
         return next(f"{row.where}: {row.problem}" for row in iter_rows(path) if row.problem)
     except DataError as e:
@@ -32,7 +32,7 @@ def test_jsonl(write):
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         ('{"a": 1}\n{"a": \n', ":2: broken JSON"),
         ('{"a": 1}\n[1]\n', ":2: a row must be a JSON object"),
@@ -44,9 +44,9 @@ def test_jsonl(write):
         ('{"a": "\0"}\n', ":1: byte 8 of the line (0x00)"),
     ],
 )
-def test_broken_lines_are_named(write, content, told):
+def test_messages_locate_broken_lines(write, content, message):
     path = write("a.jsonl", content)
-    assert refused(path).startswith(path + told)
+    assert refused(path).startswith(path + message)
 
 
 def test_json(write):
@@ -64,7 +64,7 @@ def test_json(write):
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         ('[{"a": 1},\n {"a": ]', ":2: broken JSON"),
         ('[{"a": 1}\n {"a": 2}]', ":2: broken JSON"),
@@ -77,8 +77,8 @@ def test_json(write):
         ('{"a": 1,\n "b": }', ":2: broken JSON"),
     ],
 )
-def test_broken_json(write, content, told):
-    assert told in refused(write("a.json", content))
+def test_broken_json(write, content, message):
+    assert message in refused(write("a.json", content))
 
 
 def test_csv(write):
@@ -87,12 +87,12 @@ def test_csv(write):
         (":2", {"text": 'one, "quoted"\ntwo lines', "label": "0"}),
         (":5", {"text": "plain", "label": "1"}),
     ]
-    long = "x" * 300_000  # more than the csv module takes by itself
+    long = "x" * 300_000  # longer than the csv module's default limit
     assert rows(write("b.csv", f"text,n\n{long},1\n")) == [(":2", {"text": long, "n": "1"})]
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         ("a,b\n1,2\n1\n", ":3: 1 fields, the header has 2"),
         ("a,b\n1,2,3\n", ":2: 3 fields, the header has 2"),
@@ -100,13 +100,13 @@ def test_csv(write):
         ("a,b,a\n1,2,3\n", ":1: the header has 'a' more than once"),
     ],
 )
-def test_broken_csv(write, content, told):
+def test_broken_csv(write, content, message):
     path = write("a.csv", content)
-    assert refused(path).startswith(path + told)
+    assert refused(path).startswith(path + message)
 
 
 @pytest.mark.parametrize(
-    "name, content, told",
+    "name, content, message",
     [
         ("a.csv", "text;label\ngood, but long;1\n", 'delimiter=";"))\' < OLD > NEW'),
         ("a.csv", "text\tlabel\ngood, but long\t1\n", 'separated by "\\t": name it .tsv'),
@@ -118,15 +118,15 @@ def test_broken_csv(write, content, told):
         ("a.txt", "It was", "data.long_text: split"),
     ],
 )
-def test_files_of_another_kind_say_how_to_convert_them(write, name, content, told):
-    assert told in refused(write(name, content))
+def test_unsupported_files_get_a_hint_on_converting_them(write, name, content, message):
+    assert message in refused(write(name, content))
 
 
 TABLE = [["text", "n"], ['say "hi"', "1"], ["two\nlines", "2"], ["a\ttab", "3"], ['"all"', "4"], ["plain", "5"]]
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
-def test_tsv_with_a_quoted_header_is_quoted(tmp_path, quoting):
+def test_a_tsv_with_a_quoted_header_is_quoted(tmp_path, quoting):
     path = tmp_path / "a.tsv"
     with path.open("w", newline="") as file:
         csv.writer(file, delimiter="\t", quoting=quoting).writerows(TABLE)
@@ -135,8 +135,8 @@ def test_tsv_with_a_quoted_header_is_quoted(tmp_path, quoting):
 
 
 @pytest.mark.parametrize("header", ["text\tn", '"text"\tn', 'text "a"\tn', '"text\tn"'])
-def test_tsv_without_a_quoted_header_is_not(write, header):
-    """The header decides alone: quotes further down that a CSV reader would accept stay as they are."""
+def test_a_tsv_without_a_quoted_header_is_unquoted(write, header):
+    """Only the header decides: quotes below it are kept even if a CSV reader would accept them."""
     path = write("a.tsv", header + '\n"say ""hi"""\t1\n"two\nlines"\t2\nplain\t3\n')
     text, n = header.split("\t")
     assert rows(path)[0] == (":2", {text: '"say ""hi"""', n: "1"}) and rows(path)[-1][1] == {text: "plain", n: "3"}
@@ -149,13 +149,13 @@ def test_tsv_without_a_quoted_header_is_not(write, header):
     [
         ['it says "no" and means it', "fine"],  # inside a field
         ['"begins with one', "fine"],  # never closed
-        ['"begins', 'ends"'],  # one opens a field, another closes one lines later
+        ['"begins', 'ends"'],  # one opens a field, another closes one in a later line
         ['"half" a quote', "fine"],
         ['ends with one "', '" begins with one', "fine"],
         ["don't '' `` \\", '"'],
     ],
 )
-def test_tsv_with_plain_quotes(write, fields):
+def test_a_tsv_with_stray_quotes_is_read_verbatim(write, fields):
     lines = [f"{i}\t{field}" for i, field in enumerate(fields)]
     path = write("glue.tsv", "label\tsentence\n" + "\n".join(lines) + "\n")
     expected = [(f":{i + 2}", {"label": str(i), "sentence": field}) for i, field in enumerate(fields)]
@@ -176,12 +176,12 @@ def test_parquet(tmp_path, write):
     assert "damaged Parquet file" in refused(write("b.parquet", b"PAR1 nonsense"))
 
 
-def test_the_folder_of_a_data_set_says_how_to_convert_it(tmp_path):
+def test_a_saved_data_set_gets_a_hint_on_converting_it(tmp_path):
     datasets.Dataset.from_list([{"a": 1}]).save_to_disk(tmp_path / "saved")
     assert "to_parquet" in refused(str(tmp_path / "saved"))
 
 
-def test_what_is_no_data_file(tmp_path, write):
+def test_folders_missing_unsupported_and_empty_files(tmp_path, write):
     write("x.jsonl", "{}")
     assert "a folder" in refused(str(tmp_path)) and "x.jsonl" in refused(str(tmp_path))
     assert "no such file" in refused(str(tmp_path / "missing.jsonl"))
@@ -193,23 +193,23 @@ def test_what_is_no_data_file(tmp_path, write):
     assert rows(write("header.csv", "a,b\n")) == [] == rows(write("header.tsv", "a\tb\n"))
 
 
-def test_content_hash_is_the_content(write):
+def test_content_hash_depends_only_on_the_content(write):
     a, b, c = write("a.jsonl", "{}\n"), write("b.jsonl", "{}\n"), write("c.jsonl", "{} \n")
     assert content_hash(a) == content_hash(b) != content_hash(c)
 
 
-def test_hub_out_of_reach_names_the_ways_on():
-    told = refused("some-owner/some-data:config@train")  # tests run offline
+def test_without_the_hub_the_message_offers_local_data():
+    message = refused("some-owner/some-data:config@train")  # tests run offline
     assert (
-        "not a local file" in told
-        and "cannot be reached" in told
-        and "HF_HOME" in told
-        and "--set data.train=FILE" in told
+        "not a local file" in message
+        and "cannot be reached" in message
+        and "HF_HOME" in message
+        and "--set data.train=FILE" in message
     )
 
 
-def test_the_hubs_cache_of_a_data_set_serves_offline():
-    """What `hf download` left; `datasets` by itself looks only for what it prepared."""
+def test_a_downloaded_data_set_is_read_offline():
+    """Files of `hf download`; `datasets` by itself reads only tables that it prepared."""
     repo = Path(os.environ["HF_HUB_CACHE"]) / "datasets--some--reviews"
     snapshot = repo / "snapshots" / ("b" * 40)
     snapshot.mkdir(parents=True)
@@ -223,8 +223,8 @@ def test_the_hubs_cache_of_a_data_set_serves_offline():
         list(iter_rows("some/reviews:nothing@test"))
 
 
-def test_one_config_and_split_in_the_hubs_cache_are_enough_offline():
-    """A download of one config leaves out the files of the first one, and maybe other splits of its own."""
+def test_one_downloaded_config_and_split_is_enough_offline():
+    """A download of one config lacks the files of the first config, and perhaps its own other splits."""
     repo = Path(os.environ["HF_HUB_CACHE"]) / "datasets--some--many"
     snapshot = repo / "snapshots" / ("c" * 40)
     (snapshot / "b").mkdir(parents=True)
