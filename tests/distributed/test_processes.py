@@ -236,7 +236,9 @@ def test_shares_have_nearly_equal_tokens(count):
 def test_the_processes_share_out_each_step():
     lengths = sst2_like_lengths(50)
     rows = {"input_ids": [[1] * n for n in lengths], "labels": [[-100] * (n - 2) + [1, 1] for n in lengths]}
-    data = datasets.Dataset.from_dict(rows | {"tokens": lengths, "supervised": [2] * 50, "where": [str(i) for i in range(50)]})
+    data = datasets.Dataset.from_dict(
+        rows | {"tokens": lengths, "supervised": [2] * 50, "where": [str(i) for i in range(50)]}
+    )
     whole = StepPlan(data, 16, 1, None, RowPacking(64), 0)
     shares = [StepPlan(data, 16, 1, None, RowPacking(64), 0, Shard(rank, 3, padded=True)) for rank in range(3)]
     for step in range(len(whole)):

@@ -21,9 +21,9 @@ from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
 from lora_ft.core.storage import manifest, write_json
 from lora_ft.data.encode import load_examples
-from lora_ft.data.template import Template
 from lora_ft.data.examples import Examples
 from lora_ft.data.sources import iter_rows
+from lora_ft.data.template import Template
 from lora_ft.methods.lora.files import save_adapter
 from lora_ft.methods.lora.inject import inject_lora
 from lora_ft.methods.lora.peft import read_adapter
