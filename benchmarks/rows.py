@@ -19,13 +19,12 @@ from lora_ft.config.load import Config
 from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.data.prepare import prepare
 from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
-from lora_ft.model.device import micro_batch_tokens, prepare_device
+from lora_ft.model.device import micro_batch_tokens, peak_memory_mb, prepare_device
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.lora import LoRALinear, out_in
 from lora_ft.nn.loss import supervised_loss
-from lora_ft.training.progress import peak_memory_mb
 from lora_ft.training.trainer import LoRATrainer
 
 
@@ -61,14 +60,21 @@ def run(
     config = config_of(workload, model_name, folder, WORKLOADS[workload]["batch"] * steps)
     ours = row in ("lora-ft", "full")
     if ours:
-        device = prepare_device(config)
+        device = prepare_device()
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.backends.cuda.matmul.allow_tf32 = True
     base = resolve(config.model.name)
     tokenizer = load_tokenizer(base)
     data = prepare(config.data, tokenizer, 0)[0].dataset
-    plan = StepPlan(data, config.train.batch_size, 1, steps, RowPacking(micro_batch_tokens(config, device)), 0)
+    plan = StepPlan(
+        data,
+        config.train.batch_size,
+        1,
+        steps,
+        RowPacking(micro_batch_tokens(config.train.micro_batch_tokens, device)),
+        0,
+    )
     tokens = [sum(data[i]["tokens"] for i in plan.examples(s)) for s in range(steps)]
     model = load_base(base, "auto", device=device)
     inject_lora(model, [], config.adapter.rank, config.adapter.alpha, modules=config.adapter.modules, seed=0)
@@ -106,7 +112,7 @@ def run(
         "tokens": tokens[warm:],
         "seconds": seconds[warm - 1 :],
         "losses": [line["loss"] for line in losses if "loss" in line],
-        "peak_mb": peak_memory_mb(torch.device(device)),
+        "peak_mb": peak_memory_mb(device),
     }
 
 

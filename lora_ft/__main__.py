@@ -1,4 +1,4 @@
-"""`python -m lora_ft` is `lora-ft`."""
+"""`python -m lora_ft` runs the `lora-ft` command."""
 
 from lora_ft.cli import main
 

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_ft import __version__
-from lora_ft.cli.exits import INTERRUPTED, PIPE_CLOSED, report_error
+from lora_ft.cli.exits import report_error
+from lora_ft.core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 from lora_ft.core.messages import info
 from lora_ft.core.signals import Stopped, Stopper
+from lora_ft.core.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,11 +74,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(report_error(error, debug="--debug" in sys.argv)) from None
         except SystemExit as end:
             if isinstance(end.__context__, BrokenPipeError):  # rich's own report_error to a closed pipe is 1
-                raise SystemExit(PIPE_CLOSED) from None
+                raise SystemExit(EXIT_BROKEN_PIPE) from None
             raise
         except (Stopped, KeyboardInterrupt) as stop:
             info(str(stop) or "stopped")
-            raise SystemExit(getattr(stop, "exit_code", INTERRUPTED)) from None
+            raise SystemExit(getattr(stop, "exit_code", EXIT_INTERRUPTED)) from None
 
     return app.command()(answered)
 
@@ -102,3 +103,10 @@ def lora_ft(
     lora-ft eval                               base against adapter
     lora-ft merge --adapter out                a plain model in out-merged/
     """
+
+
+def main() -> None:
+    """Run the command line in sys.argv: the console script, and the entry point of the processes that `train` starts."""
+    for stream in (sys.stdout, sys.stderr):  # printing never fails because of a character
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    app(prog_name="lora-ft")

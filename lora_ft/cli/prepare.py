@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lora_ft.cli import exits
 from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRemoteCode, command
+from lora_ft.core.messages import silence_libraries
 from lora_ft.core.trust import Trust
 
 
@@ -70,14 +70,14 @@ def check(
     if shape:
         nothing = {"model": {"name": shape}, "data": {"train": "none", "text": "{text}"}}
         settings = parse_config(nothing, set or (), "the command line")
-        exits.silence_libraries()
+        silence_libraries()
         from lora_ft.commands.check.shapes import check_shape
 
         check_shape(shape, settings, as_json=as_json, trust=Trust(trust_remote_code))
         return
     assert config is not None
     settings = load_config(config, set or ())
-    exits.silence_libraries()
+    silence_libraries()
     from lora_ft.commands.check.command import check
 
     check(

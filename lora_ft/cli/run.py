@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lora_ft.cli import exits
-from lora_ft.cli.app import AllowPickle, AsJson, ConfigFile, Debug, OtherBase, Set, TrustRemoteCode, command
+from lora_ft.cli.app import AllowPickle, AsJson, ConfigFile, Debug, OtherBase, Set, TrustRemoteCode, command, main
+from lora_ft.core.messages import silence_libraries
 from lora_ft.core.trust import Trust
 
 
@@ -40,12 +40,12 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite: give one; --resume goes on, --overwrite begins anew")
     settings = load_config(config, set or ())
-    exits.silence_libraries()
-    from lora_ft.distributed.launch import launch, wanted
+    silence_libraries()
+    from lora_ft.distributed.launch import launch, processes_to_start
 
-    many = wanted(processes, on_gpus=not settings.trainer.use_cpu)
-    if many > 1:
-        raise SystemExit(launch(many, sys.argv[1:]))
+    count = processes_to_start(processes, on_gpus=not settings.trainer.use_cpu)
+    if count > 1:
+        raise SystemExit(launch(count, sys.argv[1:], main))
     with redirect_stdout(sys.stderr):  # transformers greets W&B's offline mode on stdout
         from lora_ft.commands.train import train
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lora_ft.cli import exits
 from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRemoteCode, command
+from lora_ft.core.messages import silence_libraries
 from lora_ft.core.trust import Trust
 
 
@@ -42,7 +42,7 @@ def eval(
         from lora_ft.config.load import NOT_TRAINING, load_config
 
         load_config(config, [*NOT_TRAINING, "model.name=stands in", *(["data.eval=1"] if data else []), *(set or [])])
-    exits.silence_libraries()
+    silence_libraries()
     from lora_ft.commands.evaluate import evaluate_command
 
     evaluate_command(
@@ -102,7 +102,7 @@ def generate(
     Example: lora-ft generate out --prompt "The best film of the year"
              lora-ft generate --adapter a=out/a --adapter b=out/b --prompts p.jsonl
     """
-    exits.silence_libraries()
+    silence_libraries()
     from lora_ft.commands.generate.command import generate_command
 
     generate_command(
@@ -144,7 +144,7 @@ def merge(
     \b
     Example: lora-ft merge --base gpt2 --adapter out/
     """
-    exits.silence_libraries()
+    silence_libraries()
     from lora_ft.commands.merge import merge_command
 
     merge_command(
@@ -204,7 +204,7 @@ def export(
     \b
     Example: lora-ft export out --to gguf
     """
-    exits.silence_libraries()
+    silence_libraries()
     from lora_ft.commands.export.command import export_command
 
     export_command(

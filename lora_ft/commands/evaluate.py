@@ -54,7 +54,7 @@ def evaluate_command(
     if texts_path and not texts_path.absolute().parent.is_dir():
         raise ConfigError(f"--texts: {texts_path.parent} is not a folder. Create it, or name another.")
     check_installed(config.generation.metrics)
-    device = prepare_device(config)
+    device = prepare_device(config.trainer.use_cpu)
 
     model_config = config.model
     if trained:
@@ -82,7 +82,7 @@ def evaluate_command(
     check_length(model, files, longest)
 
     isolation = Isolation.detect(model, longest)
-    at_most = micro_batch_tokens(config, device)
+    at_most = micro_batch_tokens(config.train.micro_batch_tokens, device)
     is_adapter = bool(trained) and trained[0].method != "full"
     own = [str(entry.folder) for entry in trained] if several else ["adapter" if is_adapter else "model"]
     results = []

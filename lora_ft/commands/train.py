@@ -17,16 +17,17 @@ from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.core.storage import write_json
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.distributed import processes
+from lora_ft.distributed.environment import join, with_accelerate_settings
 from lora_ft.evaluation.evaluate import evaluator
 from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.texts import check_installed
-from lora_ft.model.device import meet_others, prepare_device, with_accelerate
+from lora_ft.model.device import prepare_device
 from lora_ft.nn.attention import Isolation
 from lora_ft.report.runs import read_run as read_report_data
 from lora_ft.report.write import write_report
 from lora_ft.training import resume as resuming
-from lora_ft.training import run_log
 from lora_ft.training.checkpoint import State
+from lora_ft.training.output import append_log, clear, locked
 from lora_ft.training.progress import trackers
 from lora_ft.training.saving import Saver
 from lora_ft.training.setup import RunSetup
@@ -44,13 +45,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
     with (
         processes.silence_other_ranks(),
         Stopper() as stopper,
-        run_folder.claimed(output) if is_main else nullcontext(),
+        locked(output) if is_main else nullcontext(),
     ):
         # ---- open: the processes, and what the output holds ----
         stopper.hint = resume_hint(started="--overwrite" not in sys.argv)
-        config = with_accelerate(config)
-        device = prepare_device(config)
-        meet_others(config, device)
+        config = with_accelerate_settings(config)
+        device = prepare_device(config.trainer.use_cpu)
+        join(config, device)
         checkpoint = processes.broadcast(lambda: resuming.find_starting_point(output, config, resume, overwrite))
         before = processes.broadcast(lambda: resuming.read_run(checkpoint) if checkpoint else None)
         if before and before["kind"] == "adapter":
@@ -82,9 +83,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         if is_main and before:
             resuming.announce_resume(before, record, state, len(plan), output)
         elif is_main:
-            run_folder.clear(
-                output
-            )  # with --overwrite a run; else at most the log of one killed before its first checkpoint
+            clear(output)  # with --overwrite a run; else at most the log of one killed before its first checkpoint
         stopper.hint = resume_hint(started=True)
         saver = Saver(output, model, setup.tokenizer, record, config.train.save_total_limit)
         if state and is_main:
@@ -107,7 +106,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
             isolation=setup.isolation,
             evaluation=evaluation if setup.eval_sets else None,
             save=save,
-            log_line=lambda line: run_log.write_line(output, line) if is_main else None,
+            log_line=lambda line: append_log(output, line) if is_main else None,
             patience=config.train.early_stopping_patience,
             stopper=stopper,
         )

@@ -1,52 +1,58 @@
-"""What can go wrong for a user, one class per exit code. Everything else is a bug (exit 1).
+"""Errors that a user can fix, one class per exit code, and the other exit codes. Any other exception is a bug.
 
-A message says what is wrong, where (file and line, field or tensor), and what to do about it.
+A message names the problem, the place (file and line, setting or tensor) and the way out.
 """
 
 import errno
 
+EXIT_BUG, EXIT_OUT_OF_MEMORY = 1, 7
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
+
 
 class UserError(Exception):
-    """Base of the errors that are answered with a message instead of a traceback."""
+    """Base class of the errors that are reported as a message instead of a traceback."""
 
-    exit_code = 1
+    exit_code = EXIT_BUG
 
 
 class ConfigError(UserError):
-    """The config file or the command line."""
+    """An invalid config file or command line."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """Training or evaluation data."""
+    """Invalid training or evaluation data."""
 
     exit_code = 3
 
 
 class ModelError(UserError):
-    """Model, tokenizer or adapter."""
+    """A model, tokenizer or adapter that is missing, damaged or does not fit."""
 
     exit_code = 4
 
 
 class NumbersError(UserError):
-    """NaN or inf in the loss or a gradient."""
+    """NaN or inf in the loss, a gradient or a score."""
 
     exit_code = 5
 
 
 class FilesError(UserError):
-    """Files, disk, locks and checkpoints."""
+    """Files, disk space, locks and checkpoints."""
 
     exit_code = 6
 
 
-def is_memory(error: BaseException) -> bool:
-    """Whether an allocation was refused. By name and text: of torch's CPU allocator it is a plain RuntimeError, of
-    safetensors one of its own."""
-    text = str(error).lower()
-    refused = any(t in text for t in ("allocate memory", "bad_alloc", "start new thread", "os error 12"))
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` reports a refused allocation.
+
+    Decided by name and text, because libraries have no common class for it: torch's CPU allocator raises a plain
+    RuntimeError, safetensors an error of its own.
+    """
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or refused
+    text = str(error).lower()
+    refused = any(part in text for part in ("allocate memory", "bad_alloc", "start new thread", "os error 12"))
+    return refused or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

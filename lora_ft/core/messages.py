@@ -1,14 +1,16 @@
-"""Messages for people: always on stderr, and always safe to print."""
+"""Messages to the user: on stderr, with control characters escaped."""
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 
 def printable(text: str, limit: int = 200, keep: str = "") -> str:
-    """Text of a user, safe to print: control characters and escape codes as \\x1b and the like; cut at `limit`.
+    """`text` cut at `limit` characters, its control characters and escape codes shown as \\x1b and the like.
 
-    keep: control characters that may stay, such as line ends.
+    Args:
+        keep: control characters that stay as they are, such as line ends.
     """
     cut = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(
@@ -17,22 +19,22 @@ def printable(text: str, limit: int = 200, keep: str = "") -> str:
 
 
 def info(message: str) -> None:
-    """A message on stderr, a user's control characters shown escaped."""
+    """Print a message, of one or more lines, on stderr."""
     print("\n".join(printable(line, 2000) for line in message.split("\n")), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """`info`, marked as a warning."""
+    """Print a message marked as a warning on stderr."""
     info(f"warning: {message}")
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, in a line that is safe to print."""
+    """The first line of another library's error message, or its class name if it has no message."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0], 300)
 
 
 def format_value(value: Any) -> str:
-    """A value as a config would have it, for a message: text in quotes, `true`, `null`."""
+    """A value as it is written in a config: quoted text, `true`, `null`; a description of anything nested."""
     match value:
         case str():
             return f'"{printable(value, 60)}"'
@@ -46,3 +48,23 @@ def format_value(value: Any) -> str:
         case list() | tuple():
             return "an empty list" if not value else "a list"
     return f"a {type(value).__name__}"
+
+
+def silence_libraries() -> None:
+    """Turn off other libraries' warnings, and their progress bars unless stderr is a terminal.
+
+    Call it before they are imported. Variables that are already set in the environment are kept.
+    """
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    if not sys.stderr.isatty():
+        # TQDM_DISABLE is only a default: bars created with `disable=None`, as in this package, ignore it
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(name, "1")
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # loading weights takes about a second

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: stop at a place from which the run can go on exactly; a second one ends at once."""
+"""SIGTERM and SIGINT: stop where the run can resume exactly; a second signal exits at once."""
 
 import os
 import signal
@@ -7,12 +7,12 @@ import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SECONDS = 8  # that a stop may take where nothing has to be saved
-ONE_SIGNAL = 1.0  # seconds within which a launcher and the terminal may both deliver what the user sent once
+EXIT_SECONDS = 8  # time to unwind after a signal when there is nothing to save; then the process exits
+DUPLICATE_SECONDS = 1.0  # a launcher and the terminal may both deliver one Ctrl-C, this far apart at most
 
 
 class Stopped(BaseException):
-    """A signal's request to stop. Not an Exception: nothing on the way may take it for an error and go on."""
+    """A stop requested by a signal. Not an Exception, so that no `except Exception` on the way swallows it."""
 
     def __init__(self, signum: int, hint: str = ""):
         super().__init__("stopped")
@@ -23,26 +23,26 @@ class Stopped(BaseException):
 
 
 class Stopper:
-    """Turns a signal into `Stopped`: at once, or while `deferred` at the next `check`.
+    """Context manager of the main thread that turns signals into `Stopped`; the previous handlers return at its exit.
 
-    Use as a context manager in the main thread; the handlers that were there before come back at the end. Libraries may
-    take `Stopped` for an error of theirs (an import that failed), or lose it (in a callback from C): an error that comes
-    after a signal that was not deferred leaves as `Stopped`, and a process that goes on all the same is ended soon.
+    A signal raises at once, or while `deferred` at the next `check`. Libraries may mistake `Stopped` for an error of
+    their own (a failed import) or swallow it (in a C callback). So an exception that follows a signal leaves as
+    `Stopped`, and a process still running EXIT_SECONDS later is ended.
     """
 
     def __init__(self) -> None:
         self.deferred = False
         self.received: int | None = None
-        self._since = 0.0
-        self.hint = ""  # what is said after "stopped"
+        self._received_at = 0.0
+        self.hint = ""  # printed after "stopped"
         self._last_resort: threading.Timer | None = None
 
     def __enter__(self) -> "Stopper":
-        self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
+        self._previous = {s: signal.signal(s, self._handle) for s in SIGNALS}
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        for signum, handler in self._before.items():
+        for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         if self._last_resort is not None:
             self._last_resort.cancel()
@@ -50,18 +50,22 @@ class Stopper:
                 raise Stopped(self.received, self.hint) from error
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal came."""
+        """Stop here if a signal was received.
+
+        Raises:
+            Stopped: one was.
+        """
         if self.received is not None:
             raise Stopped(self.received, self.hint)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            if "LOCAL_RANK" in os.environ and time.monotonic() - self._since < ONE_SIGNAL:
+            if "LOCAL_RANK" in os.environ and time.monotonic() - self._received_at < DUPLICATE_SECONDS:
                 return
             os._exit(128 + signum)
-        self.received, self._since = signum, time.monotonic()
+        self.received, self._received_at = signum, time.monotonic()
         if not self.deferred:
-            self._last_resort = threading.Timer(SECONDS, os._exit, [128 + signum])
+            self._last_resort = threading.Timer(EXIT_SECONDS, os._exit, [128 + signum])
             self._last_resort.daemon = True
             self._last_resort.start()
             raise Stopped(signum, self.hint)

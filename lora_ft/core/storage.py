@@ -1,7 +1,7 @@
-"""How files land and how they are read back.
+"""Writing files atomically, and reading files that may be damaged or forged.
 
-Everything lands by write-to-temporary, fsync, rename: after a crash a name stands for the old content or the new, never
-for half of one. Modes follow the umask. What is read is checked before it is believed.
+Every file is written under a temporary name, synced and renamed: after a crash a name has its old content or the new one,
+never half of one. File modes follow the umask.
 """
 
 import errno
@@ -14,51 +14,57 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from lora_ft.core.errors import FilesError, ModelError, UserError, is_memory
+import psutil
+
+from lora_ft.core.errors import FilesError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import format_value, printable
 
-JSON_LIMIT = 16 * 2**20  # bytes; the largest honest file here, the index of a big model, has a few
+JSON_LIMIT = 16 * 2**20  # bytes; the largest JSON file of a model, its weight index, has a few MiB
 
 
 def write_file(path: Path, data: bytes | str) -> None:
-    """Write a file in one step.
+    """Write a file atomically.
 
     Raises:
         FilesError: the folder is missing, read-only or full (with the bytes needed and free).
     """
     content = data.encode() if isinstance(data, str) else data
-    with landing(path, len(content)) as temporary:
+    with atomic_file(path, len(content)) as temporary:
         temporary.write_bytes(content)
 
 
 def write_json(path: Path, obj: object) -> None:
-    """Write JSON as people and diffs like it: indented, in the order given, with a final newline."""
+    """Write indented JSON, keys in the order given, with a final newline.
+
+    Raises:
+        FilesError: as `write_file`.
+    """
     write_file(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
 def append_line(path: Path, obj: object) -> None:
-    """Append one line of JSON in a single write, so that a reader, or a crash, never meets half of one.
+    """Append one line of JSON in a single write, so that readers never see half of one.
 
     Raises:
         FilesError: as `write_file`.
     """
     line = (json.dumps(obj, ensure_ascii=False) + "\n").encode()
-    with _as_files_error(path, len(line)):
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(handle, line)
-        finally:
-            os.close(handle)
+    with _os_errors_as_files_error(path, len(line)), path.open("ab", buffering=0) as f:
+        f.write(line)
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file straight from the tensors' memory (contiguous, sharing none); no copy is made."""
+    """Write a safetensors file atomically, without a copy of the tensors (contiguous, sharing no memory).
+
+    Raises:
+        FilesError: as `write_file`.
+    """
     from safetensors.torch import save_file
 
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
-    with landing(path, needed) as temporary:
+    with atomic_file(path, needed) as temporary:
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata or {"format": "pt"})  # puts a file of mode 0600 in the place of ours
+        save_file(tensors, temporary, metadata or {"format": "pt"})  # replaces the file by one of mode 0600
         temporary.chmod(mode & 0o777)
 
 
@@ -66,7 +72,7 @@ def read_tensors(path: Path) -> dict:
     """The tensors of a safetensors file, on the CPU.
 
     Raises:
-        ModelError: missing, cut short, or with a damaged header.
+        ModelError: the file is missing, truncated, or its header is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -74,27 +80,27 @@ def read_tensors(path: Path) -> dict:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as e:
-        if is_memory(e):
+        if is_out_of_memory(e):
             raise
-        raise ModelError(f"{path}: missing, damaged or cut ({e}). Copy the file again.") from e
+        raise ModelError(f"{path}: missing, damaged or truncated ({e}). Copy the file again.") from e
 
 
 def read_json(path: Path, error: type[UserError]) -> dict:
-    """A JSON object from a file that may have come from anywhere: its size and depth cost nothing.
+    """A JSON object from an untrusted file: neither its size nor its depth can exhaust memory or the stack.
 
     Raises:
-        error: missing, too large, too deep, not JSON, or not an object.
+        error: the file is missing, too large, too deep, not JSON, or not an object.
     """
     try:
         with path.open("rb") as f:
             content = f.read(JSON_LIMIT + 1)
         if len(content) > JSON_LIMIT:
-            raise error(f"{path}: larger than {JSON_LIMIT // 2**20} MiB, so not a file that this tool can use.")
+            raise error(f"{path}: larger than {JSON_LIMIT // 2**20} MiB, the limit for JSON files.")
         obj = json.loads(content)
     except OSError as e:
         raise error(f"{path}: can't be read ({e.strerror}).") from e
     except RecursionError as e:
-        raise error(f"{path}: nested too deeply to be an honest file.") from e
+        raise error(f"{path}: nested too deeply.") from e
     except ValueError as e:
         raise error(f"{path}: not valid JSON ({e}).") from e
     if not isinstance(obj, dict):
@@ -103,30 +109,28 @@ def read_json(path: Path, error: type[UserError]) -> dict:
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """A hidden sibling to fill; at the end it is made durable and takes the name `target`, in one step.
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A hidden sibling folder to fill; on success it is synced and renamed to `target`, after an exception removed.
 
-    After an exception it is removed; what a killed process left behind is removed by the next one with the same target.
+    What a killed process left behind is removed by the next one with the same target.
 
     Raises:
-        FilesError: `target` exists, or the place can't be written.
+        FilesError: `target` exists, or its parent can't be written.
     """
     if target.exists() or target.is_symlink():
         raise FilesError(f"{target}: exists already. Remove it or name another folder.")
-    with _as_files_error(target):
+    with _os_errors_as_files_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         staged = target.parent / f".{target.name}.partial-{os.getpid()}"
         staged.mkdir()
     try:
         yield staged
-        with _as_files_error(target):
-            for folder, _, names in os.walk(staged):
-                for name in names:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
-            if target.exists():  # rename would silently take the place of an empty folder
-                raise FilesError(f"{target}: made by someone else in the meantime. Name another folder.")
+        with _os_errors_as_files_error(target):
+            for path in (*staged.rglob("*"), staged):
+                _sync(path)
+            if target.exists():  # rename would silently replace an empty folder
+                raise FilesError(f"{target}: another process created it in the meantime. Name another folder.")
             staged.rename(target)
             _sync(target.parent)
     finally:
@@ -140,12 +144,15 @@ def sibling(folder: Path, suffix: str) -> Path:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """FilesError with both figures if `needed` bytes don't fit where `folder` is, or will be made."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    """Check that `needed` bytes fit on the disk of `folder`, which need not exist yet.
+
+    Raises:
+        FilesError: they don't; both figures are named.
+    """
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
-        raise FilesError(f"{folder}: {needed} bytes needed, {free} free. Free some space or name another place.")
+        raise FilesError(f"{folder}: {needed} bytes needed, {free} free. Free some space or name another folder.")
 
 
 def sha256(path: Path) -> str:
@@ -155,15 +162,15 @@ def sha256(path: Path) -> str:
 
 
 def manifest(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """Size in bytes and SHA-256 of each of these files."""
+    """Size in bytes and SHA-256 of files in `folder`, by name."""
     return {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
 
 
 def verify_manifest(folder: Path, entries: dict, error: type[UserError]) -> None:
-    """Check that every listed file is there and unchanged. A name without size and hash is a mere mention.
+    """Check that every listed file exists unchanged. A name without size and hash is not read.
 
     Raises:
-        error: one is missing or changed, or a name leads out of the folder (then nothing was read).
+        error: a file is missing or changed, or a name leads out of the folder (checked before any file is read).
     """
     if not isinstance(entries, dict):
         raise error(f"{folder}: its manifest is not a table of files.")
@@ -177,26 +184,27 @@ def verify_manifest(folder: Path, entries: dict, error: type[UserError]) -> None
         path = folder / name
         try:
             size = path.stat().st_size if isinstance(entry, dict) and path.is_file() else None
-            hashed = sha256(path) if size is not None and size == entry["size"] else None
-        except (OSError, ValueError, KeyError):  # no such name can be, or the disk fails
+            digest = sha256(path) if size is not None and size == entry["size"] else None
+        except (OSError, ValueError, KeyError):  # an impossible file name, or the disk fails
             size = None
         if size is None:
-            raise error(
-                f"{printable(str(path), 500)}: missing or unreadable, though the manifest lists it. Restore it from a copy."
-            )
-        if size != entry["size"]:
-            raise error(
-                f"{path}: changed since its manifest was written ({size} bytes, was {format_value(entry['size'])})."
-            )
-        if hashed != entry.get("sha256"):
-            raise error(f"{path}: changed since its manifest was written (its SHA-256 differs).")
+            name = printable(str(path), 500)
+            raise error(f"{name}: missing or unreadable, though the manifest lists it. Restore it from a copy.")
+        if size != entry["size"] or digest != entry.get("sha256"):
+            sizes = f"{size} bytes, was {format_value(entry['size'])}"
+            change = sizes if size != entry["size"] else "its SHA-256 differs"
+            raise error(f"{path}: changed since its manifest was written ({change}).")
 
 
 @contextmanager
-def landing(path: Path, needed: int) -> Iterator[Path]:
-    """An empty file with the umask's mode beside `path`, to fill; at the end it becomes `path`, made durable."""
+def atomic_file(path: Path, needed: int) -> Iterator[Path]:
+    """A temporary file beside `path`, to fill with about `needed` bytes; on success it is synced and renamed to `path`.
+
+    Raises:
+        FilesError: as `write_file`.
+    """
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    with _as_files_error(path, needed):
+    with _os_errors_as_files_error(path, needed):
         try:
             temporary.write_bytes(b"")
             yield temporary
@@ -209,11 +217,11 @@ def landing(path: Path, needed: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _as_files_error(path: Path, needed: int | None = None) -> Iterator[None]:
+def _os_errors_as_files_error(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        wrapped = re.search(r"\(os error (\d+)\)", str(e))  # safetensors hides the system's error in one of its own
+        wrapped = re.search(r"\(os error (\d+)\)", str(e))  # safetensors wraps the system's error in its own
         number = e.errno if isinstance(e, OSError) else int(wrapped[1]) if wrapped else None
         if number in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free
@@ -225,24 +233,18 @@ def _as_files_error(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 def _remove_leftovers(target: Path) -> None:
-    prefix = f".{target.name}.partial-"
+    """Remove the partial folders of `target` whose process is gone."""
     for path in target.parent.iterdir():
-        pid = path.name.removeprefix(prefix)
-        if path.name.startswith(prefix) and pid.isdecimal():
-            try:
-                os.kill(int(pid), 0)
-            except (ProcessLookupError, OverflowError):
-                shutil.rmtree(path, ignore_errors=True)
-            except PermissionError:
-                pass  # alive, and someone else's
-            else:
-                if int(pid) == os.getpid():
-                    shutil.rmtree(path, ignore_errors=True)
+        pid = re.fullmatch(re.escape(f".{target.name}.partial-") + r"(\d{1,9})", path.name, re.ASCII)
+        if pid and (int(pid[1]) == os.getpid() or not psutil.pid_exists(int(pid[1]))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Flush a file, or a folder's entries, to the disk. Windows cannot open folders, and flushes only files open to write."""
+    with suppress(*[PermissionError] if path.is_dir() else ()):
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

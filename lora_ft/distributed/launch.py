@@ -1,45 +1,48 @@
-"""Starting a run's processes on this machine with torch's elastic launcher, the one beneath torchrun and accelerate."""
+"""Starting the processes of a run on this machine with torch's elastic launcher, which torchrun and accelerate use too."""
 
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lora_ft.cli.exits import BUG
-from lora_ft.core.errors import ConfigError
+from lora_ft.core import machine
+from lora_ft.core.errors import EXIT_BUG, ConfigError
 from lora_ft.core.messages import info
 
-LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE")  # a launcher's mark on the processes it starts
+LAUNCHER_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE")  # a launcher sets them for the processes it starts
 
 
-def wanted(processes: int | None, on_gpus: bool) -> int:
-    """How many processes to start: as asked for, else one for each visible GPU; 1 where a launcher has started this one.
+def processes_to_start(requested: int | None, on_gpus: bool) -> int:
+    """The number of processes: as requested, else one per visible GPU; 1 if a launcher has started this process.
 
     Raises:
-        ConfigError: a launcher has started another number than asked for.
+        ConfigError: a launcher has started another number than requested.
     """
-    if any(name in os.environ for name in LAUNCHED):
+    if any(name in os.environ for name in LAUNCHER_VARIABLES):
         started = int(os.environ.get("WORLD_SIZE", "1"))
-        if processes not in (None, started):
-            raise ConfigError(f"--processes {processes}: a launcher has started {started}. Leave --processes out.")
+        if requested not in (None, started):
+            raise ConfigError(f"--processes {requested}: a launcher has started {started}. Leave --processes out.")
         return 1
-    return processes or max(1, torch.cuda.device_count() if on_gpus else 1)
+    return requested or max(1, torch.cuda.device_count() if on_gpus else 1)
 
 
-def launch(processes: int, words: list[str]) -> int:
-    """Run `lora-ft WORDS` in so many processes that know of each other; the exit code of the whole.
+def launch(processes: int, arguments: list[str], entry_point: Callable[[], None]) -> int:
+    """Run `lora-ft ARGUMENTS` in several processes that find each other; returns their exit code.
 
-    A signal to this process goes on to all of them, and so does the end of one that fails.
+    A signal to this process is forwarded to all of them. When one fails, the others are stopped.
+
+    Args:
+        entry_point: a module-level function (it is pickled) that runs the command line in sys.argv.
     """
-    logging.disable(logging.CRITICAL)  # the elastic agent's: what happened is told by the processes and below
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of multiprocessing's own tracker, when a process was killed
+    logging.disable(logging.CRITICAL)  # the elastic agent's; the processes and the code below report what happened
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # multiprocessing's resource tracker, after a kill
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -52,7 +55,7 @@ def launch(processes: int, words: list[str]) -> int:
         start_method="spawn",
     )
     try:
-        elastic_launch(settings, _process)(words)
+        elastic_launch(settings, _run)(entry_point, arguments)
     except SignalException as e:
         return 128 + e.sigval
     except ChildFailedError as e:
@@ -60,16 +63,15 @@ def launch(processes: int, words: list[str]) -> int:
         if failure.exitcode >= 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        memory = " (the system does this when memory runs out)" if name == "SIGKILL" else ""
         info(f"process {rank} of {processes} (counted from 0) was ended by {name}{memory}; the others have stopped")
-        return BUG
+        return EXIT_BUG
     return 0
 
 
-def _process(words: list[str]) -> None:
-    """One of the processes; in a group of its own, so that Ctrl-C comes from the launcher only, not from the terminal too."""
-    os.setpgrp()
-    sys.argv = ["lora-ft", *words]
-    from lora_ft.cli import main
-
-    main()
+def _run(entry_point: Callable[[], None], arguments: list[str]) -> None:
+    """One of the processes. It leaves the terminal's process group, so that only the launcher forwards Ctrl-C."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+    sys.argv = ["lora-ft", *arguments]
+    entry_point()

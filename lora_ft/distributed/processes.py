@@ -1,8 +1,8 @@
-"""Several processes that train as one: who writes and talks, what they tell each other.
+"""The processes of a run: their ranks, what they exchange, and how one that fails ends the others.
 
-A launcher (lora_ft.distributed.launch, torchrun, accelerate) starts them and says in the environment how many there are; accelerate joins
-them. Alone, everything here is a plain call. When one of them ends, whatever the others wait for fails: they then stop as if by
-SIGTERM, so that the first process saves what is done.
+A launcher (lora_ft.distributed.launch, torchrun, accelerate) starts the processes and describes them in the environment;
+accelerate connects them. In a run of one process each function here is a plain call. When a process dies, the collective
+that the others wait in fails; they then stop as if by SIGTERM, so that rank 0 saves what is done.
 """
 
 import os
@@ -24,36 +24,45 @@ from lora_ft.core.messages import info
 from lora_ft.core.signals import Stopped
 
 T = TypeVar("T")
-BUCKET = 2**23  # numbers that one all-reduce sums: an adapter's gradient is one bucket, a whole model's many
-OWN_FAULT = 3  # seconds after which a failing process that still lives is the only one with its fault
-# How those launchers count processes that don't introduce them to each other (SLURM's count of a step, not of the job).
-COUNTED_BY = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+BUCKET_SIZE = 2**23  # numbers per all-reduce: an adapter's gradient fits one bucket, a full model's takes many
+MAIN_ERROR_SECONDS = (
+    3  # a shared error ends rank 0, and with it the others, within this time; a later one is not shared
+)
+# The process counts of launchers that do not connect their processes (SLURM: of the step, not of the job).
+OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def world_size() -> int:
+    """The number of processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
+    """This process's number, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and talks."""
+    """Whether this is rank 0, which writes files and prints messages."""
     return rank() == 0
 
 
 def init_process_group(device: str, timeout_seconds: float, backend: str | None = None) -> None:
-    """Meet the other processes, on "cpu" or "cuda" (each then has a GPU of its own, the current one).
+    """Connect to the other processes.
+
+    Args:
+        device: "cpu", or "cuda": then each process uses a GPU of its own.
+        timeout_seconds: how long a process waits for the others before it fails.
+        backend: of torch.distributed; by default the one for the device.
 
     Raises:
-        ConfigError: they were started in a way in which each would train alone.
+        ConfigError: the processes were started in a way that would make each train alone.
     """
-    for name in COUNTED_BY:
+    for name in OTHER_LAUNCHERS:
         if int(os.environ.get(name) or 1) > max(1, world_size()):
             raise ConfigError(
-                f"this is one of {os.environ[name]} processes that don't know of each other ({name}): each would train "
-                "alone. Start one, `lora-ft train CONFIG --processes N`, or let torchrun start them."
+                f"this is one of {os.environ[name]} processes that are not connected ({name}): each would train alone. "
+                "Start one, `lora-ft train CONFIG --processes N`, or let torchrun start them."
             )
     if world_size() == 1:
         if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "RANK" not in os.environ:
@@ -64,32 +73,33 @@ def init_process_group(device: str, timeout_seconds: float, backend: str | None 
         return
     if "LOCAL_RANK" not in os.environ:
         raise ConfigError(
-            f"WORLD_SIZE is {world_size()} but LOCAL_RANK is not set. Start with `lora-ft train CONFIG --processes N` or torchrun."
+            f"WORLD_SIZE is {world_size()} but LOCAL_RANK is not set. Start with `lora-ft train CONFIG --processes N` or "
+            "torchrun."
         )
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device == "cuda" and on_node > torch.cuda.device_count():
         raise ConfigError(
-            f"{on_node} processes on a machine with {torch.cuda.device_count()} visible GPUs: start one a GPU, or train on "
-            "the CPU: --set trainer.use_cpu=true"
+            f"{on_node} processes on a machine with {torch.cuda.device_count()} visible GPUs: start one per GPU, or train "
+            "on the CPU: --set trainer.use_cpu=true"
         )
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate counts again, and warns
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate sets it, with a warning
     settings = {"backend": backend} if backend else {}
     state = PartialState(cpu=device == "cpu", timeout=timedelta(seconds=timeout_seconds), **settings)
     if state.num_processes != world_size():
         raise ConfigError(
-            f"{world_size()} processes were started but {state.num_processes} met: each would train alone."
+            f"{world_size()} processes were started but {state.num_processes} connected: each would train alone."
         )
 
 
 def destroy_process_group() -> None:
-    """Part from the others, at the end of a run that went well."""
+    """Disconnect from the other processes, at the end of a run that succeeded."""
     if world_size() > 1:
         PartialState().destroy_process_group()
 
 
 @contextmanager
 def silence_other_ranks() -> Iterator[None]:
-    """Inside, what any other process prints is dropped; but for its error, if it has one that the main process hasn't."""
+    """Silence every rank but 0; an error that only this rank raises is still printed."""
     if is_main():
         yield
         return
@@ -97,8 +107,8 @@ def silence_other_ranks() -> Iterator[None]:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             try:
                 yield
-            except Exception:  # an error of all processes is told by the main one, whose end ends this one
-                time.sleep(OWN_FAULT)
+            except Exception:  # if rank 0 has the same error, it reports it and its exit ends this process
+                time.sleep(MAIN_ERROR_SECONDS)
                 raise
     except Stopped as stop:
         raise SystemExit(stop.exit_code) from None
@@ -109,7 +119,7 @@ def silence_other_ranks() -> Iterator[None]:
 
 @contextmanager
 def local_main_first() -> Iterator[None]:
-    """Inside, one process of each machine is done before its others begin: they find its downloads and encoded data."""
+    """Let one process per machine run the body before the others, which then find its downloads and encoded data."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not first:
         _wait()
@@ -119,7 +129,7 @@ def local_main_first() -> Iterator[None]:
 
 
 def broadcast(make: Callable[[], T]) -> T:
-    """`make()`, called in the main process alone; its result in every one."""
+    """Call `make()` on rank 0 only; returns its result on every rank."""
     if world_size() == 1:
         return make()
     value = [make() if is_main() else None]
@@ -129,7 +139,7 @@ def broadcast(make: Callable[[], T]) -> T:
 
 
 def all_gather(value: T) -> list[T]:
-    """Every process's value, by rank, in every one."""
+    """The values of all processes by rank, on every rank."""
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
@@ -139,7 +149,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors with those of the main process."""
+    """Overwrite tensors in place with those of rank 0."""
     if world_size() > 1:
         with collective(), torch.no_grad():
             for tensor in tensors:
@@ -147,13 +157,13 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
 
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors of one dtype by their sums over the processes: a bucket of them an all-reduce, and no byte more."""
+    """Replace tensors of one dtype by their sums over the processes, with one all-reduce per bucket of tensors."""
     if world_size() == 1:
         return
     bucket: list[Tensor] = []
     for i, tensor in enumerate(tensors):
         bucket.append(tensor)
-        if i + 1 == len(tensors) or sum(t.numel() for t in bucket) + tensors[i + 1].numel() > BUCKET:
+        if i + 1 == len(tensors) or sum(t.numel() for t in bucket) + tensors[i + 1].numel() > BUCKET_SIZE:
             flat = torch.cat([t.detach().reshape(-1) for t in bucket])
             with collective():
                 dist.all_reduce(flat)
@@ -163,7 +173,7 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of the processes' numbers."""
+    """The largest of the processes' numbers, on every rank."""
     if world_size() == 1:
         return number
     value = torch.tensor(number, device=PartialState().device)
@@ -173,7 +183,7 @@ def all_reduce_max(number: int) -> int:
 
 
 def all_reduce_gradients(parameters: Sequence[Parameter], loss: Tensor) -> None:
-    """Sum gradients, and the loss beside them, over the processes; a process without a share of the step adds zeros."""
+    """Sum the gradients, and the loss with them, over the processes; a rank without a part of the step adds zeros."""
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -188,7 +198,11 @@ def _wait() -> None:
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """What all processes do at once fails when one of them is gone: the others stop, and the launcher says why."""
+    """Turn the failure of a collective operation into `Stopped`; the launcher reports which process died.
+
+    Raises:
+        Stopped: another process is gone.
+    """
     try:
         yield
     except RuntimeError as e:

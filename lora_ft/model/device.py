@@ -1,83 +1,43 @@
-"""Where a command computes, and how much at a time."""
+"""The device of a command: choosing it, its memory, and how many tokens it computes at a time."""
 
-import ctypes
 import os
-import sys
-from pathlib import Path
 
 import torch
 
-from lora_ft.config.load import Config, TrainerConfig
-from lora_ft.core.errors import ConfigError
-from lora_ft.distributed import processes
+from lora_ft.core import machine
 
-MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # what `auto` means; fixed, so that a run can be repeated
-LONGEST_WAIT = 4 * 3600  # seconds that processes wait for each other: one of them encodes the data for all
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # the values of `auto`: constants, so that runs are reproducible
 
 
-def prepare_device(config: Config) -> str:
-    """ "cuda" (the current GPU) or "cpu".
+def prepare_device(use_cpu: bool = False) -> str:
+    """Choose "cuda" (the current GPU) if there is one and `use_cpu` is false, else "cpu", and set torch up for it.
 
-    On a CPU denormal numbers are flushed to zero, in all of torch's threads if this comes early.
+    On a CPU denormal numbers are flushed to zero, in all threads that torch starts after this call.
     """
     torch.set_flush_denormal(True)
-    keep_freed_memory()
-    use_no_more_threads_than_cores()
-    torch.set_float32_matmul_precision("high")  # TF32 for float32 bases on GPUs that have it; nothing on a CPU
-    return "cuda" if torch.cuda.is_available() and not config.trainer.use_cpu else "cpu"
+    machine.keep_freed_memory()
+    limit_threads()
+    torch.set_float32_matmul_precision("high")  # TF32 for float32 bases on GPUs that have it; no effect on a CPU
+    return "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
 
 
-def meet_others(config: Config, device: str) -> None:
-    """Join the other processes of a run that has several. Raises ConfigError as `processes.init_process_group` does."""
-    processes.init_process_group(device, config.trainer.ddp_timeout or LONGEST_WAIT, config.trainer.ddp_backend)
+def limit_threads() -> None:
+    """Use at most as many threads as this process has cores: torch ignores a container's CPU quota."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), machine.cores()))
 
 
-def with_accelerate(config: Config) -> Config:
-    """The config with what `accelerate launch` and its config file ask for, where the config says nothing of it.
-
-    Raises:
-        ConfigError: they ask for what lora-ft hasn't.
-    """
-    asked = {name.removeprefix("ACCELERATE_"): value for name, value in os.environ.items() if "ACCELERATE_" in name}
-    on = {name for name, value in asked.items() if value.lower() in ("true", "1")}
-    precision = asked.get("MIXED_PRECISION", "no")
-    unknown = on & {"USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"}
-    if unknown or precision not in ("no", "bf16"):
-        what = ", ".join(sorted(unknown)) or f"mixed precision {precision}"
-        raise ConfigError(
-            f"accelerate's config asks for {what}, which lora-ft hasn't. It has bf16, and FSDP for a base too big for one "
-            "device: run `accelerate config` again, or start with `lora-ft train CONFIG --processes N`."
-        )
-    os.environ.pop(
-        "ACCELERATE_USE_FSDP", None
-    )  # the base is sharded by lora_ft.distributed.sharding, not by accelerate
-    found = {"use_cpu": "USE_CPU" in on, "fsdp": "USE_FSDP" in on, "bf16": precision == "bf16"}
-    return config.model_copy(
-        update={"trainer": TrainerConfig(**{k: v for k, v in found.items() if v} | config.trainer.model_dump())}
-    )
+def micro_batch_tokens(setting: int | str, device: str) -> int:
+    """The most tokens in a row: the setting train.micro_batch_tokens, with `auto` resolved for the device."""
+    return MICRO_BATCH_TOKENS[device] if setting == "auto" else int(setting)
 
 
-def micro_batch_tokens(config: Config, device: str) -> int:
-    """Tokens of a row at most: the setting, or for `auto` the device type's figure."""
-    setting = config.train.micro_batch_tokens
-    return MICRO_BATCH_TOKENS[device] if setting == "auto" else setting
+def free_memory(device: str) -> int:
+    """Bytes that this process can still allocate on the device."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else machine.free_memory().size
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next step instead of returning it to the kernel page by page.
-
-    A step frees and asks for the same gigabyte again and again; fetching it anew costs 0.9 us for each 4 KiB.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # glibc's malloc.h
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def use_no_more_threads_than_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
-    """Within a container's CPU quota, which torch doesn't know of: more threads than that would wait for each other."""
-    if "OMP_NUM_THREADS" in os.environ or not quota.is_file():
-        return
-    allowed, period = quota.read_text().split()
-    if allowed != "max":
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), round(int(allowed) / int(period)))))
+def peak_memory_mb(device: str) -> float:
+    """The most memory in use at once, in MiB: of the GPU's allocator, or of this process on a CPU."""
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else machine.peak_memory()
+    return round(peak / 2**20, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lora_ft.core.errors import ModelError, is_memory
+from lora_ft.core.errors import ModelError, is_out_of_memory
 from lora_ft.core.messages import first_line
 from lora_ft.core.names import is_local
 from lora_ft.core.storage import read_json
@@ -177,7 +177,7 @@ def opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as e:
-        if is_memory(e):
+        if is_out_of_memory(e):
             raise
         raise ModelError(f"{path}: damaged or truncated ({e}). Copy the file again.") from e
 
@@ -226,7 +226,7 @@ def _unpickled(path: Path) -> dict:
     try:
         return dict(torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path)))
     except Exception as e:
-        if is_memory(e):
+        if is_out_of_memory(e):
             raise
         # damaged zips, unknown opcodes, classes outside torch
         raise ModelError(

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_ft.core.errors import ConfigError, ModelError, is_memory
+from lora_ft.core.errors import ConfigError, ModelError, is_out_of_memory
 from lora_ft.core.messages import info, printable
 from lora_ft.model.files import Base, digest, stored_dtype
 from lora_ft.nn.mlp import fuse_gelu
@@ -191,7 +191,7 @@ def _as_model_error(base: Base, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if is_memory(e):
+        if is_out_of_memory(e):
             raise
         for path in sorted(base.folder.glob("*.json")):
             if problem := _damage(path):

@@ -104,7 +104,7 @@ def set_names(record: dict) -> list[str]:
 def read_samples(folder: Path, step: int) -> list[dict]:
     """The samples of this very step."""
     path = folder / run_folder.SAMPLES
-    if not run_folder.is_ours(path):
+    if not run_folder.is_own_report(path):
         return []
     found = read_json(path, FilesError)
     samples = found.get("samples") if found.get("step") == step else None

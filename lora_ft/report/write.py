@@ -6,12 +6,12 @@ from typing import Any
 
 import jinja2
 
-from lora_ft import __version__
 from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError
 from lora_ft.core.metrics import metric_of, scalars, selection_metric
 from lora_ft.core.names import portable_name
 from lora_ft.core.storage import write_file
+from lora_ft.core.version import __version__
 from lora_ft.methods.model_card import method_of, peft_snippet, what_it_is
 from lora_ft.report.curves import curves, curves_of_all
 from lora_ft.report.figures import config_text, data_table, differing, figures, origin
@@ -51,7 +51,7 @@ def write_comparison(runs: Sequence[Run], page: Path) -> None:
 
 def check_ours(*paths: Path) -> None:
     for path in paths:
-        if path.exists() and not run_folder.is_ours(path):
+        if path.exists() and not run_folder.is_own_report(path):
             raise FilesError(f"{path}: there already, and not of this tool. Move it, or name another: --output FILE.")
 
 

@@ -1,12 +1,10 @@
 """What a person sees of a training run while it goes on."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
-import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -55,14 +53,6 @@ class Bar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_):
         self.bar.close()
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """The allocator's maximum on a GPU, the process's maximum resident set elsewhere; MiB."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 
 
 @contextmanager

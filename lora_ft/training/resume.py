@@ -8,8 +8,8 @@ from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
 from lora_ft.core.messages import info, warn
 from lora_ft.data.examples import Examples
 from lora_ft.methods.trained import is_trained, read_record
-from lora_ft.training import run_log
 from lora_ft.training.checkpoint import State
+from lora_ft.training.output import check_foreign, check_removable, truncate_log
 from lora_ft.training.saving import is_intact
 
 
@@ -21,9 +21,9 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
         ConfigError: the run used settings that lead to another result.
     """
     if not resume:
-        run_folder.check_foreign(output)
+        check_foreign(output)
         if overwrite:
-            run_folder.check_removable(output)
+            check_removable(output)
         elif is_trained(output, FilesError) or run_folder.checkpoints(output):
             raise FilesError(
                 f"output {output}: already contains a run. Use --resume to continue it, --overwrite to replace it, or name "
@@ -100,7 +100,7 @@ def announce_resume(before: dict, record: dict, state: State | None, steps: int,
             "schedule from here, so the result differs from a run that had this length from the start"
         )
     check_surroundings(before, record)
-    run_log.cut(output, state.values["log_size"])
+    truncate_log(output, state.values["log_size"])
 
 
 def newest_checkpoint(output: Path) -> Path | None:

@@ -10,13 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError
 from lora_ft.core.messages import warn
-from lora_ft.core.storage import read_json, require_space, staged_folder, verify_manifest, write_file
+from lora_ft.core.storage import atomic_folder, read_json, require_space, verify_manifest, write_file
 from lora_ft.methods import interface
 from lora_ft.methods.lora.files import write_record
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.methods.model_card import model_card
 from lora_ft.methods.trained import Trained
-from lora_ft.training import checkpoint, run_log
+from lora_ft.training import checkpoint
+from lora_ft.training.output import log_size, rotate
 
 CARD = "README.md"
 SMALL_FILES = 2**20  # bytes at most for record, card and configs
@@ -53,9 +54,9 @@ class Saver:
         )
         if best_step in self.evaluations:
             state.values["best"] = {"step": best_step, "metrics": self.evaluations[best_step]}
-        state.values["log_size"] = run_log.size(self.output)
+        state.values["log_size"] = log_size(self.output)
         facts = {"kind": "checkpoint", "step": state.step, "metrics": self.evaluations.get(state.step, {})}
-        with staged_folder(folder) as staged:
+        with atomic_folder(folder) as staged:
             state.write(staged)
             self._write(staged, facts, [checkpoint.TENSORS, checkpoint.JSON])
         if not is_intact(folder):
@@ -72,7 +73,7 @@ class Saver:
 
     def rotate(self, step: int, best_step: int | None) -> None:
         """Remove the oldest checkpoints beyond the limit, but never the best one or those from `step` on."""
-        run_folder.rotate(self.output, self.save_total_limit, {step} | ({best_step} if best_step else set()))
+        rotate(self.output, self.save_total_limit, {step} | ({best_step} if best_step else set()))
 
     def load_best(self, step: int, last: int) -> dict:
         """Put the adapter of `step` into the model, if it is not the `last` one. Returns the record's closing facts."""
@@ -83,7 +84,7 @@ class Saver:
     def finish(self, result: dict) -> None:
         """Write the adapter into the output folder, its record last, with `result` in it."""
         (self.output / run_folder.RECORD).unlink(missing_ok=True)  # of a run that was made longer
-        self._write(self.output, result, mentions=[n for n in run_folder.MENTIONED if (self.output / n).exists()])
+        self._write(self.output, result, mentions=[n for n in run_folder.UNHASHED if (self.output / n).exists()])
 
     def _write(self, folder: Path, facts: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:
         """Write what was trained and its card, the record last; its manifest covers the `state` files in the folder."""

@@ -190,7 +190,7 @@ class RunSetup:
         """Tokens per row at most; a resumed run with `micro_batch_tokens: auto` keeps the number it started with."""
         if self.state and self.config.train.micro_batch_tokens == "auto":
             return self.state.values["micro_batch_tokens"]
-        return micro_batch_tokens(self.config, self.device)
+        return micro_batch_tokens(self.config.train.micro_batch_tokens, self.device)
 
     @cached_property
     def shard(self) -> Shard:

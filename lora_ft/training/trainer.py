@@ -25,10 +25,11 @@ from lora_ft.distributed import processes
 from lora_ft.methods.interface import load_into
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.methods.trained import Trained
+from lora_ft.model.device import peak_memory_mb
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.training.checkpoint import Counts, RandomState, State
-from lora_ft.training.progress import Bar, LastStep, peak_memory_mb
+from lora_ft.training.progress import Bar, LastStep
 from lora_ft.training.step import add_gradients, check_finite
 
 
@@ -135,7 +136,8 @@ class LoRATrainer(Trainer):
         self.state.epoch = self.plan.epoch_at(self.state.global_step)
         if "loss" in logs:
             now = time.perf_counter()
-            logs = {**logs, **self.counts.line(now - self.since), "peak_memory_mb": peak_memory_mb(self.args.device)}
+            logs = logs | self.counts.line(now - self.since)
+            logs["peak_memory_mb"] = peak_memory_mb(self.args.device.type)
             self.since = now
         elif "train_runtime" in logs:  # the Trainer's summary at the end; its counts know nothing of the plan
             return

@@ -10,8 +10,8 @@ import pytest
 
 import lora_ft
 from lora_ft import cli
-from lora_ft.cli import exits
 from lora_ft.core.errors import DataError
+from lora_ft.core.messages import silence_libraries
 from lora_ft.core.trust import NO_TRUST
 
 GOOD = 'model: {name: gpt2}\ndata: {train: reviews.jsonl, text: "{review}"}\n'
@@ -141,7 +141,8 @@ def test_the_options_reach_the_work(monkeypatch, tmp_path):
     room = types.ModuleType("lora_ft.commands.merge")
     room.merge_command = lambda *a, **k: calls.append((a, k))
     monkeypatch.setitem(sys.modules, "lora_ft.commands.merge", room)
-    monkeypatch.setattr(exits, "silence_libraries", lambda: None)
+    for group in (cli.prepare, cli.run, cli.use):
+        monkeypatch.setattr(group, "silence_libraries", lambda: None)
 
     def call(*arguments: str):
         monkeypatch.setattr(sys, "argv", ["lora-ft", *arguments])
@@ -187,7 +188,7 @@ def test_quiet_leaves_the_users_own_settings(monkeypatch):
     import warnings
 
     with warnings.catch_warnings():
-        exits.silence_libraries()
+        silence_libraries()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info" and os.environ["TOKENIZERS_PARALLELISM"] == "x"
     assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1"  # a test's stderr is no terminal
 

@@ -108,7 +108,7 @@ def test_an_end_token_that_is_never_learned(tmp_path):
         ({"train__report_to": "[neptune]"}, 2, ["neptune"]),
         ({"adapter__targets": "[gate, q]", "adapter__layers": "[7]"}, 4, ["layers [7]"]),
         ({"output": "train.jsonl"}, 6, ["a file"]),
-        ({"output": "base"}, 6, ["holds a model"]),
+        ({"output": "base"}, 6, ["contains a model"]),
     ],
 )
 def test_what_training_would_refuse(made, changes, code, words):

@@ -24,7 +24,7 @@ def test_modes_follow_the_umask(tmp_path, umask):
     storage.write_file(tmp_path / "text", "é")
     storage.write_json(tmp_path / "json", {"b": 1, "a": [2]})
     storage.write_tensors(tmp_path / "tensors", {"a": torch.arange(3.0)}, {"format": "pt"})
-    with storage.staged_folder(tmp_path / "folder") as staged:
+    with storage.atomic_folder(tmp_path / "folder") as staged:
         storage.write_file(staged / "inside", b"x")
     for name in ("text", "json", "tensors", "folder/inside"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
@@ -57,21 +57,21 @@ def test_a_missing_folder_is_a_files_error(tmp_path):
 
 def test_staged_folder_is_all_or_nothing(tmp_path):
     target = tmp_path / "a" / "out"
-    with pytest.raises(RuntimeError), storage.staged_folder(target) as staged:
+    with pytest.raises(RuntimeError), storage.atomic_folder(target) as staged:
         (staged / "half").write_text("x")
         raise RuntimeError
     assert list((tmp_path / "a").iterdir()) == []
-    with storage.staged_folder(target) as staged:
+    with storage.atomic_folder(target) as staged:
         assert staged.name.startswith(".out.partial-") and not target.exists()
         (staged / "whole").write_text("x")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["out"]
-    with pytest.raises(FilesError, match="exists already"), storage.staged_folder(target):
+    with pytest.raises(FilesError, match="exists already"), storage.atomic_folder(target):
         pass
     assert (target / "whole").read_text() == "x"
 
 
 def test_a_folder_made_meanwhile_is_not_replaced(tmp_path):
-    with pytest.raises(FilesError, match="in the meantime"), storage.staged_folder(tmp_path / "out"):
+    with pytest.raises(FilesError, match="in the meantime"), storage.atomic_folder(tmp_path / "out"):
         (tmp_path / "out").mkdir()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -82,7 +82,7 @@ def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_pat
     (tmp_path / f".out.partial-{dead.pid}").mkdir()
     (tmp_path / f".out.partial-{os.getppid()}").mkdir()
     (tmp_path / ".out.partial-notes").mkdir()
-    with storage.staged_folder(tmp_path / "out"):
+    with storage.atomic_folder(tmp_path / "out"):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         [f".out.partial-{os.getppid()}", ".out.partial-notes", "out"]
@@ -161,3 +161,9 @@ def test_space_is_asked_for_with_both_figures(tmp_path):
     storage.require_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(FilesError, match=rf"{2**70} bytes needed, \d+ free"):
         storage.require_space(tmp_path / "not" / "yet", 2**70)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\ud800"])
+def test_a_name_that_no_file_can_have_is_missing(tmp_path, name):
+    with pytest.raises(FilesError, match="missing or unreadable"):
+        storage.verify_manifest(tmp_path, {name: {"size": 1, "sha256": ""}}, FilesError)

@@ -135,7 +135,7 @@ def test_the_prompts_of_text_metrics_are_shared_out(folder, sharded):
 
 def test_large_gradients_go_in_buckets(monkeypatch):
     def work():
-        processes.BUCKET = 10
+        processes.BUCKET_SIZE = 10
         processes.init_process_group("cpu", 60)
         tensors = [torch.full((n,), float(n)) for n in (3, 7, 8, 25, 1)]
         processes.all_reduce_sum(tensors)
@@ -306,16 +306,16 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, envir
 
 
 def test_the_number_of_processes_that_is_started(monkeypatch):
-    assert launch.wanted(None, on_gpus=False) == 1
-    assert launch.wanted(3, on_gpus=False) == 3
+    assert launch.processes_to_start(None, on_gpus=False) == 1
+    assert launch.processes_to_start(3, on_gpus=False) == 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert launch.wanted(None, on_gpus=True) == 8
-    assert launch.wanted(None, on_gpus=False) == 1
+    assert launch.processes_to_start(None, on_gpus=True) == 8
+    assert launch.processes_to_start(None, on_gpus=False) == 1
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert launch.wanted(None, on_gpus=True) == launch.wanted(4, on_gpus=True) == 1
+    assert launch.processes_to_start(None, on_gpus=True) == launch.processes_to_start(4, on_gpus=True) == 1
     with pytest.raises(ConfigError, match="started 4"):
-        launch.wanted(2, on_gpus=True)
+        launch.processes_to_start(2, on_gpus=True)
 
 
 # ---- one end for all ----

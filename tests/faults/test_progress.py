@@ -44,7 +44,7 @@ def test_a_reader_that_has_had_enough(folder, command):
 def test_the_bars_of_libraries_are_off_without_a_terminal():
     """GGUF files are read with a bar of plain tqdm; a bar of ours asks for a terminal itself."""
     code = (
-        "from lora_ft.cli.exits import silence_libraries; silence_libraries(); "
+        "from lora_ft.core.messages import silence_libraries; silence_libraries(); "
         "from tqdm.auto import tqdm; list(tqdm(range(3)))"
     )
     env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}

@@ -18,11 +18,11 @@ import lora_ft.evaluation.scoring
 import lora_ft.methods.lora.merge
 import lora_ft.methods.lora.merge_shards
 import lora_ft.model.load
+import lora_ft.training.saving
 import lora_ft.training.setup
 import lora_ft.training.step
 import lora_ft.training.trainer
 from lora_ft.core import run_folder
-from lora_ft.training import run_log
 from lora_ft.training.checkpoint import State
 from lora_ft.training.saving import Saver, is_intact
 from tests.helpers.command import TRAIN, cli, files, start
@@ -69,8 +69,8 @@ AFTER_IT = {
     "the step before a checkpoint": (lora_ft.training.step, "supervised_loss", 3),
     "an evaluation": (lora_ft.evaluation.scoring, "_answer", 3),
     "saving": (State, "write", 2),
-    "rotation": (run_folder, "rotate", 3),
-    "the log": (run_log, "write_line", 4),
+    "rotation": (lora_ft.training.saving, "rotate", 3),
+    "the log": (lora_ft.commands.train, "append_log", 4),
     "the last step": (lora_ft.training.step, "supervised_loss", 12),
     "the last checkpoint": (State, "write", 4),
     "the end": (Saver, "finish", 1),
@@ -175,6 +175,8 @@ def test_a_library_that_takes_the_stop_for_an_error_or_loses_it(fresh):
     for swallow in (taken_for_an_error, lost):
 
         def arm(swallow=swallow):
+            lora_ft.training.setup.load_tokenizer = swallow
+            lora_ft.core.signals.EXIT_SECONDS = 0.3
             lora_ft.training.setup.load_tokenizer = swallow
             lora_ft.core.signals.SECONDS = 0.3
 

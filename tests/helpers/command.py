@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_ft.cli.exits import silence_libraries
+from lora_ft.core.messages import silence_libraries
 
 silence_libraries()  # as every command does before its first heavy import
 

@@ -9,20 +9,21 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_ft.commands.check import display, warnings
-from lora_ft.commands.check.memory import Memory, available, estimate, largest_rows, moments_of, resident
+from lora_ft.commands.check.memory import Memory, estimate, largest_rows, moments_of
 from lora_ft.commands.check.timing import Timing, time_steps
 from lora_ft.config.schema import Config
-from lora_ft.core import run_folder
 from lora_ft.core.errors import ModelError, UserError
+from lora_ft.core.machine import resident_memory
 from lora_ft.core.trust import Trust
 from lora_ft.data.batches import StepPlan
 from lora_ft.evaluation.texts import check_installed, questions_for
 from lora_ft.methods.interface import inject, virtual_ids
-from lora_ft.model.device import prepare_device
+from lora_ft.model.device import free_memory, prepare_device
 from lora_ft.model.files import weight_files
 from lora_ft.model.load import dtype_of, end_tokens, skeleton
 from lora_ft.nn.attention import Isolation
 from lora_ft.training import resume
+from lora_ft.training.output import check_writable
 from lora_ft.training.setup import RunSetup
 
 
@@ -64,10 +65,10 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
     result = Inspection(RunSetup(config, "cpu", trust))
     setup = result.setup
     with result.collect_errors():
-        run_folder.check_writable(output)
+        check_writable(output)
         resume.find_starting_point(output, config, resume=False, overwrite=False)
     with result.collect_errors():
-        setup.device = prepare_device(config)
+        setup.device = prepare_device(config.trainer.use_cpu)
         _ = setup.arguments
     with result.collect_errors():
         if config.train.predict_with_generate:
@@ -123,7 +124,7 @@ def _inspect_memory(result: Inspection, model: PreTrainedModel, plan: StepPlan) 
     """The memory estimate, and a warning where it is more than there is."""
     setup, config, device = result.setup, result.setup.config, result.setup.device
     dtype = dtype_of(setup.base, config.model.dtype, device)
-    runtime = 0 if device == "cuda" else resident()
+    runtime = 0 if device == "cuda" else resident_memory()
 
     def build() -> PreTrainedModel:
         model = skeleton(setup.base, device=device, dtype=dtype)
@@ -142,8 +143,8 @@ def _inspect_memory(result: Inspection, model: PreTrainedModel, plan: StepPlan) 
     except ModelError as e:  # training may well work
         result.warnings.append(f"{e} --time measures it.")
         return
-    free = available(device) + (0 if device == "cuda" else resident())
-    if free and result.memory.total > free:
+    free = free_memory(device) + (0 if device == "cuda" else resident_memory())
+    if result.memory.total > free:
         result.warnings.append(
             f"memory: training needs {display.size(result.memory.total)}, and {display.size(free)} are free. Lower "
             "train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing or model.dtype: bfloat16."

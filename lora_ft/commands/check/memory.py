@@ -11,11 +11,9 @@ many. HEAP is their measured share.
 """
 
 import logging
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -225,22 +223,3 @@ def moments_of(args: TrainingArguments) -> int:
     optimizer.step()
     state = optimizer.state[parameter].values()
     return sum(isinstance(value, Tensor) and value.shape == parameter.shape for value in state)
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory now; 0 where the system doesn't tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def available(device: str) -> int:
-    """Bytes of memory that are free for a new process, 0 where the system doesn't tell."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from lora_ft.commands.check.display import duration
 from lora_ft.evaluation.scoring import score
 from lora_ft.methods.interface import virtual_ids
+from lora_ft.model.device import peak_memory_mb
 from lora_ft.training.arguments import arguments
-from lora_ft.training.progress import peak_memory_mb
 from lora_ft.training.setup import RunSetup
 from lora_ft.training.trainer import LoRATrainer
 
@@ -103,5 +103,5 @@ def time_steps(setup: RunSetup) -> Timing:
         seconds_training=setup.train_set.report.tokens * len(complete) / complete.steps_per_epoch / speed,
         seconds_evaluating=evaluating,
         evaluations=evaluations,
-        peak_memory_mb=peak_memory_mb(torch.device(setup.device)),
+        peak_memory_mb=peak_memory_mb(setup.device),
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_ft.commands.compare.page import PAGE, write_page
-from lora_ft.commands.compare.runs import NUMBERS, Refused, Runner
+from lora_ft.commands.compare.runs import Refused, Runner
 from lora_ft.commands.compare.show import show
 from lora_ft.commands.compare.summary import Found, base_metrics
 from lora_ft.commands.compare.variants import (
@@ -21,11 +21,12 @@ from lora_ft.commands.compare.variants import (
     tuning_metric,
     variants,
 )
-from lora_ft.core.errors import ConfigError, FilesError
-from lora_ft.core.messages import info
-from lora_ft.core.run_folder import checkpoints, remove_checkpoint
+from lora_ft.core.errors import ConfigError, FilesError, NumbersError
+from lora_ft.core.messages import info, silence_libraries
+from lora_ft.core.run_folder import checkpoints
 from lora_ft.core.storage import read_json, write_json
 from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.training.output import remove_checkpoint
 
 RESULT = "compare.json"
 
@@ -126,7 +127,7 @@ def tune_variant(
         try:
             score = runner.run(f"{its.name}, tuning {name}", config)["metrics"][f"{TUNED_ON}_{metric}"]
         except Refused as refused:
-            if refused.exit_code != NUMBERS:  # with another learning rate, say, it would be the same
+            if refused.exit_code != NumbersError.exit_code:  # with another learning rate, say, it would be the same
                 leave_out(its, refused)
                 return
             score, overflow = None, refused
@@ -167,9 +168,7 @@ def measure_latency(found: Sequence[Found], before: dict, write: Callable[[], di
             files = run["record"].get("files") or {}
             of = next(entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors"))
             if of not in known:
-                from lora_ft.cli import exits
-
-                exits.silence_libraries()
+                silence_libraries()
                 from lora_ft.commands.compare.latency import latency
 
                 known[of] = {"of": of} | latency(Path(run["output"]), trust)

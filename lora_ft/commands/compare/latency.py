@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lora_ft import merge
 from lora_ft.core.messages import info
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.interface import load, virtual_ids
+from lora_ft.methods.lora.inject import merge
 from lora_ft.methods.trained import Trained
 from lora_ft.model.device import prepare_device
 from lora_ft.model.load import load_base
@@ -29,7 +29,11 @@ def latency(folder: Path, trust: Trust = NO_TRUST) -> dict:
     """
     trained = Trained.open(folder)
     assert trained.config is not None, "a finished run"
-    config, device, base = trained.config, prepare_device(trained.config), trained.base(trust=trust)
+    config, device, base = (
+        trained.config,
+        prepare_device(trained.config.trainer.use_cpu),
+        trained.base(trust=trust),
+    )
     bare = load_base(base, config.model.dtype, device)
     found: dict = {"prompt_tokens": PROMPT}
     for form in ("adapter", "merged") if trained.method == "lora" else ("adapter",):

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import yaml
 
-from lora_ft.cli.exits import MEMORY
 from lora_ft.config.load import Config, changes
-from lora_ft.core.errors import ConfigError, FilesError
+from lora_ft.core.errors import EXIT_OUT_OF_MEMORY, ConfigError, FilesError, ModelError, NumbersError
 from lora_ft.core.messages import info
 from lora_ft.core.run_folder import RECORD, checkpoints
 from lora_ft.core.signals import Stopped
 from lora_ft.core.storage import read_json, write_file
 
-MODEL, NUMBERS = 4, 5  # exit codes: the variant doesn't fit this model, or its numbers overflow
+# the variant does not fit this model, its numbers overflow, or it needs too much memory
+REFUSED = (ModelError.exit_code, NumbersError.exit_code, EXIT_OUT_OF_MEMORY)
 
 
 class Refused(Exception):
@@ -69,7 +69,7 @@ class Runner:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
         code, told = follow([sys.executable, "-m", "lora_ft", "train", str(path), "--resume", *self.options])
-        if code in (MODEL, NUMBERS, MEMORY):
+        if code in REFUSED:
             raise Refused(told, code)
         if code:
             info(f"compare: the run in {output} ended with exit code {code}; the same command goes on from there")

@@ -90,7 +90,7 @@ def export_command(
 def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
     """Write the adapter's two files and its model card as a folder, after checking that it fits the base."""
     model = _checked_model(adapter, base)
-    with storage.staged_folder(target) as staged:
+    with storage.atomic_folder(target) as staged:
         rank = write_portable(adapter, staged)
         if (card := adapter.folder / hub.CARD).is_file():
             base_name = str(
@@ -116,7 +116,9 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
 def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str) -> None:
     """Write the adapter alone as a GGUF."""
     model = _checked_model(adapter, base)
-    with storage.landing(target, sum(4 * (A.numel() + B.numel()) for A, B in adapter.tensors.values())) as temporary:
+    with storage.atomic_file(
+        target, sum(4 * (A.numel() + B.numel()) for A, B in adapter.tensors.values())
+    ) as temporary:
         size = write_adapter_gguf(adapter, model, temporary, "float32" if dtype == "auto" else dtype, base.name)
     print(f"{target}: the adapter of {len(adapter.tensors)} modules, {size / 2**20:.1f} MiB")
     print(
@@ -131,7 +133,7 @@ def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile
             f"base {base.name}: no safetensors. Merge first: --to merged, then export that folder --to gguf."
         )
     dtype = str(stored_dtype(base)).removeprefix("torch.") if dtype == "auto" else dtype
-    with storage.landing(target, 0) as temporary:
+    with storage.atomic_file(target, 0) as temporary:
         size = write_model_gguf(base, temporary, dtype, adapter)
         proof = prove_gguf(temporary, dtype, base, adapter) if verify else "--no-verify"
     print(f"{target}: {portable_name(base.name)}{' + adapter' if adapter else ''}, {dtype}, {size / 2**20:.1f} MiB")

@@ -152,7 +152,7 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     own = read_record(Path(base_name)) if Path(base_name).is_dir() else None  # a merged model has the record of its run
     settings = ((first.record if first else own) or {}).get("config") or {"model": {}, "data": NO_DATA}
     config = parse_config({**settings, "model": {**settings["model"], "name": base_name}})
-    device = prepare_device(config)
+    device = prepare_device(config.trainer.use_cpu)
     base = first.base(base_name, trust) if first else resolve(base_name, trust=trust)
     tokenizer = load_tokenizer(base)
     for name, trained in adapters.items():

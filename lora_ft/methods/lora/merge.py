@@ -4,9 +4,7 @@ The sum is in float32, rounded once to the stored dtype, with one shard in memor
 transformers folder.
 """
 
-import resource
 import shutil
-import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
+from lora_ft.core.machine import peak_memory
 from lora_ft.core.messages import info
 from lora_ft.methods.lora.compatibility import check_against
 from lora_ft.methods.lora.files import RECORD, WEIGHTS, write_record
@@ -67,7 +66,7 @@ def merge_adapter(
     start = time.perf_counter()
     tokenizer = tokenizer_of(base)
     adapter.trained.check(base, tokenizer, other_base)
-    with storage.staged_folder(output) as staged:
+    with storage.atomic_folder(output) as staged:
         model = skeleton(base)
         check_against(model, adapter)
         if base.gguf or base.pickles:
@@ -105,7 +104,7 @@ def merge_adapter(
         names = [p.name for p in staged.iterdir() if p.is_file()]
         write_record(staged, merged_record(adapter, base, other_base, report, errors), names)
         size = sum((staged / n).stat().st_size for n in names)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+    peak = peak_memory() // 2**20
     return report | {"bytes": size, "seconds": time.perf_counter() - start, "peak_memory_mb": peak}
 
 

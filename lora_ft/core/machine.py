@@ -1,0 +1,136 @@
+"""The machine and this process: cores, memory and their limits. GPUs are in lora_ft.model.device."""
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+class Free(NamedTuple):
+    """Memory that this process can still allocate. size: bytes; where: the tightest limit, in words."""
+
+    size: int
+    where: str
+
+
+def cores() -> int:
+    """CPU cores this process may use: its affinity, and the quota of its container rounded to cores."""
+    process = psutil.Process()
+    allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # not on macOS
+    quotas = [round(quota / period) for quota, period in _cpu_quotas() if quota > 0 and period > 0]
+    return max(1, min([allowed, *quotas]))
+
+
+def cpu_name() -> str:
+    """The processor's model, as far as the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def total_memory() -> int:
+    """Bytes of memory of the machine."""
+    return psutil.virtual_memory().total
+
+
+def free_memory() -> Free:
+    """What this process can still allocate: the machine's free memory, or less by ulimit -v or its container's limit."""
+    found = [Free(psutil.virtual_memory().available, "free on this machine")]
+    if (limit := address_space_limit()) is not None:
+        left = max(0, limit - psutil.Process().memory_info().vms)
+        found.append(Free(left, f"left of this process's limit (ulimit -v) of {limit / 2**20:,.0f} MiB"))
+    for limit, used in _memory_limits():
+        found.append(Free(max(0, limit - used), f"left of the container's limit of {limit / 2**20:,.0f} MiB"))
+    return min(found)
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory() -> int:
+    """The most bytes of this process that were in memory at once."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def address_space_limit() -> int | None:
+    """Bytes that `ulimit -v` allows this process, or None where there is no such limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step instead of returning it to the kernel page by page.
+
+    Each step frees and allocates the same gigabyte again; getting it from the kernel costs 0.9 us per 4 KiB.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # glibc's malloc.h
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def _cpu_quotas() -> Iterator[tuple[int, int]]:
+    """(quota, period) in microseconds of each control group above this process that limits CPU time."""
+    for group in _control_groups("cpu"):
+        if v2 := _read(group / "cpu.max").split():
+            yield _number(v2[0]), _number(v2[1])
+        yield _number(_read(group / "cpu.cfs_quota_us")), _number(_read(group / "cpu.cfs_period_us"))
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """(limit, used) in bytes of each control group above this process; used: without the file cache it can drop."""
+    for group in _control_groups("memory"):
+        for limit_file, used_file in [
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ]:
+            limit, used = _number(_read(group / limit_file)), _number(_read(group / used_file))
+            if 0 < limit < total_memory():
+                stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+                yield limit, used - max(0, _number(stat.get("total_inactive_file") or stat.get("inactive_file") or ""))
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """The folders of this process's control group and of the groups around it: version 2, and version 1's `controller`.
+
+    Inside a container its own group is the root, whatever path /proc names.
+    """
+    for root in (CGROUPS, CGROUPS / controller):
+        yield root
+        for line in _read(Path("/proc/self/cgroup")).splitlines():
+            _, controllers, path = line.split(":", 2)
+            if (root == CGROUPS and not controllers) or (root != CGROUPS and controller in controllers.split(",")):
+                own = root / path.lstrip("/")
+                yield from (folder for folder in (own, *own.parents) if root in folder.parents)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _number(text: str) -> int:
+    """The number in a control group's file; -1 for `max` or nothing, which is no limit."""
+    return int(text) if text.strip().isdecimal() else -1

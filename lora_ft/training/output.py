@@ -1,0 +1,232 @@
+"""Writing and removing in a run's output folder: the lock, the log, old checkpoints, an earlier run.
+
+Only what a manifest lists is ever removed, and only by the process that holds the lock.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lora_ft.core.errors import FilesError
+from lora_ft.core.run_folder import (
+    ADAPTER_FILES,
+    LOG,
+    MODEL_FILES,
+    RECORD,
+    REPORTS,
+    checkpoints,
+    is_own_report,
+    manifest_names,
+    step_of,
+)
+from lora_ft.core.storage import append_line, read_json
+
+LOCK, HOLDER = ".lock", ".lock.pid"
+ANOTHER = "another folder: --set output=FOLDER."
+
+
+# ---- before a run ----
+
+
+def check_writable(output: Path) -> None:
+    """Check that `output` can be created or written; nothing is created.
+
+    Raises:
+        FilesError: it is a file, or the system denies writing.
+    """
+    _check_not_a_file(output)
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        read_only = hasattr(os, "statvfs") and os.statvfs(existing).f_flag & os.ST_RDONLY
+        reason = "Read-only file system" if read_only else "Permission denied"
+        raise FilesError(f"output {output}: {existing} can't be written ({reason}). Use {ANOTHER}")
+
+
+def check_foreign(output: Path) -> None:
+    """Refuse to replace files that no record of this tool lists.
+
+    Raises:
+        FilesError: a merged model, another tool's adapter, or a user's file with one of the names of a run.
+    """
+    record = read_json(output / RECORD, FilesError) if (output / RECORD).is_file() else {}
+    files = record.get("files") or {}
+    if (output / "config.json").exists():  # transformers would load an adapter beside it as part of that model
+        fully_tuned = record.get("kind") == "adapter" and "config.json" in files
+        if not fully_tuned and not any("config.json" in manifest_names(c) for c in checkpoints(output)):
+            raise FilesError(f"output {output}: contains a model. Use {ANOTHER}")
+    foreign = [name for name in ADAPTER_FILES if (output / name).exists() and name not in files]
+    if LOG not in files and (output / LOG).exists() and not (output / LOG).read_bytes().startswith(b'{"step": '):
+        foreign.append(LOG)
+    foreign += [name for name in REPORTS if (output / name).exists() and not is_own_report(output / name)]
+    if foreign and not checkpoints(output):
+        raise FilesError(
+            f"output {output}: {', '.join(foreign)} would be replaced, but no run of this tool wrote it. Move it, or use "
+            + ANOTHER
+        )
+
+
+def check_removable(output: Path) -> None:
+    """Check that an earlier run can be removed completely, before any part of it is.
+
+    Raises:
+        FilesError: a record of the run or of a checkpoint can't be read, or lists files outside of its folder.
+    """
+    for folder in (*checkpoints(output), *([output] if (output / RECORD).is_file() else [])):
+        manifest_names(folder)
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Lock `output` for this process. The folder is created if missing, and removed again if it stays empty.
+
+    Raises:
+        FilesError: it is a file, can't be written or locked, or another run holds the lock (with its pid).
+    """
+    _check_not_a_file(output)
+    created, lock, holder = not output.exists(), FileLock(output / LOCK, blocking=False), output / HOLDER
+    try:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            pid = holder.read_text() if holder.is_file() else "unknown"
+            raise FilesError(
+                f"output {output}: in use by another run (pid {pid}). Wait for it, or use {ANOTHER}"
+            ) from None
+        except OSError as e:
+            _remove_lock(output)
+            raise FilesError(f"output {output}: can't be written or locked ({e.strerror}). Use {ANOTHER}") from e
+        try:
+            holder.write_text(str(os.getpid()))
+            _remove_leftovers(output)
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            _remove_lock(output)  # before the release, after which a file of that name may be another run's
+            lock.release()
+    finally:
+        if created and output.is_dir() and not os.listdir(output):
+            output.rmdir()
+
+
+def _remove_lock(output: Path) -> None:
+    with suppress(OSError):  # Windows removes it with the release, when it is no longer open
+        (output / LOCK).unlink()
+
+
+def _check_not_a_file(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise FilesError(f"output {output}: is a file. Use {ANOTHER}")
+
+
+# ---- log.jsonl ----
+
+
+def append_log(output: Path, line: dict) -> None:
+    """Append a line to the run's log.
+
+    Raises:
+        FilesError: the disk is full or can't be written.
+    """
+    append_line(output / LOG, line)
+
+
+def log_size(output: Path) -> int:
+    """Bytes of the log, synced to the disk first, so that a checkpoint can rely on them."""
+    log = output / LOG
+    if not log.exists():
+        return 0
+    with log.open("rb+") as f:
+        os.fsync(f.fileno())
+    return log.stat().st_size
+
+
+def truncate_log(output: Path, size: int) -> None:
+    """Cut the log back to `size` bytes, its length at a checkpoint."""
+    log = output / LOG
+    if log.exists() and log.stat().st_size > size:
+        os.truncate(log, size)
+
+
+# ---- removal ----
+
+
+def clear(output: Path) -> None:
+    """Remove an earlier run: what its manifests list, its checkpoints and its log. Other files stay.
+
+    Raises:
+        FilesError: as `remove_listed`.
+    """
+    for checkpoint in checkpoints(output):
+        if not (output / RECORD).is_file():  # killed while it wrote a complete model
+            for name in set(manifest_names(checkpoint)).intersection(MODEL_FILES):
+                (output / name).unlink(missing_ok=True)
+        remove_checkpoint(checkpoint)
+    _remove_if_empty(output / "checkpoints")
+    if (output / RECORD).is_file():
+        remove_listed(output)
+    (output / LOG).unlink(missing_ok=True)
+    for name in REPORTS:  # of a run that did not finish
+        if is_own_report(output / name):
+            (output / name).unlink()
+
+
+def rotate(output: Path, limit: int | None, keep: set[int]) -> None:
+    """Remove the oldest checkpoints beyond `limit`, but no steps in `keep`, newer ones or incomplete ones."""
+    removable = [p for p in checkpoints(output) if step_of(p) not in keep and step_of(p) < max(keep)]
+    excess = len(removable) + len(keep) - limit if limit else 0
+    for checkpoint in removable[: max(0, excess)]:
+        with suppress(FilesError):  # damaged: left for the user to inspect
+            remove_checkpoint(checkpoint)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint; its folder stays if it contains files of anyone else.
+
+    Raises:
+        FilesError: as `remove_listed`.
+    """
+    if {p.name for p in checkpoint.iterdir()} <= {RECORD, *manifest_names(checkpoint)}:
+        # under this name `_remove_leftovers` finds it if the process is killed halfway
+        checkpoint = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.partial-{os.getpid()}"))
+    remove_listed(checkpoint)
+    _remove_if_empty(checkpoint)
+
+
+def remove_listed(folder: Path) -> None:
+    """Remove what the folder's manifest lists, its record first, so that a half-removed folder counts as incomplete.
+
+    Raises:
+        FilesError: the record can't be read, or lists files outside of the folder.
+    """
+    names = manifest_names(folder)
+    (folder / RECORD).unlink()
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():  # tensorboard/
+            for events in path.glob("events.out.tfevents.*"):
+                events.unlink()
+            _remove_if_empty(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove half-written and half-removed files of killed runs; the lock guarantees that none of them is running."""
+    names = "|".join(map(re.escape, (RECORD, *ADAPTER_FILES, *MODEL_FILES, *REPORTS)))
+    for path in output.glob(".*.tmp-*"):
+        if re.fullmatch(rf"\.({names})\.tmp-\d+", path.name):
+            path.unlink()
+    for path in (output / "checkpoints").glob(".step-*.partial-*"):
+        if re.fullmatch(r"\.step-\d+\.partial-\d+", path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not os.listdir(folder):
+        folder.rmdir()

@@ -1,0 +1,130 @@
+"""The output folder: locked by one run at a time; files of killed runs are removed, files of others stay."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import pytest
+
+from lora_ft.core import run_folder
+from lora_ft.core.errors import FilesError
+from lora_ft.core.storage import manifest
+from lora_ft.training import output as writing
+
+
+def checkpoint(output: Path, step: int) -> Path:
+    folder = run_folder.checkpoint_of(output, step)
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    (folder / "lora_ft.json").write_text(json.dumps({"files": manifest(folder, ["state.json"])}))
+    return folder
+
+
+# ---- the lock ----
+
+HOLD = """
+import sys
+from pathlib import Path
+from lora_ft.training.output import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path/out."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_is_refused_at_once_with_the_pid_of_the_first(tmp_path, holder):
+    for _ in range(2):  # the refusal does not disturb the lock
+        said = rf"in use by another run \(pid {holder.pid}\).*--set output="
+        with pytest.raises(FilesError, match=said), writing.locked(tmp_path / "out"):
+            pass
+    holder.stdin.close()
+    holder.wait()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_lock_of_a_killed_run_does_not_block(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "out" / writing.LOCK).exists()
+    with writing.locked(tmp_path / "out"):
+        assert (tmp_path / "out" / writing.HOLDER).read_text() == str(os.getpid())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_output_that_stays_empty_is_removed_and_one_with_files_is_not(tmp_path):
+    with writing.locked(tmp_path / "a" / "out"):
+        pass
+    assert not (tmp_path / "a" / "out").exists()
+    with pytest.raises(RuntimeError), writing.locked(tmp_path / "out"):
+        (tmp_path / "out" / "file").touch()
+        raise RuntimeError
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_a_file_system_that_cannot_lock_is_named(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(filelock.FileLock, "_acquire", refused)
+    said = r"out: can't be written or locked \(No locks available\).*--set output="
+    with pytest.raises(FilesError, match=said), writing.locked(tmp_path / "out"):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
+# ---- removal ----
+
+
+def test_files_of_killed_runs_are_removed_and_no_others(tmp_path):
+    leftovers = [".lora_ft.json.tmp-1", ".adapter_model.safetensors.tmp-99", "checkpoints/.step-3.partial-7"]
+    others = [".notes.tmp-1", ".lora_ft.json.tmp-x", "checkpoints/.step-3.partial-mine", "checkpoints/step-4.damaged-1"]
+    (tmp_path / "checkpoints").mkdir()
+    for name in leftovers + others:
+        path = tmp_path / name
+        path.mkdir() if "step" in name else path.touch()
+    (tmp_path / leftovers[-1] / "state.json").touch()
+    with writing.locked(tmp_path):
+        assert sorted(n for n in leftovers + others if (tmp_path / n).exists()) == sorted(others)
+
+
+def test_a_removal_that_is_killed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path, 1)
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing, "remove_listed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writing.remove_checkpoint(folder)
+    assert run_folder.checkpoint_folders(tmp_path) == []
+    with writing.locked(tmp_path):
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_file_of_anyone_else_stays_where_it_was(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    (folder / "notes.txt").touch()
+    writing.remove_checkpoint(folder)
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+def test_rotation_keeps_what_is_newer_than_the_run(tmp_path):
+    """A damaged newest checkpoint, which the run did not resume from, is left for the user to inspect."""
+    for step in (1, 2, 3, 4):
+        checkpoint(tmp_path, step)
+    writing.rotate(tmp_path, 1, {3})
+    assert [p.name for p in run_folder.checkpoint_folders(tmp_path)] == ["step-3", "step-4"]
