@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from lora_ft.commands.compare.show import score
+from lora_ft.commands.compare.tables import format_mean
 from lora_ft.core.metrics import format_metric
 
 ROOT = Path(__file__).parent.parent
@@ -117,8 +117,9 @@ def latency() -> tuple[str, str, str, str]:
     return (
         "No added inference latency",
         "The paper: none for merged LoRA; adapter layers cost up to 20 to 30% on short inputs at batch size 1.",
-        "lora-ft compare configs/compare_sst2.yaml --vary adapter.method=lora,full,bottleneck,prompt",
-        "How many times the bare base's time, one row, by turns (medians of 20 rounds):\n\n"
+        "lora-ft compare configs/compare_sst2.yaml --vary adapter.method=lora,full,bottleneck,prompt\n"
+        "python benchmarks/latency.py out/sst2-compare",
+        "Times the bare base's latency, one row, measured in turns (medians of 20 rounds):\n\n"
         + table(["", "a prompt of 64 tokens", "each new token"], rows),
     )
 
@@ -133,10 +134,10 @@ def quality() -> tuple[str, str, str, str]:
             [
                 name,
                 v["tuned"]["train.learning_rate"],
-                score("accuracy", v["metrics"]["dev"]["accuracy"]),
+                format_mean("accuracy", v["metrics"]["dev"]["accuracy"]),
                 f"{v['trainable_parameters']:,}",
                 f"{v['seconds_per_step']:.2f}",
-                score("accuracy", v["metrics"]["reviews"]["accuracy"]),
+                format_mean("accuracy", v["metrics"]["reviews"]["accuracy"]),
             ]
         )
     left = [f"{v['name']} is left out: {v['refused']}" for v in result["variants"] if v.get("refused")]
@@ -176,7 +177,7 @@ def texts() -> tuple[str, str, str, str]:
     )
 
 
-ABLATION = "--seeds 0,1 --set data.max_train_examples=1000 --no-latency"
+ABLATION = "--seeds 0,1 --set data.max_train_examples=1000"
 
 
 def ranks() -> tuple[str, str, str, str]:

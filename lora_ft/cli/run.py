@@ -78,17 +78,14 @@ def compare(
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For all of it; else the config's output, then -compare.")
     ] = None,
-    latency: Annotated[
-        bool, typer.Option("--latency/--no-latency", help="Measure inference, with two models in memory.")
-    ] = True,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Train variants of a config; compare quality, sizes, memory, time, latency.
+    """Train variants of a config; compare scores, sizes, memory and speed.
 
-    Asked again it goes on where it was stopped.
+    The same command resumes a comparison that was stopped.
 
     \b
     Example: lora-ft compare config.yaml --vary adapter.rank=1,4,16 --seeds 0,1
@@ -105,7 +102,6 @@ def compare(
         tune_steps=tune_steps,
         output=output,
         overrides=set or (),
-        with_latency=latency,
         as_json=as_json,
         trust=Trust(trust_remote_code, allow_pickle),
     )

@@ -11,10 +11,9 @@ from pathlib import Path
 from lora_ft.config.schema import Config
 from lora_ft.core import run_folder
 from lora_ft.core.errors import NumbersError
-from lora_ft.core.messages import info, warn
+from lora_ft.core.messages import info
 from lora_ft.core.metrics import format_metrics
 from lora_ft.core.signals import Stopped, Stopper
-from lora_ft.core.storage import write_json
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.distributed import processes
 from lora_ft.distributed.environment import join, with_accelerate_settings
@@ -23,7 +22,6 @@ from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.model.device import prepare_device
 from lora_ft.nn.attention import Isolation
-from lora_ft.report.runs import read_run as read_report_data
 from lora_ft.report.write import write_report
 from lora_ft.training import resume as resuming
 from lora_ft.training.checkpoint import State
@@ -116,7 +114,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
                 trainer.train_from(state, checkpoint)
         except (Stopped, NumbersError) as end:
             if is_main:
-                report(output, record, str(end))
+                write_report(output, record, str(end))
             raise
 
         # ---- finish: the best step's adapter, the report, the record ----
@@ -130,28 +128,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
         seconds = time.perf_counter() - started
         result = saver.load_best(step, last) | {"timings": {"seconds": round(seconds, 1)}}
-        report(output, record | result, samples=_samples(setup, max(10.0, 0.05 * seconds)))
+        write_report(output, record | result, samples=_samples(setup, max(10.0, 0.05 * seconds)))
         saver.finish(result)
         which = f"step {step}, the best of {last}" if step != last else f"step {step}"
         scores = f" ({format_metrics(result['metrics'])})" if result["metrics"] else ""
         info(f"done in {seconds:.0f} s: {output} holds the adapter of {which}{scores}")
         print(output)
-
-
-def report(output: Path, record: dict, why: str | None = None, samples: Callable[[], list[dict]] | None = None) -> None:
-    """Write report.html of what there is so far. A failure is only a warning: the run matters more.
-
-    Args:
-        why: what ended the run early.
-        samples: makes the answers that the report shows.
-    """
-    try:
-        if samples:
-            made = {"made_by": "lora-ft", "step": record.get("step"), "samples": samples()}
-            write_json(output / run_folder.SAMPLES, made)
-        write_report(read_report_data(output, record, why))
-    except Exception as e:
-        warn(f"no report ({type(e).__name__}: {e})")
 
 
 def resume_hint(started: bool) -> str:

@@ -3,7 +3,7 @@
 output/                 the adapter of a finished run; its record, lora_ft.json, is written last
 output/log.jsonl        one line per logged step
 output/tensorboard/     TensorBoard's files
-output/report.html, curves.png, samples.json
+output/report.html, curves.svg, samples.json
 output/checkpoints/step-N/
 """
 
@@ -14,8 +14,8 @@ from lora_ft.core.errors import FilesError
 from lora_ft.core.storage import read_json, verify_manifest
 
 RECORD, LOG = "lora_ft.json", "log.jsonl"
-REPORT, CURVES, SAMPLES = "report.html", "curves.png", "samples.json"
-REPORTS = (REPORT, CURVES, SAMPLES)
+REPORT, CURVES, SAMPLES = "report.html", "curves.svg", "samples.json"
+REPORTS = (REPORT, CURVES, SAMPLES, "curves.png")  # curves.png: of an earlier version
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 TEMPLATE = "chat_template.jinja"
 MODEL_FILES = (  # of full fine-tuning, whose output is a complete model

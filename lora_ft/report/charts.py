@@ -1,17 +1,33 @@
-"""Line charts as geometry: what charts.svg draws. Knows numbers, no run and no HTML."""
+"""Line charts as geometry, which pages/pieces.html draws as SVG. Knows numbers only: no run, no HTML, no torch."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 428, 12, 216
-MOST_POINTS = 300  # of a line: more than a screen shows
+LEFT, RIGHT, TOP, BOTTOM = 52, 428, 12, 216  # of the plot area
+MAX_POINTS = 300  # per line: more than a screen resolves
+MAX_RUN_COLOURS = 8
+COLOURS = {  # look -> colour on white paper; style.css has others for dark screens
+    "raw": "#a9c6f5",
+    "mean": "#1f6feb",
+    "eval": "#c2410c",
+    "base": "#6b7280",
+    "run-1": "#1f6feb",
+    "run-2": "#c2410c",
+    "run-3": "#15803d",
+    "run-4": "#9333ea",
+    "run-5": "#0e7490",
+    "run-6": "#be185d",
+    "run-7": "#a16207",
+    "run-8": "#4d5761",
+}
 
 
 @dataclass(frozen=True)
 class Line:
-    """points: (x, y). look: the CSS class: raw, mean, eval, base, or run-N. dots: whether its points are drawn, with values."""
+    """points: (x, y). look: a key of COLOURS. dots: whether each point is marked, with its value as a tooltip."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -21,9 +37,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """source: what it shows, for whoever draws it otherwise; log, zero, log_x: its axes, as in `chart`.
+    """A chart in pixels, WIDTH x HEIGHT.
 
-    x_ticks, y_ticks: (position, label). lines: (name, look, path, dots as (x, y, what it says)).
+    x_ticks, y_ticks: (position, label). lines: (name, look, SVG path, dots as (x, y, tooltip)). log: whether y is logarithmic.
     """
 
     title: str
@@ -31,10 +47,17 @@ class Chart:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     lines: list[tuple[str, str, str, list[tuple[float, float, str]]]]
-    source: list[Line]
     log: bool
-    zero: bool
-    log_x: bool
+
+
+def run_look(index: int) -> str:
+    """The look of the run or variant at a place in a comparison."""
+    return f"run-{index % MAX_RUN_COLOURS + 1}"
+
+
+def format_x(x: float) -> str:
+    """`1,200`, `2.5M`."""
+    return f"{x / 1e6:,.4g}M" if abs(x) >= 1e6 else f"{x:,.6g}"
 
 
 def chart(
@@ -42,73 +65,73 @@ def chart(
     lines: Sequence[Line],
     x_label: str = "step",
     *,
-    form: Callable[[float], str] = lambda y: f"{y:.4g}",
-    x_form: Callable[[float], str] = lambda x: f"{x / 1e6:,.4g}M" if abs(x) >= 1e6 else f"{x:,.6g}",
-    zero: bool = False,
-    may_be_log: bool = False,
+    y_format: Callable[[float], str] = "{:.4g}".format,
+    x_format: Callable[[float], str] = format_x,
+    from_zero: bool = False,
+    auto_log: bool = False,
     log_x: bool = False,
 ) -> Chart | None:
-    """A chart of `lines`; None where there is nothing to draw.
+    """A chart of `lines`; None if there is nothing to draw: no line, or a single x.
 
     Args:
-        form: how a value of y is written; x_form: of x.
-        zero: y begins at 0.
-        may_be_log: y is logarithmic where it spans more than a factor of 20.
-        log_x: x is logarithmic, where it is above 0.
+        from_zero: start y at 0.
+        auto_log: make y logarithmic if it spans more than a factor of 20.
+        log_x: make x logarithmic if it is positive throughout.
     """
-    lines = [Line(line.name, thinned(line.points), line.look, line.dots) for line in lines if line.points]
+    lines = [Line(line.name, downsample(line.points), line.look, line.dots) for line in lines if line.points]
     xs, ys = ([point[axis] for line in lines for point in line.points] for axis in (0, 1))
     if not lines or len(set(xs)) < 2:
         return None
-    log, log_x = may_be_log and min(ys) > 0 and max(ys) / min(ys) > 20, log_x and min(xs) > 0
-    scaled, along = (math.log10 if is_log else float for is_log in (log, log_x))
-    x0, x1 = along(min(xs)), along(max(xs))
-    y0, y1 = scaled(0.0 if zero else min(ys)), scaled(max(ys))
+    log_y, log_x = auto_log and min(ys) > 0 and max(ys) / min(ys) > 20, log_x and min(xs) > 0
+    scale_x, scale_y = (math.log10 if log else float for log in (log_x, log_y))
+    x0, x1 = scale_x(min(xs)), scale_x(max(xs))
+    y0, y1 = scale_y(0.0 if from_zero else min(ys)), scale_y(max(ys))
     margin = (y1 - y0) * 0.06 or abs(y1) * 0.1 or 1.0
-    y0, y1 = (y0 if zero else y0 - margin), y1 + margin
+    y0, y1 = (y0 if from_zero else y0 - margin), y1 + margin
 
-    def at(x: float, y: float) -> tuple[float, float]:
+    def position(x: float, y: float) -> tuple[float, float]:
         return (
-            round(LEFT + (along(x) - x0) / (x1 - x0) * (RIGHT - LEFT), 1),
-            round(BOTTOM - (scaled(y) - y0) / (y1 - y0) * (BOTTOM - TOP), 1),
+            round(LEFT + (scale_x(x) - x0) / (x1 - x0) * (RIGHT - LEFT), 1),
+            round(BOTTOM - (scale_y(y) - y0) / (y1 - y0) * (BOTTOM - TOP), 1),
         )
 
-    x_values = log_ticks(x0, x1) if log_x else ticks(x0, x1, 5)
-    y_values = log_ticks(y0, y1) if log else ticks(y0, y1, 5)
     drawn = []
     for line in lines:
-        places = [at(*point) for point in line.points]
+        positions = [position(*point) for point in line.points]
         dots = [
-            (x, y, f"{line.name}: {form(point[1])} at {x_label} {x_form(point[0])}")
-            for (x, y), point in zip(places, line.points, strict=True)
+            (x, y, f"{line.name}: {y_format(value)} at {x_label} {x_format(at)}")
+            for (x, y), (at, value) in zip(positions, line.points, strict=True)
         ]
-        path = "M" + "L".join(f"{x:g},{y:g}" for x, y in places)
+        path = "M" + "L".join(f"{x:g},{y:g}" for x, y in positions)
         drawn.append((line.name, line.look, path, dots if line.dots else []))
+    x_values = log_ticks(x0, x1) if log_x else ticks(x0, x1)
+    y_values = log_ticks(y0, y1) if log_y else ticks(y0, y1)
     return Chart(
         title,
         x_label,
-        [(at(x, 1.0 if log else y0)[0], x_form(x)) for x in x_values],
-        [(at(min(xs), y)[1], form(y)) for y in y_values],
+        [(position(x, 1.0 if log_y else y0)[0], x_format(x)) for x in x_values],
+        [(position(min(xs), y)[1], _without_zeros(y_format(y))) for y in y_values],
         drawn,
-        lines,
-        log,
-        zero,
-        log_x,
+        log_y,
     )
 
 
-def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS: neighbours become their mean, the last stays the last."""
-    size = math.ceil(len(points) / MOST_POINTS)
+def _without_zeros(label: str) -> str:
+    """`0.8000` as `0.8`, `90.0%` as `90%`."""
+    return re.sub(r"(\.\d*?)0+(?=%?$)", r"\1", label).replace(".%", "%").rstrip(".")
+
+
+def downsample(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MAX_POINTS points: neighbours are averaged; the last x stays."""
+    size = math.ceil(len(points) / MAX_POINTS)
     if size <= 1:
         return list(points)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    means = [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
-    return [*means[:-1], (points[-1][0], means[-1][1])]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Each point's mean with those around it, over a twentieth of the line; [] where the line is too short for it."""
+    """Each point averaged with its neighbours, over a twentieth of the line; [] if the line is too short for that."""
     half = len(points) // 40
     if half < 1:
         return []
@@ -119,9 +142,9 @@ def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return means
 
 
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round values within [low, high], about so many: multiples of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / about
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round values within [low, high]: multiples of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
     first = math.ceil(low / step - 1e-9)
@@ -129,7 +152,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times each power of ten whose logarithm is within [low, high]; powers alone over more than three."""
+    """Values whose log10 is within [low, high]: 1, 2 and 5 times powers of ten; powers alone over more than three decades."""
     steps = (1, 2, 5) if high - low <= 3 else (1,)
     values = [m * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for m in steps]
     return [value for value in values if low <= math.log10(value) <= high]

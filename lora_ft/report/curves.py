@@ -1,114 +1,107 @@
-"""Which curves a run's log gives, and those of several runs."""
+"""The charts of a run's log, and those of several runs together."""
 
 from collections.abc import Sequence
 from functools import partial
 
 from lora_ft.core.metrics import add_set_name, format_metric, metric_of, scalars
-from lora_ft.report.charts import Chart, Line, chart, running_mean
-from lora_ft.report.runs import Run
+from lora_ft.report.charts import Chart, Line, chart, run_look, running_mean
+from lora_ft.report.runs import RunData
+
+MAX_METRIC_CHARTS = 8
 
 
-def points(run: Run, y: str, x: str = "step") -> list[tuple[float, float]]:
-    return [(line[x], line[y]) for line in run.lines if x in line and y in line]
-
-
-def smoothed(values: Sequence[tuple[float, float]], name: str) -> list[Line]:
-    mean = running_mean(values)
-    return (
-        [Line(name, values, "raw"), Line(f"{name}, running mean", mean, "mean")]
-        if mean
-        else [Line(name, values, "mean")]
-    )
-
-
-def logged(runs: Sequence[Run]) -> list[str]:
-    """What evaluations logged."""
-    return list(dict.fromkeys(k for run in runs for line in run.lines for k in line if k.startswith("eval_")))
-
-
-def logged_losses(runs: Sequence[Run]) -> list[str]:
-    """Of each eval set, one."""
-    return [name for name in logged(runs) if name.endswith("loss")]
-
-
-def logged_metrics(runs: Sequence[Run]) -> list[str]:
-    """What evaluations logged beside losses; perplexity says what loss does."""
-    return [name for name in logged(runs) if not name.endswith(("loss", "perplexity"))]
-
-
-def base_line(run: Run, name: str) -> list[Line]:
-    flat = {
-        key: value
-        for of, metrics in run.base_metrics.items()
-        for key, value in add_set_name(of, scalars(metrics)).items()
-    }
-    value, steps = flat.get(name), [line["step"] for line in run.lines]
-    return [Line("base", [(min(steps), value), (max(steps), value)], "base")] if value is not None and steps else []
-
-
-def clock(runs: Sequence[Run]) -> tuple[str, float]:
-    """The unit in which the longest of the runs is best told, and its seconds."""
-    longest = max((line.get("seconds", 0) for run in runs for line in run.lines), default=0)
-    return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
-
-
-def curves(run: Run) -> list[Chart]:
-    evaluated = Line("eval loss", points(run, "eval_loss"), "eval", dots=True)
-    loss = [*smoothed(points(run, "loss"), "training"), *base_line(run, "loss"), evaluated]
-    named = [name for name in logged_losses([run]) if name != "eval_loss"]
-    charts = [
-        chart("Loss", loss, may_be_log=True),
-        chart("Learning rate", [Line("", points(run, "learning_rate"), "mean")], zero=True),
+def run_charts(run: RunData) -> list[Chart]:
+    """The charts of one run: losses, metrics beside the base's, learning rate, gradient norm, speed, memory."""
+    loss = [
+        *_with_mean(_series(run, "loss"), "training"),
+        *_base_line(run, "loss"),
+        Line("eval loss", _series(run, "eval_loss"), "eval", dots=True),
     ]
-    for name in [*named, *logged_metrics([run])[:8]]:
-        own = name.removeprefix("eval_")
-        line = Line("adapter", points(run, name), "eval", dots=True)
-        charts.append(
-            chart(f"Eval {metric_of(own).title}", [*base_line(run, own), line], form=partial(format_metric, own))
-        )
-    unit, seconds = clock([run])
-    over = {
-        name: [(s / seconds, y) for s, y in points(run, name, "seconds")]
-        for name in ("tokens_per_second", "peak_memory_mb")
-    }
+    charts = [
+        chart("Loss", loss, auto_log=True),
+        chart("Learning rate", [Line("", _series(run, "learning_rate"), "mean")], from_zero=True),
+    ]
+    for name in [name for name in _eval_losses([run]) if name != "eval_loss"] + _eval_metrics([run]):
+        key = name.removeprefix("eval_")
+        lines = [*_base_line(run, key), Line("adapter", _series(run, name), "eval", dots=True)]
+        charts.append(chart(f"Eval {metric_of(key).title}", lines, y_format=partial(format_metric, key)))
+    unit, seconds = _time_unit([run])
+    speed, memory = (_series(run, name, "seconds", seconds) for name in ("tokens_per_second", "peak_memory_mb"))
     charts += [
-        chart("Gradient norm", smoothed(points(run, "grad_norm"), "norm"), may_be_log=True),
-        chart("Tokens per second", smoothed(over["tokens_per_second"], "tokens/s"), unit, zero=True),
-        chart(
-            "Peak memory so far, MiB",
-            [Line("", over["peak_memory_mb"], "mean")],
-            unit,
-            zero=True,
-            form=lambda y: f"{y:,.0f}",
-        ),
+        chart("Gradient norm", _with_mean(_series(run, "grad_norm"), "norm"), auto_log=True),
+        chart("Tokens per second", _with_mean(speed, "tokens/s"), unit, from_zero=True),
+        chart("Peak memory so far, MiB", [Line("", memory, "mean")], unit, from_zero=True, y_format="{:,.0f}".format),
     ]
     return [c for c in charts if c]
 
 
-def curves_of_all(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
-    """One line a run in each chart."""
+def comparison_charts(runs: Sequence[RunData], names: Sequence[str]) -> list[Chart]:
+    """The charts that compare runs: one line per run in each."""
 
-    def each(y: str, dots: bool = False, x: str = "step", per: float = 1.0, mean: bool = False) -> list[Line]:
-        lines = []
+    def lines(y: str, dots: bool = False, mean: bool = False, per: float | None = None) -> list[Line]:
+        """per: seconds in the unit of time, for a chart over time instead of steps."""
+        drawn = []
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-            found = [(x_value / per, value) for x_value, value in points(run, y, x)]
-            lines.append(Line(name, (running_mean(found) if mean else []) or found, f"run-{i % 8 + 1}", dots))
-        return lines
+            points = _series(run, y, "seconds", per) if per else _series(run, y)
+            drawn.append(Line(name, (running_mean(points) if mean else []) or points, run_look(i), dots))
+        return drawn
 
-    unit, seconds = clock(runs)
-    charts = [
-        chart("Training loss", each("loss", mean=True), may_be_log=True),
-        *(
-            chart(f"Eval {metric_of(name.removeprefix('eval_')).title}", each(name, dots=True), may_be_log=True)
-            for name in logged_losses(runs)
-        ),
-        *(
-            chart(f"Eval {metric_of(own).title}", each(name, dots=True), form=partial(format_metric, own))
-            for name in logged_metrics(runs)[:8]
-            for own in [name.removeprefix("eval_")]
-        ),
-        chart("Learning rate", each("learning_rate"), zero=True),
-        chart("Tokens per second", each("tokens_per_second", x="seconds", per=seconds, mean=True), unit, zero=True),
-        chart("Peak memory so far, MiB", each("peak_memory_mb", x="seconds", per=seconds), unit, zero=True),
+    unit, seconds = _time_unit(runs)
+    charts = [chart("Training loss", lines("loss", mean=True), auto_log=True)]
+    for name in _eval_losses(runs) + _eval_metrics(runs):
+        key = name.removeprefix("eval_")
+        charts.append(
+            chart(
+                f"Eval {metric_of(key).title}",
+                lines(name, dots=True),
+                y_format=partial(format_metric, key),
+                auto_log=name.endswith("loss"),
+            )
+        )
+    charts += [
+        chart("Learning rate", lines("learning_rate"), from_zero=True),
+        chart("Tokens per second", lines("tokens_per_second", mean=True, per=seconds), unit, from_zero=True),
+        chart("Peak memory so far, MiB", lines("peak_memory_mb", per=seconds), unit, from_zero=True),
     ]
     return [c for c in charts if c]
+
+
+def _series(run: RunData, y: str, x: str = "step", per: float = 1.0) -> list[tuple[float, float]]:
+    """(x / per, y) of the log's lines that have both."""
+    return [(line[x] / per, line[y]) for line in run.log if x in line and y in line]
+
+
+def _with_mean(points: Sequence[tuple[float, float]], name: str) -> list[Line]:
+    if mean := running_mean(points):
+        return [Line(name, points, "raw"), Line(f"{name}, running mean", mean, "mean")]
+    return [Line(name, points, "mean")]
+
+
+def _base_line(run: RunData, key: str) -> list[Line]:
+    """The base's value of a metric as a horizontal line over all steps."""
+    metrics: dict[str, float] = {}
+    for name, of_set in run.base_metrics.items():
+        metrics |= add_set_name(name, scalars(of_set))
+    steps = [line["step"] for line in run.log]
+    if key not in metrics or not steps:
+        return []
+    return [Line("base", [(step, metrics[key]) for step in (min(steps), max(steps))], "base")]
+
+
+def _eval_keys(runs: Sequence[RunData]) -> list[str]:
+    return list(dict.fromkeys(key for run in runs for line in run.log for key in line if key.startswith("eval_")))
+
+
+def _eval_losses(runs: Sequence[RunData]) -> list[str]:
+    return [key for key in _eval_keys(runs) if key.endswith("loss")]
+
+
+def _eval_metrics(runs: Sequence[RunData]) -> list[str]:
+    """The logged metrics besides losses and perplexities, which show nothing that the loss does not."""
+    return [key for key in _eval_keys(runs) if not key.endswith(("loss", "perplexity"))][:MAX_METRIC_CHARTS]
+
+
+def _time_unit(runs: Sequence[RunData]) -> tuple[str, float]:
+    """The unit of time that suits the longest run, and its seconds."""
+    longest = max((line.get("seconds", 0) for run in runs for line in run.log), default=0)
+    return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)

@@ -1,4 +1,4 @@
-"""A run's figures as text: what it took, its data, its settings, what it takes to make it again."""
+"""A run's facts as text: its cost, its data, its settings, and what is needed to repeat it."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,81 +6,83 @@ from typing import Any
 
 import yaml
 
-from lora_ft.report.runs import Run, set_names
+from lora_ft.report.runs import RunData, eval_set_names
 
 
-def spent(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """`95 s`, `12.5 min`, `3.2 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def figures(run: Run) -> list[tuple[str, str]]:
-    """What a run took and made, each as (what, how much)."""
+def run_figures(run: RunData) -> list[tuple[str, str]]:
+    """Length, time, speed, memory and machine of a run, each as (title, text)."""
     record, machine = run.record, run.record.get("machine") or {}
     last: dict = {}
-    for line in run.lines:
+    for line in run.log:
         last |= line
-    speeds = [line["tokens_per_second"] for line in run.lines if "tokens_per_second" in line]
-    planned = record.get("planned_steps") or run.last
+    speeds = [line["tokens_per_second"] for line in run.log if "tokens_per_second" in line]
+    planned = record.get("planned_steps") or run.last_step
     device = ", ".join(
         f"{v} {k}" if k != "device" else str(v) for k, v in machine.items() if (k, v) != ("processes", 1)
     )
-    found = [
-        ("steps", f"{run.last:,}" if run.last == planned else f"{run.last:,} of {planned:,}"),
+    figures = [
+        ("steps", f"{run.last_step:,}" if run.last_step == planned else f"{run.last_step:,} of {planned:,}"),
         ("epochs", f"{last['epoch']:.2f}" if "epoch" in last else ""),
-        ("training and its evaluations", spent(last["seconds"]) if "seconds" in last else ""),
-        ("evaluation of the base", spent(record["base_seconds"]) if "base_seconds" in record else ""),
+        ("training with evaluations", format_duration(last["seconds"]) if "seconds" in last else ""),
+        ("evaluation of the base", format_duration(record["base_seconds"]) if "base_seconds" in record else ""),
         ("tokens per second, median", f"{statistics.median(speeds):,.0f}" if speeds else ""),
         ("peak memory", f"{last['peak_memory_mb']:,.0f} MiB" if "peak_memory_mb" in last else ""),
         ("trainable parameters", f"{record['trainable_parameters']:,}" if "trainable_parameters" in record else ""),
         ("device", device),
     ]
-    return [(what, text) for what, text in found if text]
+    return [(title, text) for title, text in figures if text]
 
 
-DATA = {
+DATA_TITLES = {
     "rows": "rows read",
     "used": "rows used",
     "examples": "examples",
     "tokens": "tokens",
-    "supervised": "of them supervised",
+    "supervised": "supervised tokens",
     "longest": "longest example, tokens",
     "truncated": "examples truncated",
-    "dropped": "rows dropped: nothing supervised was left",
-    "merged": "examples whose tokens merge across the prompt's end",
+    "dropped": "rows dropped: no supervised token left",
+    "merged": "examples with a token across the prompt's end",
     "skipped_count": "bad rows skipped",
-    "content": "SHA-256 of the sources' content",
+    "content": "SHA-256 of the sources",
     "sha256": "SHA-256 with template, tokenizer and settings",
 }
 
 
-def data_table(run: Run) -> dict[str, Any]:
-    """The data's statistics and fingerprints: columns train and eval, a row a figure."""
+def data_table(run: RunData) -> dict[str, Any]:
+    """Statistics and hashes of the data: a column for train and for each eval set, a row per figure."""
     data, config = run.record["data"], run.record["config"].get("data") or {}
-    named = {f"eval {name}": name for name in set_names(run.record)}
-    sets = {name: about for name, about in data.items() if isinstance(about, dict) and not (named and name == "eval")}
-    sets |= {title: (data.get("eval") or {}).get(name) or {} for title, name in named.items()}
-    config = config | {title: config["eval"][name] for title, name in named.items()}
+    eval_sets = {f"eval {name}": name for name in eval_set_names(run.record)}
+    sets = {name: of for name, of in data.items() if isinstance(of, dict) and not (eval_sets and name == "eval")}
+    sets |= {title: (data.get("eval") or {}).get(name) or {} for title, name in eval_sets.items()}
+    config = config | {title: config["eval"][name] for title, name in eval_sets.items()}
     rows = []
-    for key, title in DATA.items():
-        values = [about.get(key) for about in sets.values()]
+    for key, title in DATA_TITLES.items():
+        values = [of.get(key) for of in sets.values()]
         if any(values):
             rows.append((title, [f"{v:,}" if isinstance(v, int) else str(v or "") for v in values]))
     sources = [", ".join(map(str, v)) if isinstance(v, list) else str(v) for v in (config.get(name) for name in sets)]
-    skipped = [str(message) for about in sets.values() for message in about.get("skipped") or []]
+    skipped = [str(message) for of in sets.values() for message in of.get("skipped") or []]
     return {"names": list(sets), "rows": [("source", sources), *rows], "skipped": skipped}
 
 
-def config_text(run: Run) -> str:
-    return yaml.safe_dump(run.record["config"], sort_keys=False, allow_unicode=True)
+def config_text(config: dict) -> str:
+    """A config as YAML."""
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
-def origin(run: Run) -> list[tuple[str, str]]:
-    """Base, tokenizer, seed and versions: what it takes to make the run again."""
+def provenance(run: RunData) -> list[tuple[str, str]]:
+    """Base, tokenizer, seed and versions: what is needed to repeat the run. Each as (title, text)."""
     record, base = run.record, run.record["base"]
     versions = ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items())
-    named = [
+    facts = [
         ("base", base.get("name")),
         ("revision", base.get("revision")),
         ("fingerprint of its weights", base.get("fingerprint")),
@@ -89,26 +91,23 @@ def origin(run: Run) -> list[tuple[str, str]]:
         ("seed", record.get("seed")),
         ("versions", versions),
     ]
-    return [(what, str(value)) for what, value in named if value not in (None, "")]
+    return [(title, str(value)) for title, value in facts if value not in (None, "")]
 
 
-def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings that aren't the same in all runs, each with every run's value."""
-    flat = []
+def differing_settings(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
+    """The settings that are not the same in all runs, each with every run's value as YAML."""
+    configs = []
     for run in runs:
-        found: dict[str, object] = {}
+        settings: dict[str, object] = {}
         for section, value in run.record["config"].items():
             inner = value if isinstance(value, dict) else {"": value}
-            found |= {f"{section}.{k}".rstrip("."): v for k, v in inner.items()}
-        flat.append(found)
-    names = dict.fromkeys(name for found in flat for name in found)
-    values = {name: [_value(found.get(name)) for found in flat] for name in names}
+            settings |= {f"{section}.{key}".rstrip("."): v for key, v in inner.items()}
+        configs.append(settings)
+    names = dict.fromkeys(name for settings in configs for name in settings)
+    values = {name: [_yaml(settings.get(name)) for settings in configs] for name in names}
     return [(name, texts) for name, texts in values.items() if len(set(texts)) > 1]
 
 
-def _value(value: object) -> str:
-    return (
-        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
-        .removesuffix("\n")
-        .removesuffix("\n...")
-    )
+def _yaml(value: object) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")

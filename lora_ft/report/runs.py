@@ -1,8 +1,8 @@
-"""A run as its files tell it, finished or not: record, log, samples. Imports no torch."""
+"""What a run left in its output folder, finished or not: record, log, samples. Imports no torch."""
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_ft.core import run_folder
@@ -12,100 +12,113 @@ from lora_ft.core.storage import read_json
 
 
 @dataclass(frozen=True)
-class Run:
-    """What there is to show of a run.
+class RunData:
+    """The data of a run's report.
 
-    folder: as the user named it. record: lora_ft.json's, or of the newest checkpoint. lines: the log's. step: whose metrics
-    these are; last: the last step that is known of. finished: whether the adapter is there; why: what ended it early.
-    metrics, base_metrics: name -> value of each eval set by name, "" where there is one. samples: as samples.json has them.
+    Attributes:
+        folder: the output folder as the user named it.
+        record: the content of lora_ft.json; of an unfinished run, the newest checkpoint's.
+        log: the lines of log.jsonl.
+        step: the step that `metrics` belong to.
+        last_step: the last step that was trained, as far as the files show.
+        finished: whether the folder holds the run's adapter.
+        stop_reason: why the run ended early, if it has just done so.
+        metrics, base_metrics: eval set -> metric -> value; a single set without a name is "".
+        samples: as in samples.json.
     """
 
     folder: Path
     record: dict
-    lines: list[dict]
+    log: list[dict]
     step: int
-    last: int
+    last_step: int
     finished: bool
-    why: str | None = None
-    metrics: dict[str, dict] = field(default_factory=dict)
-    base_metrics: dict[str, dict] = field(default_factory=dict)
-    samples: list[dict] = field(default_factory=list)
+    stop_reason: str | None
+    metrics: dict[str, dict]
+    base_metrics: dict[str, dict]
+    samples: list[dict]
 
 
-def read_run(folder: Path, record: dict | None = None, why: str | None = None) -> Run:
-    """The run whose output is `folder`; with `record`, one that is just ending and whose own record is not there yet.
+def read_run_data(folder: Path, record: dict | None = None, stop_reason: str | None = None) -> RunData:
+    """The data of the run whose output is `folder`.
+
+    Args:
+        record: of a run that is just ending and has not written its own yet.
 
     Raises:
-        ModelError: no run of this tool is there.
-        FilesError: its record can't be read or lacks what every record has.
+        ModelError: the folder does not contain a run.
+        FilesError: its record is damaged.
     """
     path = folder / run_folder.RECORD
     checkpoints = run_folder.checkpoints(folder)
     if record is None and path.is_file():
         record = read_json(path, FilesError)
         if record.get("kind") == "checkpoint":
-            raise ModelError(f"{folder}: a checkpoint. Name the output of its run: {folder.parent.parent}.")
+            raise ModelError(f"{folder}: is a checkpoint. Give the output folder of its run: {folder.parent.parent}.")
         if record.get("kind") != "adapter":
-            raise ModelError(f"{folder}: holds no run, but a merged model. Name the output of a run.")
+            raise ModelError(f"{folder}: is a merged model and holds no run. Give the output folder of a run.")
     elif record is None:
         if not checkpoints:
-            raise ModelError(f"{folder}: no run of this tool is there. Name the output of one: lora-ft report OUT.")
+            raise ModelError(f"{folder}: holds no run. Give the output folder of one: lora-ft report OUT.")
         path = checkpoints[-1] / run_folder.RECORD
         record = read_json(path, FilesError) | {"kind": "unfinished"}
     for name in ("config", "base", "data"):
         if not isinstance(record.get(name), dict):
-            raise FilesError(f"{path}: damaged: it has no {name}. Restore it from a copy.")
-    finished, lines = record.get("kind") == "adapter", read_log(folder)
-    reached = [line["step"] for line in lines] + [run_folder.step_of(c) for c in checkpoints]
-    step, metrics = (record.get("step"), record.get("metrics")) if finished else latest_metrics(checkpoints, lines)
-    last = record.get("steps") if finished else max(reached, default=0)
+            raise FilesError(f"{path}: damaged: {name} is missing. Restore it from a copy.")
+    finished, log = record.get("kind") == "adapter", read_log(folder)
+    if finished:
+        step, metrics, last = record.get("step"), record.get("metrics"), record.get("steps")
+    else:
+        step, metrics = _last_evaluation(checkpoints, log)
+        last = max([line["step"] for line in log] + [run_folder.step_of(c) for c in checkpoints], default=0)
     step, last = (value if isinstance(value, int) else 0 for value in (step, last))
-    own, base = (split_set_name(found, set_names(record)) for found in (metrics, record.get("base_metrics")))
-    return Run(folder, record, lines, step, last, finished, why, own, base, read_samples(folder, step))
+    own, base = (split_set_name(found, eval_set_names(record)) for found in (metrics, record.get("base_metrics")))
+    return RunData(folder, record, log, step, last, finished, stop_reason, own, base, _read_samples(folder, step))
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The log's lines that are whole, numbers that are finite."""
-    lines = []
+    """The complete lines of a run's log, with the values that are finite numbers."""
     try:
         text = (folder / run_folder.LOG).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
+    lines = []
     for text_line in text.splitlines():
         try:
             line = json.loads(text_line)
         except ValueError:
-            continue  # the line that a crash cut
+            continue  # cut by a crash
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append({k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)})
     return lines
 
 
-def latest_metrics(checkpoints: list[Path], lines: list[dict]) -> tuple[int, dict]:
-    """The step of the last evaluation and its metrics: a checkpoint's, which has all, or else the log's."""
-    evaluated = [line for line in lines if any(k.startswith("eval_") and k.endswith("loss") for k in line)]
-    step = evaluated[-1]["step"] if evaluated else 0
-    for checkpoint in reversed(checkpoints):
-        if run_folder.step_of(checkpoint) == step:
-            metrics = read_json(checkpoint / run_folder.RECORD, FilesError).get("metrics")
-            if metrics:
-                return step, metrics
-    names = evaluated[-1].items() if evaluated else ()
-    return step, {name.removeprefix("eval_"): value for name, value in names if name.startswith("eval_")}
-
-
-def set_names(record: dict) -> list[str]:
-    """The names of a run's eval sets; none where there is but one, without a name."""
+def eval_set_names(record: dict) -> list[str]:
+    """The names of a run's eval sets; [] for a single set without a name."""
     data = record["config"].get("data")
     sets = data.get("eval") if isinstance(data, dict) else None
     return list(sets) if isinstance(sets, dict) else []
 
 
-def read_samples(folder: Path, step: int) -> list[dict]:
-    """The samples of this very step."""
+def _last_evaluation(checkpoints: list[Path], log: list[dict]) -> tuple[int, dict]:
+    """(step, metrics) of an unfinished run's last evaluation: from its checkpoint, which has all, else from the log."""
+    lines = [line for line in log if any(key.startswith("eval_") and key.endswith("loss") for key in line)]
+    if not lines:
+        return 0, {}
+    step = lines[-1]["step"]
+    for checkpoint in checkpoints:
+        if run_folder.step_of(checkpoint) == step:
+            metrics = read_json(checkpoint / run_folder.RECORD, FilesError).get("metrics")
+            if metrics:
+                return step, metrics
+    return step, {key.removeprefix("eval_"): value for key, value in lines[-1].items() if key.startswith("eval_")}
+
+
+def _read_samples(folder: Path, step: int) -> list[dict]:
+    """The samples in samples.json, if they are of this step."""
     path = folder / run_folder.SAMPLES
     if not run_folder.is_own_report(path):
         return []
-    found = read_json(path, FilesError)
-    samples = found.get("samples") if found.get("step") == step else None
+    content = read_json(path, FilesError)
+    samples = content.get("samples") if content.get("step") == step else None
     return [s for s in samples if isinstance(s, dict)] if isinstance(samples, list) else []

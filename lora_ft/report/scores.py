@@ -1,95 +1,100 @@
-"""A run's scores beside its base's, as text: values, intervals, differences, confusion tables."""
+"""A run's scores beside its base's, formatted: values, intervals, differences, confusion tables."""
 
 from typing import Any
 
 from lora_ft.core.metrics import METRICS, add_set_name, format_metric, interval, metric_of, scalars
-from lora_ft.report.runs import Run
+from lora_ft.report.runs import RunData
 
 
-def cell(name: str, metrics: dict) -> dict[str, str]:
-    """A metric as written, and its interval."""
-    value, ends = scalars(metrics).get(name), interval(name, metrics)
-    between = f"{format_metric(name, ends[0])} to {format_metric(name, ends[1])}" if ends else ""
-    return {"value": "" if value is None else format_metric(name, value), "interval": between}
+def metric_cell(key: str, metrics: dict) -> dict[str, str]:
+    """A metric's value and its 95% interval; "" for what there is not."""
+    value, ends = scalars(metrics).get(key), interval(key, metrics)
+    return {
+        "value": "" if value is None else format_metric(key, value),
+        "interval": " to ".join(format_metric(key, end) for end in ends) if ends else "",
+    }
 
 
-def change(name: str, base: float | None, adapter: float | None) -> dict[str, str]:
-    """Adapter less base, and whether that is better."""
+def change(key: str, base: float | None, adapter: float | None) -> dict[str, str]:
+    """The difference adapter - base, and whether it is better."""
     if base is None or adapter is None:
         return {"text": "", "verdict": ""}
-    difference = adapter - base
-    better = (difference < 0) == metric_of(name).lower_is_better
-    text = f"{100 * difference:+.1f} points" if metric_of(name).format.endswith("%") else f"{difference:+.3g}"
+    difference, metric = adapter - base, metric_of(key)
+    better = (difference < 0) == metric.lower_is_better
+    text = f"{100 * difference:+.1f} points" if metric.format.endswith("%") else f"{difference:+.3g}"
     return {"text": text, "verdict": "same" if difference == 0 else "better" if better else "worse"}
 
 
-def results(run: Run) -> list[dict[str, Any]]:
-    """For each eval set: its name, a row a metric, bars for metrics with intervals, and the confusion tables."""
+def score_tables(run: RunData) -> list[dict[str, Any]]:
+    """Per eval set: its name, a row per metric, bars for metrics with intervals, and the confusion tables."""
     sets = []
     for name in dict.fromkeys([*run.metrics, *run.base_metrics]):
         base, adapter = run.base_metrics.get(name, {}), run.metrics.get(name, {})
-        metrics = list(dict.fromkeys([*scalars(adapter), *scalars(base)]))
+        keys = list(dict.fromkeys([*scalars(adapter), *scalars(base)]))
         rows = [
             {
-                "title": metric_of(m).title,
-                "base": cell(m, base),
-                "adapter": cell(m, adapter),
-                "change": change(m, scalars(base).get(m), scalars(adapter).get(m)),
+                "title": metric_of(key).title,
+                "base": metric_cell(key, base),
+                "adapter": metric_cell(key, adapter),
+                "change": change(key, scalars(base).get(key), scalars(adapter).get(key)),
             }
-            for m in metrics
+            for key in keys
         ]
-        bars = [b for m in metrics if (b := bar(m, base, adapter))]
-        confusions = [confusion(who, of, run) for who, of in (("base", base), ("adapter", adapter))]
+        bars = [bar for key in keys if (bar := _interval_bar(key, base, adapter))]
+        confusions = [_confusion_table(who, of, run) for who, of in (("base", base), ("adapter", adapter))]
         sets.append({"name": name, "rows": rows, "bars": bars, "confusions": [c for c in confusions if c]})
     return sets
 
 
-def headline(run: Run) -> dict[str, str] | None:
-    """The one figure to read first: what the run chose its best by, or accuracy; None without a base to set it against."""
-    chosen = str((run.record["config"].get("train") or {}).get("metric_for_best_model"))
-    for name in sorted(run.metrics, key=lambda name: chosen not in add_set_name(name, run.metrics[name])):
+def headline(run: RunData) -> dict[str, str] | None:
+    """The most important score: of the metric that selects the best step, else accuracy, else loss; None without a base."""
+    selected_by = str((run.record["config"].get("train") or {}).get("metric_for_best_model"))
+    for name in sorted(run.metrics, key=lambda name: selected_by not in add_set_name(name, run.metrics[name])):
         base, adapter = (
             add_set_name(name, scalars(of)) | scalars(of) for of in (run.base_metrics.get(name, {}), run.metrics[name])
         )
-        for metric in (chosen if not chosen.endswith("loss") else "", "accuracy", "loss"):
-            if metric in base and metric in adapter:
-                title = metric_of(f"{name}_{metric}" if name and metric in METRICS else metric).title
-                values = {"base": base[metric], "adapter": adapter[metric]}
-                texts = {who: format_metric(metric, value) for who, value in values.items()}
-                return {"title": title[0].upper() + title[1:], **texts, **change(metric, **values)}
+        for key in (selected_by if not selected_by.endswith("loss") else "", "accuracy", "loss"):
+            if key in base and key in adapter:
+                title = metric_of(f"{name}_{key}" if name and key in METRICS else key).title
+                values = {"base": base[key], "adapter": adapter[key]}
+                texts = {who: format_metric(key, value) for who, value in values.items()}
+                return {"title": title[0].upper() + title[1:], **texts, **change(key, **values)}
     return None
 
 
-def bar(name: str, base: dict, adapter: dict) -> dict[str, Any] | None:
-    """A metric's values and intervals on one scale, as shares of its length; None if the adapter's has no interval."""
-    found = [(who, of, ends) for who, of in (("base", base), ("adapter", adapter)) if (ends := interval(name, of))]
-    if not any(who == "adapter" for who, _, _ in found):
+def _interval_bar(key: str, base: dict, adapter: dict) -> dict[str, Any] | None:
+    """A metric's values and intervals on one scale from 0 to 1; None if the adapter has no interval."""
+    of = {
+        who: (metrics, ends)
+        for who, metrics in (("base", base), ("adapter", adapter))
+        if (ends := interval(key, metrics))
+    }
+    if "adapter" not in of:
         return None
-    low, high = min(ends[0] for *_, ends in found), max(ends[1] for *_, ends in found)
+    low, high = min(ends[0] for _, ends in of.values()), max(ends[1] for _, ends in of.values())
     margin = (high - low) * 0.08 or 0.01
 
-    def at(value: float) -> float:
+    def position(value: float) -> float:
         return round((value - low + margin) / (high - low + 2 * margin), 4)
 
     marks = [
-        {"who": who, "text": format_metric(name, of[name]), "low": at(e[0]), "at": at(of[name]), "high": at(e[1])}
-        for who, of, e in found
+        {"who": who, "low": position(ends[0]), "at": position(metrics[key]), "high": position(ends[1])}
+        for who, (metrics, ends) in of.items()
     ]
-    (_, _, first), (_, _, second) = found[0], found[-1]
-    overlap = len(found) == 2 and first[1] >= second[0] and second[1] >= first[0]
-    scale = [(at(low), format_metric(name, low)), (at(high), format_metric(name, high))]
-    return {"title": metric_of(name).title, "marks": marks, "overlap": overlap, "ends": scale}
+    overlap = len(of) == 2 and of["base"][1][1] >= of["adapter"][1][0] and of["adapter"][1][1] >= of["base"][1][0]
+    scale = [(position(end), format_metric(key, end)) for end in (low, high)]
+    return {"title": metric_of(key).title, "marks": marks, "overlap": overlap, "ends": scale}
 
 
-def confusion(who: str, metrics: dict, run: Run) -> dict[str, Any] | None:
-    """The table and, for its shading, each cell's share of its row."""
-    table = metrics.get("confusion")
-    if not table:
+def _confusion_table(who: str, metrics: dict, run: RunData) -> dict[str, Any] | None:
+    """The counts with label words and, for shading, each cell's share of its row."""
+    counts = metrics.get("confusion")
+    if not counts:
         return None
     names: list[str] = next(iter((run.record["config"]["data"].get("label_names") or {}).values()), [])
-    words = [names[i] if i < len(names) else str(i) for i in range(len(table))]
+    words = [names[i] if i < len(names) else str(i) for i in range(len(counts))]
     rows = [
         {"word": word, "cells": [{"count": n, "share": round(n / max(1, sum(row)), 3)} for n in row]}
-        for word, row in zip(words, table, strict=True)
+        for word, row in zip(words, counts, strict=True)
     ]
     return {"who": who, "words": words, "rows": rows}

@@ -1,167 +1,123 @@
-"""report.html and curves.png of a run, and one page that compares several. Self-contained: no script, no request."""
+"""report.html and curves.svg of a run, and `lora-ft report`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import jinja2
 
 from lora_ft.core import run_folder
-from lora_ft.core.errors import FilesError
-from lora_ft.core.metrics import metric_of, scalars, selection_metric
+from lora_ft.core.messages import warn
+from lora_ft.core.metrics import selection_metric
 from lora_ft.core.names import portable_name
-from lora_ft.core.storage import write_file
-from lora_ft.core.version import __version__
+from lora_ft.core.storage import write_json
 from lora_ft.methods.model_card import method_of, peft_snippet, what_it_is
-from lora_ft.report.curves import curves, curves_of_all
-from lora_ft.report.figures import config_text, data_table, differing, figures, origin
-from lora_ft.report.runs import Run, read_run, set_names
-from lora_ft.report.scores import cell, headline, results
+from lora_ft.report.comparison import compare_runs
+from lora_ft.report.curves import run_charts
+from lora_ft.report.figures import config_text, data_table, provenance, run_figures
+from lora_ft.report.render import check_replaceable, render, write_page
+from lora_ft.report.runs import RunData, eval_set_names, read_run_data
+from lora_ft.report.scores import headline, score_tables
 
 
-def write_report(run: Run, page: Path | None = None) -> Path | None:
-    """Write the report of a run that has a log, into its folder or as `page`; the page, or None if there is nothing to show.
+def write_report(
+    output: Path,
+    record: dict,
+    stop_reason: str | None = None,
+    samples: Callable[[], list[dict]] | None = None,
+) -> None:
+    """Write the report of a run that has just ended. A failure is only a warning: the run matters more.
+
+    Args:
+        record: what lora_ft.json is about to hold; of a run that ended early, what is known of it.
+        stop_reason: why the run ended early.
+        samples: generates the answers that the report shows; they go to samples.json.
+    """
+    try:
+        if samples:
+            content = {"made_by": "lora-ft", "step": record.get("step"), "samples": samples()}
+            write_json(output / run_folder.SAMPLES, content)
+        write_run_report(read_run_data(output, record, stop_reason))
+    except Exception as e:
+        warn(f"no report ({type(e).__name__}: {e})")
+
+
+def write_run_report(run: RunData, page: Path | None = None) -> Path | None:
+    """Write a run's report into its folder, with curves.svg, or as `page` alone.
+
+    Returns:
+        The path of the page; None if the run has neither a log nor a result.
 
     Raises:
-        FilesError: a file of someone else's has that name, or it can't be written.
+        FilesError: a file that lora-ft has not written has that name, or the report can't be written.
     """
-    if not run.lines and not run.finished:
+    if not run.log and not run.finished:
         return None
     if page is None:
-        page, picture = run.folder / run_folder.REPORT, run.folder / run_folder.CURVES
-        check_ours(page, picture)
-        if charts := curves(run):
-            from lora_ft.report.png import charts_png  # matplotlib, which takes a second
-
-            write_file(picture, charts_png(charts))
-    check_ours(page)
-    write_file(page, report_page(run))
+        page, drawing = run.folder / run_folder.REPORT, run.folder / run_folder.CURVES
+        check_replaceable(page)
+        if charts := run_charts(run):
+            write_page(drawing, render("curves.svg", charts=charts))
+    write_page(page, report_page(run))
     return page
 
 
-def write_comparison(runs: Sequence[Run], page: Path) -> None:
-    """Write one page that compares runs.
-
-    Raises:
-        FilesError: a file of someone else's has that name, or it can't be written.
-    """
-    check_ours(page)
-    write_file(page, comparison_page(runs))
-
-
-def check_ours(*paths: Path) -> None:
-    for path in paths:
-        if path.exists() and not run_folder.is_own_report(path):
-            raise FilesError(f"{path}: there already, and not of this tool. Move it, or name another: --output FILE.")
-
-
-def report_page(run: Run) -> str:
-    record = run.record
-    eval_data = record["data"].get("eval") or {}
-    named = [f"{(eval_data.get(name) or {}).get('examples', 0):,} of {name}" for name in set_names(record)]
-    about = f"On {', '.join(named) or format(eval_data.get('examples', 0), ',')} eval examples."
-    if run.finished and run.step != run.last:
-        chosen = selection_metric(
-            str((record["config"].get("train") or {}).get("metric_for_best_model")), set_names(record) or [""]
-        )
-        where = f"those of {chosen[0]}" if chosen and chosen[0] else "these same examples"
-        about += (
-            f" The adapter is that of step {run.step}, the best of {run.last} on {where}:"
-            " a figure that was chosen so is a little too good."
-        )
+def report_page(run: RunData) -> str:
+    """The HTML of a run's report."""
+    record, folder = run.record, str(run.folder)
     checkpoints, method = run_folder.checkpoints(run.folder), method_of(record)
     return render(
         "run.html",
-        title=f"{run.folder}: lora-ft report",
-        name=str(run.folder),
-        folder=str(run.folder),
+        title=f"{folder}: lora-ft report",
+        name=folder,
+        folder=folder,
         adapter=what_it_is(record),
         base=portable_name(str(record["base"].get("name"))),
         finished=run.finished,
-        why=run.why,
+        stop_reason=run.stop_reason,
         step=run.step,
-        last=run.last,
+        last_step=run.last_step,
         planned=record.get("planned_steps"),
         headline=headline(run),
-        results=results(run),
+        results=score_tables(run),
         scored_base=bool(run.base_metrics),
-        eval_about=about,
+        eval_note=_eval_note(run),
         samples=run.samples,
-        figures_=figures(run),
-        charts=curves(run),
-        snippet=peft_snippet(record, str(run.folder)) if run.finished and method in ("lora", "prompt") else "",
+        run_figures=run_figures(run),
+        charts=run_charts(run),
+        snippet=peft_snippet(record, folder) if run.finished and method in ("lora", "prompt") else "",
         merges=method == "lora",
         checkpoint=str(checkpoints[-1]) if checkpoints else "",
         data=data_table(run),
-        origin=origin(run),
-        config=config_text(run),
+        provenance=provenance(run),
+        config=config_text(record["config"]),
     )
 
 
-def comparison_page(runs: Sequence[Run]) -> str:
-    names = [str(run.folder) for run in runs]
-    eval_data = {_encoded(run) for run in runs if run.metrics}
-    took = [dict(figures(run)) for run in runs]
-    return render(
-        "runs.html",
-        title=f"{len(runs)} runs compared",
-        names=names,
-        sets=comparison(runs, names),
-        different_data=len(eval_data) > 1,
-        charts=curves_of_all(runs, names),
-        differing=differing(runs),
-        took=[(what, [t.get(what, "") for t in took]) for what in dict.fromkeys(k for t in took for k in t)],
+def _eval_note(run: RunData) -> str:
+    """How many examples the scores are of, and whether the step was selected by them."""
+    data, names = run.record["data"].get("eval") or {}, eval_set_names(run.record)
+    counts = [f"{(data.get(name) or {}).get('examples', 0):,} of {name}" for name in names]
+    note = f"On {', '.join(counts) or format(data.get('examples', 0), ',')} eval examples."
+    if not run.finished or run.step == run.last_step:
+        return note
+    key = str((run.record["config"].get("train") or {}).get("metric_for_best_model"))
+    selected_by = selection_metric(key, names or [""])
+    where = f"those of {selected_by[0]}" if selected_by and selected_by[0] else "these same examples"
+    return (
+        f"{note} The adapter is that of step {run.step}, the best of {run.last_step} on {where}:"
+        " scores selected this way are slightly too good."
     )
-
-
-def _encoded(run: Run) -> tuple:
-    """What is known of a run's eval data: hashes, of each set."""
-    about = run.record["data"].get("eval") or {}
-    return tuple((about.get(name) or {}).get("sha256") for name in set_names(run.record)) or (about.get("sha256"),)
-
-
-def comparison(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each eval set: titles of its metrics, and a row a run, the bases (each once) before them."""
-    sets = []
-    for name in dict.fromkeys(n for run in runs for n in run.metrics):
-        metrics = list(dict.fromkeys(m for run in runs for m in scalars(run.metrics.get(name, {}))))
-        rows: list[dict] = []
-        bases: set[tuple] = set()
-        for i, (run, named) in enumerate(zip(runs, names, strict=True)):
-            base = run.base_metrics.get(name)
-            cells = [cell(m, base or {}) for m in metrics]
-            if base and (key := tuple(c["value"] for c in cells)) not in bases:
-                bases.add(key)
-                title = f"base {portable_name(str(run.record['base'].get('name')))}"
-                rows.insert(len(bases) - 1, {"name": title, "look": "base", "note": "", "cells": cells, "step": ""})
-            own = [cell(m, run.metrics.get(name, {})) for m in metrics]
-            note = "" if run.finished else "not finished"
-            rows.append({"name": named, "look": f"run-{i % 8 + 1}", "note": note, "cells": own, "step": run.step})
-        sets.append({"name": name, "titles": [metric_of(m).title for m in metrics], "rows": rows})
-    return sets
-
-
-def render(template: str, **facts: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lora_ft.report", "pages"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(version=__version__, **facts)
 
 
 def report_command(folders: Sequence[Path], page: Path | None) -> None:
-    """Write the page of a run's output or of several, and print its path.
+    """Write the report of a run, or one page that compares several, and print its path.
 
     Raises:
-        ModelError: no run is there. FilesError: as `write_report`.
+        ModelError: a folder does not contain a run.
+        FilesError: a run's record is damaged, or the page can't be written.
     """
-    runs = [read_run(folder) for folder in folders]
-    if len(runs) > 1:
-        page = page or Path("compare-report.html")
-        write_comparison(runs, page)
+    runs = [read_run_data(folder) for folder in folders]
+    if len(runs) == 1:
+        page = write_run_report(runs[0], page)
     else:
-        page = write_report(runs[0], page)
+        page = page or Path("compare-report.html")
+        write_page(page, compare_runs(runs))
     print(page)

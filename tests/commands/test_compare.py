@@ -9,17 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from lora_ft.commands.compare.command import seed_numbers
-from lora_ft.commands.compare.latency import NEW, PROMPT, answer, paired
+from lora_ft.commands.compare.command import parse_seeds
 from lora_ft.commands.compare.page import page
-from lora_ft.commands.compare.summary import metrics, spread
-from lora_ft.commands.compare.variants import axis, chosen_metric, final, tuning, variants
+from lora_ft.commands.compare.results import mean_interval, metrics_over_seeds
+from lora_ft.commands.compare.variants import final_config, make_variants, parse_axis, ranking_metric, tuning_config
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError
-from tests.helpers.tiny import lora_ft, write_base, write_run
+from tests.helpers.tiny import lora_ft, write_run
 
 CONFIG = """
 model: {name: base}
@@ -36,19 +33,19 @@ def config(tmp_path) -> Path:
 
 
 def named(path: Path, *vary: str) -> list[str]:
-    return [variant.name for variant in variants(path, [], [axis("--vary", text) for text in vary])]
+    return [variant.name for variant in make_variants(path, [], [parse_axis("--vary", text) for text in vary])]
 
 
 def test_values_are_split_where_yaml_would():
-    assert axis("--vary", "adapter.targets=[q],[q, v],all").values == ("[q]", "[q, v]", "all")
-    assert axis("--vary", "data.prompt='a, b','{x}: '").values == ("a, b", "{x}: ")
-    assert axis("--vary", "train.learning_rate=1e-4,1e-3").values == ("1e-4", "1e-3")
+    assert parse_axis("--vary", "adapter.targets=[q],[q, v],all").values == ("[q]", "[q, v]", "all")
+    assert parse_axis("--vary", "data.prompt='a, b','{x}: '").values == ("a, b", "{x}: ")
+    assert parse_axis("--vary", "train.learning_rate=1e-4,1e-3").values == ("1e-4", "1e-3")
 
 
 @pytest.mark.parametrize("text", ["adapter.rank", "adapter.rank=", "=1,2", "adapter.rank=[1,2", "adapter.rank=1,1"])
 def test_an_axis_that_is_none_is_refused(text):
     with pytest.raises(ConfigError, match="--vary"):
-        axis("--vary", text)
+        parse_axis("--vary", text)
 
 
 def test_the_variants_are_the_product(config):
@@ -63,7 +60,7 @@ def test_the_variants_are_the_product(config):
 
 def test_a_setting_counts_only_for_its_own_methods(config):
     assert named(config, "adapter.method=lora,full", "adapter.rank=1,2") == ["lora, rank=1", "lora, rank=2", "full"]
-    full = variants(config, [], [axis("--vary", "adapter.method=full")])[0].config
+    full = make_variants(config, [], [parse_axis("--vary", "adapter.method=full")])[0].config
     assert full.adapter.model_dump() == {"method": "full"}  # the config's rank and alpha are LoRA's
 
 
@@ -86,62 +83,51 @@ def test_a_variation_that_makes_no_sense_is_refused_before_anything_is_spent(con
 
 def test_without_eval_data_there_is_nothing_to_compare_by(config):
     with pytest.raises(ConfigError, match="eval"):
-        variants(config, ["data.eval=null"], [])
+        make_variants(config, ["data.eval=null"], [])
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "1,1", "-1", "1.5"])
 def test_seeds_are_whole_numbers(seeds):
     with pytest.raises(ConfigError, match="--seeds"):
-        seed_numbers(seeds)
+        parse_seeds(seeds)
 
 
 def test_nothing_is_chosen_on_the_eval_data(config):
-    variant = variants(config, ["train.early_stopping_patience=2"], [])[0]
-    run = final(variant, {"train.learning_rate": "1e-2"}, 3, Path("out"), evaluate_base=False)
+    variant = make_variants(config, ["train.early_stopping_patience=2"], [])[0]
+    run = final_config(variant, {"train.learning_rate": "1e-2"}, 3, Path("out"), evaluate_base=False)
     assert (run.train.learning_rate, run.train.seed) == (1e-2, 3)
     assert not run.train.load_best_model_at_end and run.train.early_stopping_patience is None
-    chooses = tuning(variant, {}, 0, Path("out"))
+    chooses = tuning_config(variant, {}, 0, Path("out"))
     assert chooses.data.eval == {"tuning": 0.1}
     assert chooses.train.metric_for_best_model == "tuning_loss"
 
 
 def test_tuning_leaves_out_what_the_eval_data_holds_out_of_train(config):
-    variant = variants(config, ["data.eval={a: 0.2, b: eval.jsonl}"], [])[0]
-    assert tuning(variant, {}, 0, Path("out")).data.eval == {"a": 0.2, "tuning": 0.1}
+    variant = make_variants(config, ["data.eval={a: 0.2, b: eval.jsonl}"], [])[0]
+    assert tuning_config(variant, {}, 0, Path("out")).data.eval == {"a": 0.2, "tuning": 0.1}
 
 
 def test_what_variants_are_ranked_by(config):
-    base = variants(config, [], [])[0].config
-    assert chosen_metric(base) == ("", "loss")
+    base = make_variants(config, [], [])[0].config
+    assert ranking_metric(base) == ("", "loss")
     data = base.model_dump(mode="json")
     data["data"] |= {"text": None, "prompt": "{a}", "completion": "{b}", "eval": {"dev": "d.jsonl"}}
     data["generation"]["metrics"] = ["bleu"]
-    assert chosen_metric(parse_config(data)) == ("dev", "bleu")
+    assert ranking_metric(parse_config(data)) == ("dev", "bleu")
 
 
 def test_the_interval_is_student_s():
-    found = spread([1.0, 2.0, 3.0])
+    found = mean_interval([1.0, 2.0, 3.0])
     assert found["mean"] == 2.0
     assert found["ci95"] == pytest.approx([2 - 2.484, 2 + 2.484], abs=1e-3)  # 4.303 / sqrt(3), as in any textbook
-    assert "ci95" not in spread([1.0])
+    assert "ci95" not in mean_interval([1.0])
 
 
 def test_metrics_of_several_sets_are_told_apart():
     config = {"data": {"eval": {"dev": "a", "other": "b"}}}
     records = [{"config": config, "metrics": {"dev_loss": x, "other_loss": 2 * x}} for x in (1.0, 3.0)]
-    found = metrics(records)
+    found = metrics_over_seeds(records)
     assert found["dev"]["loss"]["mean"] == 2.0 and found["other"]["loss"]["values"] == [2.0, 6.0]
-
-
-def test_latency_is_measured_on_both_models_alike(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(write_base(tmp_path / "base")).eval()
-    read, token = answer(model, torch.zeros((1, PROMPT), dtype=torch.long))
-    assert read > 0 and token > 0 and model.config.max_position_embeddings >= PROMPT + NEW
-    found = paired(model, model)
-    assert found.keys() == {f"{kind}_{what}" for kind in ("prompt", "token") for what in ("ms", "ratio")} | {
-        "base_prompt_ms",
-        "base_token_ms",
-    }
 
 
 VARY = ["--vary", "adapter.method=lora,bottleneck,prompt", "--tune", "train.learning_rate=1e-5,3e-2"]
@@ -168,9 +154,8 @@ def test_compares_methods_from_a_config(compared):
     assert lora["metrics"][""]["loss"]["mean"] < found["base"][""]["loss"]
     assert lora["trainable_parameters"] > prompt["trainable_parameters"] > 0
     assert lora["bytes_on_disk"] == (Path(folder, lora["runs"]["0"]) / "adapter_model.safetensors").stat().st_size
-    assert {"adapter", "merged"} <= lora["latency"].keys() and "merged" not in prompt["latency"]
     assert "experts" in bottleneck["refused"] and "metrics" not in bottleneck
-    for word in ("lora", "left out: ", "3e-2", "base"):
+    for word in ("lora", "skipped: ", "3e-2", "base"):
         assert word in done.stdout
 
 
@@ -210,12 +195,12 @@ def test_runs_of_other_settings_are_refused(compared):
 def test_the_page_opens_offline(compared):
     text = page(result(compared[0]))
     assert not re.search(r"<script|https?://(?!www\.w3)", text)
-    assert "left out" in text and "<svg" in text
+    assert "skipped: " in text and "<svg" in text
 
 
 def test_a_signal_stops_the_run_too_and_the_same_command_goes_on(tmp_path):
     folder = write_run(tmp_path)
-    words = ["compare", "config.yaml", "--vary", "adapter.rank=1,2", "--no-latency", "--set", "train.max_steps=400"]
+    words = ["compare", "config.yaml", "--vary", "adapter.rank=1,2", "--set", "train.max_steps=400"]
     child = subprocess.Popen([sys.executable, "-m", "lora_ft", *words], cwd=folder, stderr=subprocess.PIPE, text=True)
     log = folder / "out-compare/runs/rank=1,seed=0/log.jsonl"
     until = time.monotonic() + 90
@@ -233,4 +218,4 @@ def test_where_nothing_can_be_trained_the_runs_own_exit_code_is_the_answer(tmp_p
     folder = write_run(tmp_path, "mixtral")
     done = lora_ft("compare", "config.yaml", "--vary", "adapter.method=bottleneck", cwd=folder)
     assert done.returncode == 4
-    assert "bottleneck: left out: " in done.stderr and not list(folder.glob("out-compare/runs/*"))
+    assert "bottleneck: skipped: " in done.stderr and not list(folder.glob("out-compare/runs/*"))

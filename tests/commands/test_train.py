@@ -40,7 +40,7 @@ def test_what_a_run_leaves(folder):
         "lora_ft.json",
         "log.jsonl",
         "report.html",
-        "curves.png",
+        "curves.svg",
         "checkpoints",
     }
     for checkpoint in (folder / "out/checkpoints").iterdir():

@@ -1,4 +1,4 @@
-"""report.html, curves.png, `lora-ft report`: what they show, that they are harmless, and that no run fails by them."""
+"""report.html, curves.svg, `lora-ft report`: what they show, that they are harmless, and that no run fails by them."""
 
 import json
 import os
@@ -7,12 +7,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 import lora_ft.evaluation.evaluate
-import lora_ft.training.saving
+import lora_ft.report.write
 import lora_ft.training.step
 from lora_ft.commands.train import train
 from lora_ft.config.load import load_config
@@ -23,7 +24,7 @@ from lora_ft.data.prepare import prepare_eval_sets
 from lora_ft.evaluation.scoring import Scores
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
-from lora_ft.report.runs import read_run
+from lora_ft.report.runs import read_run_data
 from lora_ft.report.write import report_command
 from tests.helpers.tiny import lora_ft as command_line
 from tests.helpers.tiny import write_run
@@ -106,7 +107,7 @@ def test_the_result_comes_first_with_intervals_and_both_confusion_tables(classif
         page.text.index("Result")
         < page.text.index("Curves")
         < page.text.index("Data")
-        < page.text.index("The whole config")
+        < page.text.index("Complete config")
     )
     counts = [n for metrics in (about["base_metrics"], about["metrics"]) for row in metrics["confusion"] for n in row]
     assert sum(1 for tag, a in page.tags if tag == "td" and "--share" in (a.get("style") or "")) == len(counts) == 8
@@ -169,7 +170,7 @@ def test_a_report_that_fails_is_a_warning(folder, monkeypatch, capsys):
     def fails(run):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(lora_ft.training.saving, "write_report", fails)
+    monkeypatch.setattr(lora_ft.report.write, "write_run_report", fails)
     run(folder, "train.max_steps=1")
     assert "warning: no report" in capsys.readouterr().err
     about = record(folder)
@@ -179,8 +180,38 @@ def test_a_report_that_fails_is_a_warning(folder, monkeypatch, capsys):
 
 def test_listed_by_name_only(classified):
     files = record(classified)["files"]
-    assert files["report.html"] is None and files["curves.png"] is None
-    assert (classified / "out/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert files["report.html"] is None and files["curves.svg"] is None
+
+
+def test_the_drawing_stands_alone(classified):
+    """curves.svg has the charts of the page, with colours that need no style sheet, on white."""
+    drawing = ElementTree.parse(classified / "out/curves.svg").getroot()
+    svg = "{http://www.w3.org/2000/svg}"
+    assert drawing.tag == f"{svg}svg" and drawing.find(f"{svg}rect").get("fill") == "#ffffff"
+    page = Page(classified / "out/report.html")
+    lines = [a["d"] for tag, a in page.tags if tag == "path"]
+    drawn = [path for path in drawing.iter(f"{svg}path") if path.get("d") in lines]
+    assert len(drawn) == len(lines) > 0 and all(path.get("stroke", "").startswith("#") for path in drawn)
+    titles = {a["aria-label"].partition(" by ")[0] for _, a in page.tags if " by " in a.get("aria-label", "")}
+    assert titles <= {text.text.removesuffix(", logarithmic") for text in drawing.iter(f"{svg}text")}
+    assert not [e for e in drawing.iter() if e.tag in (f"{svg}style", f"{svg}script", f"{svg}image")]
+
+
+def test_the_drawing_of_an_earlier_version_is_known(classified, folder):
+    """curves.png, which that version drew, goes with the run it is of; one that is the user's stays and is not replaced."""
+    shutil.copytree(classified / "out", folder / "out")
+    (folder / "out/curves.svg").rename(folder / "out/curves.png")
+    (folder / "out/curves.png").write_bytes(b"\x89PNG\r\n\x1a\n tEXtSoftware\0lora-ft")
+    about = record(folder)
+    about["files"]["curves.png"] = about["files"].pop("curves.svg")
+    (folder / "out/lora_ft.json").write_text(json.dumps(about))
+    run(folder, *CLASSES, "adapter.dropout=0.1", "train.num_train_epochs=7", resume=True)
+    assert record(folder)["files"]["curves.svg"] is None and (folder / "out/curves.svg").exists()
+    run(folder, "train.max_steps=1", overwrite=True)
+    assert not (folder / "out/curves.png").exists() and "curves.png" not in record(folder)["files"]
+    (folder / "out/curves.png").write_bytes(b"\x89PNG\r\n\x1a\n of another tool")
+    run(folder, "train.max_steps=1", overwrite=True)
+    assert (folder / "out/curves.png").exists()
 
 
 def stopped(folder: Path, monkeypatch, look: int, *changes: str) -> None:
@@ -242,9 +273,9 @@ def test_a_signal_before_the_first_step_leaves_none(folder, monkeypatch):
 def test_overwrite_takes_ours_and_leaves_a_users(folder, monkeypatch):
     stopped(folder, monkeypatch, 20)
     before = (folder / "out/report.html").read_text()
-    monkeypatch.setattr(lora_ft.training.saving, "write_report", lambda run: None)
+    monkeypatch.setattr(lora_ft.report.write, "write_run_report", lambda run: None)
     run(folder, "train.max_steps=1", overwrite=True)
-    assert before and not (folder / "out/report.html").exists() and not (folder / "out/curves.png").exists()
+    assert before and not (folder / "out/report.html").exists() and not (folder / "out/curves.svg").exists()
     monkeypatch.undo()
     (folder / "out/report.html").write_text("mine")
     run(folder, "train.max_steps=1", overwrite=True)
@@ -263,7 +294,7 @@ def test_several_runs_on_one_page(classified, generated, tmp_path):
     harmless(page)
     assert str(classified / "out") in page.text and str(generated / "out") in page.text
     assert "data.max_length" in page.text and "adapter.dropout" in page.text and "train.batch_size" not in page.text
-    assert "not scored on the same eval data" in page.text
+    assert "scored on different eval data" in page.text
 
 
 def test_runs_with_named_eval_sets(folder):
@@ -293,7 +324,7 @@ def test_a_log_with_a_cut_line_and_numbers_that_are_none_is_read(classified, tmp
     shutil.copytree(classified / "out", tmp_path / "out")
     with (tmp_path / "out/log.jsonl").open("a") as log:
         log.write('{"step": 13, "loss": NaN, "grad_norm": 1.0}\n[]\n{"step": 14, "lo')
-    lines = read_run(tmp_path / "out").lines
+    lines = read_run_data(tmp_path / "out").log
     assert lines[-1] == {"step": 13, "grad_norm": 1.0}
     report_command([tmp_path / "out"], tmp_path / "page.html")
     assert (tmp_path / "page.html").exists()

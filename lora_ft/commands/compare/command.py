@@ -1,31 +1,32 @@
-"""`lora-ft compare`: train the variants, each tuned alike and on every seed, measure, and show. Imports no torch by itself."""
+"""`lora-ft compare`: tune each variant, train it on every seed, and compare scores and costs. Imports no torch."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from lora_ft.commands.compare.page import PAGE, write_page
-from lora_ft.commands.compare.runs import Refused, Runner
-from lora_ft.commands.compare.show import show
-from lora_ft.commands.compare.summary import Found, base_metrics
+from lora_ft.commands.compare.page import PAGE, page
+from lora_ft.commands.compare.results import VariantResult, base_metrics
+from lora_ft.commands.compare.runs import RunFailed, Runner
+from lora_ft.commands.compare.tables import show
 from lora_ft.commands.compare.variants import (
-    TUNED_ON,
+    TUNING_SET,
     Axis,
-    Variant,
-    axis,
-    chosen_metric,
-    final,
+    final_config,
     folder_name,
-    points,
-    tuning,
+    grid_points,
+    make_variants,
+    parse_axis,
+    ranking_metric,
+    tuning_config,
     tuning_metric,
-    variants,
 )
 from lora_ft.core.errors import ConfigError, FilesError, NumbersError
-from lora_ft.core.messages import info, silence_libraries
+from lora_ft.core.messages import info
+from lora_ft.core.metrics import metric_of
 from lora_ft.core.run_folder import checkpoints
 from lora_ft.core.storage import read_json, write_json
 from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.report.render import write_page
 from lora_ft.training.output import remove_checkpoint
 
 RESULT = "compare.json"
@@ -40,137 +41,147 @@ def compare_command(
     tune_steps: int | None = None,
     output: Path | None = None,
     overrides: Sequence[str] = (),
-    with_latency: bool = True,
     as_json: bool = False,
     trust: Trust = NO_TRUST,
 ) -> None:
-    """Compare the variants of a config; a table, compare.json and compare.html in `output`.
+    """Compare variants of a config; writes compare.json and compare.html into `output` and prints the tables.
 
     Raises:
-        UserError: the config, or a variant of it, is wrong.
-        SystemExit: a run failed, or was stopped, or none could be done; with its exit code.
+        UserError: the config or a variant of it is wrong.
+        SystemExit: a run failed or was stopped, or no variant could be trained; with the run's exit code.
     """
-    axes, grid = [axis("--vary", text) for text in vary], [axis("--tune", text) for text in tune]
-    if shared := {a.key for a in axes} & {a.key for a in grid}:
-        raise ConfigError(f"--tune {shared.pop()}: is varied; a setting is either")
-    numbers = seed_numbers(seeds)
-    every = variants(path, overrides, axes)
-    folder = output or Path(f"{every[0].config.output.rstrip('/')}-compare")
-    for variant in every:  # what is wrong with any is said before anything is spent
-        for point in points(grid):
-            tuning(variant, point, numbers[0], folder, tune_steps)
-            final(variant, point, numbers[0], folder, False)
-    options = ["--trust-remote-code"] * trust.remote_code + ["--allow-pickle"] * trust.pickles
+    axes, grid = [parse_axis("--vary", text) for text in vary], [parse_axis("--tune", text) for text in tune]
+    if both := {axis.key for axis in axes} & {axis.key for axis in grid}:
+        raise ConfigError(f"--tune {both.pop()}: is varied too; a setting is varied or tuned, not both")
+    seed_list = parse_seeds(seeds)
+    variants = make_variants(path, overrides, axes)
+    config = variants[0].config
+    folder = output or Path(f"{config.output.rstrip('/')}-compare")
+    for variant in variants:  # all config errors come before the first run
+        for point in grid_points(grid):
+            tuning_config(variant, point, seed_list[0], folder, tune_steps)
+            final_config(variant, point, seed_list[0], folder, evaluate_base=False)
     folder.mkdir(parents=True, exist_ok=True)
-    before = read_json(folder / RESULT, FilesError) if (folder / RESULT).is_file() else {}
-    if before and before.get("made_by") != "lora-ft":
-        raise FilesError(f"{folder / RESULT}: not of this tool. Name another folder: --output DIR.")
-
-    found = [Found(variant.name, variant.settings) for variant in every]
-    about = {
+    measured = _measured_latency(folder)
+    results = [VariantResult(variant) for variant in variants]
+    settings = {
         "made_by": "lora-ft",
-        "config": every[0].config.model_dump(mode="json"),
-        "varied": {a.key: list(a.values) for a in axes},
-        "tuned": {a.key: list(a.values) for a in grid},
+        "config": config.model_dump(mode="json"),
+        "varied": {axis.key: list(axis.values) for axis in axes},
+        "tuned": {axis.key: list(axis.values) for axis in grid},
         "tune_steps": tune_steps,
-        "seeds": numbers,
-        "metric": list(chosen_metric(every[0].config)),
-        "tuning_metric": tuning_metric(every[0].config),
+        "seeds": seed_list,
+        "metric": list(ranking_metric(config)),
+        "tuning_metric": tuning_metric(config),
     }
-    runner = Runner(folder, options, len(every) * (len(list(points(grid))) * bool(grid) + len(numbers)))
 
     def write() -> dict:
-        result = about | {"base": base_metrics(found), "variants": [variant.as_dict() for variant in found]}
+        result = settings | {"base": base_metrics(results), "variants": [r.as_dict() for r in results]}
         write_json(folder / RESULT, result)
-        write_page(result, folder)
+        write_page(folder / PAGE, page(result))
         return result
 
-    pairs = list(zip(every, found, strict=True))
-    for variant, its in pairs if grid else ():
-        tune_variant(variant, its, grid, tune_steps, numbers[0], runner)
+    options = ["--trust-remote-code"] * trust.remote_code + ["--allow-pickle"] * trust.pickles
+    tuning_runs = len(list(grid_points(grid))) if grid else 0
+    runner = Runner(folder, options, len(variants) * (tuning_runs + len(seed_list)))
+    for result in results if grid else ():
+        tune_variant(result, grid, tune_steps, seed_list[0], runner)
         write()
-    for variant, its in pairs:
-        if not its.refused:
-            train_variant(variant, its, numbers, runner, with_base=not base_metrics(found))
+    for result in results:
+        if not result.skip_reason:
+            train_seeds(result, seed_list, runner, with_base=not base_metrics(results))
+            result.latency = measured.get(weights_hash(result), {})
             write()
-    if not any(its.runs for its in found):
-        raise SystemExit(found[0].exit_code)  # why was said of each
-    if with_latency:
-        measure_latency(found, before, write, trust)
-    result = write()
+    if not any(result.runs for result in results):
+        raise SystemExit(results[0].exit_code)  # each reason has been printed
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(write()))
     else:
-        show(result)
+        show(write())
         print(folder / PAGE)
 
 
-def seed_numbers(text: str) -> list[int]:
+def parse_seeds(text: str) -> list[int]:
+    """The seeds in `0,1,2`.
+
+    Raises:
+        ConfigError: not whole numbers from 0, or one is given twice.
+    """
     try:
-        numbers = [int(word) for word in text.split(",")]
+        seeds = [int(word) for word in text.split(",")]
     except ValueError:
-        numbers = []
-    if not numbers or len({*numbers}) < len(numbers) or min(numbers) < 0:
+        seeds = []
+    if not seeds or len({*seeds}) < len(seeds) or min(seeds) < 0:
         raise ConfigError(f"--seeds {text}: give whole numbers from 0, each once, as in --seeds 0,1,2")
-    return numbers
+    return seeds
 
 
-def tune_variant(
-    variant: Variant, its: Found, grid: Sequence[Axis], steps: int | None, seed: int, runner: Runner
-) -> None:
-    """Train on nine tenths of train with each point of the grid; the best on the last tenth is chosen, in `its`."""
-    metric = tuning_metric(variant.config)
-    for point in points(grid):
+def tune_variant(result: VariantResult, grid: Sequence[Axis], steps: int | None, seed: int, runner: Runner) -> None:
+    """Train with each point of the grid on nine tenths of train; `result` gets the best by its score on the last tenth."""
+    metric = tuning_metric(result.variant.config)
+    for point in grid_points(grid):
         name = folder_name(point)
-        output = runner.folder / "tuning" / f"{variant.folder},{name}"
-        config = tuning(variant, point, seed, output, steps)
+        output = runner.folder / "tuning" / f"{result.variant.folder},{name}"
+        config = tuning_config(result.variant, point, seed, output, steps)
         try:
-            score = runner.run(f"{its.name}, tuning {name}", config)["metrics"][f"{TUNED_ON}_{metric}"]
-        except Refused as refused:
-            if refused.exit_code != NumbersError.exit_code:  # with another learning rate, say, it would be the same
-                leave_out(its, refused)
+            record = runner.train(f"{result.variant.name}, tuning {name}", config)
+        except RunFailed as failure:
+            if failure.exit_code != NumbersError.exit_code:  # another learning rate, say, would not help
+                mark_skipped(result, failure)
                 return
-            score, overflow = None, refused
+            score, overflow = None, failure
         else:
-            for checkpoint in checkpoints(output):  # full fine-tuning's is three models, and only the score counts
+            score = record["metrics"][f"{TUNING_SET}_{metric}"]
+            for checkpoint in checkpoints(output):  # full fine-tuning's is three models, and only the score is needed
                 remove_checkpoint(checkpoint)
-        its.tried.append({"settings": point, "score": score})
-    scored = [tried for tried in its.tried if tried["score"] is not None]
+        result.tried.append({"settings": point, "score": score})
+    scored = [tried for tried in result.tried if tried["score"] is not None]
     if scored:
-        its.tuned = (min if metric == "loss" else max)(scored, key=lambda tried: tried["score"])["settings"]
+        best = min if metric_of(metric).lower_is_better else max
+        result.tuned = best(scored, key=lambda tried: tried["score"])["settings"]
     else:
-        leave_out(its, overflow)
+        mark_skipped(result, overflow)
 
 
-def train_variant(variant: Variant, its: Found, seeds: Sequence[int], runner: Runner, with_base: bool) -> None:
-    """Train every seed; into `its`. with_base: the first run scores the base."""
-    name = ",".join(filter(None, [variant.folder, folder_name(its.tuned)]))
+def train_seeds(result: VariantResult, seeds: Sequence[int], runner: Runner, with_base: bool) -> None:
+    """Train the tuned variant on every seed. with_base: its first run scores the base too."""
+    name = ",".join(filter(None, [result.variant.folder, folder_name(result.tuned)]))
     for seed in seeds:
         output = runner.folder / "runs" / f"{name},seed={seed}"
-        config = final(variant, its.tuned, seed, output, evaluate_base=with_base and not its.runs)
+        config = final_config(result.variant, result.tuned, seed, output, evaluate_base=with_base and not result.runs)
         try:
-            its.runs[seed] = {"output": str(output), "record": runner.run(f"{its.name}, seed {seed}", config)}
-        except Refused as refused:
-            leave_out(its, refused)
+            record = runner.train(f"{result.variant.name}, seed {seed}", config)
+        except RunFailed as failure:
+            mark_skipped(result, failure)
             return
+        result.runs[seed] = {"output": str(output), "record": record}
 
 
-def leave_out(its: Found, why: Refused) -> None:
-    its.refused, its.exit_code = str(why), why.exit_code
-    info(f"compare: {its.name}: left out: {its.refused}")
+def mark_skipped(result: VariantResult, failure: RunFailed) -> None:
+    """Leave a variant out of the comparison, with the reason."""
+    result.skip_reason, result.exit_code = str(failure), failure.exit_code
+    info(f"compare: {result.variant.name}: skipped: {result.skip_reason}")
 
 
-def measure_latency(found: Sequence[Found], before: dict, write: Callable[[], dict], trust: Trust) -> None:
-    """Of each variant's first run; what an earlier comparison measured of the same weights is kept."""
-    known = {v["latency"]["of"]: v["latency"] for v in before.get("variants", []) if v.get("latency")}
-    for its in found:
-        for run in list(its.runs.values())[:1]:
-            files = run["record"].get("files") or {}
-            of = next(entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors"))
-            if of not in known:
-                silence_libraries()
-                from lora_ft.commands.compare.latency import latency
+def weights_hash(result: VariantResult) -> str:
+    """The SHA-256 of the weights of a variant's first run; "" if there is none."""
+    for run in result.runs.values():
+        for name, entry in (run["record"].get("files") or {}).items():
+            if name.endswith(".safetensors"):
+                return entry["sha256"]
+    return ""
 
-                known[of] = {"of": of} | latency(Path(run["output"]), trust)
-            its.latency = known[of]
-            write()
+
+def _measured_latency(folder: Path) -> dict[str, dict]:
+    """Hash of weights -> latency, as benchmarks/latency.py has added it to compare.json.
+
+    Raises:
+        FilesError: compare.json is damaged, or not from lora-ft.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        return {}
+    result = read_json(path, FilesError)
+    if result.get("made_by") != "lora-ft":
+        raise FilesError(f"{path}: is not from lora-ft. Give another folder: --output DIR.")
+    return {v["latency"]["of"]: v["latency"] for v in result.get("variants", []) if v.get("latency")}

@@ -1,7 +1,7 @@
-"""Training a comparison's runs, each by `lora-ft train --resume` in a process of its own. Imports no torch.
+"""The runs of a comparison, each by `lora-ft train --resume` in its own process. Imports no torch.
 
-What there is to know of a run is in its folder, so a comparison that was stopped goes on by being asked again: a finished
-run with the same settings is taken as it is, another goes on from its newest checkpoint.
+All state is in the runs' folders: a comparison that was stopped resumes when the same command is given again. A finished
+run with the same settings is reused, an unfinished one resumes from its newest checkpoint.
 """
 
 import subprocess
@@ -19,20 +19,20 @@ from lora_ft.core.run_folder import RECORD, checkpoints
 from lora_ft.core.signals import Stopped
 from lora_ft.core.storage import read_json, write_file
 
-# the variant does not fit this model, its numbers overflow, or it needs too much memory
-REFUSED = (ModelError.exit_code, NumbersError.exit_code, EXIT_OUT_OF_MEMORY)
+# The variant does not fit the model, its numbers overflow, or it needs too much memory: the comparison goes on without it.
+SKIPPED_EXIT_CODES = (ModelError.exit_code, NumbersError.exit_code, EXIT_OUT_OF_MEMORY)
 
 
-class Refused(Exception):
-    """A run that can't be done here; message and exit code are its own."""
+class RunFailed(Exception):
+    """A run ended with one of SKIPPED_EXIT_CODES; the message is its own."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def record_of(output: Path) -> dict | None:
-    """The record of a finished run, else of an unfinished one's newest checkpoint; their `kind` tells."""
+def newest_record(output: Path) -> dict | None:
+    """The record of a finished run, else of its newest checkpoint, as its `kind` says; None if there is neither."""
     for folder in (output, *reversed(checkpoints(output))):
         if (folder / RECORD).is_file():
             return read_json(folder / RECORD, FilesError)
@@ -41,71 +41,75 @@ def record_of(output: Path) -> dict | None:
 
 @dataclass
 class Runner:
-    """Trains the runs of the comparison in `folder`; options: of `lora-ft train`, passed on. total: of runs to be asked for."""
+    """Trains the runs of the comparison in `folder`. options: of `lora-ft train`. total: the number of runs to expect."""
 
     folder: Path
     options: Sequence[str]
     total: int
-    begun: int = 0
+    started: int = 0
 
-    def run(self, what: str, config: Config) -> dict:
-        """Train `config` to its end, or take what its output holds of the same settings; the run's record.
+    def train(self, title: str, config: Config) -> dict:
+        """Train `config` to its end, unless its output holds that run already; returns the run's record.
 
         Raises:
-            Refused: the variant doesn't fit the model, or memory, or its numbers overflow.
-            ConfigError: the output holds a run of other settings.
-            SystemExit: it failed otherwise, or was stopped, with its own code.
+            RunFailed: the variant does not fit the model or the memory, or its numbers overflow.
+            ConfigError: the output holds a run with other settings.
+            SystemExit: the run failed otherwise, or was stopped; with its exit code.
         """
-        self.begun += 1
-        info(f"compare: run {self.begun} of {self.total}: {what}")
+        self.started += 1
+        info(f"compare: run {self.started} of {self.total}: {title}")
         output = Path(config.output)
-        record = record_of(output)
-        if record:
-            check_same(output, record, config)
+        if record := newest_record(output):
+            check_settings(output, record, config)
             if record["kind"] == "adapter":
                 return record
-        # kept, so that it can be run again by hand
+        # kept, so that the run can be repeated by hand
         path = self.folder / "configs" / f"{output.relative_to(self.folder).as_posix().replace('/', '-')}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-        code, told = follow([sys.executable, "-m", "lora_ft", "train", str(path), "--resume", *self.options])
-        if code in REFUSED:
-            raise Refused(told, code)
-        if code:
-            info(f"compare: the run in {output} ended with exit code {code}; the same command goes on from there")
-            raise SystemExit(code)
-        record = record_of(output)
-        assert record is not None, "a run that ended well leaves its record"
+        command = [sys.executable, "-m", "lora_ft", "train", str(path), "--resume", *self.options]
+        exit_code, last_line = run_and_stream(command)
+        if exit_code in SKIPPED_EXIT_CODES:
+            raise RunFailed(last_line, exit_code)
+        if exit_code:
+            info(f"compare: the run in {output} failed with exit code {exit_code}; repeat the command to resume it")
+            raise SystemExit(exit_code)
+        record = newest_record(output)
+        assert record is not None, "a finished run has a record"
         return record
 
 
-def check_same(output: Path, record: dict, config: Config) -> None:
-    """Raises ConfigError, each setting named, where going on with a run would not give that of `config`."""
-    found = changes(record["config"], config)
-    if differ := found["result"] + found["longer"]:
-        lines = "\n".join(f"  {line}" for line in differ)
+def check_settings(output: Path, record: dict, config: Config) -> None:
+    """Check that resuming the run of `record` would give that of `config`.
+
+    Raises:
+        ConfigError: it would not; each setting is named.
+    """
+    differences = changes(record["config"], config)
+    if lines := differences["result"] + differences["longer"]:
+        settings = "\n".join(f"  {line}" for line in lines)
         raise ConfigError(
-            f"{output}: holds a run of other settings:\n{lines}\nSet them back, or name another folder: --output DIR."
+            f"{output}: holds a run with other settings:\n{settings}\nRestore them, or give another folder: --output DIR."
         )
 
 
-def follow(command: list[str]) -> tuple[int, str]:
-    """Run a command, its messages indented on stderr: (exit code, the last of what it said).
+def run_and_stream(command: list[str]) -> tuple[int, str]:
+    """Run a command with its messages indented on stderr; returns its exit code and the last line of them.
 
-    A signal to this process goes on to it, once: it has a process group of its own, where Ctrl-C doesn't reach it.
+    The command has its own process group, out of reach of Ctrl-C: a signal to this process is passed on once.
     """
     child = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
     )
     assert child.stderr is not None
-    last = ""
+    last_line = ""
     try:
         for line in child.stderr:
             info(f"  {line.rstrip()}")
-            last = line.strip()  # of a run that failed, the error
-        code = child.wait()
+            last_line = line.strip()  # of a failed run, the error
+        exit_code = child.wait()
     except Stopped as stop:
         child.send_signal(stop.exit_code - 128)
         child.wait()
         raise
-    return code, last
+    return exit_code, last_line

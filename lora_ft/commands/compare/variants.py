@@ -1,4 +1,4 @@
-"""The variants of a comparison: the product of what `--vary` names, each a config of its own. Imports no torch."""
+"""The variants of a comparison, the product of the `--vary` options, and the configs of their runs. Imports no torch."""
 
 import itertools
 import re
@@ -14,14 +14,14 @@ from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import printable
 from lora_ft.core.metrics import TEXT_METRICS, selection_metric
 
-HELD_OUT = 0.1  # of train, to tune on
-TUNED_ON = "tuning"  # that eval set's name
-AT_THE_END = 2**31  # steps: only the last one, which is always evaluated
+TUNING_SET, TUNING_SHARE = "tuning", 0.1  # the eval set for tuning, and its share of train
+MAX_TUNING_EXAMPLES = 500  # unless data.max_eval_examples is set
+NEVER = 2**31  # steps between evaluations; the last step is always evaluated
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and its values, as texts that `--set` would take."""
+    """A setting and its values, as `--set` would take them."""
 
     key: str
     values: tuple[str, ...]
@@ -29,39 +29,40 @@ class Axis:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is varied in it (key -> text), and the whole config that gives."""
+    """settings: the varied ones (key -> text). config: the complete config with them."""
 
     settings: dict[str, str]
     config: Config
 
     @property
     def name(self) -> str:
-        """As people call it: `lora, rank=4`."""
+        """For tables and messages: `lora, rank=4`."""
         parts = [v if k == "adapter.method" else f"{k.rpartition('.')[2]}={v}" for k, v in self.settings.items()]
         return ", ".join(parts) or "as configured"
 
     @property
     def folder(self) -> str:
+        """The start of its runs' folder names."""
         return folder_name(self.settings) or "as-configured"
 
 
-def axis(option: str, text: str) -> Axis:
-    """`KEY=V1,V2,...`, the values in YAML's flow style: `adapter.targets=[q],[q,v],all`.
+def parse_axis(option: str, text: str) -> Axis:
+    """The axis in `KEY=V1,V2,...`, with values in YAML's flow style: `adapter.targets=[q],[q,v],all`.
 
     Raises:
-        ConfigError: no key, no value, or a value twice.
+        ConfigError: key or values are missing, or a value is given twice.
     """
-    key, _, listed = text.partition("=")
-    values = _items(f"[{listed}]") if key.strip() and listed.strip() else []
+    key, _, items = text.partition("=")
+    values = _flow_items(f"[{items}]") if key.strip() and items.strip() else []
     if not values:
         raise ConfigError(f"{option} {printable(text)}: give KEY=V1,V2,..., as in {option} adapter.rank=1,4,16")
-    if again := next((value for value in values if values.count(value) > 1), None):
-        raise ConfigError(f"{option} {printable(text)}: {printable(again)} is there twice")
+    if twice := next((value for value in values if values.count(value) > 1), None):
+        raise ConfigError(f"{option} {printable(text)}: {printable(twice)} is given twice")
     return Axis(key.strip(), tuple(values))
 
 
-def _items(flow: str) -> list[str]:
-    """The items of a list in YAML's flow style, each as it is written, a quoted text without its quotes; [] if it is none."""
+def _flow_items(flow: str) -> list[str]:
+    """The items of a list in YAML's flow style as texts, without quotes; [] if it is not such a list."""
     try:
         node = yaml.compose(flow, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
@@ -74,103 +75,109 @@ def _items(flow: str) -> list[str]:
     ]
 
 
-def variants(path: Path, overrides: Sequence[str], axes: Sequence[Axis]) -> list[Variant]:
-    """The product of the axes, each once: a setting that isn't of a variant's method is left out there.
+def make_variants(path: Path, overrides: Sequence[str], axes: Sequence[Axis]) -> list[Variant]:
+    """The product of the axes, each variant once: settings that do not apply to a variant's method are dropped.
 
     Raises:
-        ConfigError: all that is wrong with the config or a variant; there is no eval data; two folders would be one.
+        ConfigError: all errors of the config or of a variant; no eval data; two variants would share a folder.
     """
     base = load_config(path, overrides)
     if base.data.eval is None:
-        raise ConfigError(f"{path}: data.eval: a comparison needs eval data; name some, or hold out a fraction (0.1)")
-    if twice := next((a.key for a in axes if sum(a.key == b.key for b in axes) > 1), None):
+        raise ConfigError(
+            f"{path}: data.eval: compare needs eval data: a source, or a fraction of train to hold out (0.1)"
+        )
+    keys = [axis.key for axis in axes]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise ConfigError(f"--vary {twice}: given twice; give all its values at once")
-    for key in ("output", "train.seed"):
-        if key in [a.key for a in axes]:
-            raise ConfigError(f"--vary {key}: {'--seeds' if key == 'train.seed' else '--output'} is for that")
-    found: list[Variant] = []
-    for chosen in points(axes):
-        method = chosen.get("adapter.method", base.adapter.method)
-        settings = {key: value for key, value in chosen.items() if belongs(key, method)}
-        if settings not in [variant.settings for variant in found]:
-            found.append(Variant(settings, changed(base, settings)))
-    for a in axes:
-        if not any(a.key in variant.settings for variant in found):
-            raise ConfigError(f"--vary {a.key}: is a setting of none of these methods")
-    folders = [variant.folder for variant in found]
-    if same := next((name for name in folders if folders.count(name) > 1), None):
-        raise ConfigError(f"--vary: two variants would share the folder {same}; compare them apart")
-    return found
+    for key, option in (("output", "--output"), ("train.seed", "--seeds")):
+        if key in keys:
+            raise ConfigError(f"--vary {key}: use {option} instead")
+    variants: list[Variant] = []
+    for point in grid_points(axes):
+        method = point.get("adapter.method", base.adapter.method)
+        settings = {key: value for key, value in point.items() if applies_to(key, method)}
+        if settings not in [variant.settings for variant in variants]:
+            variants.append(Variant(settings, with_settings(base, settings)))
+    if unused := next((key for key in keys if not any(key in variant.settings for variant in variants)), None):
+        raise ConfigError(f"--vary {unused}: applies to none of these methods")
+    folders = [variant.folder for variant in variants]
+    if shared := next((name for name in folders if folders.count(name) > 1), None):
+        raise ConfigError(f"--vary: two variants would share the folder {shared}; compare them separately")
+    return variants
 
 
-def belongs(key: str, method: str) -> bool:
-    """Whether a setting means something to a method."""
+def applies_to(key: str, method: str) -> bool:
+    """Whether a setting has an effect with a method."""
     section, _, name = key.partition(".")
     return section != "adapter" or name not in AdapterConfig.model_fields or method in methods_of(name)
 
 
-def changed(config: Config, settings: dict[str, str]) -> Config:
-    """The config with other settings; what stood there for another method goes.
+def with_settings(config: Config, settings: dict[str, str]) -> Config:
+    """The config with other settings, and without those of another method.
 
     Raises:
-        ConfigError: it is no config.
+        ConfigError: the result is not valid.
     """
     data = config.model_dump(mode="json")
     method = settings.get("adapter.method", config.adapter.method)
-    data["adapter"] = {key: value for key, value in data["adapter"].items() if belongs(f"adapter.{key}", method)}
+    data["adapter"] = {key: value for key, value in data["adapter"].items() if applies_to(f"adapter.{key}", method)}
     named = ", ".join(f"{key}={value}" for key, value in settings.items())
     return parse_config(data, [f"{key}={value}" for key, value in settings.items()], f"the config with {named}")
 
 
-def final(variant: Variant, tuned: dict[str, str], seed: int, output: Path, evaluate_base: bool) -> Config:
-    """The config of a run that counts: nothing in it is chosen on the eval data."""
-    config = changed(variant.config, tuned)
-    train = _unchosen(config, config.train.metric_for_best_model, seed) | {
+def final_config(variant: Variant, tuned: dict[str, str], seed: int, output: Path, evaluate_base: bool) -> Config:
+    """The config of a run whose scores are reported: nothing in it is selected on the eval data."""
+    config = with_settings(variant.config, tuned)
+    train = _without_selection(config.train.metric_for_best_model, seed) | {
         "evaluate_base": evaluate_base,
         "predict_with_generate": bool(config.generation.metrics),
     }
     return _with(config, output, train=train)
 
 
-def tuning(variant: Variant, tuned: dict[str, str], seed: int, output: Path, steps: int | None = None) -> Config:
-    """The config of a run that only chooses `tuned`: scored on a tenth held out of train, after the eval data's own part.
+def tuning_config(variant: Variant, tuned: dict[str, str], seed: int, output: Path, steps: int | None = None) -> Config:
+    """The config of a run that scores `tuned` on a tenth of train, held out after the eval data's own share.
 
-    steps: shorter than the runs that count; None: as long.
+    steps: the length of the run; None: that of the final runs.
     """
-    config = changed(variant.config, tuned)
-    held = {
+    config = with_settings(variant.config, tuned)
+    held_out = {
         name or "eval": amount for name, amount in eval_sets(config.data.eval).items() if not isinstance(amount, tuple)
-    }  # the others are sources
-    data = {"eval": held | {TUNED_ON: HELD_OUT}, "max_eval_examples": config.data.max_eval_examples or 500}
-    train = _unchosen(config, f"{TUNED_ON}_{tuning_metric(config)}", seed)
+    }  # the other eval sets are sources
+    data = {
+        "eval": held_out | {TUNING_SET: TUNING_SHARE},
+        "max_eval_examples": config.data.max_eval_examples or MAX_TUNING_EXAMPLES,
+    }
+    train = _without_selection(f"{TUNING_SET}_{tuning_metric(config)}", seed)
     train |= {"evaluate_base": False, "predict_with_generate": False}
     return _with(config, output, data=data, train=train | ({"max_steps": steps} if steps else {}))
 
 
 def tuning_metric(config: Config) -> str:
-    """What is tuned by: the config's metric, or the loss where that would need generated texts."""
-    metric = _metric(config)[1]
+    """The metric to tune by: metric_for_best_model, or the loss if that needs generated texts."""
+    metric = _selection(config)[1]
     return "loss" if metric in TEXT_METRICS else metric
 
 
-def chosen_metric(config: Config) -> tuple[str, str]:
-    """(eval set, metric) that variants are ranked by: metric_for_best_model; where that is the loss, what says more."""
-    name, metric = _metric(config)
+def ranking_metric(config: Config) -> tuple[str, str]:
+    """(eval set, metric) to rank variants by: metric_for_best_model; if that is the loss, a more telling one."""
+    name, metric = _selection(config)
     if metric == "loss" and config.generation.metrics:
         return name, config.generation.metrics[0]
     return name, "accuracy" if metric == "loss" and config.data.label_names else metric
 
 
-def _metric(config: Config) -> tuple[str, str]:
-    found = selection_metric(config.train.metric_for_best_model, list(eval_sets(config.data.eval)) or [""])
-    assert found is not None  # the config's rules
-    return found
+def _selection(config: Config) -> tuple[str, str]:
+    selection = selection_metric(config.train.metric_for_best_model, list(eval_sets(config.data.eval)) or [""])
+    assert selection is not None, "checked by the config's rules"
+    return selection
 
 
-def _unchosen(config: Config, metric: str, seed: int) -> dict:
+def _without_selection(metric: str, seed: int) -> dict:
+    """Train settings of a run that ends with its last step, the only one that is evaluated."""
     return {
         "seed": seed,
-        "eval_steps": AT_THE_END,
+        "eval_steps": NEVER,
         "load_best_model_at_end": False,
         "early_stopping_patience": None,
         "metric_for_best_model": metric,
@@ -179,21 +186,19 @@ def _unchosen(config: Config, metric: str, seed: int) -> dict:
 
 
 def _with(config: Config, output: Path, **sections: dict) -> Config:
-    data = config.model_dump(mode="json")
-    return parse_config(
-        data | {name: data[name] | section for name, section in sections.items()} | {"output": str(output)}
-    )
+    data = config.model_dump(mode="json") | {"output": str(output)}
+    return parse_config(data | {name: data[name] | section for name, section in sections.items()})
 
 
 def folder_name(settings: dict[str, str]) -> str:
-    """`rank=4,targets=q-v`: a name for a folder, of the last words of keys and of what is plain in values."""
+    """A folder name for settings: `rank=4,targets=q-v`."""
     return ",".join(
         f"{key.rpartition('.')[2]}={re.sub(r'[^A-Za-z0-9._+-]+', '-', value).strip('-')[:60]}"
         for key, value in settings.items()
     )
 
 
-def points(axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
-    """The product of the axes as settings."""
-    for values in itertools.product(*(a.values for a in axes)):
-        yield dict(zip([a.key for a in axes], values, strict=True))
+def grid_points(axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
+    """The product of the axes, each point as settings (key -> text)."""
+    for values in itertools.product(*(axis.values for axis in axes)):
+        yield dict(zip([axis.key for axis in axes], values, strict=True))

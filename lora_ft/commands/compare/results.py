@@ -1,0 +1,101 @@
+"""What a comparison measured: scores over seeds with intervals, and costs, per variant. Imports no torch."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_ft.commands.compare.variants import Variant
+from lora_ft.core.metrics import scalars, split_set_name
+from lora_ft.report.runs import eval_set_names, read_log
+
+# Student's t at 97.5% for 1, 2, ... degrees of freedom, from a table: scipy is too large a dependency for one column of it
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+@dataclass
+class VariantResult:
+    """The results of a variant so far.
+
+    Attributes:
+        tuned: the settings chosen by tuning.
+        tried: {"settings": ..., "score": ...} of each point of the tuning grid; the score is None where the run failed.
+        runs: seed -> {"output": folder, "record": its record} of each finished run.
+        skip_reason: why the variant can't be trained here; exit_code: of the run that failed so.
+        latency: what benchmarks/latency.py has measured of its first run's weights.
+    """
+
+    variant: Variant
+    tuned: dict[str, str] = field(default_factory=dict)
+    tried: list[dict] = field(default_factory=list)
+    runs: dict[int, dict] = field(default_factory=dict)
+    skip_reason: str = ""
+    exit_code: int = 0
+    latency: dict = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        """For compare.json; the keys of `metrics` are eval sets, "" for a single one without a name."""
+        variant = self.variant
+        entry: dict = {"name": variant.name, "settings": variant.settings, "tuned": self.tuned, "tried": self.tried}
+        if self.skip_reason:
+            entry["refused"] = self.skip_reason
+        if self.runs:
+            entry |= costs(list(self.runs.values()))
+            entry["metrics"] = metrics_over_seeds([run["record"] for run in self.runs.values()])
+            entry["runs"] = {str(seed): run["output"] for seed, run in self.runs.items()}
+        return entry | ({"latency": self.latency} if self.latency else {})
+
+
+def metrics_over_seeds(records: Sequence[dict]) -> dict[str, dict[str, dict]]:
+    """Eval set -> metric -> `mean_interval` of its values in these runs."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        for name, metrics in split_set_name(record.get("metrics"), eval_set_names(record)).items():
+            for metric, value in scalars(metrics).items():
+                values.setdefault(name, {}).setdefault(metric, []).append(value)
+    return {name: {metric: mean_interval(v) for metric, v in of.items()} for name, of in values.items()}
+
+
+def mean_interval(values: Sequence[float]) -> dict:
+    """Mean, values and, of at least two, the mean's 95% interval by Student's t: the effect of the seed alone."""
+    mean, n = statistics.mean(values), len(values)
+    entry: dict = {"mean": mean, "values": list(values)}
+    if n > 1:
+        t = STUDENT_T[n - 2] if n - 2 < len(STUDENT_T) else 1.96
+        half = t * statistics.stdev(values) / math.sqrt(n)
+        entry["ci95"] = [mean - half, mean + half]
+    return entry
+
+
+def costs(runs: Sequence[dict]) -> dict:
+    """Parameters, bytes, speed, seconds per step and peak memory (MiB) of a variant: medians over its runs, but the highest
+    peak."""
+    record, outputs = runs[0]["record"], [Path(run["output"]) for run in runs]
+    logs = [[line for line in read_log(output) if "tokens_per_second" in line] for output in outputs]
+    speeds = [statistics.median(line["tokens_per_second"] for line in log) for log in logs if log]
+    tokens_per_step = [log[-1]["tokens"] / log[-1]["step"] for log in logs if log]
+    weights = [name for name in record.get("files") or {} if name.endswith(".safetensors")]
+    entry = {
+        "trainable_parameters": record["trainable_parameters"],
+        "trainable_share": record["trainable_parameters"] / record["parameters"],
+        "bytes_on_disk": sum((outputs[0] / name).stat().st_size for name in weights),
+    }
+    if speeds:
+        seconds = [tokens / speed for tokens, speed in zip(tokens_per_step, speeds, strict=True)]
+        entry |= {
+            "tokens_per_second": round(statistics.median(speeds), 1),
+            "seconds_per_step": round(statistics.median(seconds), 4),
+            "peak_memory_mb": max(line["peak_memory_mb"] for log in logs for line in log),
+        }
+    return entry
+
+
+def base_metrics(results: Sequence[VariantResult]) -> dict[str, dict[str, float]]:
+    """Eval set -> metrics of the base, from the one run that has scored it."""
+    for result in results:
+        for run in result.runs.values():
+            if metrics := run["record"].get("base_metrics"):
+                sets = split_set_name(metrics, eval_set_names(run["record"]))
+                return {name: scalars(of_set) for name, of_set in sets.items()}
+    return {}

@@ -1,0 +1,45 @@
+"""Rendering the templates in pages/, and writing what they give. The results have no script and make no request."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from lora_ft.core import run_folder
+from lora_ft.core.errors import FilesError
+from lora_ft.core.storage import write_file
+from lora_ft.core.version import __version__
+from lora_ft.report import charts
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of pages/ with these values, all of which are escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lora_ft.report", "pages"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"version": __version__, "plot": charts}
+    return environment.get_template(template).render(**values)
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to replace a file that lora-ft has not written.
+
+    Raises:
+        FilesError: there is such a file.
+    """
+    if path.exists() and not run_folder.is_own_report(path):
+        raise FilesError(f"{path}: exists and is not from lora-ft. Move it, or give another name: --output FILE.")
+
+
+def write_page(path: Path, content: str) -> None:
+    """Write a page or drawing.
+
+    Raises:
+        FilesError: a file that lora-ft has not written is there, or the page can't be written.
+    """
+    check_replaceable(path)
+    write_file(path, content)
