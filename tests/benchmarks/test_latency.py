@@ -8,7 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import latency
-from tests.helpers.tiny import lora_ft, write_base, write_run
+from lora_ft.commands.compare.page import page
+from lora_ft.commands.compare.results import VariantResult
+from lora_ft.commands.compare.variants import Variant
+from lora_ft.commands.train import train
+from lora_ft.config.load import load_config
+from lora_ft.core.errors import FilesError
+from lora_ft.core.storage import read_json, sha256
+from tests.helpers.tiny import write_base, write_run
 
 
 def test_latency_is_measured_on_both_models_alike(tmp_path):
@@ -21,22 +28,21 @@ def test_latency_is_measured_on_both_models_alike(tmp_path):
     }
 
 
-def test_a_comparison_gets_the_latency_of_its_variants_and_keeps_it(tmp_path, monkeypatch, capsys):
-    folder = write_run(tmp_path)
-    words = ["compare", "config.yaml", "--vary", "adapter.method=lora,prompt", "--set", "train.max_steps=1"]
-    done = lora_ft(*words, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    output = folder / "out-compare"
-    assert "latency" not in (output / "compare.html").read_text()
-    monkeypatch.chdir(folder)
+def test_a_comparison_gets_the_latency_of_its_variants(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(write_run(tmp_path))
+    config = load_config("config.yaml", ["train.max_steps=1"])
+    train(config)
+    runs = {0: {"output": "out", "record": read_json(Path("out/lora_ft.json"), FilesError)}}
+    variant = VariantResult(Variant({"adapter.rank": "4"}, config), runs=runs).as_dict()
+    result = {"config": config.model_dump(mode="json"), "varied": {}, "tuned": {}, "seeds": [0], "base": {}}
+    result |= {"metric": ["", "loss"], "tuning_metric": "loss", "tune_steps": None, "variants": [variant]}
+    assert "latency" not in page(result)
+    Path("compare.json").write_text(json.dumps(result))
     monkeypatch.setattr(latency, "ROUNDS", 1)
-    monkeypatch.setattr(sys, "argv", ["latency.py", "out-compare", "--json", "latency.json"])
+    monkeypatch.setattr(sys, "argv", ["latency.py", ".", "--json", "latency.json"])
     latency.main()
-    lora, prompt = json.loads((output / "compare.json").read_text())["variants"]
-    assert {"adapter", "merged"} <= lora["latency"].keys() and "merged" not in prompt["latency"]
-    assert json.loads(Path("latency.json").read_text()) == {"lora": lora["latency"], "prompt": prompt["latency"]}
-    assert "lora, merged" in capsys.readouterr().out and "new token, ms" in (output / "compare.html").read_text()
-    again = lora_ft(*words, "--json", cwd=folder)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout) == json.loads((output / "compare.json").read_text())
-    assert [v["latency"] for v in json.loads(again.stdout)["variants"]] == [lora["latency"], prompt["latency"]]
+    measured = json.loads(Path("compare.json").read_text())["variants"][0]["latency"]
+    assert {"adapter", "merged"} <= measured.keys()
+    assert measured["of"] == sha256(Path("out/adapter_model.safetensors"))
+    assert json.loads(Path("latency.json").read_text()) == {"rank=4": measured}
+    assert "rank=4, merged" in capsys.readouterr().out and "new token, ms" in Path("compare.html").read_text()

@@ -16,6 +16,7 @@ from lora_ft.commands.compare.results import mean_interval, metrics_over_seeds
 from lora_ft.commands.compare.variants import final_config, make_variants, parse_axis, ranking_metric, tuning_config
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError
+from lora_ft.core.storage import sha256
 from tests.helpers.tiny import lora_ft, write_run
 
 CONFIG = """
@@ -179,6 +180,10 @@ def test_asked_again_it_trains_nothing_and_finds_the_same(compared):
     before = {p: p.stat().st_mtime_ns for p in folder.glob("out-compare/*/*/lora_ft.json")}
     assert len(before) == 8
     old = result(folder)
+    weights = Path(folder, old["variants"][0]["runs"]["0"], "adapter_model.safetensors")
+    times = {f"{part}_{what}": 1.0 for part in ("prompt", "token") for what in ("ms", "ratio")}
+    old["variants"][0]["latency"] = {"of": sha256(weights), "prompt_tokens": 64, "adapter": times}
+    (folder / "out-compare/compare.json").write_text(json.dumps(old))  # as benchmarks/latency.py does
     done = lora_ft("compare", "config.yaml", *VARY, "--seeds", "0,1", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == result(folder) == old
