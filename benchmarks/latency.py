@@ -59,7 +59,7 @@ def latency(folder: Path) -> dict:
     trained = Trained.open(folder)
     config, base = trained.config, trained.base()
     assert config is not None, "not a run of lora-ft"
-    device = prepare_device(config)
+    device = prepare_device(config.trainer.use_cpu)
     bare = load_base(base, config.model.dtype, device).eval()
     weights = next(entry for name, entry in trained.record["files"].items() if name.endswith(".safetensors"))
     result: dict = {"of": weights["sha256"], "prompt_tokens": PROMPT_TOKENS}

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from lora_ft.config.schema import Config
-from lora_ft.core import run_folder
 from lora_ft.core.errors import NumbersError
 from lora_ft.core.messages import info
 from lora_ft.core.metrics import format_metrics
