@@ -1,7 +1,8 @@
-"""Adapter layers: a bottleneck after the attention's and the MLP's last projection of every layer.
+"""Bottleneck adapters on the output of attention and MLP in every layer (see methods/interface.py).
 
-The roles `o` and `down` are these projections in every family, so that the adapter stands where the papers have it: on a
-sublayer's output, before it is added to the residual stream.
+The roles `o` and `down` are the last projections of these sublayers in every family. The adapter follows them, before the
+output is added to the residual stream: both of them (Houlsby et al. 2019, arXiv:1902.00751, figure 2), or `down` alone
+(Pfeiffer et al. 2021, arXiv:2005.00247).
 """
 
 from contextlib import AbstractContextManager
@@ -25,16 +26,17 @@ PLACES = {"houlsby": ("o", "down"), "pfeiffer": ("down",)}
 
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    found = [target.module for target in find_targets(model, PLACES[settings.placement], (), settings.layers)]
-    insert(model, dict.fromkeys(found, settings.bottleneck_size), settings.nonlinearity)
+    """Add a bottleneck behind each projection of `settings.placement`; `seed` determines D."""
+    paths = [target.module for target in find_targets(model, PLACES[settings.placement], (), settings.layers)]
+    insert(model, dict.fromkeys(paths, settings.bottleneck_size), settings.nonlinearity)
     generator = torch.Generator().manual_seed(seed)
     for layer in bottlenecks(model).values():
         layer.start(generator)
-    return f"{len(found)} adapter layers"
+    return f"{len(paths)} adapter layers"
 
 
 def insert(model: nn.Module, sizes: dict[str, int], nonlinearity: str) -> None:
-    """Freeze `model` and put a bottleneck of that size behind each of these modules."""
+    """Freeze `model` and put a bottleneck behind each of these modules. sizes: path -> bottleneck size."""
     model.requires_grad_(False)
     for path, size in sizes.items():
         base = model.get_submodule(path)
@@ -44,11 +46,12 @@ def insert(model: nn.Module, sizes: dict[str, int], nonlinearity: str) -> None:
 
 
 def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
+    """Path -> bottleneck, in model order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Bottleneck)}
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """ "path.down.weight" and so on: the adapters' own, in model order."""
+    """Name ("path.down.weight" and so on) -> parameter of the bottlenecks, in model order."""
     return {
         f"{path}.{name}": parameter
         for path, layer in bottlenecks(model).items()
@@ -60,32 +63,42 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save(
     model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], dict]:
-    some = next(iter(bottlenecks(model).values()))
-    config = {"method": "bottleneck", "bottleneck_size": some.down.out_features, "nonlinearity": some.nonlinearity}
+    """Write the bottlenecks' tensors, and a config with their size and nonlinearity."""
+    first = next(iter(bottlenecks(model).values()))
+    config = {"method": "bottleneck", "bottleneck_size": first.down.out_features, "nonlinearity": first.nonlinearity}
     return tensor_files.write(folder, base_name, parameters(model), config), {}
 
 
 def load(model: PreTrainedModel, trained: Trained) -> None:
+    """Put the trained bottlenecks on the base."""
     folder, (config, tensors) = trained.folder, tensor_files.read(trained)
     sizes = {name.removesuffix(".down.weight"): len(D) for name, D in tensors.items() if name.endswith(".down.weight")}
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    if strange := sorted(sizes.keys() - linear):
-        raise ModelError(f"{folder / WEIGHTS}: {strange[0]} is no linear layer of this model. Is it of another model?")
+    if unknown := sorted(sizes.keys() - linear):
+        raise ModelError(
+            f"{folder / WEIGHTS}: {unknown[0]} is not a linear layer of this model. Is it of another model?"
+        )
     insert(model, sizes, nonlinearity_of(folder, config))
-    tensor_files.fill(folder / WEIGHTS, parameters(model), tensors)
+    tensor_files.copy_tensors(folder / WEIGHTS, parameters(model), tensors)
 
 
 def load_into(model: PreTrainedModel, trained: Trained) -> None:
+    """Copy the trained bottlenecks into those of `model`, which must have the same modules, sizes and nonlinearity."""
     folder, (config, tensors) = trained.folder, tensor_files.read(trained)
     ours = next(iter(bottlenecks(model).values())).nonlinearity
     if (theirs := nonlinearity_of(folder, config)) != ours:
         raise ModelError(f"{folder / tensor_files.CONFIG}: its nonlinearity is {theirs}, this run's is {ours}.")
-    tensor_files.fill(folder / WEIGHTS, parameters(model), tensors)
+    tensor_files.copy_tensors(folder / WEIGHTS, parameters(model), tensors)
 
 
 def nonlinearity_of(folder: Path, config: dict) -> str:
+    """The nonlinearity in a bottleneck's config.
+
+    Raises:
+        ModelError: it is missing or unknown.
+    """
     if config.get("nonlinearity") not in NONLINEARITIES:
-        raise ModelError(f"{folder / tensor_files.CONFIG}: nonlinearity is none of {', '.join(NONLINEARITIES)}.")
+        raise ModelError(f"{folder / tensor_files.CONFIG}: nonlinearity must be one of {', '.join(NONLINEARITIES)}.")
     return config["nonlinearity"]
 
 

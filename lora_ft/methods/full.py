@@ -1,6 +1,6 @@
-"""Full fine-tuning: every weight of the base trains, in float32. What is saved is a complete model folder.
+"""Full fine-tuning: every weight trains, and a complete model folder is saved (see methods/interface.py).
 
-A lower precision would lose the small steps of an optimizer: a base stored in one is trained and saved in float32.
+Weights are trained and saved in float32 whatever the base's dtype: a lower precision would lose an optimizer's small steps.
 """
 
 import copy
@@ -19,16 +19,16 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from lora_ft.config.schema import AdapterConfig
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.tensor_files import fill
+from lora_ft.methods.tensor_files import copy_tensors
 from lora_ft.methods.trained import Trained
 from lora_ft.model.files import SINGLE
 
-_base_weights: WeakKeyDictionary[PreTrainedModel, list[Tensor]] = (
-    WeakKeyDictionary()
-)  # of the models that `load` changed
+# The base's weights of each model that `load` changed, in the order of its parameters
+_base_weights: WeakKeyDictionary[PreTrainedModel, list[Tensor]] = WeakKeyDictionary()
 
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Let every weight train, in float32."""
     model.float().requires_grad_(True)
     return "every weight"
 
@@ -36,7 +36,7 @@ def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer
 def save(
     model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], dict]:
-    """As `save_pretrained` would, each file in one step. Weights go straight from the model's memory where it is the CPU's."""
+    """Write the files that `save_pretrained` would, each one atomically; weights on the CPU are written without a copy."""
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in ignored}
     state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
@@ -58,7 +58,7 @@ def save(
 
 
 def load(model: PreTrainedModel, trained: Trained) -> None:
-    """Put the trained weights into the base, whose own stay in memory beside them, for the comparison."""
+    """Copy the trained weights into the base, and keep the base's own for `bare`."""
     model.float()
     base = [parameter.detach().clone() for parameter in model.parameters()]
     load_into(model, trained)
@@ -67,7 +67,7 @@ def load(model: PreTrainedModel, trained: Trained) -> None:
 
 @contextmanager
 def bare(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a model that `load` changed has its base's weights again. The tensors change places; none is copied."""
+    """Within it a model that `load` changed has its base's weights. The tensors are exchanged, not copied."""
 
     def exchange() -> None:
         if base := _base_weights.get(model):
@@ -82,7 +82,7 @@ def bare(model: PreTrainedModel) -> Iterator[None]:
 
 
 def load_into(model: PreTrainedModel, trained: Trained) -> None:
-    """Copy the weights of a complete model folder, its manifest verified, into `model`."""
+    """Copy the trained weights into `model`."""
     folder = trained.folder
     try:
         saved, info = type(model).from_pretrained(
@@ -91,5 +91,5 @@ def load_into(model: PreTrainedModel, trained: Trained) -> None:
     except (OSError, ValueError, RuntimeError) as e:
         raise ModelError(f"{folder / SINGLE}: can't be loaded into this base: {str(e).splitlines()[0]}") from e
     if info["missing_keys"] or info["unexpected_keys"]:
-        raise ModelError(f"{folder / SINGLE}: its tensors aren't those of this base. Is it of another model?")
-    fill(folder / SINGLE, dict(model.named_parameters()), dict(saved.named_parameters()))
+        raise ModelError(f"{folder / SINGLE}: its tensors are not those of this base. Is it of another model?")
+    copy_tensors(folder / SINGLE, dict(model.named_parameters()), dict(saved.named_parameters()))

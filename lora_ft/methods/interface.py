@@ -1,6 +1,9 @@
-"""The five functions that every method has: inject, save, load, load_into, bare. The one module that knows all methods.
+"""The five functions of every method: inject, save, load, load_into, bare. Only this module knows all methods.
 
-What trains is what `requires_grad` after `inject` (lora_ft.methods.lora.inject.trainable).
+A method is a module with these functions; the ones here choose it by name. What trains is what has requires_grad after
+`inject` (`trainable` in methods/lora/inject.py). To add a method, write its module and add its name to METHODS, to
+`adapter.method` in config/schema.py, to `_method` in trained.py (which tells methods by their files), and to the words in
+model_card.py and usage.py; tests/methods/test_methods.py checks every method with settings in its SETTINGS.
 """
 
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ __all__ = ["adds_parameters", "bare", "inject", "load", "load_into", "save", "vi
 
 
 class Method(Protocol):
-    """A method's module."""
+    """The functions of a method's module, documented below."""
 
     def inject(
         self, model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase
@@ -41,49 +44,65 @@ METHODS: dict[str, Method] = {"lora": lora, "full": full, "bottleneck": bottlene
 
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Make `settings.method` of a bare base, in place: what trains has requires_grad, nothing else does.
+    """Prepare a bare base for training with `settings.method`, in place: only what trains has requires_grad.
 
-    Returns what was adapted, in words ("60 modules").
+    Args:
+        model: on any device; also meta, to see whether it can be done.
+        seed: for the initial values of added parameters.
+        tokenizer: the base's, for the prompt's initial text.
+
+    Returns:
+        What was adapted, in words ("60 modules").
 
     Raises:
-        ModelError: the method, or a setting of it, doesn't fit this architecture.
+        ConfigError, ModelError: the method, or a setting of it, does not fit this architecture.
     """
     return METHODS[settings.method].inject(model, settings, seed, tokenizer)
 
 
 def adds_parameters(method: str) -> bool:
-    """Whether what trains is added to the base's parameters, not some of them."""
-    return method in ("lora", "bottleneck", "prompt")
+    """Whether a method trains parameters that it adds to the base, instead of the base's own."""
+    return method != "full"
 
 
 def save(
     method: str, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], dict]:
-    """Write what was trained into an existing folder: (the names of its files, what the record must add)."""
+    """Write what was trained into an existing folder.
+
+    Args:
+        base_name: as in the config; of an absolute path only the last part is written.
+
+    Returns:
+        The names of the files, and what the record must contain for them.
+    """
     return METHODS[method].save(model, folder, base_name, tokenizer)
 
 
 def load(model: PreTrainedModel, trained: Trained) -> None:
-    """Put what a folder holds into a bare base.
+    """Put what was trained on a bare base, for inference.
 
     Raises:
-        ModelError: damaged, changed, or of another model.
+        ModelError: a file is damaged, or of another model.
     """
     METHODS[trained.method].load(model, trained)
 
 
 def load_into(model: PreTrainedModel, trained: Trained) -> None:
-    """Copy what a folder holds into a model that `inject` has prepared for the same method; exact to the bit.
+    """Copy what was trained into a model that `inject` has prepared for the same method, exact to the bit.
 
     Raises:
-        ModelError: as `load`; or it is of other settings.
+        ModelError: a file is damaged, of another model, or of other settings.
     """
     METHODS[trained.method].load_into(model, trained)
 
 
 @contextmanager
 def bare(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a model that `load` changed, by whatever method, computes its bare base."""
+    """Within it a model computes its bare base, whichever method trained it (virtual tokens are left out of the input instead).
+
+    A base that full fine-tuning changes in training is not kept: there this does nothing.
+    """
     with ExitStack() as stack:
         for method in METHODS.values():
             stack.enter_context(method.bare(model))

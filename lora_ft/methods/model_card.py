@@ -1,12 +1,17 @@
-"""The README.md beside an adapter: the hub's metadata, what was trained, and how to use it. Names no path of the machine."""
+"""Model cards, the README.md beside trained or exported files: metadata for the Hub and how to use them. Imports no torch.
 
-import shlex
+A card has no path of the user's machine.
+"""
+
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from lora_ft.core.metrics import format_metric, metric_of, scalars
 from lora_ft.core.names import is_local, portable_name
+from lora_ft.methods.usage import is_hub, method_of, use
+
+CARD = "README.md"
 
 TITLES = {
     "lora": "A LoRA adapter for",
@@ -15,11 +20,43 @@ TITLES = {
     "prompt": "A tuned prompt for",
 }
 LIBRARY = {"lora": "peft", "prompt": "peft", "full": "transformers"}
-HUB_METRIC = {"accuracy": "accuracy", "macro_f1": "f1", "perplexity": "perplexity"}  # ours -> the Hub's name
+HUB_METRIC = {"accuracy": "accuracy", "macro_f1": "f1", "perplexity": "perplexity"}  # lora-ft's name -> the Hub's
+
+
+EXPORTS = {  # kind of export -> the Hub's library, the relation to the base in the Hub's words, how to use it
+    "peft": ("peft", "adapter", "A LoRA adapter: `PeftModel.from_pretrained(base, REPO)`."),
+    "merged": ("transformers", "finetune", "A LoRA adapter merged into its base: an ordinary transformers model."),
+    "lora.gguf": (
+        "gguf",
+        "adapter",
+        "A LoRA adapter for llama.cpp: `llama-cli -m BASE.gguf --lora {file}`, with a GGUF of the base.",
+    ),
+    "merged.gguf": ("gguf", "finetune", "A LoRA adapter merged into its base, for llama.cpp: `llama-cli -m {file}`."),
+    "model.gguf": ("gguf", None, "A model for llama.cpp: `llama-cli -m {file}`."),
+}
+
+
+def export_card(kind: str, base_name: str, file: str) -> str:
+    """The card of an export that has none, as Markdown with a YAML head.
+
+    Args:
+        kind: a key of EXPORTS.
+        base_name: without a path of the machine.
+        file: the name of the exported file or folder.
+    """
+    (library, relation, usage), on_hub = EXPORTS[kind], not is_local(base_name)
+    data = ModelCardData(
+        base_model=base_name if on_hub else None,
+        base_model_relation=relation if on_hub else None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["lora", "lora-ft"],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n# {file}\n\n{usage.format(file=file)}\n\nBase: {base_name}\n"
 
 
 def model_card(record: dict) -> str:
-    """Markdown with a YAML head, from a record (lora_ft/record.py)."""
+    """The card of what was trained, from its record (training/record.py), as Markdown with a YAML head."""
     base = portable_name(record["base"]["name"])
     local = "" if is_hub(record) else "a local copy of "
     sources = ", ".join(Path(s).name if is_local(s) else s for s in record["config"]["data"]["train"])
@@ -45,36 +82,8 @@ The base has no name on the Hub here. Before you publish this, add it to the hea
 `ADAPTER` is this folder, or its id on the Hub. {use(record)}"""
 
 
-def use(record: dict) -> str:
-    """How to use what was trained, with other libraries where they read it."""
-    match method_of(record):
-        case "full":
-            return 'With transformers, as any model: `AutoModelForCausalLM.from_pretrained("ADAPTER")`.\n'
-        case "bottleneck":
-            return "With lora-ft: `lora-ft eval ADAPTER`. No other library reads this format.\n"
-    peft = f"""With PEFT:
-
-```python
-{peft_snippet(record, "ADAPTER")}
-```
-"""
-    if method_of(record) == "prompt":
-        return peft
-    return f"""{peft}
-With transformers alone (which wants peft installed):
-
-```python
-{transformers_snippet(record, "ADAPTER")}
-```
-
-{vllm_text(record)}
-
-Folded into the base, at no cost in inference: `lora-ft merge --adapter ADAPTER`
-"""
-
-
 def head(record: dict) -> ModelCardData:
-    """The Hub's metadata. A base or data of this machine has no name there, so it gets none; scores go with their data."""
+    """The Hub's metadata. Local bases and data are left out, and scores on local data with them."""
     data, base = record["config"]["data"], record["base"]["name"]
     hub_id = {
         s: s.split("@")[0].split(":")[0] for s in _sources(data, "train") + _sources(data, "eval") if not is_local(s)
@@ -100,25 +109,21 @@ def head(record: dict) -> ModelCardData:
 
 
 def _sources(data: dict, which: str) -> list[str]:
-    """The names of the sources of train, or of all eval sets; what is held out of the training data comes from there."""
-    found: list[str] = []
+    """The sources of "train" or of all "eval" sets; data held out of the training data has the sources of "train"."""
+    sources: list[str] = []
     for source in data["eval"].values() if isinstance(data[which], dict) else [data[which]]:
         source = data["train"] if isinstance(source, int | float) else source
-        found += [source] if isinstance(source, str) else source or []
-    return found
+        sources += [source] if isinstance(source, str) else source or []
+    return sources
 
 
 def scores(record: dict) -> str:
-    """A table of the adapter's scores, beside the base's where they were taken."""
+    """A table of the adapter's scores, and of the base's where it was evaluated."""
     base, rows = scalars(record.get("base_metrics", {})), []
     for key, value in scalars(record.get("metrics", {})).items():
         before = format_metric(key, base[key]) if key in base else ""
         rows.append(f"| {metric_of(key).title} | {before} | {format_metric(key, value)} |\n")
     return f"\n| on the eval data | base | adapter |\n|---|---|---|\n{''.join(rows)}" if rows else ""
-
-
-def method_of(record: dict) -> str:
-    return record["config"]["adapter"].get("method", "lora")
 
 
 def what_it_is(record: dict) -> str:
@@ -136,85 +141,6 @@ def what_it_is(record: dict) -> str:
             return "every weight"
 
 
-def is_hub(record: dict) -> bool:
-    """Whether the base came from the hub: then, and only then, it has a revision."""
-    return bool(record["base"].get("revision"))
-
-
 def code(text: str) -> str:
-    """Text of a user's as Markdown shows it: on one line, and no markup."""
+    """A user's text as inline code: on one line, without any effect as markup."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
-
-
-# ---- snippets: each is run by a test ----
-
-
-def peft_snippet(record: dict, adapter: str) -> str:
-    """Python that loads base and adapter with PEFT and answers a prompt of the kind that was trained on."""
-    return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-{_loading(record)}
-model = PeftModel.from_pretrained(model, {adapter!r})
-{_asking(record)}"""
-
-
-def transformers_snippet(record: dict, adapter: str) -> str:
-    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
-
-{_loading(record)}
-model.load_adapter({adapter!r})
-{_asking(record)}"""
-
-
-def vllm_text(record: dict) -> str:
-    base = record["base"]
-    if base["name"].endswith(".gguf"):
-        return "vLLM serves the merged model: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
-    name = shlex.quote(" ".join(portable_name(base["name"]).split()))
-    pinned = f" --revision {base['revision']}" if is_hub(record) else ""
-    return f"""With vLLM, where it supports LoRA on this architecture:
-
-```
-vllm serve {name}{pinned} --enable-lora --max-lora-rank {served_rank(record)} --lora-modules mine=ADAPTER
-```"""
-
-
-def _loading(record: dict) -> str:
-    name, revision = portable_name(record["base"]["name"]), record["base"].get("revision")
-    if name.endswith(".gguf"):
-        file = Path(name)
-        where, options = str(file.parent), f"gguf_file={file.name!r}"
-        comment = "  # the folder of the .gguf file"
-    else:
-        where, options = name, f"revision={revision!r}" if revision else ""
-        comment = "" if revision else "  # the base, where it is on your machine"
-    arguments = f"base, {options}" if options else "base"
-    return f"""base = {where!r}{comment}
-tokenizer = AutoTokenizer.from_pretrained({arguments})
-model = AutoModelForCausalLM.from_pretrained({arguments})"""
-
-
-def _asking(record: dict) -> str:
-    data = record["config"]["data"]
-    if data["messages"]:
-        own = data["chat_template"]
-        template = f"tokenizer.chat_template = open({Path(own).name!r}).read()  # the run's own\n" if own else ""
-        inputs = f"""{template}messages = [{{"role": "user", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
-    else:
-        braces = "  # with texts in the place of what is in braces" if data["prompt"] else ""
-        inputs = f'inputs = tokenizer({data["prompt"] or "Once upon a time"!r}, return_tensors="pt"){braces}'
-    return f"""{inputs}
-answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True))"""
-
-
-def served_rank(record: dict) -> int:
-    """The smallest of vLLM's ranks that holds the file's: parts of a fused projection are stacked."""
-    return vllm_rank(max(entry["rank"] * len(entry["parts"]) for entry in record["slices"].values()))
-
-
-def vllm_rank(rank: int) -> int:
-    """The smallest of the ranks that vLLM's --max-lora-rank takes and that holds `rank`."""
-    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)

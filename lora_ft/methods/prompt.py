@@ -1,4 +1,7 @@
-"""Prompt tuning: n virtual tokens in front of every example; PEFT's files (peft 0.21, PROMPT_TUNING)."""
+"""Prompt tuning: n virtual tokens in front of every example, in PEFT's files (see methods/interface.py).
+
+Lester et al. 2021, arXiv:2104.08691; peft 0.21, PROMPT_TUNING.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,7 +21,11 @@ KEY = "prompt_embeddings"
 
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Start from the embeddings of a text's tokens, repeated or cut to fit, or of ids drawn from the vocabulary by seed."""
+    """Add virtual tokens that start as embeddings: of `init_text`, repeated or cut to fit, or of ids drawn by `seed`.
+
+    Raises:
+        ConfigError: `init_text` has no tokens.
+    """
     n, embedding = settings.virtual_tokens, model.get_input_embeddings()
     if settings.init_text is None:
         generator = torch.Generator().manual_seed(seed)
@@ -26,7 +33,7 @@ def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer
     else:
         text = tokenizer(settings.init_text, add_special_tokens=False)["input_ids"]
         if not text:
-            raise ConfigError("adapter.init_text: the tokenizer makes no token of it; give a text, or null")
+            raise ConfigError("adapter.init_text: the tokenizer turns it into no tokens; set a text, or null")
         ids = torch.tensor([text[i % len(text)] for i in range(n)], device="cpu")
     with torch.no_grad():
         insert(model, embedding(ids.to(embedding.weight.device)))
@@ -34,7 +41,7 @@ def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer
 
 
 def insert(model: PreTrainedModel, start: Tensor) -> None:
-    """Freeze `model` and give it the virtual tokens' vectors `start` (n, width)."""
+    """Freeze `model` and add virtual tokens. start: (n, width), their vectors."""
     model.requires_grad_(False)
     model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), start))
 
@@ -42,8 +49,9 @@ def insert(model: PreTrainedModel, start: Tensor) -> None:
 def save(
     model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], dict]:
+    """Write the virtual tokens' vectors (n, width), and PEFT's config."""
     prompt, config = model.get_input_embeddings().prompt, model.config.get_text_config()
-    about = {
+    peft_config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
         "num_virtual_tokens": prompt.shape[0],
@@ -53,11 +61,11 @@ def save(
         "num_layers": config.num_hidden_layers,
         "inference_mode": True,
     }
-    return tensor_files.write(folder, base_name, {KEY: prompt}, about), {}
+    return tensor_files.write(folder, base_name, {KEY: prompt}, peft_config), {}
 
 
 def load(model: PreTrainedModel, trained: Trained) -> None:
-    """The virtual tokens join the vocabulary; what is not given them (`virtual_ids`) is computed by the bare base."""
+    """Add the trained virtual tokens; inputs without their ids (`virtual_ids`) are computed by the bare base."""
     prompt = read(trained)
     width = model.get_input_embeddings().weight.shape[1]
     if prompt.shape[1] != width:
@@ -68,26 +76,31 @@ def load(model: PreTrainedModel, trained: Trained) -> None:
 
 
 def load_into(model: PreTrainedModel, trained: Trained) -> None:
-    tensor_files.fill(trained.folder / WEIGHTS, {KEY: model.get_input_embeddings().prompt}, {KEY: read(trained)})
+    """Copy the trained vectors into the virtual tokens of `model`."""
+    tensor_files.copy_tensors(
+        trained.folder / WEIGHTS, {KEY: model.get_input_embeddings().prompt}, {KEY: read(trained)}
+    )
 
 
 def bare(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Nothing to switch off: an example that isn't given the virtual tokens (`virtual_ids`) meets the bare base."""
+    """Nothing to switch off: inputs without the virtual tokens' ids (`virtual_ids`) are computed by the bare base."""
     return nullcontext()
 
 
 def read(trained: Trained) -> Tensor:
-    """The virtual tokens' vectors (n, width) in a folder of ours or PEFT's."""
+    """The trained vectors (n, width), float32, of lora-ft's or PEFT's files.
+
+    Raises:
+        ModelError: the files are damaged, or are not those of prompt tuning.
+    """
     config, tensors = tensor_files.read(trained)
     prompt = tensors.get(KEY)
     if prompt is None or len(tensors) > 1 or prompt.dim() != 2 or len(prompt) != config.get("num_virtual_tokens"):
-        raise ModelError(
-            f"{trained.folder / WEIGHTS}: should hold {KEY} alone, one row for each of num_virtual_tokens."
-        )
+        raise ModelError(f"{trained.folder / WEIGHTS}: must have {KEY} alone, one row for each of num_virtual_tokens.")
     return prompt
 
 
 def virtual_ids(model: PreTrainedModel) -> list[int]:
-    """The ids of the model's virtual tokens; none without."""
+    """The ids of the model's virtual tokens; empty if it has none."""
     embedding = model.get_input_embeddings()
     return embedding.ids if isinstance(embedding, VirtualTokens) else []

@@ -1,6 +1,6 @@
-"""The two files of a small method: its tensors and what they mean.
+"""The two files of the methods bottleneck and prompt: adapter_model.safetensors and adapter_config.json.
 
-`bottleneck` has no format of its own elsewhere: adapter_config.json names it under `method`.
+PEFT defines those of prompt. No other library has a format for bottleneck: its config has `method: bottleneck`.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from lora_ft.methods.trained import Trained
 
 
 def write(folder: Path, base_name: str, tensors: Mapping[str, Tensor], config: dict) -> list[str]:
-    """Write the two files, the tensors as they are but on the CPU; the names of the files."""
+    """Write the two files, the tensors in their own dtypes. Returns the names of the files."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     storage.write_tensors(folder / WEIGHTS, on_cpu)
     storage.write_json(folder / CONFIG, {"base_model_name_or_path": portable_name(base_name)} | config)
@@ -25,25 +25,25 @@ def write(folder: Path, base_name: str, tensors: Mapping[str, Tensor], config: d
 
 
 def read(trained: Trained) -> tuple[dict, dict[str, Tensor]]:
-    """The config and the tensors, float32.
+    """The config, and name -> tensor, float32.
 
     Raises:
-        ModelError: a file is missing, damaged, or changed since its manifest; or a tensor is of no float, or not finite.
+        ModelError: the tensors' file is missing or damaged, or a tensor is not floating-point or not finite.
     """
     config, path = trained.adapter_config, trained.folder / WEIGHTS
     tensors = storage.read_tensors(path)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not all(torch.isfinite(v) for v in torch.aminmax(tensor)):
-            raise ModelError(f"{path}: {name} holds no finite floats ({tensor.dtype}).")
+            raise ModelError(f"{path}: {name} ({tensor.dtype}) is not floating-point, or contains NaN or inf.")
     return config, {name: tensor.float() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
-def fill(path: Path, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the parameters of the same names.
+def copy_tensors(path: Path, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters of the same names. path: where the tensors come from, for messages.
 
     Raises:
-        ModelError: names or shapes differ (nothing was copied then).
+        ModelError: names or shapes differ; then nothing is copied.
     """
     if parameters.keys() != tensors.keys():
         raise ModelError(

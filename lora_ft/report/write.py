@@ -8,7 +8,8 @@ from lora_ft.core.messages import warn
 from lora_ft.core.metrics import selection_metric
 from lora_ft.core.names import portable_name
 from lora_ft.core.storage import write_json
-from lora_ft.methods.model_card import method_of, peft_snippet, what_it_is
+from lora_ft.methods.model_card import what_it_is
+from lora_ft.methods.usage import method_of, peft_snippet
 from lora_ft.report.comparison import compare_runs
 from lora_ft.report.curves import run_charts
 from lora_ft.report.figures import config_text, data_table, provenance, run_figures

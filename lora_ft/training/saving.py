@@ -14,12 +14,11 @@ from lora_ft.core.storage import atomic_folder, read_json, require_space, verify
 from lora_ft.methods import interface
 from lora_ft.methods.lora.files import write_record
 from lora_ft.methods.lora.inject import trainable
-from lora_ft.methods.model_card import model_card
+from lora_ft.methods.model_card import CARD, model_card
 from lora_ft.methods.trained import Trained
 from lora_ft.training import checkpoint
 from lora_ft.training.output import log_size, rotate
 
-CARD = "README.md"
 SMALL_FILES = 2**20  # bytes at most for record, card and configs
 
 

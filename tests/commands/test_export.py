@@ -182,7 +182,11 @@ def http_error(status):
 
 @pytest.mark.parametrize(
     "error, said",
-    [(http_error(403), "write access"), (http_error(500), "says no"), (ConnectionError("no route"), "reached")],
+    [
+        (http_error(403), "write access"),
+        (http_error(500), "refused the upload"),
+        (ConnectionError("no route"), "reached"),
+    ],
 )
 def test_a_hub_that_fails_is_told_kindly(fake, adapter, tmp_path, error, said):
     fake(error)

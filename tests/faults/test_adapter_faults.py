@@ -163,7 +163,7 @@ def test_json_that_is_none(folder, name, content):
         refused_untouched(folder, 4, name, command=command)
 
 
-# ---- 36, 41: a merge that is killed, or fails its proof ----
+# ---- 36, 41: a merge that is killed, or fails its verification ----
 
 
 def test_a_merge_whose_matrices_are_wrong(folder):
@@ -173,7 +173,7 @@ def test_a_merge_whose_matrices_are_wrong(folder):
         merge_shards.matrix_error = lambda *_: (1.0, float("inf"))
 
     before = files(folder)
-    refused(cli(folder, *MERGE, before=lie), 4, "proof")
+    refused(cli(folder, *MERGE, before=lie), 4, "verification")
     assert files(folder) == before
 
 
@@ -194,7 +194,7 @@ def test_a_merge_whose_logits_part(folder):
         merge.write_shards = damaged
 
     before = files(folder)
-    refused(cli(folder, *MERGE, before=lie), 4, "proof", "position", "logits")
+    refused(cli(folder, *MERGE, before=lie), 4, "verification", "position", "logits")
     assert files(folder) == before
     assert not list(folder.glob(".out-merged*"))
 

@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 from lora_ft.commands.train import train
 from lora_ft.config.load import load_config
 from lora_ft.methods.lora.files import load_adapter
-from lora_ft.methods.model_card import model_card, peft_snippet
+from lora_ft.methods.model_card import model_card
+from lora_ft.methods.usage import peft_snippet
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base
 from tests.helpers.tiny import tiny_tokenizer, write_run

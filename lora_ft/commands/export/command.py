@@ -17,8 +17,9 @@ from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.compatibility import check_against, check_copies
 from lora_ft.methods.lora.files import portable_name
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
-from lora_ft.methods.model_card import vllm_rank
+from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained, check_base
+from lora_ft.methods.usage import vllm_rank
 from lora_ft.model.files import Base, resolve, stored_dtype
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
 
@@ -92,14 +93,14 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
     model = _checked_model(adapter, base)
     with storage.atomic_folder(target) as staged:
         rank = write_portable(adapter, staged)
-        if (card := adapter.folder / hub.CARD).is_file():
+        if (card := adapter.folder / CARD).is_file():
             base_name = str(
                 adapter.trained.adapter_config.get("base_model_name_or_path")
             )  # PEFT's cards may have a path
             text = card.read_text(encoding="utf-8", errors="replace").replace(base_name, portable_name(base_name))
-            storage.write_file(staged / hub.CARD, text)
+            storage.write_file(staged / CARD, text)
         else:
-            storage.write_file(staged / hub.CARD, hub.card("peft", portable_name(base.name), target.name))
+            storage.write_file(staged / CARD, export_card("peft", portable_name(base.name), target.name))
     family = model.config.model_type
     gguf = (
         f"lora-ft export {adapter.folder} --to gguf"

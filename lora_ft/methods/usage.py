@@ -1,0 +1,116 @@
+"""How to use what was trained with other libraries: Python code and commands, from a run's record. Imports no torch.
+
+A test runs each piece of code.
+"""
+
+import shlex
+from pathlib import Path
+
+from lora_ft.core.names import portable_name
+from lora_ft.methods.lora.peft_config import file_rank
+
+
+def method_of(record: dict) -> str:
+    """The method of a run, from its record."""
+    return record["config"]["adapter"].get("method", "lora")
+
+
+def is_hub(record: dict) -> bool:
+    """Whether the base came from the Hub: only then it has a revision."""
+    return bool(record["base"].get("revision"))
+
+
+def use(record: dict) -> str:
+    """How to use what was trained, with each library that can read it."""
+    match method_of(record):
+        case "full":
+            return 'With transformers, as any model: `AutoModelForCausalLM.from_pretrained("ADAPTER")`.\n'
+        case "bottleneck":
+            return "With lora-ft: `lora-ft eval ADAPTER`. No other library reads this format.\n"
+    peft = f"""With PEFT:
+
+```python
+{peft_snippet(record, "ADAPTER")}
+```
+"""
+    if method_of(record) == "prompt":
+        return peft
+    return f"""{peft}
+With transformers alone (peft must be installed):
+
+```python
+{transformers_snippet(record, "ADAPTER")}
+```
+
+{vllm_text(record)}
+
+Merged into the base, without any cost in inference: `lora-ft merge --adapter ADAPTER`
+"""
+
+
+def peft_snippet(record: dict, adapter: str) -> str:
+    """Python code that loads base and adapter with PEFT and generates from a prompt of the trained form."""
+    return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{_loading(record)}
+model = PeftModel.from_pretrained(model, {adapter!r})
+{_generation(record)}"""
+
+
+def transformers_snippet(record: dict, adapter: str) -> str:
+    """The same with transformers alone."""
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{_loading(record)}
+model.load_adapter({adapter!r})
+{_generation(record)}"""
+
+
+def vllm_text(record: dict) -> str:
+    """How to serve the adapter with vLLM; of a .gguf base vLLM can only serve the merged model."""
+    base = record["base"]
+    if base["name"].endswith(".gguf"):
+        return "vLLM serves the merged model: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
+    name = shlex.quote(" ".join(portable_name(base["name"]).split()))
+    pinned = f" --revision {base['revision']}" if is_hub(record) else ""
+    return f"""With vLLM, where it supports LoRA on this architecture:
+
+```
+vllm serve {name}{pinned} --enable-lora --max-lora-rank {vllm_rank(file_rank(record["slices"]))} --lora-modules mine=ADAPTER
+```"""
+
+
+def _loading(record: dict) -> str:
+    name, revision = portable_name(record["base"]["name"]), record["base"].get("revision")
+    if name.endswith(".gguf"):
+        file = Path(name)
+        where, options = str(file.parent), f"gguf_file={file.name!r}"
+        comment = "  # the folder of the .gguf file"
+    else:
+        where, options = name, f"revision={revision!r}" if revision else ""
+        comment = "" if revision else "  # the path of the base on your machine"
+    arguments = f"base, {options}" if options else "base"
+    return f"""base = {where!r}{comment}
+tokenizer = AutoTokenizer.from_pretrained({arguments})
+model = AutoModelForCausalLM.from_pretrained({arguments})"""
+
+
+def _generation(record: dict) -> str:
+    data = record["config"]["data"]
+    if data["messages"]:
+        own = data["chat_template"]
+        template = f"tokenizer.chat_template = open({Path(own).name!r}).read()  # the run's template\n" if own else ""
+        inputs = f"""{template}messages = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+    else:
+        braces = "  # replace what is in braces" if data["prompt"] else ""
+        inputs = f'inputs = tokenizer({data["prompt"] or "Once upon a time"!r}, return_tensors="pt"){braces}'
+    return f"""{inputs}
+answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest value of vLLM's --max-lora-rank that is at least `rank`."""
+    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
