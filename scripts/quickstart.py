@@ -1,6 +1,6 @@
 """The quickstart: train, evaluate and merge a LoRA adapter with the three commands a user types (`make quickstart`).
 
-Each command is printed before it runs. What an earlier run finished is kept, what it left unfinished goes on.
+Each command is printed before it runs. Finished steps are skipped; an unfinished training run resumes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SCORES = "out/quickstart-eval.json"
 
 
 def newer(path: str, than: str) -> bool:
-    """Whether `path` exists and was written after `than`. Both are written last by the command that makes them."""
+    """Whether `path` exists and is newer than `than`. Each is the last file its command writes."""
     return (ROOT / path).is_file() and (ROOT / path).stat().st_mtime_ns >= (ROOT / than).stat().st_mtime_ns
 
 
 def lora_ft(*arguments: str, capture: bool = False) -> str:
-    """Runs `lora-ft ARGUMENTS` in the repository; its exit code is ours when it fails. Returns stdout if captured."""
+    """Run `lora-ft ARGUMENTS` in the repository and return its stdout if captured; exit with its code if it fails."""
     print(f"\n$ lora-ft {shlex.join(arguments)}", flush=True)
     command = [str(Path(sys.executable).parent / "lora-ft"), *arguments]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True)
@@ -35,8 +35,9 @@ def lora_ft(*arguments: str, capture: bool = False) -> str:
 
 
 def train() -> None:
+    """Train the adapter, or resume its training."""
     if (ROOT / ADAPTER / "lora_ft.json").is_file():  # written last: the folder is complete
-        print(f"\n{ADAPTER} holds a finished adapter: training is skipped (remove the folder to train again)")
+        print(f"\n{ADAPTER} contains a finished adapter: skipping training (remove the folder to train again)")
     elif (ROOT / ADAPTER / "checkpoints").is_dir():
         lora_ft("train", CONFIG, "--resume")
     else:
@@ -44,8 +45,9 @@ def train() -> None:
 
 
 def evaluate() -> dict:
+    """The scores of base and adapter, as `lora-ft eval --json` prints them."""
     if newer(SCORES, f"{ADAPTER}/lora_ft.json"):
-        print(f"\n{SCORES} holds its scores: evaluation is skipped")
+        print(f"\n{SCORES} contains its scores: skipping evaluation")
     else:
         text = lora_ft("eval", ADAPTER, "--json", capture=True)
         json.loads(text)
@@ -54,18 +56,19 @@ def evaluate() -> dict:
 
 
 def merge() -> None:
+    """Merge the adapter into its base."""
     if newer(f"{MERGED}/lora_ft.json", f"{ADAPTER}/lora_ft.json"):
-        print(f"\n{MERGED} holds the merged model: merging is skipped")
+        print(f"\n{MERGED} contains the merged model: skipping the merge")
     else:
-        shutil.rmtree(ROOT / MERGED, ignore_errors=True)  # of an older adapter
+        shutil.rmtree(ROOT / MERGED, ignore_errors=True)  # merged from an older adapter
         lora_ft("merge", "--adapter", ADAPTER)
 
 
 def summary(scores: dict) -> str:
-    """The last lines: what was gained, where the files are."""
+    """The last lines: a table of scores, and where the files are."""
     lines = [f"On {scores['examples']} reviews it was not trained on:", f"{'':12}{'base':>10}{'adapter':>10}"]
-    for key, form in (("accuracy", ".1%"), ("macro_f1", ".3f"), ("loss", ".3f")):
-        lines.append(f"  {key:10}{scores['base'][key]:>10{form}}{scores['adapter'][key]:>10{form}}")
+    for key, spec in (("accuracy", ".1%"), ("macro_f1", ".3f"), ("loss", ".3f")):
+        lines.append(f"  {key:10}{scores['base'][key]:>10{spec}}{scores['adapter'][key]:>10{spec}}")
     gain = 100 * (scores["adapter"]["accuracy"] - scores["base"]["accuracy"])
     lines += [
         f"Gained: {gain:+.1f} points of accuracy.",

@@ -1,4 +1,4 @@
-"""scripts/assets.py on tiny made-up inputs: nothing is downloaded here."""
+"""scripts/assets.py on tiny made-up inputs, without downloads."""
 
 import csv
 import hashlib
@@ -26,7 +26,7 @@ COLUMNS = ["", "drugName", "condition", "review", "rating", "date", "usefulCount
 
 
 def tsv(*reviews: tuple[str, str]) -> bytes:
-    """(review, rating) pairs in the package's form: tab-separated, quoted where the format needs it."""
+    """(review, rating) pairs as in the package: tab-separated, quoted where necessary."""
     file = io.StringIO()
     writer = csv.writer(file, delimiter="\t")
     writer.writerow(COLUMNS)
@@ -63,7 +63,7 @@ def test_reviews_are_unescaped_and_unquoted():
     ]
 
 
-def test_the_quickstart_reads_the_columns_that_are_written():
+def test_the_quickstart_config_reads_the_columns_of_the_data():
     data = load_config(PATH.parents[2] / "configs" / "quickstart.yaml").data
     columns = {
         name for text in (data.prompt, data.completion) for _, name, _, _ in string.Formatter().parse(text) if name
@@ -74,13 +74,13 @@ def test_the_quickstart_reads_the_columns_that_are_written():
     assert words[row[column]] == row["rating"]
 
 
-def test_neutral_reviews_are_left_out_and_unknown_ratings_refused():
+def test_neutral_reviews_are_dropped_and_unknown_ratings_refused():
     assert [row["review"] for row in assets.read_reviews(tsv(("so so", "neutral"), ("fine", "positive")))] == ["fine"]
     with pytest.raises(assets.AssetError, match="mixed"):
         assets.read_reviews(tsv(("so so", "mixed")))
 
 
-def test_splits_are_the_packages_own_without_eval_reviews_that_train_has(tmp_path, capsys):
+def test_splits_are_the_packages_without_eval_reviews_that_are_in_train(tmp_path, capsys):
     train = tsv(('"One\nline"', "positive"), ("Two", "negative"), ("Three", "neutral"))
     test = tsv(("Two", "negative"), ("Four é", "positive"))
     assets.make_reviews(wheel(tmp_path / "w.whl", train, test), tmp_path / "data")
@@ -93,7 +93,7 @@ def test_splits_are_the_packages_own_without_eval_reviews_that_train_has(tmp_pat
     assert [row["review"] for row in read["train"]] == ["One\nline", "Two"]
     assert [row["review"] for row in read["eval"]] == ["Four é"]
     out = capsys.readouterr().out
-    assert "1 positive and 1 negative" in out and "1 left out" in out
+    assert "1 positive and 1 negative" in out and "1 dropped because" in out
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
         "README.md",
         "reviews_eval.jsonl",
@@ -110,7 +110,7 @@ def test_a_wrong_hash_is_refused_and_the_file_removed(tmp_path):
     assert not file.exists()
 
 
-def test_a_wheel_that_is_here_is_not_downloaded_again(tmp_path, monkeypatch):
+def test_an_existing_wheel_is_not_downloaded_again(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was called"))
     file = tmp_path / "made_up-1.0-py3-none-any.whl"
     file.write_bytes(b"the right one")
@@ -118,7 +118,7 @@ def test_a_wheel_that_is_here_is_not_downloaded_again(tmp_path, monkeypatch):
     assert assets.download(made_up, tmp_path) == file
 
 
-def test_without_the_index_the_message_names_the_file_to_put_there(tmp_path, monkeypatch):
+def test_without_the_index_the_message_names_the_missing_file(tmp_path, monkeypatch):
     monkeypatch.setattr(assets, "ROOT", tmp_path)
     monkeypatch.setattr(subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 1))
     made_up = assets.Wheel("made-up==1.0", "made_up-1.0-py3-none-any.whl", "0" * 64, "1 kB")
@@ -127,17 +127,17 @@ def test_without_the_index_the_message_names_the_file_to_put_there(tmp_path, mon
         assets.download(made_up, tmp_path / "build")
 
 
-def test_each_digit_stands_alone_and_so_does_the_space_before_it():
+def test_digits_and_the_space_before_them_are_separate_pieces():
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     pieces = lambda text: [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]  # noqa: E731
-    assert pieces("a  12") == ["a", "Ġ", "Ġ12"]  # as the GGUF reader leaves it
+    assert pieces("a  12") == ["a", "Ġ", "Ġ12"]  # as the GGUF reader returns it
     assets.split_digits(tokenizer)
     assert pieces("a  12") == ["a", "ĠĠ", "1", "2"]
 
 
-def test_a_saved_model_tells_nothing_of_the_machine_and_its_modes_follow_the_umask(tmp_path):
+def test_a_saved_model_names_no_local_paths_and_its_modes_follow_the_umask(tmp_path):
     (tmp_path / "config.json").write_text('{"_model_name_or_path": "/home/someone/x", "vocab_size": 3}')
     (tmp_path / "generation_config.json").write_text('{"_from_model_config": true, "eos_token_id": 2}')
     (tmp_path / "tokenizer_config.json").write_text('{"is_local": true, "eos_token": "é"}')

@@ -1,4 +1,4 @@
-"""A small share of `make kill-test`: killed in the middle of writes and at random moments, a run ends in the same bits."""
+"""A short `make kill-test`: a run killed in the middle of writes and at random moments ends in the same bits."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "scripts/kill_test.py"
 
 
-def test_killed_and_resumed_it_ends_in_the_same_bits():
+def test_a_killed_and_resumed_run_ends_in_the_same_bits():
     done = subprocess.run([sys.executable, SCRIPT, "-n", "16"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed: 16 kills" in done.stdout
