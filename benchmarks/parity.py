@@ -1,9 +1,9 @@
-"""The loss curve of lora-ft against another's in a plain padded loop: equal start, equal batches, the real model.
+"""The loss curve of lora-ft against a plain padded training loop: same initial weights, same batches, the real model.
 
     python benchmarks/parity.py CONFIG [--set adapter.method=METHOD ...] [--steps 30]
 
-The other is PEFT for lora and prompt, plain PyTorch for full and bottleneck. Prints both losses a step and the largest
-difference; exits with 1 above 1e-4. LoRA for q, k, v, o, gate, up, down modules of Llama-like models.
+The reference is PEFT for lora and prompt, plain PyTorch for full and bottleneck. Prints both losses of each step and the
+largest difference; exits with 1 if it is above 1e-4. LoRA's targets may be any of the roles of Llama-like models.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PLAIN = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.s
 
 
 class Houlsby(nn.Module):
-    """An adapter layer as figure 2 of Houlsby et al. 2019 has it, on the output of a frozen layer."""
+    """The adapter layer of Houlsby et al. 2019, figure 2, on the output of a frozen layer."""
 
     def __init__(self, layer: nn.Module, weights: list[torch.Tensor], nonlinearity: str):
         super().__init__()
@@ -43,16 +43,16 @@ class Houlsby(nn.Module):
         return self.f(y @ self.D.T + self.d) @ self.U.T + self.u + y
 
 
-def twin(model: PreTrainedModel, ours: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
-    """The bare `model` with the method and the start of `ours`, and none of this tool's layers."""
+def reference(model: PreTrainedModel, ours: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
+    """The bare `model` with the method and the initial weights of `ours`, but without lora-ft's layers."""
     model.requires_grad_(adapter.method == "full")
     if adapter.method == "bottleneck":
         for path, layer in [(p, m) for p, m in ours.named_modules() if isinstance(m, Bottleneck)]:
             weights = [p.detach() for name, p in layer.named_parameters() if not name.startswith("base.")]
             model.set_submodule(path, Houlsby(model.get_submodule(path), weights, adapter.nonlinearity))
     elif adapter.method == "prompt":
-        about = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=adapter.virtual_tokens)
-        theirs = get_peft_model(model, about)
+        settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=adapter.virtual_tokens)
+        theirs = get_peft_model(model, settings)
         theirs.prompt_encoder["default"].embedding.weight.data.copy_(ours.get_input_embeddings().prompt)
         return theirs
     elif adapter.method == "lora":
@@ -66,6 +66,7 @@ def twin(model: PreTrainedModel, ours: PreTrainedModel, adapter: AdapterConfig) 
 
 
 def main() -> None:
+    """Train both and compare their losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--set", action="append", default=[])
@@ -77,9 +78,9 @@ def main() -> None:
     data, _ = prepare(config.data, tokenizer, train.seed)
     ours = load_base(base, "float32")
     inject(ours, adapter, train.seed, tokenizer)
-    theirs = twin(load_base(base, "float32"), ours, adapter)
-    read = data.with_prefix(virtual_ids(ours))
-    plan = StepPlan(read.dataset, train.batch_size, 1, options.steps, RowPacking(1024), train.seed)
+    theirs = reference(load_base(base, "float32"), ours, adapter)
+    examples = data.with_prefix(virtual_ids(ours))
+    plan = StepPlan(examples.dataset, train.batch_size, 1, options.steps, RowPacking(1024), train.seed)
 
     lines: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +98,7 @@ def main() -> None:
             remove_unused_columns=False,
         )
         LoRATrainer(
-            ours, arguments, plan, Isolation.detect(ours, read.report.longest), None, lambda *_: None, lines.append
+            ours, arguments, plan, Isolation.detect(ours, examples.report.longest), None, lambda *_: None, lines.append
         ).train_from(None)
 
     parameters = [p for p in theirs.parameters() if p.requires_grad]
@@ -115,7 +116,7 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         worst = max(worst, abs(loss.item() - line["loss"]))
-        print(f"step {step + 1:3}  lora-ft {line['loss']:.6f}  the other {loss.item():.6f}", flush=True)
+        print(f"step {step + 1:3}  lora-ft {line['loss']:.6f}  reference {loss.item():.6f}", flush=True)
     print(f"largest difference {worst:.2e}")
     sys.exit(worst > 1e-4)
 

@@ -1,9 +1,9 @@
-"""The peer: PEFT with the Hugging Face Trainer, as most people write it, on the same encoded examples as lora-ft.
+"""PEFT with the Hugging Face Trainer, as it is commonly used, on the same encoded examples as lora-ft.
 
     python benchmarks/peft_trainer.py CONFIG OUTPUT [--set KEY=VALUE ...] [--group-by-length]
 
-Reads a lora-ft config, so that model, data, rank, targets, schedule, batch and seed are the same, and writes a PEFT adapter to
-OUTPUT, which `lora-ft eval OUTPUT --config CONFIG` scores.
+Reads a lora-ft config, so that model, data, rank, targets, schedule, batch size and seed are the same, and writes a PEFT
+adapter to OUTPUT. Score it with `lora-ft eval OUTPUT --config CONFIG`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lora_ft.model.load import load_base, load_tokenizer
 
 
 class Collator:
-    """Pads a batch to its longest example: the usual dynamic padding."""
+    """Dynamic padding: pads a batch to its longest example."""
 
     def __init__(self, pad: int):
         self.pad = pad
@@ -35,6 +35,7 @@ class Collator:
 
 
 def main() -> None:
+    """Train and save the adapter."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("output")

@@ -1,4 +1,4 @@
-"""The README's picture, from benchmarks/results.json: `python benchmarks/plot.py`."""
+"""Draw the README's chart, docs/bench.svg, from benchmarks/results.json: `python benchmarks/plot.py`."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ COLOURS = {"peft": "#c9c9c9", "grouped": "#a5a5a5", "trl": "#7f7f7f", "lora-ft":
 
 
 def draw(results: dict, path: Path) -> None:
-    """Real tokens a second and peak memory of every row in every piece; a line where the machine's floor is."""
+    """Draw tokens per second and peak memory of every row and workload; a line marks the floor."""
     plt.rcParams["svg.hashsalt"] = "lora-ft"
     pieces = results["pieces"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.8 + 0.75 * len(pieces)), sharey=True)
@@ -22,15 +22,15 @@ def draw(results: dict, path: Path) -> None:
     height = 0.8 / len(rows)
     for y, piece in enumerate(pieces.values()):
         for n, row in enumerate(rows):
-            found = piece["rows"].get(row, [])
-            if not found:
+            runs = piece["rows"].get(row, [])
+            if not runs:
                 continue
             at, label = y + (n - (len(rows) - 1) / 2) * height, NAMES[row] if y == 0 else None
-            speed = statistics.median(r["tokens_per_second"] for r in found)
+            speed = statistics.median(r["tokens_per_second"] for r in runs)
             left.barh(at, speed, height * 0.92, color=COLOURS[row], label=label)
-            right.barh(at, statistics.median(r["peak_mb"] for r in found) / 1024, height * 0.92, color=COLOURS[row])
-        if found := piece["rows"].get("floor"):
-            speed = statistics.median(r["tokens_per_second"] for r in found)
+            right.barh(at, statistics.median(r["peak_mb"] for r in runs) / 1024, height * 0.92, color=COLOURS[row])
+        if runs := piece["rows"].get("floor"):
+            speed = statistics.median(r["tokens_per_second"] for r in runs)
             label = "the frozen layers' products alone" if y == 0 else None
             left.plot([speed] * 2, [y - 0.42, y + 0.42], color="black", linewidth=1.2, label=label)
     left.set_yticks(range(len(pieces)), list(pieces))

@@ -1,7 +1,8 @@
-"""Where the time of lora-ft's step goes: `python benchmarks/profile_step.py [--workload text] [--steps 2]`.
+"""How lora-ft's step spends its time: `python benchmarks/profile_step.py [--workload text] [--steps 2]`.
 
-torch's profiler over steps of the benchmark's own row, by kind of work: seconds a step. The profiler itself costs a tenth;
-with the shapes of all inputs, which would tell the head's products from the others, it would double the step.
+Runs torch's profiler over steps of the benchmark's lora-ft row and prints seconds per step for each kind of operation. The
+profiler adds about a tenth to the time. Recording input shapes, which would separate the head's products from the others, would
+double it.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from workloads import WORKLOADS, add_sources, make_model, write_data
 
 
 class Profiled(TrainerCallback):
-    """Profiles the last `steps` of a run."""
+    """Profiles the last `steps` steps of a run."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -32,7 +33,7 @@ class Profiled(TrainerCallback):
 
 
 def kind_of(name: str) -> str:
-    """What an operation is part of."""
+    """The group that an operation is counted in."""
     if "attention" in name:
         return "attention"
     if name.rstrip("_") in ("aten::mm", "aten::addmm", "aten::bmm"):
@@ -43,6 +44,7 @@ def kind_of(name: str) -> str:
 
 
 def main() -> None:
+    """Profile and print a line per kind of operation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sources(parser)
     parser.add_argument("--model", default="smollm2")
@@ -57,11 +59,11 @@ def main() -> None:
     seconds: dict[str, float] = defaultdict(float)
     for event in profiled.profile.key_averages():
         seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6 / options.steps
-    whole = sum(seconds.values())
+    total = sum(seconds.values())
     for kind, s in sorted(seconds.items(), key=lambda item: -item[1]):
-        if s >= 0.005 * whole:
-            print(f"{kind:26} {s:6.2f} s  {s / whole:4.0%}")
-    print(f"{'all':26} {whole:6.2f} s")
+        if s >= 0.005 * total:
+            print(f"{kind:26} {s:6.2f} s  {s / total:4.0%}")
+    print(f"{'total':26} {total:6.2f} s")
 
 
 if __name__ == "__main__":

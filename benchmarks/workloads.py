@@ -1,4 +1,4 @@
-"""What is trained in the benchmark: workloads, models, and both as a config of the tool."""
+"""The benchmark's workloads and models, and the lora-ft config of each pair."""
 
 import argparse
 import csv
@@ -10,7 +10,7 @@ from lora_ft.config.load import Config, parse_config
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2 = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-# model -> modules of (q and v, all). PEFT can't adapt q and v alone within GPT-2's c_attn: there all rows adapt it whole.
+# model -> modules for (q and v, all). PEFT cannot adapt only q and v within GPT-2's c_attn, so all rows adapt all of it.
 MODULES = {
     "smollm2": (["q_proj", "v_proj"], LLAMA),
     "gpt2": (["attn.c_attn"], GPT2),
@@ -27,14 +27,14 @@ WORKLOADS = {
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
-    """Options that say where the model and the data are."""
+    """Add the options for the paths of the model and the data."""
     parser.add_argument("--smollm2", type=Path, default="models/smollm2-135m-instruct")
     parser.add_argument("--sst2", type=Path, default="../shared/data/sst2/train.tsv", help="GLUE's train.tsv")
     parser.add_argument("--e2e", type=Path, default="../shared/data/e2e/train.txt", help="lines INPUT||OUTPUT")
 
 
 def config_of(workload: str, model: str, folder: Path, examples: int) -> Config:
-    """The workload on `examples` rows of its data, which `write_data` has left in `folder`."""
+    """The config that trains on `examples` rows of the data that `write_data` wrote to `folder`."""
     w = WORKLOADS[workload]
     data: dict = {"train": str(folder / f"{workload}.jsonl"), "max_train_examples": examples}
     if workload == "sst2":
@@ -50,7 +50,7 @@ def config_of(workload: str, model: str, folder: Path, examples: int) -> Config:
 
 
 def write_data(workload: str, sst2: Path, e2e: Path, folder: Path) -> None:
-    """The workload's rows as FOLDER/WORKLOAD.jsonl."""
+    """Write the workload's rows to FOLDER/WORKLOAD.jsonl."""
     if workload == "sst2":
         with sst2.open(newline="") as file:
             rows = [
@@ -59,14 +59,14 @@ def write_data(workload: str, sst2: Path, e2e: Path, folder: Path) -> None:
     else:
         lines = e2e.read_text().splitlines()
         rows = [dict(zip(("input", "output"), line.split("||"), strict=True)) for line in lines]
-        if length := WORKLOADS[workload].get("length"):  # so many lines that a row has more tokens than that
+        if length := WORKLOADS[workload].get("length"):  # enough lines for a row to have more tokens than that
             n = math.ceil(length / 30)
             rows = [{"text": "\n".join(lines[i : i + n])} for i in range(0, len(lines) - n, n)]
     (folder / f"{workload}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_model(model: str, smollm2: Path, folder: Path) -> None:
-    """FOLDER/MODEL: SmolLM2 as it is, or another architecture's real shape with random weights and SmolLM2's tokenizer."""
+    """Create FOLDER/MODEL: SmolLM2, or another architecture's real shape with random weights and SmolLM2's tokenizer."""
     if model == "smollm2":
         (folder / model).symlink_to(smollm2.absolute())
         return
@@ -74,7 +74,7 @@ def make_model(model: str, smollm2: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
     torch.manual_seed(0)
-    if model == "gpt2":  # its real shape; without dropout, so that losses can be compared
+    if model == "gpt2":  # GPT-2's real shape; without dropout, so that losses are comparable
         config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     else:  # Llama 3.2 1B's shape
         config = LlamaConfig(

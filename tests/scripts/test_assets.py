@@ -64,7 +64,7 @@ def test_reviews_are_unescaped_and_unquoted():
 
 
 def test_the_quickstart_config_reads_the_columns_of_the_data():
-    data = load_config(PATH.parents[2] / "configs" / "quickstart.yaml").data
+    data = load_config(PATH.parents[1] / "configs" / "quickstart.yaml").data
     columns = {
         name for text in (data.prompt, data.completion) for _, name, _, _ in string.Formatter().parse(text) if name
     }
