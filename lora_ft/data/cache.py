@@ -27,8 +27,7 @@ from lora_ft.core.errors import FilesError
 
 MAX_BYTES = 20 * 2**30
 DAY_SECONDS = 24 * 3600.0
-Batch = dict[str, list]
-Write = Callable[[Batch], None]
+Write = Callable[[list[tuple]], None]
 
 
 def key_of(*parts: Any) -> str:
@@ -41,8 +40,8 @@ def cached(
 ) -> tuple[datasets.Dataset, dict]:
     """The table with this key and the facts about it, from the cache or else made by `make(write)`.
 
-    make: calls `write` with batches of columns and returns the facts (JSON). what: what happens to the data, for progress bar
-    and errors. total: rows of the progress bar.
+    make: calls `write` with lists of rows, their values in the schema's order, and returns the facts (JSON). what: names the
+    work in the progress bar and in errors. total: rows of the progress bar.
 
     Raises:
         FilesError: no room left on the disk.
@@ -66,12 +65,13 @@ def cached(
             written = 0
             with pa.ipc.new_stream(file, schema) as stream:
 
-                def write(batch: Batch) -> None:
+                def write(rows: list[tuple]) -> None:
                     nonlocal written
-                    record_batch = pa.RecordBatch.from_pydict(batch, schema=schema)
-                    stream.write_batch(record_batch)
-                    written += record_batch.num_rows
-                    bar.update(record_batch.num_rows)
+                    if rows:
+                        columns = dict(zip(schema.names, zip(*rows, strict=True), strict=True))
+                        stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+                    written += len(rows)
+                    bar.update(len(rows))
 
                 facts = make(write)
             file.flush()

@@ -1,6 +1,7 @@
 """From sources to encoded examples in two cached stages: rows to texts, then texts to ids and labels."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Literal
 
@@ -19,7 +20,7 @@ from lora_ft.model.load import tokenizer_hash
 
 
 def load_examples(
-    sources: list[str],
+    sources: Sequence[str],
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -43,7 +44,7 @@ def load_examples(
         ModelError: chats without a chat template.
     """
     content = key_of([content_hash(source) for source in sources])
-    settings = [template.as_dict(), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed]
+    settings = [asdict(template), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed]
     settings += [list(held_out), part]
     texts, read = load_texts(sources, content, template, tokenizer, bad_rows)
     usable, is_rest = len(texts), part is None
@@ -108,7 +109,7 @@ def _encode(
             pairs = encode_pairs(batch["prompt"], batch["completion"], batch["choices"], max_length, encoder)
             encoded = ([e] for e in pairs)
             empty += sum(not completion.strip() for completion in batch["completion"])
-        out: dict[str, list] = {name: [] for name in EXAMPLES.names}
+        examples = []
         for row, where, label, pieces in zip(batch["row"], batch["where"], batch["label"], encoded, strict=True):
             if pieces[0].blank:
                 bad.add(where, "nothing in it is supervised")
@@ -124,11 +125,8 @@ def _encode(
             kept = [piece for piece in pieces if piece.supervised]
             used, dropped = used + bool(kept), dropped + (not kept)
             for e in kept:
-                values = (
-                    *(e.input_ids, e.labels, row, where, e.prompt_length, e.choices, label),
-                    *(len(e.input_ids), e.full_length, e.supervised, e.truncated, e.merged),
-                )
-                for column, value in zip(out.values(), values, strict=True):
-                    column.append(value)
-        write(out)
+                source = (row, where, e.prompt_length, e.choices, label)
+                counts = (len(e.input_ids), e.full_length, e.supervised, e.truncated, e.merged)
+                examples.append((e.input_ids, e.labels, *source, *counts))
+        write(examples)
     return {"used": used, "dropped": dropped, "empty": empty} | bad.facts()

@@ -171,11 +171,6 @@ def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
     return np.sort(np.argsort(draws, kind="stable")[:count])
 
 
-def row_numbers(dataset: datasets.Dataset) -> np.ndarray:
-    """The position in the sources of each example's (or text's) row."""
-    return column_array(dataset, "row")
-
-
 def column_array(dataset: datasets.Dataset, name: str) -> np.ndarray:
     """A column of numbers."""
     return np.asarray(dataset.select_columns(name).with_format("numpy")[:][name])

@@ -1,6 +1,7 @@
 """The entry point of data/: from the config's data section to encoded examples, for training and for evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,8 @@ def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
         DataError: data that cannot be read or encoded.
         ModelError: chats without a chat template.
     """
-    train_set = _load(data, data.train, tokenizer, data.max_train_examples, seed, tuple(_held_out(data).values()))
+    load, held_out = _loader(data, tokenizer, seed), tuple(_held_out(data).values())
+    train_set = load(data.train, held_out=held_out, max_examples=data.max_train_examples)
     return train_set, prepare_eval_sets(data, tokenizer, seed) if data.eval is not None else {}
 
 
@@ -36,15 +38,13 @@ def prepare_eval_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed
     """
     if data.eval is None:
         raise ConfigError("no eval data: the run had none (data.eval). Name some with --data FILE.")
-    held_out = _held_out(data)
-    amounts, names = tuple(held_out.values()), list(held_out)
-    sets = {}
+    load, held_out, sets = _loader(data, tokenizer, seed), _held_out(data), {}
     for name, source in eval_sets(data.eval).items():
         if isinstance(source, tuple):
-            sets[name] = _load(data, source, tokenizer, data.max_eval_examples, seed)
+            sets[name] = load(source, max_examples=data.max_eval_examples)
         else:
-            part = names.index(name)
-            sets[name] = _load(data, data.train, tokenizer, data.max_eval_examples, seed, amounts, part)
+            part, amounts = list(held_out).index(name), tuple(held_out.values())
+            sets[name] = load(data.train, held_out=amounts, part=part, max_examples=data.max_eval_examples)
     return sets
 
 
@@ -68,24 +68,7 @@ def _held_out(data: DataConfig) -> dict[str, int | float]:
     return {name: amount for name, amount in eval_sets(data.eval).items() if isinstance(amount, int | float)}
 
 
-def _load(
-    data: DataConfig,
-    sources: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_examples: int | None,
-    seed: int,
-    held_out: Sequence[int | float] = (),
-    part: int | None = None,
-) -> Examples:
-    return load_examples(
-        list(sources),
-        template_of(data),
-        tokenizer,
-        max_length=data.max_length,
-        long_text=data.long_text,
-        bad_rows=data.bad_rows,
-        held_out=held_out,
-        part=part,
-        max_examples=max_examples,
-        seed=seed,
-    )
+def _loader(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Callable[..., Examples]:
+    """`load_examples` with the settings that all sets of a run share."""
+    settings = dict(max_length=data.max_length, long_text=data.long_text, bad_rows=data.bad_rows, seed=seed)
+    return partial(load_examples, template=template_of(data), tokenizer=tokenizer, **settings)  # type: ignore[arg-type]

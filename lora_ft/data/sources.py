@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,15 +100,6 @@ def _data_file(source: str) -> Path:
     return path
 
 
-def _parse(parse: Callable[[], Any], where: str) -> Any:
-    """`parse()`, a call of the json module, with its errors as a DataError that names `where`."""
-    try:
-        return parse()
-    except (ValueError, RecursionError) as e:
-        line = f":{e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
-        raise DataError(f"{where}{line}: {_json_problem(e)}.") from e
-
-
 def _json_problem(error: Exception) -> str:
     """An error of the json module: bad syntax, a number of thousands of digits, or nesting thousands deep."""
     if isinstance(error, json.JSONDecodeError):
@@ -116,17 +107,11 @@ def _json_problem(error: Exception) -> str:
     return f"broken JSON: {error}"
 
 
-def _row_problem(value: Any) -> str:
-    """Why a JSON value cannot be a row; "" if it can."""
+def _json_row(value: Any, where: str) -> SourceRow:
     if isinstance(value, dict):
-        return ""
-    return f'a row must be a JSON object, {{"column": value, ...}}, not a {type(value).__name__}'
-
-
-def _object_row(value: Any, where: str) -> SourceRow:
-    if problem := _row_problem(value):
-        raise DataError(f"{where}: {problem}.")
-    return SourceRow(where, value)
+        return SourceRow(where, value)
+    problem = f'a row must be a JSON object, {{"column": value, ...}}, not a {type(value).__name__}'
+    return SourceRow(where, {}, problem)
 
 
 def _jsonl(path: Path) -> Iterator[SourceRow]:
@@ -134,59 +119,62 @@ def _jsonl(path: Path) -> Iterator[SourceRow]:
         if line.strip():
             where = f"{_name(path)}:{number}"
             try:
-                value = json.loads(line)
+                row = _json_row(json.loads(line), where)
             except (ValueError, RecursionError) as e:
                 hint = OLD_MAC if "\r" in line.rstrip() else ""
                 rule = "Each line of a .jsonl file must be one complete JSON object."
-                yield SourceRow(where, {}, f"{_json_problem(e)}. {rule}{hint}")
-            else:
-                problem = _row_problem(value)
-                yield SourceRow(where, {} if problem else value, problem)
+                row = SourceRow(where, {}, f"{_json_problem(e)}. {rule}{hint}")
+            yield row
 
 
 def _json(path: Path) -> Iterator[SourceRow]:
     """A list of objects, {"data": [...]}, or JSON Lines, which many .json files contain."""
-    text, name, decoder = "".join(text_lines(path)), _name(path), json.JSONDecoder()
+    text, name = "".join(text_lines(path)), _name(path)
     start = len(text) - len(text.lstrip())
     if text.startswith("[", start):
         yield from _json_array(text, start, name)
     elif start < len(text):
-        value, end = _parse(lambda: decoder.raw_decode(text, start), name)
+        value, end = _decode(text, start, name)
         if isinstance(value, dict) and text[end:].strip():
             yield from _jsonl(path)
         elif isinstance(value, dict) and isinstance(value.get("data"), list):
-            yield from (_object_row(row, f"{name} row {i}") for i, row in enumerate(value["data"], 1))
+            yield from (_json_row(row, f"{name} row {i}") for i, row in enumerate(value["data"], 1))
         else:
             raise DataError(f'{name}: a .json file must be a list of objects, or {{"data": [...]}}.')
 
 
 def _json_array(text: str, start: int, name: str) -> Iterator[SourceRow]:
     """The elements of the array at `start`, decoded one at a time; `where` is the line each starts on."""
-    decoder, blanks = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    separator = re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
+    match = re.compile(r"\[[ \t\r\n]*(\]?)").match(text, start)
     line, counted = 1, 0
-
-    def skip_blanks(position: int) -> int:
-        match = blanks.match(text, position)
-        assert match
-        return match.end()
-
-    def error(problem: str) -> DataError:
-        return DataError(f"{name}:{line + text.count(chr(10), counted, at)}: broken JSON: {problem}.")
-
-    at = skip_blanks(start + 1)
-    closed = text.startswith("]", at)
-    while not closed:
-        value, end = _parse(lambda at=at: decoder.raw_decode(text, at), name)  # type: ignore[misc]
+    while match and match[1] != "]":
+        at = match.end()
+        value, end = _decode(text, at, name)
         line, counted = line + text.count("\n", counted, at), at
-        yield _object_row(value, f"{name}:{line}")
-        at = skip_blanks(end)
-        closed = text.startswith("]", at)
-        if not closed:
-            if not text.startswith(",", at):
-                raise error("',' or ']' is missing")
-            at = skip_blanks(at + 1)
-    if text[at + 1 :].strip():
-        raise error("there is text after the closing ']'")
+        yield _json_row(value, f"{name}:{line}")
+        match = separator.match(text, end)
+        if match and not match[1]:
+            raise DataError(f"{name}:{_line(text, match.end())}: broken JSON: ',' or ']' is missing.")
+    if match and text[match.end() :].strip():
+        raise DataError(f"{name}:{_line(text, match.end())}: broken JSON: there is text after the closing ']'.")
+
+
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
+
+
+def _decode(text: str, start: int, name: str) -> tuple[Any, int]:
+    """The JSON value at `start`, and where it ends.
+
+    Raises:
+        DataError: broken JSON, with `name` and the line.
+    """
+    try:
+        return json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError) as e:
+        line = f":{e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
+        raise DataError(f"{name}{line}: {_json_problem(e)}.") from e
 
 
 def _parquet(path: Path) -> Iterator[SourceRow]:

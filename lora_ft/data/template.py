@@ -1,7 +1,7 @@
 """From a row's columns to text: prompts, completions, label words."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from string import Formatter
 from typing import Any
@@ -32,10 +32,6 @@ class Template:
     messages: str | None = None
     chat_template: str | None = None
     label_names: Mapping[str, Sequence[str]] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The template as JSON has it, for hashes."""
-        return asdict(self)
 
     @cached_property
     def label_column(self) -> str | None:

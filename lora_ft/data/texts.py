@@ -1,7 +1,8 @@
 """The first cached stage: the rows of the sources, rendered as texts."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -63,7 +64,7 @@ class BadRows:
 
 
 def load_texts(
-    sources: list[str], content: str, template: Template, tokenizer: PreTrainedTokenizerBase, bad_rows: str
+    sources: Sequence[str], content: str, template: Template, tokenizer: PreTrainedTokenizerBase, bad_rows: str
 ) -> tuple[datasets.Dataset, dict]:
     """The rows of the sources as texts (a TEXTS table, cached), with the numbers of rows read and skipped.
 
@@ -78,19 +79,16 @@ def load_texts(
         bad, count = BadRows(bad_rows), 0
         rows = enumerate(itertools.chain.from_iterable(map(iter_rows, sources)))
         while chunk := list(itertools.islice(rows, BATCH)):
-            batch: dict[str, list] = {name: [] for name in TEXTS.names}
+            rendered = []
             for row, (where, columns, problem) in chunk:
                 try:
                     if problem:
                         raise BadRow(problem)
-                    values = (row, where, *render(columns))
+                    rendered.append((row, where, *render(columns)))
                 except BadRow as e:
                     bad.add(where, e)
-                else:
-                    for column, value in zip(batch.values(), values, strict=True):
-                        column.append(value)
             count += len(chunk)
-            write(batch)
+            write(rendered)
         return {"rows": count} | bad.facts()
 
     key = key_of("texts", content, sources, identity, bad_rows, ENCODING_VERSION, version("transformers"))
@@ -116,7 +114,7 @@ def _text_renderer(
             return "", text, [], -1, [position for span in spans for position in span]
 
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        return render_turns, [template.as_dict(), chat.template, sorted(chat.end_tokens), special]
+        return render_turns, [asdict(template), chat.template, sorted(chat.end_tokens), special]
     if template.text is not None:
         fill = renderer("text", template.text, template.label_names or {})
 
@@ -126,11 +124,11 @@ def _text_renderer(
                 raise BadRow("its text is empty, so nothing is supervised")
             return "", text, [], -1, []
 
-        return render_text, [template.as_dict()]
+        return render_text, [asdict(template)]
     render_pair = pair_renderer(template)
-    return lambda columns: (*render_pair(columns), []), [template.as_dict()]
+    return lambda columns: (*render_pair(columns), []), [asdict(template)]
 
 
-def join_names(sources: list[str]) -> str:
+def join_names(sources: Sequence[str]) -> str:
     """The names of the sources, for a message."""
     return printable(", ".join(sources))

@@ -144,15 +144,10 @@ def encode_texts(texts: list[str], max_length: int, split: bool, encoder: TextEn
         pieces = []
         for start in range(0, max(len(body), 1), size) if split_body else [0]:
             piece = body[start : start + size]
-            pieces.append(
-                Encoded(
-                    bos + piece,
-                    [IGNORE, *([IGNORE] * len(bos) + piece)[1:]],
-                    full_length=len(bos) + len(piece if split_body else body),
-                    truncated=len(body) > size and not split_body,
-                    blank=len(bos) + len(body) < 2,
-                )
-            )
+            labels = [IGNORE, *([IGNORE] * len(bos) + piece)[1:]]
+            full_length = len(bos) + len(piece if split_body else body)
+            truncated, blank = len(body) > size and not split_body, len(bos) + len(body) < 2
+            pieces.append(Encoded(bos + piece, labels, full_length, truncated=truncated, blank=blank))
         yield pieces
 
 

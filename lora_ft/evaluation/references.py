@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft.data.chat import chat_format
-from lora_ft.data.examples import Examples, row_numbers, sample_indices
+from lora_ft.data.examples import Examples, column_array, sample_indices
 from lora_ft.data.template import Template
 from lora_ft.data.tokens import Ids, text_encoder
 
@@ -45,7 +45,7 @@ def questions(
     """
     encoder = text_encoder(tokenizer)
     ends = chat_format(tokenizer, template.chat_template).end_tokens if template.messages else frozenset()
-    wanted = set(row_numbers(examples.dataset).tolist())
+    wanted = set(column_array(examples.dataset, "row").tolist())
     by_prompt: dict[str, list[str]] = {}
     asked_for: dict[str, None] = {}  # a set that keeps its order
     for row in examples.texts:

@@ -210,13 +210,14 @@ def test_malformed_lines_are_bad_rows(write, plain):
         ("a.csv", "text,label\nx,y\nx\nx,y,z\nx,y\n"),
         ("a.tsv", "text\tlabel\nx\ty\nx\nx\ty\tz\nx\ty\n"),
         ("a.jsonl", '{"text": "x", "label": "y"}\n{"text": \n[1]\n{"text": "x", "label": "y"}\n'),
+        ("a.json", '[{"text": "x", "label": "y"},\n1,\n[1],\n{"text": "x", "label": "y"}]\n'),
     ):
         path = write(name, content)
         report = load(path, PAIR, plain, bad_rows="skip").report
         assert (report.rows, report.used, report.skipped_count) == (4, 2, 2)
         with pytest.raises(DataError, match="Fix the row, or skip such rows") as caught:
             load(path, PAIR, plain)
-        assert str(caught.value).startswith(f"{path}:{2 if name == 'a.jsonl' else 3}: ")
+        assert str(caught.value).startswith(f"{path}:{2 if 'json' in name else 3}: ")
 
 
 def test_hints_for_wrong_separators_and_misspelled_labels(write, plain):

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft.config.load import DataConfig
 from lora_ft.core.messages import printable
-from lora_ft.data.examples import Examples
+from lora_ft.data.examples import Examples, column_array
 
 FEW_LABELS = 20  # at most so many distinct completions count as the labels of a classification
 
@@ -66,7 +66,7 @@ def labels_sharing_a_first_token(examples: Examples, tokenizer: PreTrainedTokeni
 
 def lengths(examples: Examples) -> np.ndarray:
     """Tokens of each example before truncation."""
-    return np.asarray(examples.dataset.select_columns(["full_length"]).with_format("numpy")[:]["full_length"])
+    return column_array(examples.dataset, "full_length")
 
 
 def data_warnings(
