@@ -1,6 +1,6 @@
-"""What a checkpoint holds beside the adapter: everything a run needs to go on as if it had not stopped.
+"""The state of a run that a checkpoint stores beside the adapter, complete enough to resume to the bit.
 
-Tensors go to state.safetensors, the rest to state.json; no pickle. This room knows the objects' state, not the Trainer.
+Tensors go to state.safetensors and everything else to state.json; no pickles.
 """
 
 import random
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import TrainerState
 
 from lora_ft.core.errors import FilesError
 from lora_ft.core.storage import read_json, read_tensors, write_json, write_tensors
@@ -20,8 +21,8 @@ TENSORS, JSON = "state.safetensors", "state.json"
 
 
 @dataclass
-class Counts:
-    """Sums for the log: since the last line (loss_sum, line_supervised, line_tokens) and since the run began."""
+class LogTotals:
+    """Sums for the log: since its last line (loss_sum, line_supervised, line_tokens) and since the run started (the rest)."""
 
     loss_sum: float = 0.0
     line_supervised: int = 0
@@ -30,14 +31,15 @@ class Counts:
     supervised_tokens: int = 0
 
     def add(self, loss_sum: float, supervised: int, tokens: int) -> None:
+        """Add a step: its loss summed over its `supervised` tokens, and all its tokens."""
         self.loss_sum += loss_sum
         self.line_supervised += supervised
         self.line_tokens += tokens
         self.supervised_tokens += supervised
         self.tokens += tokens
 
-    def line(self, seconds: float) -> dict[str, float]:
-        """The log's figures since the last line, which begin anew: loss is the mean over supervised tokens."""
+    def flush(self, seconds: float) -> dict[str, float]:
+        """Return the figures of a log line that covers `seconds`, and start the next; loss is per supervised token."""
         figures = {
             "loss": self.loss_sum / max(1, self.line_supervised),
             "tokens": self.tokens,
@@ -50,13 +52,14 @@ class Counts:
 
 @dataclass
 class RandomState:
-    """The states of Python's, numpy's and torch's generators."""
+    """The states of the random generators of Python, NumPy and torch (CPU, and the current CUDA device if any)."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
 
     @classmethod
-    def now(cls) -> "RandomState":
+    def current(cls) -> "RandomState":
+        """Read the states; changes nothing."""
         version, words, gauss = random.getstate()
         numpy_state: Any = np.random.get_state()
         tensors = {
@@ -68,6 +71,7 @@ class RandomState:
         return cls(tensors, {"python": [version, list(words), gauss], "numpy": list(numpy_state[2:])})
 
     def restore(self) -> None:
+        """Set the generators to these states."""
         version, words, gauss = self.values["python"]
         random.setstate((version, tuple(words), gauss))
         words = self.tensors["random.numpy"].numpy().astype(np.uint32)
@@ -79,10 +83,12 @@ class RandomState:
 
 @dataclass
 class State:
-    """A run's state after a whole step.
+    """The state of a run after a complete step.
 
-    tensors: the optimizer's and the generators'. values: what JSON can hold: step, trainer (its TrainerState), groups (the
-    optimizer's settings), scheduler, random, and what the caller adds.
+    Attributes:
+        step: steps done.
+        tensors: `optimizer.<parameter>.<moment>` and `random.<generator>`, on the CPU.
+        values: for JSON: step, trainer (TrainerState), groups (optimizer settings), scheduler, random, and the caller's.
     """
 
     step: int
@@ -90,7 +96,10 @@ class State:
     values: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def take(cls, model: nn.Module, optimizer, scheduler, trainer_state, generators: RandomState) -> "State":
+    def take(
+        cls, model: nn.Module, optimizer, scheduler, trainer_state: TrainerState, generators: RandomState
+    ) -> "State":
+        """Copy the state of the objects that the Trainer holds."""
         names = {id(p): name for name, p in trainable(model).items()}
         tensors, groups = dict(generators.tensors), []
         for group in _inner(optimizer).param_groups:
@@ -111,26 +120,28 @@ class State:
 
     @property
     def bytes(self) -> int:
+        """Size of the tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def write(self, folder: Path) -> None:
+        """Write both files into `folder`."""
         write_tensors(folder / TENSORS, self.tensors)
         write_json(folder / JSON, self.values)
 
     @classmethod
     def read(cls, folder: Path) -> "State":
-        """The state in a checkpoint folder whose manifest was verified.
+        """Read the state of a checkpoint folder whose manifest has been verified.
 
         Raises:
-            FilesError: it is of another format.
+            FilesError: the files are not the state of a run.
         """
         values = read_json(folder / JSON, FilesError)
         if not isinstance(values.get("step"), int):
-            raise FilesError(f"{folder / JSON}: holds no step, so it is no state of a run.")
+            raise FilesError(f"{folder / JSON}: has no step, so it is not the state of a run.")
         return cls(values["step"], read_tensors(folder / TENSORS), values)
 
     def restore_optimizer(self, model: nn.Module, optimizer, scheduler) -> None:
-        """Give optimizer and scheduler their moments, settings and place back, on the parameters' devices."""
+        """Restore the optimizer's moments and settings, on the parameters' devices, and the schedule's position."""
         inner = _inner(optimizer)
         names = {id(p): name for name, p in trainable(model).items()}
         for group, settings in zip(inner.param_groups, self.values["groups"], strict=True):
@@ -138,15 +149,16 @@ class State:
             for p in group["params"]:
                 prefix = f"optimizer.{names[id(p)]}."
                 moments = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
-                # a 0-dim `step` stays where the optimizer wants it: on the CPU, unless fused on a GPU
+                # the 0-dim `step` belongs on the CPU, except in a fused optimizer on a GPU
                 fused = bool(group.get("fused")) and p.is_cuda
                 inner.state[p] = {k: v.to(p.device) if v.dim() or fused else v.clone() for k, v in moments.items()}
 
         scheduler.load_state_dict(self.values["scheduler"])
-        for group, peak, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-            group["lr"] = peak * share(scheduler.last_epoch)  # as before, or what a longer run's schedule says here
+        for group, peak, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = peak * factor(scheduler.last_epoch)  # unchanged, unless the run is longer now
 
     def generators(self) -> RandomState:
+        """The random generators' states at the start of the next step."""
         return RandomState({k: v for k, v in self.tensors.items() if k.startswith("random.")}, self.values["random"])
 
 

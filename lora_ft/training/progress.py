@@ -1,4 +1,4 @@
-"""What a person sees of a training run while it goes on."""
+"""Progress of a training run on stderr, and the trackers it reports to."""
 
 import sys
 import time
@@ -12,24 +12,17 @@ from lora_ft.core.messages import info
 from lora_ft.core.metrics import format_metrics
 
 
-class LastStep(TrainerCallback):
-    """The plan's last step is logged whatever logging_steps is."""
+class ProgressBar(TrainerCallback):
+    """A bar with loss, tokens per second and time left; without a terminal, a line per tenth of the run.
 
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-
-class Bar(TrainerCallback):
-    """A progress bar with loss, tokens per second and time left; without a terminal a line at every tenth of the run.
-
-    Evaluations leave a line anywhere.
+    An evaluation prints a line in both cases.
     """
 
     def on_train_begin(self, args, state, control, **_):
-        # disable=None: on a terminal only
+        # disable=None: shown on a terminal only
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
-        self.said, self.first, self.begun = state.global_step, state.global_step, time.perf_counter()
+        self.first_step = self.printed_step = state.global_step
+        self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update()
@@ -37,18 +30,18 @@ class Bar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in logs:
             return
-        shown = f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:.0f} tokens/s"
-        self.bar.set_postfix_str(shown)
-        if self.bar.disable and state.global_step - self.said >= state.max_steps / 10:
-            self.said = state.global_step
-            pace = (time.perf_counter() - self.begun) / (state.global_step - self.first)
-            left = tqdm.format_interval(pace * (state.max_steps - state.global_step))
-            info(f"step {state.global_step} of {state.max_steps}: {shown}, {left} left")
+        status = f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:.0f} tokens/s"
+        self.bar.set_postfix_str(status)
+        if self.bar.disable and state.global_step - self.printed_step >= state.max_steps / 10:
+            self.printed_step = state.global_step
+            seconds_per_step = (time.perf_counter() - self.started) / (state.global_step - self.first_step)
+            left = tqdm.format_interval(seconds_per_step * (state.max_steps - state.global_step))
+            info(f"step {state.global_step} of {state.max_steps}: {status}, {left} left")
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
-        shown = format_metrics({key.removeprefix("eval_"): value for key, value in metrics.items()})
+        scores = format_metrics({key.removeprefix("eval_"): value for key, value in metrics.items()})
         self.bar.clear()
-        info(f"step {state.global_step} of {state.max_steps}, eval: {shown}")
+        info(f"step {state.global_step} of {state.max_steps}, eval: {scores}")
         self.bar.refresh()
 
     def on_train_end(self, args, state, control, **_):
@@ -57,7 +50,7 @@ class Bar(TrainerCallback):
 
 @contextmanager
 def trackers(report_to: Sequence[str]) -> Iterator[None]:
-    """While a run reports: what trackers print goes to stderr, and W&B's run ends with ours, not with the process."""
+    """Redirect the trackers' output to stderr, and end the W&B run together with this one, not with the process."""
     failed = True
     try:
         with redirect_stdout(sys.stderr):

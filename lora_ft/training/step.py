@@ -1,15 +1,13 @@
-"""What one optimizer step computes: the gradients of its micro-batches, summed over the processes.
+"""The gradients of one optimizer step: its micro-batches added up, then summed over the processes.
 
-The loss is the sum over supervised tokens divided by their number in the whole step, so that cutting a step into micro-batches
-or sharing it out over processes changes no gradient beyond rounding.
+The loss is the sum over supervised tokens divided by their number in the complete step. So neither cutting a step into
+micro-batches nor distributing it over processes changes a gradient beyond rounding.
 """
 
-import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_ft.core.errors import NumbersError
@@ -21,16 +19,16 @@ from lora_ft.nn.loss import supervised_loss
 
 
 def add_gradients(
-    model: PreTrainedModel,
-    isolation: Isolation,
-    step: Step,
-    shard: Shard,
-    autocast: Callable[[], AbstractContextManager],
-    check: Callable[[], None],
+    model: PreTrainedModel, isolation: Isolation, step: Step, shard: Shard, check: Callable[[], None]
 ) -> Tensor:
-    """Add the gradients of a step's mean loss to the adapter's, on every process alike; the loss, summed over its tokens.
+    """Add the gradients of a step's mean loss to those of the trainable parameters, equally on every process.
 
-    shard: what `step` is of the whole. check: called before each micro-batch, the place to stop at.
+    Args:
+        shard: the part of the step that `step` is.
+        check: called before each micro-batch and after the last one; may raise to stop.
+
+    Returns:
+        The loss summed over the supervised tokens of all processes, a scalar on the model's device.
     """
     total = torch.zeros((), device=model.device)
     for micro in step["micro"]:
@@ -38,11 +36,8 @@ def add_gradients(
         if not len(micro["keep"]) and not shard.padded:
             continue
         micro = on_device(micro, model.device)
-        with isolation.row(model, micro["lengths"]):  # still open in the backward: checkpointing recomputes
-            with autocast():
-                loss = supervised_loss(
-                    model, micro["input_ids"], micro["position_ids"], micro["keep"], micro["targets"]
-                )
+        with isolation.row(model, micro["lengths"]):  # open during the backward too: checkpointing recomputes
+            loss = supervised_loss(model, micro["input_ids"], micro["position_ids"], micro["keep"], micro["targets"])
             (loss / max(1, step["total"])).backward()
         total += loss.detach()
     check()
@@ -51,11 +46,16 @@ def add_gradients(
     return total
 
 
-def check_finite(number: int, step: Step, loss: float, grad_norm: float) -> None:
-    """NumbersError if a step's loss or gradient is NaN or inf."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        what = "loss" if not math.isfinite(loss) else "gradient"
+def check_finite(number: int, step: Step, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Keep NaN and infinity out of the weights: checks the loss and the norm of all gradients.
+
+    Raises:
+        NumbersError: names step `number` and its rows.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    finite = torch.stack([loss, norm.to(loss)]).isfinite().tolist()
+    if not all(finite):
         raise NumbersError(
-            f"step {number}: the {what} is not a finite number. The step's rows: {', '.join(step['rows'][:16])}. "
-            f" Nothing of it was saved. Lower train.learning_rate, or look at those rows."
+            f"step {number}: the {'gradient' if finite[0] else 'loss'} is not a finite number. Nothing of the step was "
+            f"saved. Its rows: {', '.join(step['rows'][:16])}. Lower train.learning_rate, or check these rows."
         )

@@ -125,7 +125,7 @@ def test_the_prompts_of_text_metrics_are_shared_out(folder, sharded):
         asked = Questions(prompts, tokenizer(prompts)["input_ids"], [["x"]] * 5, [2], 0)
         config = load_config(folder / "config.yaml", ["generation.max_new_tokens=6", "generation.batch_size=2"])
         alone = write(load_base(base), tokenizer, asked, config)
-        share = Shard(processes.rank(), processes.world_size(), even=sharded)
+        share = Shard(processes.rank(), processes.world_size(), padded=sharded)
         model = load_sharded(base, "float32", False, "cpu") if sharded else load_base(base)
         assert write(model, tokenizer, asked, config, shard=share) == alone and len(set(alone)) == 5
         processes.destroy_process_group()
