@@ -13,8 +13,9 @@ from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare_eval_sets
 from lora_ft.evaluation.evaluate import evaluate_set
-from lora_ft.evaluation.tables import Result, save_texts, show
-from lora_ft.evaluation.texts import check_installed, questions_for
+from lora_ft.evaluation.references import eval_prompts
+from lora_ft.evaluation.tables import EvalResult, print_result, save_texts
+from lora_ft.evaluation.texts import check_installed
 from lora_ft.methods.interface import bare, load, virtual_ids
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import use
@@ -87,16 +88,16 @@ def evaluate_command(
     own = [str(entry.folder) for entry in trained] if several else ["adapter" if is_adapter else "model"]
     results = []
     for name, examples in sets.items():
-        asked = questions_for(model, tokenizer, examples, config) if config.generation.metrics else None
-        result = Result(name, len(examples.dataset), examples.label_words, asked)
+        prompts = eval_prompts(model, tokenizer, examples, config) if config.generation.metrics else None
+        result = EvalResult(name, len(examples.dataset), examples.label_words, prompts)
         for who in ["base", *own] if trained else own:
             if several:
                 use(model, None if who == "base" else who)
             ids = [] if who == "base" else prefix
-            prompts = asked.with_prefix(ids) if asked else None
+            inputs = examples.with_prefix(ids), prompts and prompts.with_prefix(ids)
             with bare(model) if who == "base" else nullcontext():
                 result.scores[who], result.texts[who] = evaluate_set(
-                    model, tokenizer, examples.with_prefix(ids), prompts, config, isolation, at_most
+                    model, tokenizer, *inputs, config, isolation, at_most
                 )
         results.append(result)
     if as_json:
@@ -104,7 +105,7 @@ def evaluate_command(
         print(json.dumps(by_name.get("", {"sets": by_name})))
     else:
         for result in results:
-            show(result)
+            print_result(result)
     if texts_path:
         save_texts(texts_path, results)
 

@@ -14,6 +14,7 @@ from lora_ft.core.messages import info
 from lora_ft.core.metrics import format_metrics
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.data.prepare import template_of
 from lora_ft.distributed import processes
 from lora_ft.distributed.environment import join, with_accelerate_settings
 from lora_ft.evaluation.evaluate import evaluator
@@ -161,7 +162,8 @@ def _samples(setup: RunSetup, seconds: float) -> Callable[[], list[dict]] | None
     first = next(iter(setup.eval_sets.values()), None)
     if not first or first.label_words or setup.is_sharded or setup.config.adapter.method != "lora":
         return None
-    return partial(generate_samples, setup.model, setup.tokenizer, first, seconds)
+    template = template_of(setup.config.data).chat_template
+    return partial(generate_samples, setup.model, setup.tokenizer, first, seconds, template)
 
 
 def _titled(eval_sets: dict) -> dict:

@@ -1,77 +1,120 @@
-"""What a model is asked to write, and what people wrote there: distinct prompts, each with all of its references."""
+"""The prompts of an eval set for generation, each once, with all of its reference texts."""
 
+import re
 from dataclasses import dataclass, replace
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_ft.config.load import Config
+from lora_ft.core.errors import ConfigError
+from lora_ft.core.messages import info
 from lora_ft.data.chat import chat_format
 from lora_ft.data.examples import Examples, column_array, sample_indices
+from lora_ft.data.prepare import template_of
 from lora_ft.data.template import Template
 from lora_ft.data.tokens import Ids, text_encoder
+from lora_ft.methods.interface import virtual_ids
+from lora_ft.model.generate import position_limit
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Prompts as texts and as ids, the references of each, the ids that end an answer, and how many prompts were cut."""
+class EvalPrompts:
+    """Parallel lists: texts of the prompts, their ids, the references of each. cut: how many prompts were truncated."""
 
-    prompts: list[str]
+    texts: list[str]
     ids: list[Ids]
     references: list[list[str]]
-    ends: list[int]
     cut: int
 
-    def with_prefix(self, ids: Ids) -> "Questions":
+    def with_prefix(self, ids: Ids) -> "EvalPrompts":
         """The same prompts with `ids` (virtual tokens) before each one's own."""
         return replace(self, ids=[ids + row for row in self.ids])
 
 
-def questions(
+def eval_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, config: Config
+) -> EvalPrompts:
+    """The prompts of one eval set as the config's `generation` section wants them.
+
+    A prompt leaves room for virtual tokens and generation.max_new_tokens within the model's positions.
+
+    Raises:
+        ConfigError: there is no room for a prompt; or rouge_l can't read any reference.
+    """
+    data, generation = config.data, config.generation
+    max_tokens, positions = data.max_length, position_limit(model)
+    if positions is not None:
+        max_tokens = min(max_tokens, positions - generation.max_new_tokens - len(virtual_ids(model)))
+    if max_tokens < 1:
+        raise ConfigError(
+            f"generation.max_new_tokens: {generation.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{positions} positions."
+        )
+    prompts = group_by_prompt(
+        examples,
+        template_of(data),
+        tokenizer,
+        max_tokens=max_tokens,
+        max_prompts=generation.max_prompts,
+        seed=config.train.seed,
+    )
+    if "rouge_l" in generation.metrics and not any(
+        re.search("[a-zA-Z0-9]", r) for rs in prompts.references for r in rs
+    ):
+        raise ConfigError("generation.metrics: rouge_l reads the letters a to z and digits, and no reference has any.")
+    if prompts.cut:
+        info(
+            f"generation: {prompts.cut:,} of {len(prompts.ids):,} prompts are longer than {max_tokens} tokens and are cut "
+            "at the start"
+        )
+    return prompts
+
+
+def group_by_prompt(
     examples: Examples,
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    room: int,
+    max_tokens: int,
     max_prompts: int | None = None,
     seed: int = 0,
-) -> Questions:
-    """The prompts of the examples in order, each once, with all the references that the whole set has for it.
+) -> EvalPrompts:
+    """The distinct prompts of the examples in order, each with all the references that the complete set has for it.
 
-    Rows with the same prompt are one prompt with several references. Of a chat the last assistant turn is the reference,
-    and what stands before it the prompt.
+    In a chat the last assistant turn is the reference and everything before it the prompt.
 
     Args:
-        room: tokens of a prompt at most; a longer one loses its start, as in training.
-        max_prompts: a seeded sample of so many, each with all of its references.
+        max_tokens: a longer prompt loses its start (BOS is kept), as in training.
+        max_prompts: take a seeded sample of this size.
     """
     encoder = text_encoder(tokenizer)
-    ends = chat_format(tokenizer, template.chat_template).end_tokens if template.messages else frozenset()
-    wanted = set(column_array(examples.dataset, "row").tolist())
-    by_prompt: dict[str, list[str]] = {}
-    asked_for: dict[str, None] = {}  # a set that keeps its order
+    closing = chat_format(tokenizer, template.chat_template).end_tokens if template.messages else frozenset()
+    sampled = set(column_array(examples.dataset, "row").tolist())
+    references: dict[str, list[str]] = {}
+    chosen: dict[str, None] = {}  # a set that keeps its order
     for row in examples.texts:
-        prompt, reference = _pair(row, ends)
-        by_prompt.setdefault(prompt, []).append(reference)
-        if row["row"] in wanted:
-            asked_for[prompt] = None
-    prompts = list(asked_for)
-    if max_prompts is not None and max_prompts < len(prompts):
-        prompts = [prompts[i] for i in sample_indices(len(prompts), max_prompts, seed)]
-    # a chat's special tokens are in its text already
-    ids = [encoder.encode_bare(p) for p in prompts] if template.messages else encoder.encode_prompts(prompts)
-    return Questions(
-        prompts,
-        [encoder.truncate_start(row, room) for row in ids],
-        [by_prompt[prompt] for prompt in prompts],
-        sorted({tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, ends)} - {None}),
-        sum(len(row) > room for row in ids),
+        prompt, reference = _prompt_and_reference(row, closing)
+        references.setdefault(prompt, []).append(reference)
+        if row["row"] in sampled:
+            chosen[prompt] = None
+    texts = list(chosen)
+    if max_prompts is not None and max_prompts < len(texts):
+        texts = [texts[i] for i in sample_indices(len(texts), max_prompts, seed)]
+    # a chat's text contains its special tokens already
+    ids = [encoder.encode_bare(text) for text in texts] if template.messages else encoder.encode_prompts(texts)
+    return EvalPrompts(
+        texts,
+        [encoder.truncate_start(row, max_tokens) for row in ids],
+        [references[text] for text in texts],
+        cut=sum(len(row) > max_tokens for row in ids),
     )
 
 
-def _pair(row: dict, ends: frozenset[str]) -> tuple[str, str]:
-    """(prompt, reference) of a row's texts."""
+def _prompt_and_reference(row: dict, closing: frozenset[str]) -> tuple[str, str]:
+    """A row's texts; a chat's reference comes without the token that closes the turn (one of `closing`)."""
     if not row["spans"]:
         return row["prompt"], row["completion"]
     start, end = row["spans"][-2:]
     chat, reference = row["completion"], row["completion"][start:end]
-    closing = next((token for token in ends if reference.endswith(token)), "")
-    return chat[:start], reference.removesuffix(closing)
+    token = next((token for token in closing if reference.endswith(token)), "")
+    return chat[:start], reference.removesuffix(token)

@@ -1,81 +1,69 @@
-"""A few answers of base and adapter to eval rows, side by side: what a person looks at first when a run has ended."""
+"""Sample answers of base and adapter to a few eval rows, side by side in the report."""
 
 import itertools
 import time
+from contextlib import nullcontext
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.data.examples import Examples
 from lora_ft.methods.interface import bare
+from lora_ft.model.generate import end_tokens, generate, to_text
 
-ROWS, MOST_TOKENS, SHOWN = 4, 96, 4000  # SHOWN: characters of a text that are kept
-OPENING = 32  # tokens of a plain text that are given
+ROWS, MAX_TOKENS, MAX_CHARS = 4, 96, 4000
+OPENING_TOKENS = 32  # of a plain text, given as the prompt
 
 
 def generate_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, seconds: float
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    seconds: float,
+    chat_template: str | None = None,
 ) -> list[dict]:
-    """Greedy answers to rows spread over `examples`, within about `seconds` in all.
+    """Greedy answers to rows spread over `examples`, within about `seconds` in all. Draws no random number.
 
-    A row is asked up to its last supervised stretch (a completion, an assistant's turn), a plain text up to its opening;
-    what follows there is the reference. Each sample: where, prompt, reference, base, adapter; and, where time or the limit
-    of tokens cut an answer, cut: a list of "base", "adapter". Draws no random number.
+    The prompt is a row up to its last supervised span (a completion, an assistant's turn), or the opening of a plain text;
+    the rest of the span is the reference.
+
+    Args:
+        chat_template: the run's own template, for `end_tokens`.
+
+    Returns:
+        A dict per row: where, prompt, reference, base, adapter; and cut, which of "base" and "adapter" reached the limit
+        of time or tokens.
     """
     count = min(ROWS, len(examples.dataset))
     rows = [examples.dataset[i * len(examples.dataset) // count] for i in range(count)]
-    asked = [
-        (row["input_ids"][:at], row["input_ids"][at:end]) for row in rows for at, end in [_answer_of(row["labels"])]
-    ]
-    limit = min(MOST_TOKENS, max(16, *(3 * len(reference) // 2 for _, reference in asked)))
-    ends = {tokenizer.eos_token_id, *_listed(model.generation_config.eos_token_id)} - {None}
-    was_training, samples, until = model.training, [], time.perf_counter() + seconds
-    model.eval()
-    for i, (row, (prompt, reference)) in enumerate(zip(rows, asked, strict=True)):
+    spans = [_last_span(row["labels"]) for row in rows]
+    limit = min(MAX_TOKENS, max(16, *(3 * (end - start) // 2 for start, end in spans)))
+    ends = end_tokens(tokenizer, model.generation_config, chat_template)
+    samples, deadline = [], time.perf_counter() + seconds
+    for i, (row, (start, end)) in enumerate(zip(rows, spans, strict=True)):
+        ids = row["input_ids"]
         sample: dict = {"where": row.get("where") or f"row {row['row']}", "cut": []}
-        sample |= {"prompt": _text(tokenizer, prompt), "reference": _text(tokenizer, reference)}
-        for j, who in enumerate(("base", "adapter")):
-            share = (until - time.perf_counter()) / (2 * (len(rows) - i) - j)  # what others didn't need is shared
-            settings = GenerationConfig(
-                max_new_tokens=limit,
-                max_time=max(share, 0.1),
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=sorted(ends) or None,
-                pad_token_id=next(iter(sorted(ends)), 0),
-            )
-            ids = torch.tensor([prompt], device=model.device)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            if who == "base":
-                with bare(model):
-                    made = model.generate(**inputs, generation_config=settings)
-            else:
-                made = model.generate(**inputs, generation_config=settings)
-            answer = made[0, len(prompt) :].tolist()
-            if not (answer and answer[-1] in ends):
-                sample["cut"].append(who)
-            sample[who] = _text(tokenizer, answer)
+        sample |= {"prompt": _shortened(tokenizer, ids[:start]), "reference": _shortened(tokenizer, ids[start:end])}
+        for j, name in enumerate(("base", "adapter")):
+            share = (deadline - time.perf_counter()) / (2 * (count - i) - j)  # time that others left unused is shared
+            config = GenerationConfig(max_new_tokens=limit, max_time=max(share, 0.1), do_sample=False)
+            with bare(model) if name == "base" else nullcontext():
+                (answer,) = generate(model, [ids[:start]], config, ends)
+            sample[name] = _shortened(tokenizer, answer.ids)
+            if not answer.ended:
+                sample["cut"].append(name)
         samples.append(sample)
-    model.train(was_training)
     return samples
 
 
-def _answer_of(labels: list[int]) -> tuple[int, int]:
-    """Where the last supervised stretch begins and ends; of a text supervised throughout, where its opening ends."""
-    stretches, at = [], 0
-    for supervised, run in itertools.groupby(labels, key=lambda label: label >= 0):
-        length = len(list(run))
-        if supervised:
-            stretches.append((at, at + length))
-        at += length
-    start, end = stretches[-1]
-    return (start, end) if start > 1 else (max(1, min(OPENING, end // 2)), end)
+def _last_span(labels: list[int]) -> tuple[int, int]:
+    """Start and end of the last supervised span; in a text that is supervised from its start, of what follows its opening."""
+    runs = [(supervised, len(list(run))) for supervised, run in itertools.groupby(labels, key=lambda label: label >= 0)]
+    lengths = [length for _, length in runs]
+    last = max(i for i, (supervised, _) in enumerate(runs) if supervised)
+    start, end = sum(lengths[:last]), sum(lengths[: last + 1])
+    return (start, end) if start > 1 else (max(1, min(OPENING_TOKENS, end // 2)), end)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return text if len(text) <= SHOWN else "..." + text[-SHOWN:]
-
-
-def _listed(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _shortened(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = to_text(tokenizer, ids)
+    return text if len(text) <= MAX_CHARS else "..." + text[-MAX_CHARS:]

@@ -1,4 +1,4 @@
-"""How scores are shown: a table for each eval set, and what was written after its first prompt; all texts in a file."""
+"""Evaluation results as tables and JSON; all generated texts as a file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,53 +12,62 @@ from rich.text import Text
 from lora_ft.core.messages import printable
 from lora_ft.core.metrics import METRICS, TEXT_METRICS, format_metric, interval
 from lora_ft.core.storage import write_file
-from lora_ft.evaluation.references import Questions
+from lora_ft.evaluation.references import EvalPrompts
 
 
 @dataclass
-class Result:
-    """Of one eval set the metrics of each, base and adapter or a whole model, and what they wrote if they were asked."""
+class EvalResult:
+    """One eval set's results, by model: "base", "adapter" or "model", or the folders of several adapters.
+
+    name: of the set, "" for a single one. scores: metrics by model. texts: the generated texts by model, as many as
+    `prompts` has.
+    """
 
     name: str
     examples: int
     label_words: list[str]
-    asked: Questions | None
+    prompts: EvalPrompts | None
     scores: dict[str, dict] = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
 
     def as_dict(self, several: bool) -> dict:
-        """For machines; of several adapters, each under its name beside the base."""
+        """The object of `eval --json`; several adapters are grouped beside the base."""
         if not several:
             return {"examples": self.examples, **self.scores}
-        adapters = {who: metrics for who, metrics in self.scores.items() if who != "base"}
+        adapters = {model: metrics for model, metrics in self.scores.items() if model != "base"}
         return {"examples": self.examples, "base": self.scores["base"], "adapters": adapters}
 
 
-def show(result: Result) -> None:
-    """Tables for people, on stdout, and what was written after the first prompt."""
+def print_result(result: EvalResult) -> None:
+    """Print a set's metrics, confusion tables and first generated texts on stdout."""
     console = Console(highlight=False)
     console.print(Text(f"{f'{result.name}: ' if result.name else ''}{result.examples:,} examples"))
-    names = [name for name in METRICS if name in next(iter(result.scores.values()))]
-    if len(result.scores) > 2:  # a row each, so that any number of them fits a terminal
+    keys = [key for key in METRICS if key in next(iter(result.scores.values()))]
+    if len(result.scores) > 2:  # a row per model, so that any number of them fits a terminal
         for of_texts in (False, True):
-            if shown := [name for name in names if (name in TEXT_METRICS) == of_texts]:
-                rows = {who: [figure(name, metrics) for name in shown] for who, metrics in result.scores.items()}
-                console.print(table([METRICS[name].title for name in shown], rows))
+            if some := [key for key in keys if (key in TEXT_METRICS) == of_texts]:
+                rows = {
+                    model: [with_interval(key, metrics) for key in some] for model, metrics in result.scores.items()
+                }
+                console.print(table([METRICS[key].title for key in some], rows))
     else:
-        rows = {METRICS[name].title: [figure(name, metrics) for metrics in result.scores.values()] for name in names}
+        rows = {METRICS[key].title: [with_interval(key, metrics) for metrics in result.scores.values()] for key in keys}
         console.print(table(list(result.scores), rows))
-    for who, metrics in result.scores.items():
+    for model, metrics in result.scores.items():
         if "confusion" in metrics:
-            console.print(Text(f"{printable(who)}: true label by row, answer by column"))
+            console.print(Text(f"{printable(model)}, rows: true label, columns: predicted"))
             counts = zip(result.label_words, metrics["confusion"], strict=True)
             rows = {word: list(map(str, row)) for word, row in counts}
             console.print(table(result.label_words, rows, no_wrap=False))
-    if result.asked:
-        show_first(result.asked, result.texts, console)
+    if result.prompts:
+        _print_first_texts(result.prompts, result.texts, console)
 
 
 def table(headings: Sequence[str], rows: Mapping[str, Sequence[str]], no_wrap: bool = True) -> Table:
-    """Rows by name, which is folded where room is short; figures on the right. no_wrap: they and headings stay whole."""
+    """A table with a name before each row, folded where it is too long, and right-aligned cells.
+
+    no_wrap: cells and headings are never broken into lines.
+    """
     made = Table()
     made.add_column("", overflow="fold")
     for heading in headings:
@@ -68,27 +77,27 @@ def table(headings: Sequence[str], rows: Mapping[str, Sequence[str]], no_wrap: b
     return made
 
 
-def figure(name: str, metrics: dict) -> str:
+def with_interval(key: str, metrics: dict) -> str:
     """A metric with its 95% interval, if it has one: `85.4% (81.3% to 88.7%)`."""
-    value, ends = format_metric(name, metrics[name]), interval(name, metrics)
-    return f"{value} ({' to '.join(format_metric(name, end) for end in ends)})" if ends else value
+    value, ends = format_metric(key, metrics[key]), interval(key, metrics)
+    return f"{value} ({' to '.join(format_metric(key, end) for end in ends)})" if ends else value
 
 
-def show_first(asked: Questions, texts: dict[str, list[str]], console: Console) -> None:
-    references = sum(map(len, asked.references))
-    console.print(f"\n{len(asked.prompts):,} prompts with {references:,} references. The first:")
-    shown = [("prompt", asked.prompts[0]), ("reference", asked.references[0][0])]
-    for who, text in [*shown, *((who, texts[who][0]) for who in texts)]:
-        console.print(Text(f"  {who:10} {printable(text.strip(), 1000)}"), soft_wrap=True)
+def _print_first_texts(prompts: EvalPrompts, texts: Mapping[str, list[str]], console: Console) -> None:
+    references = sum(map(len, prompts.references))
+    console.print(f"\n{len(prompts.texts):,} prompts with {references:,} references. The first:")
+    first = {"prompt": prompts.texts[0], "reference": prompts.references[0][0]}
+    for name, text in [*first.items(), *((model, generated[0]) for model, generated in texts.items())]:
+        console.print(Text(f"  {name:10} {printable(text.strip(), 1000)}"), soft_wrap=True)
 
 
-def save_texts(path: Path, results: list[Result]) -> None:
-    """A line for each prompt: the prompt, its references, and what each wrote."""
+def save_texts(path: Path, results: Sequence[EvalResult]) -> None:
+    """Write one JSON object per prompt: the prompt, its references, and each model's text."""
     lines = [
         {**({"set": result.name} if result.name else {}), "prompt": prompt, "references": references}
-        | {who: texts[i] for who, texts in result.texts.items()}
+        | {model: texts[i] for model, texts in result.texts.items()}
         for result in results
-        if result.asked
-        for i, (prompt, references) in enumerate(zip(result.asked.prompts, result.asked.references, strict=True))
+        if result.prompts
+        for i, (prompt, references) in enumerate(zip(result.prompts.texts, result.prompts.references, strict=True))
     ]
     write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

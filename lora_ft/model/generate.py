@@ -1,94 +1,165 @@
-"""What a model writes after each of many prompts: transformers' `generate`, in batches of prompts of like length.
-
-A batch is padded on the left and masked, so that every prompt's last token stands where the new ones follow; transformers
-takes positions from the mask. A row stops at its end-of-sequence token, a batch when all of its rows have.
-"""
+"""Text generation: the tokens a model writes after each of several prompts, and the tokens that end an answer."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Generated(NamedTuple):
+    """ids: the new tokens, without the end token. ended: an end token came, not a limit of length or time."""
+
+    ids: list[int]
+    ended: bool
+
+
+def end_tokens(
+    tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, chat_template: str | None = None
+) -> set[int]:
+    """Return the ids that end an answer.
+
+    They are the tokenizer's end-of-sequence token, those of the base's generation config, and the token that closes an
+    assistant's turn in the chat template: a model trained on turns that end in <|im_end|> writes that token, even if the
+    tokenizer's end of sequence is another one.
+
+    Args:
+        config: the base's generation config.
+        chat_template: the text of a run's own template; None for the tokenizer's, if it has one.
+    """
+    listed = config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    closing = _turn_end(tokenizer, chat_template)
+    tokens = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    ids |= {i for i, token in tokens.items() if closing.startswith(token)}
+    return {i for i in ids if i is not None}
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
+    """The chat template's text after an assistant's words; "" without a template, or if it refuses this chat."""
+    words = "@@turn@@"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
+    try:
+        text = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False)
+    except Exception:  # a template is a program, which may fail in any way
+        return ""
+    assert isinstance(text, str)
+    return text.rpartition(words)[2].lstrip() if words in text else ""
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Return the number of positions in the model's config; None where it has no such limit (ALiBi)."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def to_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Decode generated ids exactly: no special tokens, and "end ." stays as it is where a tokenizer would tidy it up."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @torch.no_grad()
-def decode(
+def generate(
     model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    how: GenerationConfig,
-    ends: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    ends: Collection[int],
     *,
-    batch_size: int,
-    seed: int = 0,
-    check: Callable[[], None] = lambda: None,
-) -> list[list[int]]:
-    """The new ids after each prompt, without the one that ended them.
+    on_token: Callable[[list[Generated]], None] | None = None,
+    check: Callable[[], None] | None = None,
+) -> list[Generated]:
+    """Continue a batch of prompts with transformers' `generate`.
 
-    `model` is in eval mode meanwhile. Nothing of its own generation config is used but its end-of-sequence tokens.
+    The batch is padded on the left and masked, so that new tokens directly follow every prompt; transformers takes
+    positions from the mask. A row stops at its first end token, the batch when all rows have stopped. `model` is in eval
+    mode meanwhile, and its own generation config is not used.
 
     Args:
-        prompts: ids, of each at least one.
-        how: beams, sampling and length; `max_new_tokens` is needed.
-        ends: ids that end a text.
-        batch_size: prompts at a time.
-        seed: of samples; torch's random state is afterwards as it was.
-        check: called before each token: the place to stop at.
+        prompts: the ids of each prompt, at least one.
+        config: beams, sampling and limits; `max_new_tokens` is required.
+        ends: ids that end a row, see `end_tokens`.
+        on_token: called after each step with all rows so far; not with beams, which may still change their start.
+        check: called after each step; an exception in it stops the generation.
     """
-    own = model.generation_config.eos_token_id
-    ends = sorted({*ends, *([own] if isinstance(own, int) else own or [])})
-    how = copy.deepcopy(how)
-    how.eos_token_id, how.pad_token_id = ends or None, ends[0] if ends else 0  # of padding no more is asked than a mask
-    by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what takes most memory first
-    found: list[list[int]] = [[]] * len(prompts)
-    was_training = model.training
-    model.eval()
-    bar = tqdm(total=len(prompts), desc="generating", unit="prompts", leave=False, delay=2, disable=None)
-    with _generation_config(model, how), torch.random.fork_rng(_gpus(model)):
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            rows = by_length[start : start + batch_size]
-            written = _batch(model, [prompts[i] for i in rows], how, check)
-            for i, ids in zip(rows, written.tolist(), strict=True):
-                found[i] = ids[: next((n for n, token in enumerate(ids) if token in ends), len(ids))]
-            bar.update(len(rows))
-    bar.close()
-    model.train(was_training)
-    return found
-
-
-def _batch(
-    model: PreTrainedModel, prompts: list[list[int]], how: GenerationConfig, check: Callable[[], None]
-) -> Tensor:
-    """(prompts, new tokens): what follows each, the end-of-sequence token and padding included."""
+    config = copy.deepcopy(config)
+    config.eos_token_id, config.max_length = sorted(ends) or None, None
+    config.pad_token_id = min(ends, default=0)  # any id will do: padding is masked
     longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), how.pad_token_id)
+    ids = torch.full((len(prompts), longest), config.pad_token_id)  # (prompts, longest)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
 
-    def watch(written: Tensor, scores: object, **_: object) -> Tensor:
-        check()
-        return torch.zeros(len(written), dtype=torch.bool, device=written.device)
+    def rows(ids: Tensor) -> list[Generated]:
+        return [_until_end(row, ends) for row in ids[:, longest:].tolist()]
 
-    outputs = model.generate(
-        ids.to(model.device), attention_mask=mask.to(model.device), generation_config=how, stopping_criteria=[watch]
-    )
-    return outputs[:, longest:]
+    def after_step(ids: Tensor, scores: object, **_: object) -> Tensor:
+        if check:
+            check()
+        if on_token and (config.num_beams or 1) == 1:
+            on_token(rows(ids))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (rows,): none is to stop
+
+    with _generating(model, config):
+        return rows(
+            model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                stopping_criteria=[after_step],
+            )
+        )
 
 
-def _gpus(model: PreTrainedModel) -> list[torch.device]:
-    return [model.device] if model.device.type == "cuda" else []
+def generate_in_batches(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    ends: Collection[int],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    check: Callable[[], None] | None = None,
+) -> list[Generated]:
+    """Continue any number of prompts, in batches of similar length; returned in the prompts' order.
+
+    Args:
+        batch_size: prompts at a time.
+        seed: seed for sampling; torch's random state is restored afterwards.
+        prompts, config, ends, check: as in `generate`.
+    """
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # running out of memory shows at once
+    generated: dict[int, Generated] = {}
+    gpus = [model.device] if model.device.type == "cuda" else []
+    bar = tqdm(total=len(prompts), desc="generating", unit="prompts", leave=False, delay=2, disable=None)
+    with bar, torch.random.fork_rng(gpus):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            batch = longest_first[start : start + batch_size]
+            rows = generate(model, [prompts[i] for i in batch], config, ends, check=check)
+            generated |= zip(batch, rows, strict=True)
+            bar.update(len(batch))
+    return [generated[i] for i in range(len(prompts))]
+
+
+def _until_end(ids: list[int], ends: Collection[int]) -> Generated:
+    end = next((n for n, token in enumerate(ids) if token in ends), None)
+    return Generated(ids[:end], end is not None)
 
 
 @contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """`generate` fills what a config leaves open from the model's own: a repetition penalty, say."""
-    own, model.generation_config = model.generation_config, config
+def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """`model` in eval mode with `config` as its own: transformers fills what a config leaves open from the model's."""
+    own, was_training = model.generation_config, model.training
+    model.generation_config = config
+    model.eval()
     try:
         yield
     finally:
         model.generation_config = own
+        model.train(was_training)

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,6 +21,7 @@ from transformers import (
 from lora_ft.core.errors import ConfigError, ModelError, is_out_of_memory
 from lora_ft.core.messages import info, printable
 from lora_ft.model.files import Base, digest, stored_dtype
+from lora_ft.model.generate import position_limit
 from lora_ft.nn.mlp import fuse_gelu
 
 CONFIGS = ("config.json", "generation_config.json")
@@ -44,7 +46,7 @@ def load_model_config(base: Base) -> PretrainedConfig:
 
 
 def skeleton(base: Base, *, device: str = "meta", dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model without weights: its modules and shapes on the meta device, at no cost in memory.
+    """The model without weights: its modules, shapes and configs on the meta device, at no cost in memory.
 
     Args:
         device: another device only under FakeTensorMode, where tensors have no values.
@@ -55,7 +57,10 @@ def skeleton(base: Base, *, device: str = "meta", dtype: torch.dtype | None = No
     """
     config = load_model_config(base)
     with _as_model_error(base, "can't be built"):
-        return build(config, device, dtype, base.trusted_code)
+        model = build(config, device, dtype, base.trusted_code)
+        if not base.gguf and (base.folder / CONFIGS[1]).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(base.folder)
+    return model
 
 
 def build(
@@ -74,15 +79,6 @@ def dtype_of(base: Base, dtype: str, device: str) -> torch.dtype:
         return DTYPES[dtype]
     stored = stored_dtype(base)
     return torch.float32 if stored is torch.float16 and device == "cpu" else stored
-
-
-def end_tokens(base: Base, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids at which generation stops: the tokenizer's end of sequence, and those of the base's generation config."""
-    path = base.folder / "generation_config.json"
-    settings = json.loads(path.read_bytes()) if path.is_file() and not base.gguf else {}
-    listed = settings.get("eos_token_id")
-    found = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
-    return {i for i in found if isinstance(i, int)}
 
 
 def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -156,8 +152,8 @@ def check_length(model: PreTrainedModel, base: Base, longest: int) -> None:
     Raises:
         ConfigError: the model has a table of positions (GPT-2, OPT, GPT-J), and it ends before.
     """
-    known = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(known, int) or longest <= known:
+    known = position_limit(model)
+    if known is None or longest <= known:
         return
     tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
     has_table = any(m.num_embeddings - known in (0, 1, 2) for m in tables)  # OPT's table has two extra rows

@@ -203,7 +203,7 @@ def test_sampling_is_the_models_own_unless_told(here, capsys):
     "line, error, message",
     [
         ('{"prompt": "x", "adapter": "talkk"}', ModelError, "p.jsonl:2: no adapter talkk; .* Did you mean talk?"),
-        ('{"prompt": "x", "adapter": 3}', DataError, "p.jsonl:2: its adapter is no name"),
+        ('{"prompt": "x", "adapter": 3}', DataError, "p.jsonl:2: its adapter is not a name"),
         (
             '{"txt": "x"}',
             DataError,
@@ -213,7 +213,7 @@ def test_sampling_is_the_models_own_unless_told(here, capsys):
         ('{"prompt": "x"', DataError, "p.jsonl:2: broken JSON"),
         ('{"prompt": "", "adapter": "base"}', DataError, "p.jsonl:2: the prompt is empty"),
         ('{"messages": "hi", "adapter": "talk"}', DataError, "p.jsonl:2: its messages are text"),
-        ('{"prompt": "' + "film " * 200 + '"}', DataError, "p.jsonl:2: .* tokens of a prompt .* 128 positions"),
+        ('{"prompt": "' + "film " * 200 + '"}', DataError, "p.jsonl:2: the prompt's .* tokens .* 128 positions"),
     ],
 )
 def test_a_wrong_row_is_told_with_its_line(here, capsys, line, error, message):
@@ -229,12 +229,12 @@ def test_a_wrong_row_is_told_with_its_line(here, capsys, line, error, message):
         ([], dict(adapters=["a=reviews", "a=talk"]), ConfigError, "two adapters named a"),
         ([], dict(adapters=["base=reviews"]), ConfigError, "two adapters named base"),
         (["base"], dict(adapters=["a=reviews"]), ConfigError, "a complete model, not an adapter"),
-        (["nowhere"], {}, ModelError, "nowhere: nothing trained there"),
-        ([], {}, ModelError, "out: nothing trained there"),
+        (["nowhere"], {}, ModelError, "nowhere: no such folder"),
+        ([], {}, ModelError, "out: no such folder"),
         (["reviews"], dict(prompts="none.jsonl"), DataError, "none.jsonl: no such file"),
         (["reviews"], dict(prompts="none.txt"), DataError, "none.txt: can't be read"),
         (["reviews"], dict(prompt="x", prompts="p.txt"), ConfigError, "--prompt and --prompts"),
-        (["reviews"], dict(as_json=True), ConfigError, "--json goes with"),
+        (["reviews"], dict(as_json=True), ConfigError, "--json needs --prompt or --prompts"),
         (["reviews"], dict(prompt="x", greedy=True, top_p=0.5), ConfigError, "--greedy and --top-p"),
     ],
 )
@@ -272,7 +272,7 @@ def test_a_chat_from_a_pipe(here, capsys, monkeypatch):
     assert "reviews: each line fills the run's template 'Review: {text}\\nSentiment:', by itself" in err
     assert "talk: a chat through the chat template" in err and "* base" in err
     assert "no adapter talkk; loaded are reviews, talk. Did you mean talk?" in err
-    assert "no command /bth; /both is one" in err and "/reset" in err
+    assert "Unknown command /bth. Did you mean /both?" in err and "/reset" in err
 
 
 def test_reset_forgets_and_too_long_is_told(here, capsys, monkeypatch):
@@ -281,17 +281,17 @@ def test_reset_forgets_and_too_long_is_told(here, capsys, monkeypatch):
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(here, capsys, monkeypatch):
-    real, calls = serving.Served.answers, []
+    real, calls = serving.Served.answer, []
 
-    def answers(*arguments):
+    def answer(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(serving.Served, "answers", answers)
+    monkeypatch.setattr(serving.Served, "answer", answer)
     out, err = chat(capsys, monkeypatch, ["is it a bad movie", "is it a good movie"], "talk")
-    assert out == ["", "great"] and "stopped; that answer is no part of the chat" in err
+    assert out == ["", "great"] and "Stopped. The chat continues without this message and its answer." in err
     assert calls[1][1][0].text == said("is it a good movie")  # as if the first had not been asked
 
 
@@ -306,10 +306,10 @@ def test_a_template_with_columns_wants_rows(here, capsys):
     assert rows(capsys, "titled", prompts="p.jsonl", max_new_tokens=2)[0]["prompt"] == "t: x"
 
 
-def test_what_a_model_says_is_safe_for_a_terminal():
-    from lora_ft.commands.generate.chat import visible
+def test_generated_text_is_safe_for_a_terminal():
+    from lora_ft.commands.generate.chat import escape
 
-    assert visible("a\n\x1b[2Jb\tc") == "a\n\\x1b[2Jb\tc"
+    assert escape("a\n\x1b[2Jb\tc") == "a\n\\x1b[2Jb\tc"
 
 
 def test_a_chat_in_a_terminal(here):
@@ -382,5 +382,5 @@ def test_eval_of_several_as_a_table_with_notes(here, capsys):
         evaluate_command([Path("reviews"), Path("base")])
     with pytest.raises(ConfigError, match="named twice"):
         evaluate_command([Path("reviews"), Path("reviews")])
-    with pytest.raises(ModelError, match="nowhere: nothing trained"):
+    with pytest.raises(ModelError, match="nowhere: no such folder"):
         evaluate_command([Path("reviews"), Path("nowhere")])

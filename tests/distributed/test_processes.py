@@ -19,8 +19,8 @@ from lora_ft.core.errors import ConfigError
 from lora_ft.data.batches import RowPacking, Shard, StepPlan, split_evenly
 from lora_ft.distributed import launch, processes
 from lora_ft.distributed.sharding import load_sharded
-from lora_ft.evaluation.references import Questions
-from lora_ft.evaluation.texts import write
+from lora_ft.evaluation.references import EvalPrompts
+from lora_ft.evaluation.texts import generate_texts
 from lora_ft.methods.lora.inject import inject_lora, trainable
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
@@ -121,13 +121,13 @@ def test_the_prompts_of_text_metrics_are_shared_out(folder, sharded):
         processes.init_process_group("cpu", 60)
         base = resolve(str(folder / "base"))
         tokenizer = load_tokenizer(base)
-        prompts = ["the film", "a good bad movie that was", "it", "Review: sad", "great awful and it made me happy"]
-        asked = Questions(prompts, tokenizer(prompts)["input_ids"], [["x"]] * 5, [2], 0)
+        texts = ["the film", "a good bad movie that was", "it", "Review: sad", "great awful and it made me happy"]
+        prompts = EvalPrompts(texts, tokenizer(texts)["input_ids"], [["x"]] * 5, 0)
         config = load_config(folder / "config.yaml", ["generation.max_new_tokens=6", "generation.batch_size=2"])
-        alone = write(load_base(base), tokenizer, asked, config)
+        alone = generate_texts(load_base(base), tokenizer, prompts, config)
         share = Shard(processes.rank(), processes.world_size(), padded=sharded)
         model = load_sharded(base, "float32", False, "cpu") if sharded else load_base(base)
-        assert write(model, tokenizer, asked, config, shard=share) == alone and len(set(alone)) == 5
+        assert generate_texts(model, tokenizer, prompts, config, shard=share) == alone and len(set(alone)) == 5
         processes.destroy_process_group()
 
     assert ranks(3, work) == [0, 0, 0]

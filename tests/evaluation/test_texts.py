@@ -61,7 +61,7 @@ def test_exact_match_counts_any_reference():
 
 def test_a_library_that_is_not_installed_is_told_with_the_way_out(monkeypatch):
     check_installed(ALL)
-    monkeypatch.setitem(texts.NEEDS, "bleu", "sacrebleu_is_not_here")
+    monkeypatch.setitem(texts.LIBRARIES, "bleu", "sacrebleu_is_not_here")
     with pytest.raises(ConfigError, match=r"lora-ft\[generation\]"):
         check_installed(ALL)
     check_installed(["exact_match"])

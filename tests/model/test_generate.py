@@ -5,12 +5,18 @@ import torch
 from transformers import GenerationConfig
 
 from lora_ft.methods.lora.inject import bare, inject_lora, trainable
-from lora_ft.model.generate import decode
+from lora_ft.model.generate import end_tokens, generate, generate_in_batches, position_limit, to_text
+from tests.data.conftest import build as build_tokenizer
 from tests.helpers.families import build, tiny_model, token_ids
 
 EOS = 2
 PROMPTS = [token_ids(1, n, seed=seed)[0].tolist() for seed, n in enumerate((3, 9, 5, 14, 14, 1, 30))]
 GREEDY = GenerationConfig(max_new_tokens=10)
+TOKENIZER = build_tokenizer()
+
+
+def new_ids(model, prompts, config, ends, **options) -> list[list[int]]:
+    return [row.ids for row in generate_in_batches(model, prompts, config, ends, **options)]
 
 
 @torch.no_grad()
@@ -38,23 +44,25 @@ def test_greedy_in_batches_is_greedy_one_at_a_time(family):
     wanted = [alone(model, prompt, ends) for prompt in PROMPTS]
     assert len({len(ids) for ids in wanted}) > 1
     for batch_size in (1, 4, 100):
-        assert decode(model, PROMPTS, GREEDY, ends, batch_size=batch_size) == wanted
+        assert new_ids(model, PROMPTS, GREEDY, ends, batch_size=batch_size) == wanted
 
 
-def test_the_models_own_settings_count_for_nothing_but_where_it_ends():
+def test_the_models_own_settings_are_used_only_for_end_tokens():
     model = tiny_model("llama")
     wanted = [alone(model, prompt, [EOS]) for prompt in PROMPTS]
     own = model.generation_config
     own.update(repetition_penalty=5.0, do_sample=True, temperature=9.0, max_length=3, eos_token_id=[EOS, wanted[0][2]])
-    found = decode(model, PROMPTS, GREEDY, [], batch_size=3)
-    assert found == [alone(model, prompt, [EOS, wanted[0][2]]) for prompt in PROMPTS]
+    ends = end_tokens(TOKENIZER, own)
+    assert ends == {EOS, wanted[0][2], TOKENIZER.eos_token_id}
+    found = new_ids(model, PROMPTS, GREEDY, ends, batch_size=3)
+    assert found == [alone(model, prompt, sorted(ends)) for prompt in PROMPTS]
     assert model.generation_config is own
 
 
-def test_no_token_that_ends_anything_is_needed():
+def test_end_tokens_are_optional():
     model = tiny_model("gpt2")
     model.generation_config.eos_token_id = None
-    assert [len(ids) for ids in decode(model, PROMPTS, GREEDY, [], batch_size=4)] == [10] * len(PROMPTS)
+    assert [len(ids) for ids in new_ids(model, PROMPTS, GREEDY, [], batch_size=4)] == [10] * len(PROMPTS)
 
 
 def log_probability(model, prompt, ids) -> float:
@@ -66,8 +74,8 @@ def log_probability(model, prompt, ids) -> float:
 def test_beams_find_likelier_texts_than_greedy_in_batches_as_alone():
     model = build("gpt2")
     beams = GenerationConfig(max_new_tokens=4, num_beams=8, no_repeat_ngram_size=2)
-    found = decode(model, PROMPTS, beams, [], batch_size=4)
-    assert found == [decode(model, [prompt], beams, [], batch_size=1)[0] for prompt in PROMPTS]
+    found = new_ids(model, PROMPTS, beams, [], batch_size=4)
+    assert found == [new_ids(model, [prompt], beams, [], batch_size=1)[0] for prompt in PROMPTS]
     for prompt, ids in zip(PROMPTS, found, strict=True):
         if EOS not in (greedy := alone(model, prompt, [], 4)) and len(ids) == 4 and len(set(greedy)) == 4:
             assert log_probability(model, prompt, ids) >= log_probability(model, prompt, greedy) - 1e-4
@@ -78,11 +86,11 @@ def test_samples_follow_the_seed_and_leave_the_random_state_alone():
     how = GenerationConfig(max_new_tokens=10, do_sample=True, temperature=1.5, top_k=0)
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    first = decode(model, PROMPTS, how, [], batch_size=3, seed=1)
+    first = new_ids(model, PROMPTS, how, [], batch_size=3, seed=1)
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(6)
-    assert first == decode(model, PROMPTS, how, [], batch_size=3, seed=1)
-    assert first != decode(model, PROMPTS, how, [], batch_size=3, seed=2)
+    assert first == new_ids(model, PROMPTS, how, [], batch_size=3, seed=1)
+    assert first != new_ids(model, PROMPTS, how, [], batch_size=3, seed=2)
 
 
 def test_an_adapter_is_decoded_with_and_its_base_without_it():
@@ -92,15 +100,15 @@ def test_an_adapter_is_decoded_with_and_its_base_without_it():
     for name, parameter in trainable(model).items():
         torch.nn.init.normal_(parameter, std=0.3 if "lora_B" in name else 0.1)
     model.train()
-    adapted = decode(model, PROMPTS, GREEDY, [EOS], batch_size=4)
+    adapted = new_ids(model, PROMPTS, GREEDY, [EOS], batch_size=4)
     assert model.training
     with bare(model):
-        assert decode(model, PROMPTS, GREEDY, [EOS], batch_size=4) == base
+        assert new_ids(model, PROMPTS, GREEDY, [EOS], batch_size=4) == base
     model.eval()
     assert adapted == [alone(model, prompt, [EOS]) for prompt in PROMPTS] != base
 
 
-def test_it_stops_between_tokens():
+def test_check_stops_between_tokens():
     looks = 0
 
     def check():
@@ -111,5 +119,49 @@ def test_it_stops_between_tokens():
 
     model = tiny_model("llama")
     with pytest.raises(KeyboardInterrupt):
-        decode(model, PROMPTS, GREEDY, [], batch_size=100, check=check)
+        new_ids(model, PROMPTS, GREEDY, [], batch_size=100, check=check)
     assert model.generation_config.max_new_tokens is None  # its own again
+
+
+def test_every_token_is_reported_with_the_rows_so_far():
+    model, steps = tiny_model("llama"), []
+    endless = [alone(model, prompt, []) for prompt in PROMPTS]
+    ends = {endless[1][4]}
+    rows = generate(model, PROMPTS, GREEDY, ends, on_token=steps.append)
+    assert steps[-1] == rows
+    for step, so_far in enumerate(steps, 1):
+        for row, last in zip(so_far, rows, strict=True):
+            assert row.ids == last.ids[:step] and row.ended == (last.ended and len(last.ids) < step)
+    assert {row.ended for row in rows} == {True, False}
+    beams = GenerationConfig(max_new_tokens=4, num_beams=2)
+    assert len(generate(model, PROMPTS, beams, ends, on_token=lambda _: pytest.fail("beams have no final tokens"))) == 7
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_token_that_closes_a_turn_ends_an_answer():
+    own = GenerationConfig(eos_token_id=7)
+    eos, im_end = TOKENIZER.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    assert end_tokens(TOKENIZER, own) == {7, eos}  # no chat template
+    assert end_tokens(TOKENIZER, own, CHATML) == {7, eos, im_end}
+    assert end_tokens(TOKENIZER, GenerationConfig(eos_token_id=[7, 9]), CHATML) == {7, 9, eos, im_end}
+    assert end_tokens(build_tokenizer(chat_template=CHATML), own) == {7, eos, im_end}  # the tokenizer's own
+    for refused in ("{{ raise_exception('no') }}", "{% for", "nothing of the chat", CHATML.replace("<|im_end|>", "")):
+        assert end_tokens(TOKENIZER, own, refused) == {7, eos}
+
+
+def test_the_positions_of_a_config():
+    assert position_limit(tiny_model("gpt2")) == 128 == position_limit(tiny_model("llama"))
+    unlimited = tiny_model("bloom")
+    del unlimited.config.max_position_embeddings
+    assert position_limit(unlimited) is None
+
+
+def test_text_is_not_tidied_up():
+    tidying = build_tokenizer(clean_up_tokenization_spaces=True)
+    ids = tidying("<s>The end . It 's over .</s>")["input_ids"]
+    assert to_text(tidying, ids) == "The end . It 's over ."

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lora_ft.commands.check import display, warnings
 from lora_ft.commands.check.memory import Memory, estimate, largest_rows, moments_of
@@ -16,11 +16,14 @@ from lora_ft.core.errors import ModelError, UserError
 from lora_ft.core.machine import resident_memory
 from lora_ft.core.trust import Trust
 from lora_ft.data.batches import StepPlan
-from lora_ft.evaluation.texts import check_installed, questions_for
+from lora_ft.data.prepare import template_of
+from lora_ft.evaluation.references import eval_prompts
+from lora_ft.evaluation.texts import check_installed
 from lora_ft.methods.interface import inject, virtual_ids
 from lora_ft.model.device import free_memory, prepare_device
 from lora_ft.model.files import weight_files
-from lora_ft.model.load import dtype_of, end_tokens, skeleton
+from lora_ft.model.generate import end_tokens
+from lora_ft.model.load import dtype_of, skeleton
 from lora_ft.nn.attention import Isolation
 from lora_ft.training import resume
 from lora_ft.training.output import check_writable
@@ -97,7 +100,7 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
             setup.check_length(result.model)
         with result.collect_errors():
             for examples in setup.eval_sets.values() if config.train.predict_with_generate else ():
-                questions_for(result.model, setup.tokenizer, examples, config)
+                eval_prompts(result.model, setup.tokenizer, examples, config)
         if "arguments" in vars(setup):
             _inspect_memory(result, result.model, result.plan)
         if time and not result.errors:
@@ -106,7 +109,9 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
 
 
 def _inspect_data(result: Inspection) -> None:
-    setup, ends = result.setup, end_tokens(result.setup.base, result.setup.tokenizer)
+    setup = result.setup
+    own = result.model.generation_config if result.model else GenerationConfig()
+    ends = end_tokens(setup.tokenizer, own, template_of(setup.config.data).chat_template)
     result.ends_learned = warnings.ends_learned(setup.train_set, ends)
     result.in_common = {name: warnings.in_common(setup.train_set, e) for name, e in setup.eval_sets.items()}
     result.warnings += warnings.data_warnings(

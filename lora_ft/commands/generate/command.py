@@ -1,4 +1,4 @@
-"""`lora-ft generate`: a prompt, a file of prompts or a chat, answered by a base, an adapter or several on one base."""
+"""`lora-ft generate`: answers to a prompt or a file of prompts, or a chat, by a base and any number of its adapters."""
 
 import json
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lora_ft.commands.generate.chat import aloud, chat, visible
+from lora_ft.commands.generate.chat import escape, run_chat, stream_answer
 from lora_ft.commands.generate.prompts import read_prompts
-from lora_ft.commands.generate.serving import BASE, Answer, Question, Served, load, override
+from lora_ft.commands.generate.serving import BASE, Prompt, Served, load, override
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.messages import printable
 from lora_ft.core.trust import NO_TRUST, Trust
@@ -37,17 +37,17 @@ def generate_command(
     as_json: bool = False,
     trust: Trust = NO_TRUST,
 ) -> None:
-    """Print answers, or chat when neither a prompt nor prompts are given.
+    """Print the answer to `prompt` or to each row of the file `prompts`; without either, chat.
 
     Raises:
-        UserError: the adapters don't share the base, a name that isn't there, a wrong row of the prompts file.
+        UserError: the adapters don't share a base, there is no such adapter, or a row of the file is malformed.
     """
     if prompt is not None and prompts is not None:
-        raise ConfigError("--prompt and --prompts: give one; a prompt, or a file of them")
+        raise ConfigError("--prompt and --prompts: give only one, a prompt or a file of prompts")
     if as_json and prompt is None and prompts is None:
-        raise ConfigError("--json goes with --prompt or --prompts")
+        raise ConfigError("--json needs --prompt or --prompts")
     named, base = find_adapters(folders, adapters, base)
-    rows = list(read_prompts(prompts)) if prompts is not None else []  # what can't be read is told before all loading
+    rows = list(read_prompts(prompts)) if prompts is not None else []  # before loading: a bad file fails early
     served = load(named, base, raw=raw, trust=trust)
     override(
         served.sampling,
@@ -61,13 +61,13 @@ def generate_command(
         torch.manual_seed(seed)
     first = next(iter(served.names), None)
     if prompts is not None:
-        answer_file(served, questions_of(served, rows, prompts, first), batch_size, as_json)
+        print_answers(served, prompts_of(served, rows, prompts, first), batch_size, as_json)
     elif prompt is not None and as_json:
-        answer_file(served, [served.question(first, prompt, "--prompt")], 1, as_json)
+        print_answers(served, [served.prompt(first, prompt, "--prompt")], 1, as_json)
     elif prompt is not None:
-        aloud(served, served.question(first, prompt, "--prompt"))
+        stream_answer(served, served.prompt(first, prompt, "--prompt"))
     else:
-        chat(served, first)
+        run_chat(served, first)
 
 
 def find_adapters(
@@ -102,52 +102,43 @@ def find_adapters(
     return found, base
 
 
-def questions_of(served: Served, rows: Sequence[SourceRow], source: str, default: str | None) -> list[Question]:
-    """The questions of a prompts file's rows; a row's `adapter` says whom to ask, else it is `default`.
+def prompts_of(served: Served, rows: Sequence[SourceRow], source: str, default: str | None) -> list[Prompt]:
+    """The prompts of a file's rows, each for the adapter that the row names, else for `default`.
 
     Raises:
-        DataError: a row that can't be asked, with its line. ModelError: the name of no adapter, likewise.
+        DataError: a row that can't be made a prompt, with its line; or there are none.
+        ModelError: a row names an unknown adapter.
     """
-    found = []
+    prompts = []
     for where, columns, problem in rows:
         name = columns.get("adapter", default)
         try:
             if problem:
                 raise BadRow(problem)
             if not isinstance(name, str | None):
-                raise BadRow("its adapter is no name")
-            adapter = served.adapter(name)
-            found.append(Question(adapter, *served.forms[adapter].of_row(columns), where))
+                raise BadRow("its adapter is not a name")
+            adapter = served.find_adapter(name)
+            prompts.append(Prompt(adapter, *served.formats[adapter].from_row(columns), where))
         except BadRow as e:
             raise DataError(f"{where}: {e}.") from e
         except ModelError as e:
             raise ModelError(f"{where}: {e}") from e
-        served.check_fits(found[-1])
-    if not found:
-        raise DataError(f"{printable(source)}: no prompts in it.")
-    return found
+        served.check_length(prompts[-1])
+    if not prompts:
+        raise DataError(f"{printable(source)}: contains no prompts.")
+    return prompts
 
 
-def answer_file(served: Served, questions: list[Question], batch_size: int, as_json: bool) -> None:
-    """Answer batch by batch, in the file's order; rows of different adapters share a batch."""
-    for start in tqdm(
-        range(0, len(questions), batch_size), "generating", unit="batch", delay=2, leave=False, disable=None
-    ):
-        batch = questions[start : start + batch_size]
-        for asked, answer in zip(batch, served.answers(batch), strict=True):
+def print_answers(served: Served, prompts: Sequence[Prompt], batch_size: int, as_json: bool) -> None:
+    """Print the answers batch by batch, in order; a batch may mix adapters."""
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, "generating", unit="batch", delay=2, leave=False, disable=None):
+        batch = prompts[start : start + batch_size]
+        for prompt, answer in zip(batch, served.answer(batch), strict=True):
+            adapter = prompt.adapter or BASE
             if as_json:
-                print(json.dumps(as_object(asked, answer), ensure_ascii=False))
+                line = {"where": prompt.where, "adapter": adapter, "prompt": prompt.text, "answer": answer.text}
+                print(json.dumps(line | {"tokens": answer.tokens, "ended": answer.ended}, ensure_ascii=False))
             else:
-                print(f"--- {asked.where} ({asked.adapter or BASE})\n{visible(answer.text).strip()}")
+                print(f"--- {prompt.where} ({adapter})\n{escape(answer.text).strip()}")
         sys.stdout.flush()
-
-
-def as_object(asked: Question, answer: Answer) -> dict:
-    return {
-        "where": asked.where,
-        "adapter": asked.adapter or BASE,
-        "prompt": asked.text,
-        "answer": answer.text,
-        "tokens": answer.tokens,
-        "ended": answer.ended,
-    }

@@ -1,12 +1,12 @@
-"""What a person asks, as the prompt that an adapter knows from its training.
+"""A user's text, row or chat as a prompt in the format that an adapter was trained on.
 
-An adapter trained on "Review: {text}\\nSentiment:" answers well to that and badly to anything else, so what is asked goes
-through the template of its run: a text where the template has one column, a row where the row has the template's columns,
-turns through the chat template. A base, or an adapter without a record, is asked through the model's chat template where it
-has one, else with the text as it is; so is every text with `raw`.
+An adapter trained on "Review: {text}\\nSentiment:" answers well to that and badly to anything else, so inputs go through the
+template of its run: a text fills a template with one column, a row one whose columns it has, turns go through the chat
+template. For a base, or an adapter without a record, that is the model's chat template, or else the text unchanged; with
+`raw` a text is never changed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,92 +28,99 @@ USER, ASSISTANT = "user", "assistant"
 
 
 @dataclass(frozen=True)
-class Form:
-    """How one adapter is asked.
+class PromptFormat:
+    """How prompts for one adapter are made; every prompt is a text and its token ids.
 
-    template: its run's; without prompt and messages, a text is the prompt itself. chat: the chat template, where there is
-    one. talks: a text is a turn of a chat.
+    template: of its run; without prompt and messages a text is the prompt itself. chat: the chat template, if there is one.
+    is_chat: a text is the user's turn of a chat.
     """
 
     template: Template
     chat: ChatFormat | None
-    talks: bool
+    is_chat: bool
     encoder: TextEncoder
 
-    def of_text(self, text: str, before: list[Turn] | None = None) -> tuple[str, list[int]]:
-        """The prompt for a text, after the turns before it where this is a chat: as text, and as token ids.
+    def from_text(self, text: str, turns: Sequence[Turn] = ()) -> tuple[str, list[int]]:
+        """The prompt for a text, in a chat after its previous `turns`.
 
         Raises:
-            BadRow: the template has more columns than one, or none.
+            BadRow: the template does not have exactly one column.
         """
-        if self.talks:
-            return self.of_turns([*(before or []), {"role": USER, "content": text}])
-        if self.template.prompt is not None:
-            columns = template_columns(self.template.prompt)
-            if len(columns) != 1:
-                there = ", ".join(columns) or "none"
-                raise BadRow(
-                    f"the run's template takes the columns {there}, and a text alone can't fill them: give rows with them "
-                    "(--prompts FILE.jsonl), or the whole prompt as it is with --raw"
-                )
-            return self.of_columns({columns[0]: text})
-        return self._plain(text)
+        if self.is_chat:
+            return self.from_turns([*turns, {"role": USER, "content": text}])
+        if self.template.prompt is None:
+            return self._encode(text)
+        columns = template_columns(self.template.prompt)
+        if len(columns) != 1:
+            raise BadRow(
+                f"the run's template takes the columns {', '.join(columns) or 'none'}, which a text alone can't fill: give "
+                "rows with them (--prompts FILE.jsonl), or a complete prompt with --raw"
+            )
+        return self.from_columns({columns[0]: text})
 
-    def of_columns(self, columns: dict[str, Any]) -> tuple[str, list[int]]:
-        """The prompt for a row's columns through the run's template. Raises BadRow."""
+    def from_columns(self, columns: dict[str, Any]) -> tuple[str, list[int]]:
+        """The prompt for a row's columns through the run's template.
+
+        Raises:
+            BadRow: a column is missing or empty.
+        """
         assert self.template.prompt is not None
-        return self._plain(renderer("prompt", self.template.prompt, self.template.label_names or {})(columns))
+        return self._encode(renderer("prompt", self.template.prompt, self.template.label_names or {})(columns))
 
-    def of_turns(self, turns: list[Turn]) -> tuple[str, list[int]]:
-        """The prompt for a chat, up to where the assistant speaks. Raises BadRow."""
+    def from_turns(self, turns: list[Turn]) -> tuple[str, list[int]]:
+        """The prompt for a chat, up to the start of the assistant's turn.
+
+        Raises:
+            BadRow: there is no chat template, or it refuses the turns.
+        """
         if self.chat is None:
             raise BadRow("the model has no chat template for messages: give a prompt")
         text = self.chat.render(turns, generation_prompt=True)
         check_unicode(text)
         return text, self.encoder.encode_bare(text)
 
-    def of_row(self, columns: dict[str, Any]) -> tuple[str, list[int]]:
-        """The prompt for a row: its turns, or its columns through the run's template, or its `prompt`. Raises BadRow.
+    def from_row(self, columns: dict[str, Any]) -> tuple[str, list[int]]:
+        """The prompt for a row: its columns through the run's template, or its turns, or its `prompt`.
 
-        Turns that end with the assistant's are a chat with its answer, which is left out: it is what is asked for.
+        A final turn of the assistant is the expected answer and is left out.
+
+        Raises:
+            BadRow: the row has none of them.
         """
-        turns = next((columns[c] for c in (self.template.messages, "messages") if c and columns.get(c)), None)
-        wanted = template_columns(self.template.prompt) if self.template.prompt is not None else ()
-        if wanted and all(column in columns for column in wanted):
-            return self.of_columns(columns)
-        if turns is not None:
-            read = read_turns(turns)
-            return self.of_turns(read[:-1] if read[-1]["role"] == ASSISTANT else read)
+        needed = template_columns(self.template.prompt) if self.template.prompt is not None else ()
+        if needed and all(column in columns for column in needed):
+            return self.from_columns(columns)
+        value = next((columns[c] for c in (self.template.messages, "messages") if c and columns.get(c)), None)
+        if value is not None:
+            turns = read_turns(value)
+            return self.from_turns(turns[:-1] if turns[-1]["role"] == ASSISTANT else turns)
         if isinstance(columns.get("prompt"), str):
-            return self.of_text(columns["prompt"])
-        needed = " or ".join(dict.fromkeys(['"prompt"', f'"{self.template.messages or "messages"}"']))
-        needed = f"{needed}, or the template's {', '.join(wanted)}" if wanted else needed
-        raise BadRow(f"a row needs {needed}; this one has {printable(', '.join(map(str, columns))) or 'nothing'}")
+            return self.from_text(columns["prompt"])
+        choices = " or ".join(dict.fromkeys(['"prompt"', f'"{self.template.messages or "messages"}"']))
+        choices += f", or the template's {', '.join(needed)}" if needed else ""
+        raise BadRow(f"a row needs {choices}; this one has {printable(', '.join(map(str, columns))) or 'nothing'}")
 
-    def ends(self) -> list[str]:
-        """Tokens after which the answer is over, beside the model's own: the one that closes a turn of the chat template.
+    def describe(self) -> str:
+        """How a text becomes a prompt, in a few words."""
+        if self.is_chat:
+            return "a chat through the chat template"
+        if self.template.prompt is not None:
+            return f"each line fills the run's template {printable(repr(self.template.prompt), 60)}, by itself"
+        return "each line is a complete prompt, by itself"
 
-        A model trained on turns that end in <|im_end|> says that, even if its end-of-sequence token is another.
-        """
-        if self.chat is None:
-            return []
-        mark = "@@turn@@"
-        text = self.chat.try_render([{"role": USER, "content": "a"}, {"role": ASSISTANT, "content": mark}]) or ""
-        closing = text.rpartition(mark)[2].lstrip()
-        return [token for token in self.chat.end_tokens if closing.startswith(token)]
-
-    def _plain(self, text: str) -> tuple[str, list[int]]:
+    def _encode(self, text: str) -> tuple[str, list[int]]:
         check_unicode(text)
         if not text:
             raise BadRow("the prompt is empty")
         return text, self.encoder.encode_prompts([text])[0]
 
 
-def form_of(data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, raw: bool) -> Form:
-    """The form of a run's `data` section, or of what has none.
+def prompt_format(data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, raw: bool) -> PromptFormat:
+    """The prompt format of a run's `data` section; None for a base or an adapter without one.
 
     Raises:
-        ConfigError: the run's chat template is a file that isn't there. ModelError: a chat run, and no chat template.
+        ConfigError: the file of the run's chat template does not exist.
+        ModelError: the run was trained on chats, but there is no chat template.
     """
     template = template_of(data) if data else Template()
     if raw:
@@ -124,15 +131,15 @@ def form_of(data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, raw: bo
         if template.messages:
             raise
         chat = None
-    talks = chat is not None and not raw and template.prompt is None and template.text is None
-    return Form(template, chat, talks, replace(text_encoder(tokenizer), eos=[]))
+    is_chat = chat is not None and not raw and template.prompt is None and template.text is None
+    return PromptFormat(template, chat, is_chat, replace(text_encoder(tokenizer), eos=[]))
 
 
 def read_prompts(source: str) -> Iterator[SourceRow]:
-    """The rows of a prompts file; a .txt file has a prompt on every line that isn't blank.
+    """The rows of a prompts file; in a .txt file every line that is not blank is a prompt.
 
     Raises:
-        DataError: as `iter_rows`.
+        DataError: the file can't be read, see `iter_rows`.
     """
     path = Path(source).expanduser()
     if path.suffix.lower() != ".txt":

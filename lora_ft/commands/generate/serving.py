@@ -1,16 +1,16 @@
-"""One base in memory with its adapters by name, and answers of theirs: what `generate` and its chat have in common."""
+"""A base in memory with its adapters by name, and their answers to prompts: shared by `generate` and its chat."""
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
-from lora_ft.commands.generate.prompts import Form, form_of
+from lora_ft.commands.generate.prompts import PromptFormat, prompt_format
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.trust import Trust
@@ -22,14 +22,15 @@ from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Trained, read_record
 from lora_ft.model.device import prepare_device
 from lora_ft.model.files import resolve
+from lora_ft.model.generate import Generated, end_tokens, generate, position_limit, to_text
 from lora_ft.model.load import load_base, load_tokenizer
 
-BASE = "base"  # the bare base's name, where an adapter's could stand
+BASE = "base"  # the bare base's name among the adapters'
 NO_DATA = {"train": "nothing", "text": "{text}"}  # for a config of which only the model and the device count
 
 
-class Question(NamedTuple):
-    """adapter: its name, None for the bare base. text, ids: the prompt as the model gets it. where: for messages."""
+class Prompt(NamedTuple):
+    """adapter: its name, None for the bare base. text, ids: the model's input. where: the source, for messages."""
 
     adapter: str | None
     text: str
@@ -38,7 +39,7 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """tokens: how many were generated. ended: the model said that it was over; else the length's limit did."""
+    """tokens: number of generated tokens, the end token included. ended: an end token came before the length limit."""
 
     text: str
     tokens: int
@@ -47,90 +48,89 @@ class Answer(NamedTuple):
 
 @dataclass
 class Served:
-    """A model with adapters by name (none of them in use), and how each is asked; forms[None] is the bare base's."""
+    """A model with adapters by name, and the prompt format of each; formats[None] is the bare base's."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    forms: dict[str | None, Form]
+    formats: dict[str | None, PromptFormat]
 
-    @property
+    @cached_property
     def sampling(self) -> GenerationConfig:
-        """How answers are generated. It is the model's own, for `generate` fills what another leaves open from there."""
-        return self.model.generation_config
+        """How answers are generated: as the model's own generation config says. `override` may change it."""
+        config = copy.deepcopy(self.model.generation_config)
+        if config.max_new_tokens is None:
+            config.max_new_tokens = min(256, (position_limit(self.model) or 512) // 2)
+        return config
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """Ids that end an answer, of the base or any adapter."""
+        templates = {form.template.chat_template for form in self.formats.values()}
+        own = self.model.generation_config
+        return {token for template in templates for token in end_tokens(self.tokenizer, own, template)}
 
     @property
     def names(self) -> list[str]:
-        return [name for name in self.forms if name is not None]
+        """The adapters' names."""
+        return [name for name in self.formats if name is not None]
 
-    def adapter(self, name: str | None) -> str | None:
-        """The adapter that `name` means; "base" and None are the bare base. ModelError: there is none, but near ones."""
+    def find_adapter(self, name: str | None) -> str | None:
+        """Return the adapter's name; None for "base" or None.
+
+        Raises:
+            ModelError: there is no such adapter; the message names the nearest.
+        """
         if name is None or name == BASE:
             return None
         check_names(self.model, [name])
         return name
 
-    def question(self, adapter: str | None, text: str, where: str, before: list[Turn] | None = None) -> Question:
-        """A text as a question to an adapter, after the turns before it. DataError: its template takes no text."""
+    def prompt(self, adapter: str | None, text: str, where: str, turns: Sequence[Turn] = ()) -> Prompt:
+        """Put a text into an adapter's prompt format, after the chat's previous `turns`.
+
+        Raises:
+            DataError: the format does not take a text, or the prompt is too long.
+        """
         try:
-            found = Question(adapter, *self.forms[adapter].of_text(text, before), where)
+            prompt = Prompt(adapter, *self.formats[adapter].from_text(text, turns), where)
         except BadRow as e:
             raise DataError(f"{where}: {e}.") from e
-        self.check_fits(found)
-        return found
+        self.check_length(prompt)
+        return prompt
 
-    def check_fits(self, question: Question) -> None:
-        """DataError: the prompt and what may be generated are more than the model has positions for."""
-        positions, new = most_positions(self.model), self.sampling.max_new_tokens
-        if positions and len(question.ids) + new > positions:
+    def check_length(self, prompt: Prompt) -> None:
+        """Check that prompt and answer fit into the model's positions.
+
+        Raises:
+            DataError: they don't.
+        """
+        positions, new = position_limit(self.model), self.sampling.max_new_tokens
+        if positions and len(prompt.ids) + new > positions:
             raise DataError(
-                f"{question.where}: {len(question.ids)} tokens of a prompt and {new} new ones are more than the model's "
-                f"{positions} positions. Shorten it, or lower --max-new-tokens."
+                f"{prompt.where}: the prompt's {len(prompt.ids)} tokens and {new} new ones exceed the model's {positions} "
+                "positions. Shorten the prompt, or lower --max-new-tokens."
             )
 
-    def answers(self, questions: Sequence[Question], show: Callable[[list[str]], None] | None = None) -> list[Answer]:
-        """Answer the questions in one batch, each with its adapter. `show` gets all texts so far after every token."""
-        used = list(dict.fromkeys(q.adapter for q in questions))
-        if len(used) == 1:
-            use(self.model, used[0])
-            return self._generate(questions, show)
-        with mixed(self.model, [q.adapter for q in questions]):
-            return self._generate(questions, show)
+    def answer(self, prompts: Sequence[Prompt], on_text: Callable[[list[str]], None] | None = None) -> list[Answer]:
+        """Generate the answers to a batch of prompts, each with its own adapter.
 
-    def _generate(self, questions: Sequence[Question], show: Callable[[list[str]], None] | None) -> list[Answer]:
-        """Padding is on the left, and masked; which id it has doesn't matter."""
-        longest = max(len(q.ids) for q in questions)
-        pad = self.sampling.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(q.ids)) + q.ids for q in questions], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(q.ids)) + [1] * len(q.ids) for q in questions], device=ids.device)
-        streamer = None if show is None else _Texts(lambda rows: show([self._answer(row).text for row in rows]))
-        out = self.model.generate(input_ids=ids, attention_mask=mask, streamer=streamer)
-        return [self._answer(row) for row in out[:, longest:].tolist()]
+        Args:
+            on_text: called after every token with all texts so far.
+        """
 
-    def _answer(self, ids: list[int]) -> Answer:
-        """What was generated, up to the first token that ends it."""
-        ends = self.sampling.eos_token_id
-        stop = next((i for i, token in enumerate(ids) if token in ends), None)
-        text = self.tokenizer.decode(ids[:stop], skip_special_tokens=True)
-        return Answer(text, len(ids) if stop is None else stop + 1, stop is not None)
+        def on_token(rows: list[Generated]) -> None:
+            assert on_text
+            on_text([to_text(self.tokenizer, row.ids) for row in rows])
 
-
-class _Texts(BaseStreamer):
-    """transformers' hook for new tokens: hands on all that was generated so far, a list for each row."""
-
-    def __init__(self, hand_on: Callable[[list[list[int]]], None]):
-        self.hand_on = hand_on
-        self.rows: list[list[int]] | None = None
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.rows is None:  # the prompts come first
-            self.rows = [[] for _ in value]
-            return
-        for row, token in zip(self.rows, value.tolist(), strict=True):
-            row.append(token)
-        self.hand_on(self.rows)
-
-    def end(self) -> None:
-        pass
+        adapters = [prompt.adapter for prompt in prompts]
+        single = len(set(adapters)) == 1
+        if single:
+            use(self.model, adapters[0])
+        with nullcontext() if single else mixed(self.model, adapters):
+            rows = generate(
+                self.model, [p.ids for p in prompts], self.sampling, self.ends, on_token=on_token if on_text else None
+            )
+        return [Answer(to_text(self.tokenizer, row.ids), len(row.ids) + row.ended, row.ended) for row in rows]
 
 
 def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trust: Trust) -> Served:
@@ -158,46 +158,29 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     for name, trained in adapters.items():
         trained.check(base, tokenizer, trust.other_base, name)
     model = load_base(base, config.model.dtype, device)
-    forms: dict[str | None, Form] = {
-        name: form_of(trained.config.data if trained.config else None, tokenizer, raw)
-        for name, trained in adapters.items()
-    }
-    forms[None] = form_of(parse_config(own["config"]).data if own and "config" in own else None, tokenizer, raw)
+    own_data = parse_config(own["config"]).data if own and "config" in own else None
+    formats: dict[str | None, PromptFormat] = {None: prompt_format(own_data, tokenizer, raw)}
     for name, trained in adapters.items():
+        formats[name] = prompt_format(trained.config.data if trained.config else None, tokenizer, raw)
         apply_adapter(model, read_adapter(trained), name)
-    model.generation_config = own_sampling(model, tokenizer, forms.values())
-    return Served(model, tokenizer, forms)
+    return Served(model, tokenizer, formats)
 
 
-def most_positions(model: PreTrainedModel) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def override(config: GenerationConfig, *, greedy: bool, max_new_tokens: int | None, **sampling: float | None) -> None:
+    """Apply the command line's options: any sampling setting switches sampling on, `greedy` switches it off.
 
-
-def own_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forms) -> GenerationConfig:
-    """The model's own generation config, with every token that ends an answer, and an id to pad with (GPT-2 has none)."""
-    config = copy.deepcopy(model.generation_config)
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    closing = [tokenizer.convert_tokens_to_ids(token) for form in forms for token in form.ends()]
-    config.eos_token_id = [i for i in dict.fromkeys([*ends, tokenizer.eos_token_id, *closing]) if i is not None]
-    pads = [config.pad_token_id, tokenizer.pad_token_id, *config.eos_token_id, 0]
-    config.pad_token_id = next(i for i in pads if i is not None)
-    if config.max_new_tokens is None:
-        config.max_new_tokens = min(256, (most_positions(model) or 512) // 2)
-    config.max_length = None  # max_new_tokens counts
-    return config
-
-
-def override(config: GenerationConfig, *, greedy: bool, max_new_tokens: int | None, **sampled: float | None) -> None:
-    """Change what the command line names: a sampling setting switches sampling on, `greedy` switches it off."""
+    Raises:
+        ConfigError: both are given.
+    """
     if max_new_tokens is not None:
         config.max_new_tokens = max_new_tokens
-    given = {name: value for name, value in sampled.items() if value is not None}
+    given = {name: value for name, value in sampling.items() if value is not None}
     if greedy and given:
-        raise ConfigError(f"--greedy and --{next(iter(given)).replace('_', '-')}: give one; greedy doesn't sample")
-    if given:
-        config.do_sample = True
-        for name, value in given.items():
-            setattr(config, name, value)
-    if greedy or not config.do_sample:
-        config.do_sample = False
+        raise ConfigError(
+            f"--greedy and --{next(iter(given)).replace('_', '-')}: give only one; greedy does not sample"
+        )
+    config.do_sample = not greedy and (config.do_sample or bool(given))
+    for name, value in given.items():
+        setattr(config, name, value)
+    if not config.do_sample:
         config.temperature = config.top_p = config.top_k = None
