@@ -29,7 +29,7 @@ def end_tokens(
 
     Args:
         config: the base's generation config.
-        chat_template: the text of a run's own template; None for the tokenizer's, if it has one.
+        chat_template: the text of a run's own template; None for the tokenizer's, if it has one; "" for none at all.
     """
     listed = config.eos_token_id
     ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}

@@ -94,11 +94,16 @@ def test_an_end_token_that_is_never_learned(tmp_path):
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    folder = chats(write_run(tmp_path), template)  # <pad> ends each turn, and generation stops at </s>
+    folder = chats(write_run(tmp_path), template)  # <pad> ends each turn: lora-ft stops there, other tools at </s>
     facts, _ = checked(folder)
-    assert facts["end_token_learned"] == 0 and warned(facts, "end token (</s>)", "stop")
+    assert facts["end_token_learned"] == 8 and warned(
+        facts, "end token (</s>)", "turn of the chat template (<pad>)", "stop"
+    )
+    facts, _ = checked(folder, data__max_length=facts["train"]["longest"] - 1)
+    assert facts["end_token_learned"] == 0 and warned(facts, "end token (<pad>, </s>)", "will not learn to stop")
     (folder / "chat.jinja").write_text(template.replace("<pad>", "</s>"))
-    assert checked(folder)[0]["end_token_learned"] == 8
+    facts, _ = checked(folder)
+    assert facts["end_token_learned"] == 8 and not warned(facts, "end token")
 
 
 @pytest.mark.parametrize(

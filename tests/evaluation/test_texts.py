@@ -127,7 +127,7 @@ def test_a_run_goes_on_only_with_the_data_of_every_set(folder):
     before = (folder / "eval.jsonl").read_bytes()
     (folder / "eval.jsonl").write_bytes(before + before.splitlines(keepends=True)[0])
     try:
-        with pytest.raises(DataError, match="data.eval.dev has other content"):
+        with pytest.raises(DataError, match="data.eval.dev has changed"):
             train(load_config("config.yaml", [*SETTINGS, "train.num_train_epochs=9"]), resume=True)
     finally:
         (folder / "eval.jsonl").write_bytes(before)

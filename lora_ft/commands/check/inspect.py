@@ -112,6 +112,7 @@ def _inspect_data(result: Inspection) -> None:
     setup = result.setup
     own = result.model.generation_config if result.model else GenerationConfig()
     ends = end_tokens(setup.tokenizer, own, template_of(setup.config.data).chat_template)
+    base_ends = end_tokens(setup.tokenizer, own, chat_template="")
     result.ends_learned = warnings.ends_learned(setup.train_set, ends)
     result.in_common = {name: warnings.in_common(setup.train_set, e) for name, e in setup.eval_sets.items()}
     result.warnings += warnings.data_warnings(
@@ -119,6 +120,7 @@ def _inspect_data(result: Inspection) -> None:
         setup.train_set,
         setup.eval_sets,
         ends,
+        base_ends,
         result.ends_learned,
         result.in_common,
         setup.tokenizer,

@@ -74,6 +74,7 @@ def data_warnings(
     train: Examples,
     evals: Mapping[str, Examples],
     ends: set[int],
+    base_ends: set[int],
     learned: int,
     common: Mapping[str, int],
     tokenizer: PreTrainedTokenizerBase,
@@ -81,7 +82,8 @@ def data_warnings(
     """Warnings about the data, each with what to do about it.
 
     Args:
-        ends: ids of the tokens that end an answer.
+        ends: ids of the tokens that end an answer. base_ends: those among them that the base declares, whatever the chat
+            template.
         learned: the result of `ends_learned`.
         common: eval set -> the result of `in_common`.
     """
@@ -111,11 +113,19 @@ def data_warnings(
                 f"data.{which}: in {report.merged:,} examples the end of the prompt and the start of the completion would "
                 "merge into one token. End the prompt without a space, and start the completion with one."
             )
+
+    def names(ids: set[int]) -> str:
+        return ", ".join(printable(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ids)) or "none known"
+
     if not learned:
-        names = ", ".join(printable(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ends)) or "none known"
         result.append(
-            f"data.train: no example ends in a supervised end token ({names}): the model will not learn to stop. "
+            f"data.train: no example ends in a supervised end token ({names(ends)}): the model will not learn to stop. "
             + ("Check what the chat template writes after an assistant turn." if data.messages else "")
+        )
+    elif not ends_learned(train, base_ends):
+        result.append(
+            f"data.train: no example ends in the base's own end token ({names(base_ends)}), only in the one that closes a "
+            f"turn of the chat template ({names(ends - base_ends)}). lora-ft stops there; make other tools stop there too."
         )
     elif learned < total / 2:
         result.append(f"data.train: only {learned:,} of {total:,} examples end in a supervised end token.")
