@@ -146,7 +146,9 @@ class LoRATrainer(SeamTrainer):
             return
         now = time.perf_counter()
         if "loss" in logs:
-            logs |= self.totals.flush(now - self.line_started) | {"peak_memory_mb": peak_memory_mb(self.args.device.type)}
+            logs |= self.totals.flush(now - self.line_started) | {
+                "peak_memory_mb": peak_memory_mb(self.args.device.type)
+            }
             self.line_started = now
         logs |= {"seconds": round(now - self.started, 3), "epoch": round(self.state.epoch, 6)}
         self.log_line({"step": self.state.global_step, **logs})
