@@ -151,7 +151,7 @@ def test_an_adapted_tied_head_is_a_tensor_of_its_own(tmp_path):
 def test_biases_of_a_llama_are_interleaved_too(tmp_path, capsys):
     model = write_model(tmp_path / "base", "llama", attention_bias=True)
     export_command(tmp_path / "base", "gguf")
-    assert "doesn't read attention_bias" in capsys.readouterr().out
+    assert "does not read attention_bias" in capsys.readouterr().out
     found, attention = tensors(tmp_path / "base.gguf"), model.model.layers[1].self_attn
     np.testing.assert_array_equal(as_transformers(found["blk.1.attn_q.bias"], HEADS), attention.q_proj.bias.detach())
     np.testing.assert_array_equal(as_transformers(found["blk.1.attn_k.bias"], KV_HEADS), attention.k_proj.bias.detach())
@@ -175,7 +175,7 @@ def test_a_sliding_window_is_told(tmp_path, capsys):
     write_model(tmp_path / "base", "mistral", sliding_window=16)
     export_command(tmp_path / "base", "gguf")
     out = capsys.readouterr().out
-    assert "the last 16 positions" in out and "doesn't read sliding_window" in out
+    assert "the last 16 positions" in out and "does not read sliding_window" in out
 
 
 def test_llama_3s_frequencies(tmp_path):
@@ -293,12 +293,12 @@ def test_a_tokenizer_that_splits_otherwise_is_refused_but_the_adapter_alone_is_n
     export_command(tmp_path / "out", "gguf")
 
 
-def test_a_wrong_file_fails_its_proof_and_is_not_kept(tmp_path, monkeypatch):
+def test_a_wrong_file_fails_its_verification_and_is_not_kept(tmp_path, monkeypatch):
     from lora_ft.commands.export import gguf_model
 
     case(tmp_path, "llama")
     monkeypatch.setattr(gguf_model, "reordered", lambda order, name, tensor: tensor)
-    with pytest.raises(ModelError, match="failed its proof"):
+    with pytest.raises(ModelError, match="failed its verification"):
         export_command(tmp_path / "out", "gguf", merged=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from lora_ft.commands.export import hub
 from lora_ft.commands.export.gguf_adapter import write_adapter_gguf
 from lora_ft.commands.export.gguf_layout import FAMILIES
-from lora_ft.commands.export.gguf_model import prove_gguf, write_model_gguf
+from lora_ft.commands.export.gguf_model import verify_gguf, write_model_gguf
 from lora_ft.commands.export.portable import write_portable
 from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
@@ -136,16 +136,15 @@ def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile
     dtype = str(stored_dtype(base)).removeprefix("torch.") if dtype == "auto" else dtype
     with storage.atomic_file(target, 0) as temporary:
         size = write_model_gguf(base, temporary, dtype, adapter)
-        proof = prove_gguf(temporary, dtype, base, adapter) if verify else "--no-verify"
+        comparison = verify_gguf(temporary, dtype, base, adapter) if verify else "--no-verify"
     print(f"{target}: {portable_name(base.name)}{' + adapter' if adapter else ''}, {dtype}, {size / 2**20:.1f} MiB")
     if window := getattr(load_model_config(base), "sliding_window", None):
         print(f"  note: the model attends to the last {window:,} positions; llama.cpp, in this architecture, to all")
-    if isinstance(proof, str):
-        print(f"  logits were not compared ({proof})")
+    if isinstance(comparison, str):
+        print(f"  logits were not compared ({comparison})")
     else:
-        print(
-            f"  logits, read back by transformers: {proof['difference']:.3g} off at most ({proof['allowed']:.3g} allowed)"
-        )
+        difference, allowed = comparison["difference"], comparison["allowed"]
+        print(f"  logits, read back by transformers: {difference:.3g} off at most ({allowed:.3g} allowed)")
     print(f"  llama.cpp  llama-cli -m {target}; smaller: llama-quantize {target} small.gguf Q4_K_M")
 
 

@@ -1,4 +1,4 @@
-"""An adapter as llama.cpp loads it beside a base's GGUF (`--lora FILE`), as its convert_lora_to_gguf.py writes them."""
+"""Write an adapter as the GGUF that llama.cpp loads with a base's (`--lora FILE`), like its convert_lora_to_gguf.py."""
 
 import re
 from pathlib import Path
@@ -15,42 +15,47 @@ from lora_ft.methods.lora.peft import AdapterFile
 
 
 def write_adapter_gguf(adapter: AdapterFile, model: PreTrainedModel, path: Path, dtype: str, base_name: str) -> int:
-    """Write `adapter` for `model` (of which only the shape counts: the meta device will do). Returns the bytes.
+    """Write `adapter` as a GGUF file. Returns its size in bytes.
 
-    A and B of blk.0.attn_q.weight are blk.0.attn_q.weight.lora_a (rank, in) and .lora_b (rows, rank); the scaling is in B, and
-    adapter.lora.alpha is the rank.
+    A and B of blk.0.attn_q.weight are blk.0.attn_q.weight.lora_a (rank, in) and .lora_b (out, rank); B includes the scaling,
+    and adapter.lora.alpha is the rank.
+
+    Args:
+        model: the base; may be on the meta device.
+        dtype: float32, float16 or bfloat16.
 
     Raises:
-        ModelError: a family that llama.cpp's names aren't known of, or a head that shares its weight with the embedding.
+        ModelError: the family is not supported, or the adapter changes a tied head.
+        FilesError: the disk is full.
     """
     order = layout(model.config)
-    folded, R = portable_tensors(adapter)
+    padded, R = portable_tensors(adapter)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     weights = []
-    for module in sorted(folded, key=by_number):
+    for module in sorted(padded, key=by_number):
         if tied and model.get_submodule(module) is model.get_output_embeddings():
             raise ModelError(
-                f"{adapter.folder}: adapts the head, which shares its weight with the embedding: llama.cpp can't load that "
-                "beside the base. Write the merged model: add --merged."
+                f"{adapter.folder}: adapts the head, which is tied to the embedding; llama.cpp can't load such an adapter. "
+                "Export the merged model instead: add --merged."
             )
         name = gguf_name(order, f"{module}.weight")
-        A, B = folded[module]
+        A, B = padded[module]
         B = reordered(order, f"{module}.weight", B)
         weights += [
             Weight(f"{name}.lora_a", tuple(A.shape), A.clone),
             Weight(f"{name}.lora_b", tuple(B.shape), B.clone),
         ]
 
-    def about(writer: gguf.GGUFWriter) -> None:
+    def write_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(R))
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, Path(portable_name(base_name)).name)
 
-    return write_gguf(path, order.architecture, about, weights, dtype)
+    return write_gguf(path, order.architecture, write_metadata, weights, dtype)
 
 
 def by_number(name: str) -> list:
-    """Sorts layers.2 before layers.10."""
+    """A sort key that puts layers.2 before layers.10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

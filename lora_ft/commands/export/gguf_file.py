@@ -1,4 +1,4 @@
-"""A GGUF file, written a tensor at a time."""
+"""Write a GGUF file, one tensor at a time."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_ft.core import storage
 
-# our dtype -> (how a tensor of it is stored, the file's own word for that)
+# dtype -> GGUF's type of a tensor, GGUF's type of a file
 KINDS = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -20,7 +20,7 @@ KINDS = {
 
 
 class Weight(NamedTuple):
-    """A tensor to write: its name in the file, its shape, and how to come by it."""
+    """A tensor to write: its name in the file, its shape, and a function that reads it."""
 
     name: str
     shape: tuple[int, ...]
@@ -28,12 +28,20 @@ class Weight(NamedTuple):
 
 
 def write_gguf(
-    path: Path, architecture: str, about: Callable[[gguf.GGUFWriter], None], weights: Sequence[Weight], dtype: str
+    path: Path,
+    architecture: str,
+    write_metadata: Callable[[gguf.GGUFWriter], None],
+    weights: Sequence[Weight],
+    dtype: str,
 ) -> int:
-    """Write `weights`, vectors in float32 and all else in `dtype`; `about` adds what the file says of them. Returns the bytes.
+    """Write `weights`, vectors in float32 and the others in `dtype`, after the metadata. Returns the file's size in bytes.
+
+    Args:
+        architecture: llama.cpp's name of it.
+        dtype: float32, float16 or bfloat16.
 
     Raises:
-        FilesError: the disk has no room for it (before anything is written).
+        FilesError: the disk does not have enough space (checked before anything is written).
     """
     kind, file_type = KINDS[dtype]
     kinds = [kind if len(weight.shape) > 1 else gguf.GGMLQuantizationType.F32 for weight in weights]
@@ -44,7 +52,7 @@ def write_gguf(
     storage.require_space(path.parent, sum(sizes) + 2**24)
     writer = gguf.GGUFWriter(path, architecture)
     try:
-        about(writer)
+        write_metadata(writer)
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for weight, stored, size in zip(weights, kinds, sizes, strict=True):
@@ -60,8 +68,8 @@ def write_gguf(
 
 
 def _stored(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """The tensor's numbers as the file has them, rounded once to nearest."""
+    """The tensor in the type of the file, rounded once to nearest."""
     if kind is gguf.GGMLQuantizationType.BF16:  # numpy has no bfloat16
         return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
-    wanted = torch.float16 if kind is gguf.GGMLQuantizationType.F16 else torch.float32
-    return tensor.to(wanted).contiguous().numpy()
+    dtype = torch.float16 if kind is gguf.GGMLQuantizationType.F16 else torch.float32
+    return tensor.to(dtype).contiguous().numpy()

@@ -1,4 +1,4 @@
-"""How llama.cpp names a model's weights (gguf's own tables) and in which order it wants their rows."""
+"""llama.cpp's names of a model's weights (from the gguf package's tables) and its order of their rows."""
 
 import re
 from typing import NamedTuple
@@ -9,17 +9,22 @@ from transformers import PretrainedConfig
 
 from lora_ft.core.errors import ModelError
 
-# transformers' model_type -> (llama.cpp's architecture, whether it wants the rows of q and k interleaved)
+# transformers' model_type -> llama.cpp's architecture, and whether it has the rows of q and k interleaved (`reordered`)
 FAMILIES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
 ARCHITECTURES = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
 ROTATED = re.compile(r"\.self_attn\.(q|k)_proj\.(weight|bias)$")
-OTHERWISE = (
-    "Merge it (`lora-ft export FOLDER --to merged`) and try llama.cpp's own convert_hf_to_gguf.py on the result."
-)
+ALTERNATIVE = "Merge it (`lora-ft export FOLDER --to merged`) and try llama.cpp's convert_hf_to_gguf.py on the result."
 
 
 class Layout(NamedTuple):
-    """One model's names and orders. architecture: llama.cpp's. heads, kv_heads: of attention. interleaved: see `reordered`."""
+    """The names and row order of a model's weights in llama.cpp.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        heads, kv_heads: the number of attention heads, and of key-value heads.
+        interleaved: whether the rows of q and k are interleaved (`reordered`).
+        names: transformers' names -> llama.cpp's.
+    """
 
     architecture: str
     heads: int
@@ -32,39 +37,43 @@ def layout(config: PretrainedConfig) -> Layout:
     """The layout of a model with this config.
 
     Raises:
-        ModelError: a family whose names and orders aren't known here, or a variant of one that llama.cpp computes otherwise.
+        ModelError: the family, or this variant of it, is not supported.
     """
     family = config.model_type
     if family not in FAMILIES:
-        raise ModelError(f"GGUF: not for the architecture {family!r}; known are {', '.join(FAMILIES)}. {OTHERWISE}")
+        raise ModelError(f"GGUF: architecture {family!r} is not supported, only {', '.join(FAMILIES)}. {ALTERNATIVE}")
     rope = config.rope_parameters or {}
     kind, part = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
     if kind not in ("default", "linear", "llama3") or part != 1.0:
         raise ModelError(
-            f"GGUF: rotary embeddings of the kind {kind!r}, rotating {part:g}, aren't known here. {OTHERWISE}"
+            f"GGUF: rotary embeddings of type {kind!r} on {part:.0%} of a head are not supported. {ALTERNATIVE}"
         )
     if config.hidden_act != "silu":
-        raise ModelError(f"GGUF: the activation {config.hidden_act!r} isn't llama.cpp's of {family}. {OTHERWISE}")
+        raise ModelError(
+            f"GGUF: llama.cpp does not support activation {config.hidden_act!r} in {family}. {ALTERNATIVE}"
+        )
     architecture, interleaved = FAMILIES[family]
     names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], config.num_hidden_layers)
     return Layout(architecture, config.num_attention_heads, config.num_key_value_heads, interleaved, names)
 
 
 def gguf_name(layout: Layout, name: str) -> str:
-    """llama.cpp's name of a weight: blk.0.attn_q.weight for model.layers.0.self_attn.q_proj.weight."""
-    found = layout.names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None:
-        raise ModelError(
-            f"GGUF: llama.cpp has no name for {name} in the architecture {layout.architecture}. {OTHERWISE}"
-        )
-    return found
+    """llama.cpp's name of a weight: blk.0.attn_q.weight for model.layers.0.self_attn.q_proj.weight.
+
+    Raises:
+        ModelError: it has none.
+    """
+    new_name = layout.names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if new_name is None:
+        raise ModelError(f"GGUF: llama.cpp has no {name} in architecture {layout.architecture}. {ALTERNATIVE}")
+    return new_name
 
 
 def reordered(layout: Layout, name: str, tensor: Tensor) -> Tensor:
-    """A weight (rows, in), a bias (rows) or the B of an adapter (rows, rank), its rows as llama.cpp wants them.
+    """A weight (out, in), a bias (out,) or an adapter's B (out, rank) with its rows in llama.cpp's order.
 
-    transformers rotates the dimensions i and i + d/2 of a head of size d as a pair; llama.cpp's llama architecture 2i and
-    2i + 1. So the rows of q and k are interleaved head by head: row 2i + j there is row i + j d/2 here.
+    Rotary embeddings rotate pairs of dimensions of a head of size d: i and i + d/2 in transformers, 2i and 2i + 1 in
+    llama.cpp's llama architecture. So each head's rows of q and k are interleaved: row i + j d/2 becomes row 2i + j.
     """
     match = ROTATED.search(name)
     if not layout.interleaved or not match:

@@ -1,4 +1,4 @@
-"""A whole model as one GGUF file: weights, hyperparameters and tokenizer, and the proof that it computes the same."""
+"""Write a complete model as one GGUF file (weights, hyperparameters, tokenizer) and verify that it computes the same."""
 
 import gc
 from functools import partial
@@ -16,7 +16,7 @@ from lora_ft.commands.export.gguf_layout import Layout, gguf_name, layout, reord
 from lora_ft.commands.export.gguf_vocabulary import write_vocabulary
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.compatibility import check_against
-from lora_ft.methods.lora.files import load_adapter, portable_name
+from lora_ft.methods.lora.files import apply_adapter, portable_name
 from lora_ft.methods.lora.merge_shards import DTYPES, check_stored_copies, finite, merged, stored_keys
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, plan_edits, source_of, stored_names
@@ -24,7 +24,7 @@ from lora_ft.methods.lora.verify import largest, logits, sample_rows
 from lora_ft.model.files import Base, opened, stored_dtype, weight_files
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
 
-# Settings that the logits depend on and that transformers doesn't read from every GGUF.
+# Settings that change the logits and that transformers does not read from every GGUF
 COMPARED = (
     *("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "rms_norm_eps"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "sliding_window"),
@@ -33,13 +33,17 @@ COMPARED = (
 
 
 def write_model_gguf(base: Base, path: Path, dtype: str, adapter: AdapterFile | None = None) -> int:
-    """Write a model's folder as one file, with an adapter folded in if one is given. Vectors are float32, matrices `dtype`.
+    """Write a model, merged with an adapter if there is one, with one tensor in memory at a time.
 
-    Returns the bytes. One tensor is in memory at a time.
+    Args:
+        dtype: of matrices: float32, float16 or bfloat16. Vectors are float32.
+
+    Returns:
+        The file's size in bytes.
 
     Raises:
-        ModelError: a family or tokenizer that llama.cpp's names aren't known of; quantized or missing weights.
-        FilesError: the disk is full, or the place can't be written.
+        ModelError: the family or the tokenizer is not supported; a weight is quantized or missing.
+        FilesError: the disk is full, or `path` can't be written.
     """
     model, tokenizer, shards = skeleton(base), load_tokenizer(base), weight_files(base)
     order, on_disk = layout(model.config), stored_names(model, stored_keys(shards))
@@ -51,33 +55,32 @@ def write_model_gguf(base: Base, path: Path, dtype: str, adapter: AdapterFile | 
         edits = {f"{edit.module}.weight": edit for edit in planned if edit.module is not None}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = []
-    # An alias (a tied head) is a tensor of its own only if adapted.
+    # A tied head is a separate tensor only if it is adapted.
     for name in sorted(shapes.keys() - (model.all_tied_weights_keys.keys() - edits.keys()), key=by_number):
         source = source_of(model, on_disk, name)
         if source is None:
-            raise ModelError(
-                f"model {base.name}: its files hold no tensor of its own for {name}. Copy the model again."
-            )
+            raise ModelError(f"model {base.name}: its files have no separate tensor for {name}. Copy the model again.")
         read = partial(_read, order, name, source, shards, edits.get(name), adapter)
         weights.append(Weight(gguf_name(order, name), shapes[name], read))
     if (frequencies := rope_frequencies(model.config)) is not None:
         weights.append(Weight("rope_freqs.weight", tuple(frequencies.shape), frequencies.clone))
 
-    def about(writer: gguf.GGUFWriter) -> None:
+    def write_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(portable_name(base.name)).name)
         write_hyperparameters(writer, model.config)
         write_vocabulary(writer, tokenizer, model.config.vocab_size)
 
-    return write_gguf(path, order.architecture, about, weights, dtype)
+    return write_gguf(path, order.architecture, write_metadata, weights, dtype)
 
 
 def _read(
     order: Layout, name: str, source: str, shards: list[Path], edit: Edit | None, adapter: AdapterFile | None
 ) -> Tensor:
+    """The weight `name`, stored as `source`, merged with the adapter if there is an edit, in llama.cpp's row order."""
     for shard in shards:
         with opened(shard) as file:
-            if source in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if source in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 tensor = finite(file, source, shard)
                 if tensor.dtype not in DTYPES:
                     raise ModelError(f"{shard}: {source} is {tensor.dtype}: quantized weights can't be exported.")
@@ -88,7 +91,7 @@ def _read(
 
 
 def write_hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    """What llama.cpp needs to know of a Llama-like model."""
+    """Add the hyperparameters of a Llama-like model."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters or {}
     writer.add_vocab_size(config.vocab_size)
@@ -109,33 +112,35 @@ def write_hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig) -> 
 
 
 def rope_frequencies(config: PretrainedConfig) -> Tensor | None:
-    """Llama 3.1's rotary frequencies as llama.cpp has them: by how much each is slower than without scaling (head_dim / 2)."""
+    """Llama 3.1's scaling of rotary frequencies in llama.cpp's form: (head_dim / 2,) unscaled / scaled; None without it."""
     rope = config.rope_parameters or {}
     if rope.get("rope_type") != "llama3":
         return None
-    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, 2 * len(slowed), 2).float() / (2 * len(slowed)))
-    return plain / slowed
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, 2 * len(scaled), 2).float() / (2 * len(scaled)))
+    return plain / scaled
 
 
-def prove_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None = None) -> dict | str:
-    """Load the file with transformers and compare its logits with the folder's (and adapter's), in float32, one model in memory
-    at a time.
+def verify_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None = None) -> dict | str:
+    """Load the file with transformers and compare its logits with those of base (and adapter), in float32.
 
-    Returns the figures; or why transformers can't be asked: it doesn't read all that llama.cpp does from a GGUF.
+    One model is in memory at a time.
+
+    Returns:
+        difference, allowed, largest_logit, positions; or the reason why nothing was compared: transformers does not read
+        everything from a GGUF that llama.cpp does.
 
     Raises:
-        ModelError: logits differ by more than rounding may do.
+        ModelError: the logits differ by more than rounding can explain.
     """
     written, stored = Base(path.name, path.parent, gguf=path), str(stored_dtype(base)).removeprefix("torch.")
-    wanted, found = load_model_config(base), load_model_config(written)
-    lost = [name for name in COMPARED if _setting(wanted, name) != _setting(found, name)]
-    if lost:
-        return f"transformers doesn't read {', '.join(lost)} from such a file"
-    rows = sample_rows(adapter.trained.record if adapter else {}, load_tokenizer(base), wanted.vocab_size)
+    config, config_read = load_model_config(base), load_model_config(written)
+    if lost := [name for name in COMPARED if _setting(config, name) != _setting(config_read, name)]:
+        return f"transformers does not read {', '.join(lost)} from a GGUF"
+    rows = sample_rows(adapter.trained.record if adapter else {}, load_tokenizer(base), config.vocab_size)
     model = load_base(base, "float32")
     if adapter is not None:
-        load_adapter(model, adapter.folder)
+        apply_adapter(model, adapter)
     exact = logits(model, rows)
     del model
     gc.collect()
@@ -146,14 +151,14 @@ def prove_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None =
     allowed = scale * max([1e-4, *(8 * torch.finfo(getattr(torch, kind)).eps for kind in roundings)])
     if not difference <= allowed:
         raise ModelError(
-            f"the GGUF failed its proof: logits differ by {difference:.3g} in sample row {row}, position {position}, where "
-            f"{allowed:.3g} is allowed (largest logit {scale:.3g}). The output was not kept."
+            f"the GGUF failed its verification: logits differ by {difference:.3g} in sample row {row}, position {position}, "
+            f"where {allowed:.3g} is allowed (largest logit {scale:.3g}). The output was not kept."
         )
     return {"difference": difference, "allowed": allowed, "largest_logit": scale, "positions": sum(map(len, rows))}
 
 
 def _setting(config: PretrainedConfig, name: str):
-    """A setting's value, rounded as a GGUF's float32 rounds it; Mistral counts as the Llama that its GGUF says it is."""
+    """A setting, rounded to float32 as in a GGUF. A Mistral is a Llama there."""
     value = getattr(config, name, None)
     if name == "model_type":
         return "llama" if value == "mistral" else value

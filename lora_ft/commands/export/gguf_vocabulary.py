@@ -1,7 +1,7 @@
-"""A tokenizer as llama.cpp reads it: tokens, kinds, merges or scores, and the name under which it knows how text is split.
+"""Write a tokenizer as llama.cpp reads it: tokens, their types, merges or scores, and the name of its pre-tokenizer.
 
-llama.cpp has its own code for each way to split text before the merges; a GGUF names the one to use. A tokenizer that splits in
-another way is refused: it would turn text into other tokens than those the model was trained on.
+llama.cpp has its own code for each way to split text before the merges; a GGUF names which one to use. A tokenizer that splits
+in another way is not supported: text would become other tokens than those that the model was trained on.
 """
 
 import json
@@ -20,7 +20,7 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# steps of a byte-level tokenizer's pre_tokenizer -> (llama.cpp's name, whether a whole word in the vocabulary needs no merges)
+# steps of a byte-level tokenizer's pre_tokenizer -> llama.cpp's name, whether a word in the vocabulary skips the merges
 SPLITS: dict[tuple, tuple[str, bool]] = {
     ("bytes by GPT-2's words",): ("gpt-2", False),
     ("single digits", "bytes by GPT-2's words"): ("smollm", False),
@@ -28,19 +28,22 @@ SPLITS: dict[tuple, tuple[str, bool]] = {
     (QWEN2, "bytes"): ("qwen2", False),
     (TEKKEN, "bytes"): ("tekken", True),
 }
-UNLIKE = "so llama.cpp would read text otherwise. Write the adapter alone (without --merged), for a GGUF of the base."
+ALTERNATIVE = "Export the adapter alone (without --merged), for use with a GGUF of the base."
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Add the tokenizer, filled up with unused tokens to the embedding's `size`, its special tokens and its chat template.
+    """Add the tokenizer, its special tokens and its chat template.
+
+    Args:
+        size: rows of the embedding; unused tokens fill the vocabulary up to it.
 
     Raises:
-        ModelError: a kind of tokenizer that llama.cpp's names aren't known of.
+        ModelError: the tokenizer is not supported.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE":
-        raise ModelError(f"GGUF: the tokenizer is of the kind {model['type']}; BPE is known here, {UNLIKE}")
+        raise ModelError(f"GGUF: tokenizers of type {model['type']} are not supported, only BPE. {ALTERNATIVE}")
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     pieces = {i: token for token, i in tokenizer.get_vocab().items()}
     added = {token["id"]: token for token in state["added_tokens"]}
@@ -76,6 +79,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase
 
 
 def _kind(i: int, token: str, pieces: dict[int, str], added: dict[int, dict], spm: bool, unknown: int | None) -> int:
+    """The token's type. added: id -> entry of the tokenizer's added tokens. spm: whether it is like sentencepiece's."""
     if i not in pieces:
         return gguf.TokenType.UNUSED
     if spm and i == unknown:
@@ -86,17 +90,21 @@ def _kind(i: int, token: str, pieces: dict[int, str], added: dict[int, dict], sp
 
 
 def _split_name(state: dict[str, Any]) -> str:
-    """llama.cpp's name for the way in which a byte-level tokenizer splits text."""
-    found = SPLITS.get(tuple(map(_step, _sequence(state["pre_tokenizer"], "pretokenizers"))))
+    """llama.cpp's name for the way in which a byte-level tokenizer splits text.
+
+    Raises:
+        ModelError: it has none.
+    """
+    split = SPLITS.get(tuple(map(_step, _sequence(state["pre_tokenizer"], "pretokenizers"))))
     normalizers = [step["type"] for step in _sequence(state["normalizer"], "normalizers")]
-    if found is None or normalizers not in ([], ["NFC"]) or bool(state["model"].get("ignore_merges")) != found[1]:
+    if split is None or normalizers not in ([], ["NFC"]) or bool(state["model"].get("ignore_merges")) != split[1]:
         known = ", ".join(name for name, _ in SPLITS.values())
-        raise ModelError(f"GGUF: the tokenizer splits text in a way that is none of llama.cpp's {known}, {UNLIKE}")
-    return found[0]
+        raise ModelError(f"GGUF: the tokenizer splits text in none of llama.cpp's ways ({known}). {ALTERNATIVE}")
+    return split[0]
 
 
 def _step(step: dict[str, Any]) -> str:
-    """A step of a pre_tokenizer in words; what isn't in these words matches nothing."""
+    """A step of a pre_tokenizer as in the keys of SPLITS; an unknown step matches none of them."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return "bytes by GPT-2's words"
@@ -110,28 +118,26 @@ def _step(step: dict[str, Any]) -> str:
 
 
 def _prepends_space(state: dict[str, Any]) -> bool:
-    """Whether a sentencepiece-like tokenizer puts a space before the text, as llama.cpp can.
+    """Whether a sentencepiece-like tokenizer puts a space before the text.
 
     Raises:
-        ModelError: it does something else besides.
+        ModelError: it has a step that llama.cpp does not support.
     """
-    normalizers, splitters = (
-        _sequence(state["normalizer"], "normalizers"),
-        _sequence(state["pre_tokenizer"], "pretokenizers"),
-    )
+    normalizers, pre_tokenizers = state["normalizer"], state["pre_tokenizer"]
     prepends = False
-    for step in (*normalizers, *splitters):
+    for step in (*_sequence(normalizers, "normalizers"), *_sequence(pre_tokenizers, "pretokenizers")):
         match step:
             case {"type": "Prepend", "prepend": "▁"} | {"type": "Metaspace", "prepend_scheme": "first" | "always"}:
                 prepends = True
             case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"} | {"type": "Metaspace"}:
                 pass
             case _:
-                raise ModelError(f"GGUF: the tokenizer has a step {step['type']}, which sentencepiece hasn't, {UNLIKE}")
+                raise ModelError(f"GGUF: the tokenizer's step {step['type']} is not supported. {ALTERNATIVE}")
     return prepends
 
 
 def _sequence(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The steps of a Sequence, which it has under `name`; a single step, or none, as a list."""
     if step is None:
         return []
     return list(step[name]) if step["type"] == "Sequence" else [step]

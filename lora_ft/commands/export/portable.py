@@ -1,8 +1,8 @@
-"""The part of PEFT's format that every runtime reads: one rank, nothing to scale, no extras. The same function, exactly."""
+"""Write an adapter in the subset of PEFT's format that every library reads: one rank, scaling 1, no patterns. Exact."""
 
 from pathlib import Path
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_ft.core import storage
@@ -13,51 +13,46 @@ from lora_ft.methods.lora.peft import PREFIX, AdapterFile
 def portable_tensors(adapter: AdapterFile) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
     """Module -> A (R, in) and s B (out, R), float32, zero-padded to the largest rank R; and R.
 
-    With lora_alpha = R a reader's own scaling is 1, with or without rank and alpha patterns and rslora.
+    With lora_alpha = R the scaling of a reader is 1, whatever patterns or rslora the adapter has.
     """
     R = max(A.shape[0] for A, _ in adapter.tensors.values())
-    folded = {}
+    padded = {}
     for module, (A, B) in adapter.tensors.items():
-        padding = (0, R - A.shape[0])
-        sB = adapter.scalings[module] * B
-        folded[module] = (
-            torch.nn.functional.pad(A, (0, 0, *padding)).contiguous(),
-            torch.nn.functional.pad(sB, padding).contiguous(),
-        )
-    return folded, R
+        sB, missing = adapter.scalings[module] * B, R - A.shape[0]
+        padded[module] = (F.pad(A, (0, 0, 0, missing)).contiguous(), F.pad(sB, (0, missing)).contiguous())
+    return padded, R
 
 
 def write_portable(adapter: AdapterFile, folder: Path) -> int:
     """Write the adapter's two files into an existing folder. Returns the rank."""
-    folded, R = portable_tensors(adapter)
-    tensors = {}
-    for module, (A, B) in folded.items():
+    padded, R = portable_tensors(adapter)
+    config, tensors = adapter.trained.adapter_config, {}
+    for module, (A, B) in padded.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = B
-    config = {
+    new_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": portable_name(adapter.trained.adapter_config.get("base_model_name_or_path") or "")
-        or None,
+        "base_model_name_or_path": portable_name(config.get("base_model_name_or_path") or "") or None,
         "r": R,
         "lora_alpha": R,
         "lora_dropout": 0.0,
         "target_modules": targets(adapter),
         "bias": "none",
-        "fan_in_fan_out": bool(adapter.trained.adapter_config.get("fan_in_fan_out")),
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
         "inference_mode": True,
     }
     storage.write_tensors(folder / WEIGHTS, tensors)
-    storage.write_json(folder / CONFIG, config)
+    storage.write_json(folder / CONFIG, new_config)
     return R
 
 
 def targets(adapter: AdapterFile) -> list[str]:
-    """target_modules, sorted: the adapter's own list where it says it all, else each module by its path."""
+    """target_modules, sorted: the adapter's own list if it alone determines the modules, else the paths of all modules."""
     config, modules = adapter.trained.adapter_config, sorted(adapter.tensors)
     own = config.get("target_modules")
     narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     if not isinstance(own, list) or narrowed:
         return modules
-    meant = [set(own) & set(suffixes(module)) for module in modules]
-    return sorted(set(own)) if all(meant) and set().union(*meant) == set(own) else modules
+    matches = [set(own) & set(suffixes(module)) for module in modules]
+    return sorted(set(own)) if all(matches) and set().union(*matches) == set(own) else modules
