@@ -1,7 +1,7 @@
-"""The page of claims says what the result files say."""
+"""docs/claims.md is up to date with the result files."""
 
-from scripts.claims import PAGE, claims
+from scripts.claims import PAGE, page
 
 
-def test_the_page_is_made_of_the_result_files():
-    assert PAGE.read_text() == claims(), "run: python scripts/claims.py"
+def test_the_page_matches_the_result_files():
+    assert PAGE.read_text() == page(), "run: python scripts/claims.py"
