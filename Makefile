@@ -1,7 +1,7 @@
-# Everything runs in .venv, made on first use. `make PYTHON=python3.12 test` picks another Python.
+# Everything runs in .venv, which is created on first use. `make PYTHON=python3.12 test` uses another Python.
 PYTHON ?= python3
 BIN := .venv/bin
-# One process per core; every test process keeps torch to one thread (tests/conftest.py).
+# One process per core; each test process uses one torch thread (tests/conftest.py).
 PYTEST_ARGS ?= -n auto
 
 .PHONY: install assets quickstart notebook test kill-test bench format lint type
@@ -15,26 +15,26 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	@touch $@
 
-# The model into models/, the reviews into data/; at once when they are there.
+# Download the model into models/ and the reviews into data/, unless they are there.
 assets: .venv/.installed
 	@$(BIN)/python scripts/assets.py
 
 quickstart: assets
 	@$(BIN)/python scripts/quickstart.py
 
-# lora.ipynb from top to bottom, its outputs stored in it.
+# Run lora.ipynb and store its outputs.
 notebook: assets
 	$(BIN)/jupyter-execute --inplace lora.ipynb
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Kill a run N times, resume it, and compare with one that was left in peace.
+# Kill and resume a run N times and compare it with an uninterrupted run.
 N ?= 200
 kill-test: .venv/.installed
 	@$(BIN)/python scripts/kill_test.py -n $(N)
 
-# Speed and memory against PEFT + Trainer, TRL and the machine's floor; over an hour on an idle machine.
+# Speed and memory against PEFT + Trainer, TRL and the machine's limit; over an hour on an idle machine.
 bench: assets
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)

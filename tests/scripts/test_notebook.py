@@ -1,4 +1,4 @@
-"""lora.ipynb runs from scratch, on a small setting; what is stored in it is one whole run."""
+"""lora.ipynb runs from scratch with a small setting; its stored outputs are from one complete run."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ CODE = [cell for cell in STORED.cells if cell.cell_type == "code"]
 
 
 def write_reviews(folder: Path) -> Path:
-    """Rows with the columns of scripts/assets.py's."""
+    """Rows with the columns that scripts/assets.py writes."""
     folder.mkdir()
     for name in ("train", "eval"):
         rows = [
@@ -35,7 +35,7 @@ def write_reviews(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory) -> list:
-    """The code cells after a run from scratch: on the real model where `make assets` brought it, else on a tiny one."""
+    """The code cells after a run from scratch, on the real model if `make assets` has downloaded it, else on a tiny one."""
     folder = tmp_path_factory.mktemp("notebook")
     real = (MODEL / "model.safetensors").is_file() and (DATA / "reviews_eval.jsonl").is_file()
     model, data = (MODEL, DATA) if real else (write_base(folder / "base"), write_reviews(folder / "data"))
@@ -46,16 +46,16 @@ def executed(tmp_path_factory) -> list:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_every_cell_that_shows_something_has_it_stored(executed):
+def test_every_cell_with_an_output_has_it_stored(executed):
     assert [bool(cell.outputs) for cell in CODE] == [bool(cell.outputs) for cell in executed]
 
 
-def test_the_stored_run_is_whole_and_in_order():
+def test_the_stored_run_is_complete_and_in_order():
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
     assert not [o for cell in CODE for o in cell.outputs if o.output_type == "error"]
 
 
-def test_the_stored_run_tells_no_paths_and_is_small():
+def test_the_stored_run_names_no_local_paths_and_is_small():
     assert not re.findall(r"/(?:work|tmp|home|root|Users|opt|usr|var)/[^\"\\ ]*", TEXT)
     assert len(TEXT) < 400_000
 
