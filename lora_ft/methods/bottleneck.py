@@ -17,7 +17,8 @@ from lora_ft.config.schema import AdapterConfig
 from lora_ft.core.errors import ModelError
 from lora_ft.methods import tensor_files
 from lora_ft.methods.lora.files import WEIGHTS
-from lora_ft.methods.lora.inject import disabled, find_targets
+from lora_ft.methods.lora.inject import disabled
+from lora_ft.methods.lora.targets import find_targets
 from lora_ft.methods.trained import Trained
 from lora_ft.nn.bottleneck import NONLINEARITIES, Bottleneck
 from lora_ft.nn.lora import dimensions

@@ -17,7 +17,7 @@ class Bottleneck(nn.Module):
     """A frozen layer followed by a trainable bottleneck with a residual.
 
     Attributes:
-        base: the frozen layer, unchanged; its output is (..., width).
+        base: the frozen layer, unchanged, with output (..., width); `weight` and `bias` are the base's.
         down, up: linear layers with D, d and U, u, float32 whatever the base's dtype.
         nonlinearity: a key of NONLINEARITIES.
         enabled: False computes the base alone.
@@ -38,15 +38,8 @@ class Bottleneck(nn.Module):
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         self.down.weight.data.copy_(drawn)
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, in the base's layout."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias (width,)."""
-        return self.base.bias
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> h (..., width), in the dtype of y."""

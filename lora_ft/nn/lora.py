@@ -56,7 +56,7 @@ class LoRALinear(nn.Module):
     Create it with `from_base`; `merged` returns a plain layer of the base's class.
 
     Attributes:
-        base: the frozen layer, unchanged.
+        base: the frozen layer, unchanged; `weight` and `bias` are the base's.
         rows: part -> the rows of the output that this part changes.
         lora_A: part -> A (rank, in), float32 whatever the base's dtype.
         lora_B: part -> B (rows of the part, rank), float32.
@@ -96,15 +96,8 @@ class LoRALinear(nn.Module):
             A.data.copy_(drawn)
         return layer
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, in the base's layout."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias (out,)."""
-        return self.base.bias
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> W x + b + s B A x (..., out), in the dtype of x (or of autocast)."""

@@ -19,7 +19,8 @@ class MultiLoRALinear(nn.Module):
     """A frozen layer and the adapters that share it; computes the bare base until `use` or `mix` is called.
 
     Attributes:
-        base: the frozen layer, the only submodule: an adapter adds the memory of its A and B alone.
+        base: the frozen layer, the only submodule, so that an adapter adds the memory of its A and B alone; `weight` and
+            `bias` are the base's.
         adapters: name -> this adapter's LoRALinear over `base`; adapters that leave this layer unchanged are absent.
         enabled: False computes the bare base, whatever `use` and `mix` selected.
     """
@@ -43,15 +44,8 @@ class MultiLoRALinear(nn.Module):
         self._name = None
         self._batch, self._groups = len(names), groups(self.adapters, names)
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, in the base's layout."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias (out,)."""
-        return self.base.bias
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out). After `mix` the first dimension is a multiple of the number of names (beams, for one).

@@ -23,9 +23,6 @@ from lora_ft.methods.lora.peft_config import CONFIG, file_rank
 from lora_ft.methods.trained import Trained
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
-__all__ = ["CONFIG", "RECORD", "WEIGHTS", "AdapterFile", "apply_adapter", "initialize_from", "load_adapter"]
-__all__ += ["parts_record", "read_adapter", "save_adapter", "write_record"]
-
 
 def save_adapter(model: nn.Module, folder: Path, base_name: str, *, record: dict | None = None) -> None:
     """Write the adapter of `model` into an existing folder as PEFT's two files, then the record if there is one.

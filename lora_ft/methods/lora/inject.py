@@ -11,11 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.targets import Target, find_targets
+from lora_ft.methods.lora.targets import find_targets
 from lora_ft.nn.lora import InputDropout, LoRALinear
 from lora_ft.nn.multi_lora import MultiLoRALinear
-
-__all__ = ["Target", "bare", "disabled", "find_targets", "inject_lora", "lora_layers", "merge", "trainable", "unmerge"]
 
 SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles whose modules in a layer have the same input tensor
 
@@ -53,16 +51,16 @@ def inject_lora(
     """
     if rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"rank {rank} must be at least 1, dropout {dropout} at least 0 and below 1")
-    found = find_targets(model, targets, modules, layers)
+    adapted = find_targets(model, targets, modules, layers)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
-    for target in found:
+    for target in adapted:
         base = model.get_submodule(target.module)
         layer = LoRALinear.from_base(base, rank, alpha, rslora=rslora, rows=target.rows, generator=generator)
         model.set_submodule(target.module, layer.train(base.training))
     if dropout:
         set_dropout(model, dropout)
-    return [target.module for target in found]
+    return [target.module for target in adapted]
 
 
 def set_dropout(model: nn.Module, p: float) -> None:

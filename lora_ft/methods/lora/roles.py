@@ -132,18 +132,23 @@ def phi3(config: PretrainedConfig) -> dict[str, RowBlocks]:
     return fused(1, q=config.num_attention_heads * d, k=kv, v=kv) | gate_up(config)
 
 
-ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
+def attention(path: str, o: str) -> dict[str, str]:
+    """The modules of an attention with separate q_proj, k_proj and v_proj, and its output projection `o`."""
+    return {"q": f"{path}.q_proj", "k": f"{path}.k_proj", "v": f"{path}.v_proj", "o": f"{path}.{o}"}
+
+
+ATTENTION = attention("self_attn", "o_proj")
 MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 GATE_UP = {"gate up": "mlp.gate_up_proj", "down": "mlp.down_proj"}
 PLAIN_MLP = {"up": "mlp.up_proj", "down": "mlp.down_proj"}
 FC12 = {"up": "fc1", "down": "fc2"}
-OUT_PROJ = ATTENTION | {"o": "self_attn.out_proj"}
+OUT_PROJ = attention("self_attn", "out_proj")
 C_ATTN = {"q k v": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
 
 
-def query_key_value(attention: str) -> dict[str, str]:
-    """The modules of the BLOOM, Falcon, GPT-NeoX and Persimmon families; `attention` is the path of the attention."""
-    qkvo = {"q k v": f"{attention}.query_key_value", "o": f"{attention}.dense"}
+def query_key_value(path: str) -> dict[str, str]:
+    """The modules of the BLOOM, Falcon, GPT-NeoX and Persimmon families; `path` is that of the attention."""
+    qkvo = {"q k v": f"{path}.query_key_value", "o": f"{path}.dense"}
     return qkvo | {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 
 
@@ -160,32 +165,14 @@ TABLE: dict[str, Family] = {
     "gemma3": Family("model.language_model.layers", ATTENTION | MLP),  # with its vision tower
     "starcoder2": Family("model.layers", ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}),
     "nanochat": Family("model.layers", ATTENTION | {"up": "mlp.fc1", "down": "mlp.fc2"}),
-    "phi": Family("model.layers", ATTENTION | {"o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"}),
+    "phi": Family("model.layers", attention("self_attn", "dense") | {"up": "mlp.fc1", "down": "mlp.fc2"}),
     "opt": Family("model.decoder.layers", OUT_PROJ | FC12),
     "xglm": Family("model.layers", OUT_PROJ | FC12),
     "biogpt": Family("biogpt.layers", OUT_PROJ | FC12),
     "gpt_neo": Family(
-        "transformer.h",
-        {
-            "q": "attn.attention.q_proj",
-            "k": "attn.attention.k_proj",
-            "v": "attn.attention.v_proj",
-            "o": "attn.attention.out_proj",
-            "up": "mlp.c_fc",
-            "down": "mlp.c_proj",
-        },
+        "transformer.h", attention("attn.attention", "out_proj") | {"up": "mlp.c_fc", "down": "mlp.c_proj"}
     ),
-    "gptj": Family(
-        "transformer.h",
-        {
-            "q": "attn.q_proj",
-            "k": "attn.k_proj",
-            "v": "attn.v_proj",
-            "o": "attn.out_proj",
-            "up": "mlp.fc_in",
-            "down": "mlp.fc_out",
-        },
-    ),
+    "gptj": Family("transformer.h", attention("attn", "out_proj") | {"up": "mlp.fc_in", "down": "mlp.fc_out"}),
     "gpt2": Family("transformer.h", C_ATTN, thirds),
     "gpt_bigcode": Family("transformer.h", C_ATTN, gpt_bigcode),
     "gpt_neox": Family("gpt_neox.layers", query_key_value("attention"), per_head),

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.core.errors import ConfigError, ModelError
-from lora_ft.methods.lora.inject import bare, find_targets, inject_lora, lora_layers, merge, trainable, unmerge
+from lora_ft.methods.lora.inject import bare, inject_lora, lora_layers, merge, trainable, unmerge
 from lora_ft.methods.lora.roles import architecture_of
+from lora_ft.methods.lora.targets import find_targets
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 from tests.helpers.families import FAMILIES, build, tiny_model, token_ids
 

@@ -7,8 +7,9 @@ import torch
 from transformers import AttentionInterface, GPT2Config, LlamaConfig, T5Config
 
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.inject import find_targets, inject_lora, lora_layers, trainable
+from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
 from lora_ft.methods.lora.roles import TABLE, architecture_of, fused
+from lora_ft.methods.lora.targets import find_targets
 from lora_ft.nn.lora import RowBlocks
 from tests.helpers.families import FAMILIES, build, tiny_model, token_ids
 
