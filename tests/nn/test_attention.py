@@ -97,9 +97,10 @@ def test_outside_of_a_row_the_model_is_untouched():
 def test_gradients_equal_those_of_a_padded_batch(family, checkpointing):
     model = tiny_model(family)
     inject_lora(model, ["all"], rank=2, seed=0)
+    generator = torch.Generator().manual_seed(0)
     for name, p in trainable(model).items():
         if "lora_B" in name:
-            torch.nn.init.normal_(p.data, std=0.3)
+            torch.nn.init.normal_(p.data, std=0.3, generator=generator)
     rows = examples()[:3]
     width = max(map(len, rows))
     ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
@@ -170,9 +171,9 @@ def test_only_what_flash_attention_has_a_kernel_for_goes_into_one_call(monkeypat
     q, k = (torch.randn(1, heads, 15, 16).as_subclass(OnGPU) for heads in (6, 2))
     asked = []
     monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: asked.append(params) or True)
-    assert attention._flash_can(q, k, k)
+    assert attention._flash_supports(q, k, k)
     assert asked[0].enable_gqa and asked[0].is_causal and asked[0].query.shape == q.shape
-    assert not attention._flash_can(q[..., :12], k[..., :12], k[..., :12])
+    assert not attention._flash_supports(q[..., :12], k[..., :12], k[..., :12])
     monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: False)
-    assert not attention._flash_can(q, k, k)
-    assert not attention._flash_can(*(x.as_subclass(torch.Tensor) for x in (q, k, k)))
+    assert not attention._flash_supports(q, k, k)
+    assert not attention._flash_supports(*(x.as_subclass(torch.Tensor) for x in (q, k, k)))
