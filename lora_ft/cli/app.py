@@ -1,7 +1,4 @@
-"""The command line's frame: the app, the options that commands share, and how a command ends.
-
-Every error is answered once, in `command`: a user's with its message and exit code, anything else as a bug in one line.
-"""
+"""The app, the options that commands share, and the one place where errors become messages and exit codes."""
 
 import functools
 import os
@@ -27,8 +24,8 @@ app = typer.Typer(
 )
 
 
-def settings_like(incomplete: str) -> list[str]:
-    """The settings that begin so, for the shell's completion of `--set`."""
+def complete_setting(incomplete: str) -> list[str]:
+    """The settings that start with `incomplete`, for the shell's completion of `--set`."""
     from lora_ft.config.schema import SECTIONS
 
     names = [f"{section}.{name}=" for section, model in SECTIONS.items() for name in model.model_fields]
@@ -40,32 +37,42 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="KEY.PATH=VALUE",
-        help="Set one setting of the config; again for more, the last wins.",
-        autocompletion=settings_like,
+        help="Override a setting of the config. Can be repeated; the last value wins.",
+        autocompletion=complete_setting,
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 OtherBase = Annotated[
-    bool, typer.Option("--other-base", help="Go on, loudly, though the base is not the one the adapter was trained on.")
+    bool,
+    typer.Option("--other-base", help="Continue with a warning if the base is not the one the adapter was trained on."),
+]
+BaseName = Annotated[
+    str | None,
+    typer.Option("--base", metavar="NAME", help="The base model: a hub id or a folder. Default: the adapter's own."),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base, if it asks for that.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model.")
 ]
 AllowPickle = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Read a base that has only pickled weights, with torch's weights_only loader."),
+    typer.Option(
+        "--allow-pickle", help="Load pickled weights, if the base has no others, with torch's weights_only loader."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML config file.")]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command whose errors are answered (inside of Typer, which has other ideas about Ctrl-C and pipes)."""
+    """Decorator: register a command that ends with a message and an exit code after any error or signal.
+
+    Applied inside of Typer, which would handle Ctrl-C and closed pipes in its own way.
+    """
 
     @functools.wraps(function)
-    def answered(*args: Any, **options: Any) -> None:
+    def run(*args: Any, **options: Any) -> None:
         if function.__name__ != "train" and os.environ.get("RANK", "0") != "0":
-            return  # a launcher started several of what one process does
+            return  # under a launcher only rank 0 runs the commands that need one process
         try:
             with Stopper():
                 function(*args, **options)
@@ -73,18 +80,19 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             raise SystemExit(report_error(error, debug="--debug" in sys.argv)) from None
         except SystemExit as end:
-            if isinstance(end.__context__, BrokenPipeError):  # rich's own report_error to a closed pipe is 1
+            if isinstance(end.__context__, BrokenPipeError):  # rich exits with 1 when the pipe is closed
                 raise SystemExit(EXIT_BROKEN_PIPE) from None
             raise
         except (Stopped, KeyboardInterrupt) as stop:
             info(str(stop) or "stopped")
             raise SystemExit(getattr(stop, "exit_code", EXIT_INTERRUPTED)) from None
 
-    return app.command()(answered)
+    return app.command()(run)
 
 
-def print_version(asked: bool) -> None:
-    if asked:
+def print_version(requested: bool) -> None:
+    """Callback of `--version`."""
+    if requested:
         print(f"lora-ft {__version__}")
         raise typer.Exit()
 
@@ -99,9 +107,9 @@ def lora_ft(
     """Fine-tune causal language models with LoRA from one YAML file.
 
     \b
-    lora-ft train configs/quickstart.yaml      the adapter lands in out/
-    lora-ft eval                               base against adapter
-    lora-ft merge --adapter out                a plain model in out-merged/
+    lora-ft train configs/quickstart.yaml      writes the adapter to out/
+    lora-ft eval                               compares it with the base
+    lora-ft merge --adapter out                writes a plain model to out-merged/
     """
 
 

@@ -1,4 +1,4 @@
-"""Commands for before a run: nothing is spent yet."""
+"""Commands before a run: init, check, schema, env."""
 
 import sys
 from pathlib import Path
@@ -13,23 +13,23 @@ from lora_ft.core.trust import Trust
 
 @command
 def init(
-    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The file to write.")] = Path("config.yaml"),
+    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The config file to write.")] = Path("config.yaml"),
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The base: a hub id, a folder, a .gguf file.")
+        str | None, typer.Option(metavar="NAME", help="The base model: a hub id, a folder or a .gguf file.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="A data file, or a hub id[:config][@split].")
+        str | None, typer.Option(metavar="SOURCE", help="The data: a file, or a hub id[:config][@split].")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="chat, classification, completion or text; else by the data's columns.")
+        str | None, typer.Option(help="chat, classification, completion or text. Default: inferred from the data.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="The folder that gets the adapter; else out.")
+        str | None, typer.Option(metavar="FOLDER", help="The folder for the adapter. Default: out.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing config file.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a config for a model and a data file; asks for what isn't given.
+    """Write a config for a model and data; prompt for the rest.
 
     \b
     Example: lora-ft init --model gpt2 --data reviews.csv
@@ -41,14 +41,16 @@ def init(
 
 @command
 def check(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file; none with --shape.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="The YAML config file; omit it with --shape.")
+    ] = None,
     set: Set = None,
     shape: Annotated[
         str | None,
-        typer.Option(metavar="SHAPE", help="Only sizes: of gpt2, gpt3-175b, ... or a folder with a config.json."),
+        typer.Option(metavar="SHAPE", help="Print sizes only, of gpt2, gpt3-175b, ... or a folder with a config.json."),
     ] = None,
     time: Annotated[
-        bool, typer.Option("--time", help="Load the model, time two steps, estimate the duration.")
+        bool, typer.Option("--time", help="Load the model and time two steps to estimate the duration.")
     ] = False,
     as_json: AsJson = False,
     other_base: OtherBase = False,
@@ -56,7 +58,7 @@ def check(
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Everything short of training: config, rows, targets, memory.
+    """Check config, data, targets and memory without training.
 
     \b
     Example: lora-ft check configs/quickstart.yaml --time
@@ -66,10 +68,10 @@ def check(
     from lora_ft.core.errors import ConfigError
 
     if (config is None) == (shape is None):
-        raise ConfigError("give either a CONFIG file, or --shape with a name or a folder that has a config.json")
+        raise ConfigError("give either a CONFIG file or --shape with a name or a folder that has a config.json")
     if shape:
-        nothing = {"model": {"name": shape}, "data": {"train": "none", "text": "{text}"}}
-        settings = parse_config(nothing, set or (), "the command line")
+        without_data = {"model": {"name": shape}, "data": {"train": "none", "text": "{text}"}}
+        settings = parse_config(without_data, set or (), "the command line")
         silence_libraries()
         from lora_ft.commands.check.shapes import check_shape
 
@@ -91,11 +93,11 @@ def check(
 @command
 def schema(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="The reference page instead: every setting in words.")
+        bool, typer.Option("--markdown", help="Print the reference page of all settings instead.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Print the JSON Schema of a config, for completion in editors.
+    """Print the JSON Schema of the config, for completion in editors.
 
     \b
     Example: lora-ft schema > lora-ft.schema.json
@@ -107,7 +109,7 @@ def schema(
 
 @command
 def env(as_json: AsJson = False, debug: Debug = False) -> None:
-    """Print versions, device and memory, for a bug report.
+    """Print versions, device and memory for a bug report.
 
     \b
     Example: lora-ft env > env.txt

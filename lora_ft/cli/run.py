@@ -1,4 +1,4 @@
-"""The run itself, and many of them."""
+"""Commands that train: train, compare."""
 
 import sys
 from contextlib import redirect_stdout
@@ -16,14 +16,14 @@ from lora_ft.core.trust import Trust
 def train(
     config: ConfigFile,
     set: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, or begin.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that `output` holds.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the newest checkpoint, if there is one.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in `output`.")] = False,
     other_base: OtherBase = False,
     processes: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Train in N processes on this machine; else one for each visible GPU, or one."
-        ),
+        typer.Option(metavar="N", min=1, help="Train in N processes on this machine. Default: one per visible GPU."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -38,7 +38,9 @@ def train(
     from lora_ft.core.errors import ConfigError
 
     if resume and overwrite:
-        raise ConfigError("--resume and --overwrite: give one; --resume goes on, --overwrite begins anew")
+        raise ConfigError(
+            "--resume and --overwrite cannot be combined: --resume continues the run, --overwrite replaces it"
+        )
     settings = load_config(config, set or ())
     silence_libraries()
     from lora_ft.distributed.launch import launch, processes_to_start
@@ -46,7 +48,7 @@ def train(
     count = processes_to_start(processes, on_gpus=not settings.trainer.use_cpu)
     if count > 1:
         raise SystemExit(launch(count, sys.argv[1:], main))
-    with redirect_stdout(sys.stderr):  # transformers greets W&B's offline mode on stdout
+    with redirect_stdout(sys.stderr):  # transformers announces W&B's offline mode on stdout
         from lora_ft.commands.train import train
 
     train(
@@ -62,28 +64,27 @@ def compare(
     config: ConfigFile,
     vary: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=V1,V2,...", help="Train with each of these values; again for the product of both."),
+        typer.Option(metavar="KEY=V1,V2,...", help="Train with each of these values. Repeat it for all combinations."),
     ] = None,
     seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Train each variant with these seeds.")] = "0",
     tune: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=V1,V2,...", help="Choose the best of these for each variant, on rows held out of train."
-        ),
+        typer.Option(metavar="KEY=V1,V2,...", help="Choose the best value per variant, on rows held out of train."),
     ] = None,
     tune_steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of a run that only tunes; else as long as the others.")
+        int | None, typer.Option(metavar="N", min=1, help="Steps of a tuning run. Default: those of a full run.")
     ] = None,
     set: Set = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For all of it; else the config's output, then -compare.")
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder for all runs. Default: the config's output with -compare."),
     ] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Train variants of a config; compare scores, sizes, memory and speed.
+    """Train variants of a config and compare the results.
 
     The same command resumes a comparison that was stopped.
 

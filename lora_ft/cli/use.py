@@ -1,4 +1,4 @@
-"""Commands for what a run has left."""
+"""Commands that use a run's output: eval, generate, merge, export, report."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRemoteCode, command
+from lora_ft.cli.app import AllowPickle, AsJson, BaseName, Debug, OtherBase, Set, TrustRemoteCode, command
 from lora_ft.core.messages import silence_libraries
 from lora_ft.core.trust import Trust
 
@@ -16,16 +16,16 @@ def eval(
     folders: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[FOLDER]...", help="An adapter, a checkpoint or a merged model; or adapters of one base."
+            metavar="[FOLDER]...", help="Adapters of one base, a checkpoint or a merged model. Default: out."
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings for an adapter without a record of its own.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Other data than the run's eval data.")] = None,
-    base: Annotated[str | None, typer.Option(metavar="NAME", help="The base: hub id or folder.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The config, if the adapter has no lora_ft.json.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Data. Default: the run's eval data.")] = None,
+    base: BaseName = None,
     as_json: AsJson = False,
     texts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write what was generated for generation.metrics, as JSON lines."),
+        typer.Option(metavar="FILE", help="Write the texts generated for generation.metrics as JSON lines."),
     ] = None,
     set: Set = None,
     other_base: OtherBase = False,
@@ -33,15 +33,15 @@ def eval(
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Score an adapter or several beside their base, or a merged model alone.
+    """Score adapters and their base, or a merged model.
 
     \b
     Example: lora-ft eval out --data reviews-test.jsonl --json
     """
-    if config:  # a mistake in it is answered now, with what the command line and the record add left out
+    if config:  # report its errors before torch is imported; the record provides the rest of it later
         from lora_ft.config.load import NOT_TRAINING, load_config
 
-        load_config(config, [*NOT_TRAINING, "model.name=stands in", *(["data.eval=1"] if data else []), *(set or [])])
+        load_config(config, [*NOT_TRAINING, "model.name=unknown", *(["data.eval=1"] if data else []), *(set or [])])
     silence_libraries()
     from lora_ft.commands.evaluate import evaluate_command
 
@@ -61,42 +61,42 @@ def eval(
 def generate(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Adapters of one base, or a whole model; else out."),
+        typer.Argument(metavar="[FOLDER]...", help="Adapters of one base, or a complete model. Default: out."),
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="An adapter by a name; again for more. The first answers first."),
+        typer.Option(metavar="NAME=DIR", help="An adapter and its name. Can be repeated; the first one is active."),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The base: hub id or folder. Alone: without adapters.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Answer this, through the run's own template.")
-    ] = None,
+    base: BaseName = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="A prompt, put into the run's template.")] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Answer each row: the template's columns, `messages` or `prompt`, and maybe `adapter`; or .txt lines.",
+            help="A file of prompts: rows with the template's columns, `messages` or `prompt`, optionally `adapter`; or .txt.",
         ),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Texts are prompts as they are, through no template.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most; else 256.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Use prompts as they are, without the template.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens per answer. Default: 256.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.001, help="Sample; else as the model's own config.")
+        float | None, typer.Option(min=0.001, help="Sampling temperature. Default: the model's generation config.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this share.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of sampling.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of --prompts at a time, whatever their adapters.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each answer.")] = False,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Sample from the K most likely tokens.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always choose the most likely token.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Sampling seed.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of --prompts per batch, across adapters.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as a JSON object on a line.")] = False,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Answer a prompt or a file of prompts, or chat; adapters share one base.
+    """Answer prompts or chat, with adapters that share one base.
+
+    With --base and no adapter, the base model itself answers.
 
     \b
     Example: lora-ft generate out --prompt "The best film of the year"
@@ -126,20 +126,21 @@ def generate(
 
 @command
 def merge(
-    adapter: Annotated[Path, typer.Option(metavar="DIR", help="The adapter, or a checkpoint.")],
-    base: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The base, if the record has none or it moved.")
+    adapter: Annotated[Path, typer.Option(metavar="DIR", help="The adapter or checkpoint.")],
+    base: BaseName = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder for the merged model. Default: DIR-merged.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="The new model's folder; else DIR-merged.")] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare logits of base + adapter and the merged model.")
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare the merged model's logits with those of base + adapter."),
     ] = True,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Fold an adapter into its base and prove that the result is the same.
+    """Merge an adapter into its base and verify the result.
 
     \b
     Example: lora-ft merge --base gpt2 --adapter out/
@@ -156,8 +157,8 @@ def merge(
     )
 
 
-class Form(StrEnum):
-    """What an export makes."""
+class Format(StrEnum):
+    """The formats of `export`."""
 
     peft = "peft"
     merged = "merged"
@@ -165,7 +166,7 @@ class Form(StrEnum):
 
 
 class Dtype(StrEnum):
-    """How a GGUF's matrices are stored."""
+    """The dtypes of a GGUF's matrices."""
 
     auto = "auto"
     float32 = "float32"
@@ -176,30 +177,33 @@ class Dtype(StrEnum):
 @command
 def export(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="An adapter, a checkpoint; for a GGUF also a merged model.")
+        Path, typer.Argument(metavar="FOLDER", help="An adapter or checkpoint; for gguf also a merged model.")
     ],
     to: Annotated[
-        Form, typer.Option(help="The part of PEFT's format that all read; a merged model; a file for llama.cpp.")
+        Format, typer.Option(help="The common subset of PEFT's format, a merged model, or a file for llama.cpp.")
     ],
     merged: Annotated[
-        bool, typer.Option("--merged", help="gguf: base and adapter in one, not the adapter alone.")
+        bool, typer.Option("--merged", help="gguf: write the merged model instead of the adapter alone.")
     ] = False,
     dtype: Annotated[
-        Dtype, typer.Option(help="gguf: of the matrices; auto: an adapter float32, a model as stored.")
+        Dtype, typer.Option(help="gguf: the matrices' dtype. auto: float32 for an adapter, as stored for a model.")
     ] = Dtype.auto,
-    output: Annotated[Path | None, typer.Option(metavar="PATH", help="Where; else beside FOLDER, by its name.")] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The base, if the record has none or it moved.")
-    ] = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the logits of a whole model.")] = True,
-    push: Annotated[str | None, typer.Option(metavar="REPO", help="Then upload it to this hub repository.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="A new repository is public; else private.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="PATH", help="Where to write. Default: beside FOLDER.")] = None,
+    base: BaseName = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="merged: compare the model's logits with those of base + adapter."),
+    ] = True,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the result to this hub repository.")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create the repository as public. Default: private.")
+    ] = False,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter as PEFT, vLLM or llama.cpp load it, or push it.
+    """Convert an adapter for PEFT, vLLM or llama.cpp, or upload it.
 
     \b
     Example: lora-ft export out --to gguf
@@ -224,15 +228,18 @@ def export(
 @command
 def report(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="[OUT ...]", help="Outputs of runs, finished or not; else out.")
+        list[Path] | None,
+        typer.Argument(metavar="[OUT ...]", help="Output folders of runs, finished or not. Default: out."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The page; else OUT/report.html, or compare-report.html for several."),
+        typer.Option(
+            metavar="FILE", help="The page. Default: OUT/report.html, or compare-report.html for several runs."
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Make report.html anew from a run's files, or compare several runs on one page.
+    """Regenerate a run's report.html, or compare runs on one page.
 
     \b
     Example: lora-ft report out/rank8 out/rank16

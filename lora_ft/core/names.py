@@ -1,4 +1,4 @@
-"""What names in a config mean: roles, local or hub, columns in braces. Knows no model and no data, imports no torch."""
+"""Names in a config: roles, local paths and hub ids, columns in braces."""
 
 import difflib
 import os
@@ -13,28 +13,28 @@ from lora_ft.core.messages import format_value, printable
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"), "all": ROLES}
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gguf")  # of data files and models: always local
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def is_local(name: str) -> bool:
-    """Whether a model or data name means something on this machine; such a name is never asked of the network."""
+    """Whether a model or data name is a path on this machine; then it is never looked up on the hub."""
     return (
         os.path.exists(name)
         or name.startswith(("/", ".", "~"))
         or name.count("/") >= 2
-        or name.lower().endswith(SUFFIXES)
+        or name.lower().endswith((*DATA_SUFFIXES, ".gguf"))
         or ("/" in name and os.path.isdir(name.split("/")[0]))
     )
 
 
 def portable_name(name: str) -> str:
-    """A hub id or relative path as it is, of an absolute path the last part: what may leave this machine."""
+    """A name without folders of this machine: the last part of an absolute path; a hub id or relative path unchanged."""
     absolute = Path(name).is_absolute() or PureWindowsPath(name).is_absolute() or name.startswith("~")
     return PureWindowsPath(name).name if absolute else name
 
 
 def parse_hub_data(source: str) -> tuple[str, str | None, str | None]:
-    """`id[:config][@split]` -> (id, config, split); the split may be a slice such as `train[:100]`.
+    """Split `id[:config][@split]` into (id, config, split); the split may be a slice such as `train[:100]`.
 
     Raises:
         ConfigError: a part is empty, or the id is not `name` or `owner/name`.
@@ -43,42 +43,42 @@ def parse_hub_data(source: str) -> tuple[str, str | None, str | None]:
     hub_id, colon, config = before.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id, re.ASCII) or (colon and not config) or (at and not split):
         raise ConfigError(
-            f"{format_value(source)}: neither a file here nor the name of a hub data set, which is owner/name[:config][@split]"
+            f"{format_value(source)}: no such file, and not the name of a hub dataset (owner/name[:config][@split])"
         )
     return hub_id, config or None, split or None
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """The columns that a template such as "Review: {sentence}" names, in order, each once; `{{` is a plain brace.
+    """The distinct columns in a template such as "Review: {sentence}", in order; `{{` is a literal brace.
 
     Raises:
-        ValueError: what is wrong with the braces, as a sentence.
+        ValueError: a brace is not closed, or encloses something else than a column name.
     """
-    hint = "a column name stands in braces, as in {sentence}; write {{ and }} for plain braces"
+    hint = "put a column name in braces, as in {sentence}, and write {{ and }} for literal braces"
     columns = []
     try:
         parts = list(Formatter().parse(template))
     except ValueError:
-        raise ValueError(f"a brace is not closed, or never opened: {hint}") from None
+        raise ValueError(f"a brace is not closed or not opened: {hint}") from None
     for _, column, spec, conversion in parts:
         if column is None:
             continue
         if spec or conversion or not column.strip() or re.search(r"[.\[\]{}]", column):
-            whole = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise ValueError(f"{printable('{' + whole + '}')} is not a column name: {hint}")
+            field = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise ValueError(f"{printable('{' + field + '}')} is not a column name: {hint}")
         columns.append(column)
     return tuple(dict.fromkeys(columns))
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` was probably meant to be, or None."""
+    """The choice most similar to a misspelled `word`, or None if none is similar."""
     lower = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(word.lower()[:100], lower, n=1, cutoff=0.6)
     return lower[close[0]] if close else None
 
 
 def nearest_role(word: str) -> str:
-    """The role or group nearest to a word that is none, such as a module's name: q_proj is q, query is q."""
+    """The role or group most similar to an unknown word, such as a module's name: q for q_proj and for query."""
     stem = re.sub(r"_?proj$", "", word.lower().rsplit(".", 1)[-1])
     choices = (*ROLES, *GROUPS)
     first = [choice for choice in choices if stem and choice[0] == stem[0]]

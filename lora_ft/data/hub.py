@@ -11,7 +11,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import first_line
 from lora_ft.core.names import parse_hub_data
-from lora_ft.model.hub import silent
+from lora_ft.model.hub import why_unreachable
 
 OFFLINE_HINT = (
     "Point HF_HOME at a cache that contains it, or use a local file: --set data.train=FILE "
@@ -28,7 +28,7 @@ def load_split(source: str) -> datasets.Dataset:
     """
     hub_id, config, split = parse_hub_data(source)
     page = f"https://huggingface.co/datasets/{hub_id}"
-    why = silent(hub_id, "dataset")
+    why = why_unreachable(hub_id, "dataset")
     with _offline(why is not None):
         try:
             try:

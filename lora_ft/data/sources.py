@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import first_line, printable
-from lora_ft.core.names import is_local, nearest
+from lora_ft.core.names import DATA_SUFFIXES, is_local, nearest
 from lora_ft.core.storage import sha256
 from lora_ft.data.delimited import OLD_MAC, read_delimited, text_lines
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 TEXT_FILE = (
     "Make one row of it: python -c 'import json, sys; print(json.dumps({\"text\": sys.stdin.read()}))' < OLD > NEW.jsonl, "
     'and train on it with data.text: "{text}" and data.long_text: split.'
@@ -84,7 +83,7 @@ def _name(path: Path) -> str:
 def _data_file(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)[:5]
+        files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES)[:5]
         hint = f" It contains {', '.join(map(printable, files))}: name a file, or a list of them." if files else ""
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             hint = f" {CONVERSIONS['.arrow']}"  # a folder written by `Dataset.save_to_disk`
@@ -94,9 +93,9 @@ def _data_file(source: str) -> Path:
         hint = f" Did you mean {_name(path.parent / near)}?" if near else ""
         raise DataError(f"{_name(path)}: no such file. Paths are relative to the current folder.{hint}")
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in DATA_SUFFIXES:
         hint = f" {CONVERSIONS[suffix]}" if suffix in CONVERSIONS else ""
-        raise DataError(f"{_name(path)}: not a supported data file, which ends in {', '.join(SUFFIXES)}.{hint}")
+        raise DataError(f"{_name(path)}: not a supported data file, which ends in {', '.join(DATA_SUFFIXES)}.{hint}")
     return path
 
 

@@ -1,7 +1,7 @@
-"""A base that no device holds whole (FSDP2: torch's fully_shard): each process keeps its share of every decoder layer.
+"""A base too big for one device, sharded over the processes (FSDP2, torch's fully_shard).
 
-Each layer is gathered when it computes and let go after. What lies outside the layers (embedding, head, last norm) is whole on
-every process. The adapter is injected after this, so that nothing here knows of it: its parameters are whole everywhere, and
+Each process keeps a shard of every decoder layer; a layer is gathered to compute and freed afterwards. Modules outside the
+layers (embedding, head, last norm) are replicated. The adapter is injected later, so its parameters are replicated too, and
 only they are trained and saved.
 """
 
@@ -20,22 +20,22 @@ from lora_ft.model.load import load_base, skeleton
 
 
 def load_sharded(base: Base, dtype: str, device: str) -> PreTrainedModel:
-    """Load `base` once, on the main process and in its memory, and leave each process with its shares on `device`.
+    """Load `base` into the memory of rank 0 and distribute it, so that each process has its shards on `device`.
 
     Raises:
-        ModelError: as `load_base`, or the model doesn't say which modules are its layers.
+        ModelError: as `load_base`, or the model's class does not name its decoder layers.
     """
-    whole = load_base(base, dtype) if processes.is_main() else None
-    weights = whole.state_dict() if whole else {}
-    buffers = dict(whole.named_buffers()) if whole else {}
-    dtypes, attention = processes.broadcast(lambda: _kinds(whole))
+    full = load_base(base, dtype) if processes.is_main() else None
+    weights = full.state_dict() if full else {}
+    buffers = dict(full.named_buffers()) if full else {}
+    dtypes, attention = processes.broadcast(lambda: _dtypes_and_attention(full))
     model = skeleton(base).eval()
     model.set_attn_implementation(attention)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.data = parameter.data.to(dtypes[name])
     model.requires_grad_(False)
     mesh = init_device_mesh(device, (processes.world_size(),))
-    for layer in layers(model):
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
     model.to_empty(device=device)
     model.tie_weights()
@@ -47,15 +47,19 @@ def load_sharded(base: Base, dtype: str, device: str) -> PreTrainedModel:
     return model
 
 
-def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, which the model's class names as what must not be split."""
-    found = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    if not found:
-        raise ModelError(f"{model.config.model_type}: names no layers to shard (trainer.fsdp). Leave trainer.fsdp out.")
-    return found
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers: the modules that the model's class declares as not to be split.
+
+    Raises:
+        ModelError: it declares none.
+    """
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    if not layers:
+        raise ModelError(f"{model.config.model_type}: cannot be sharded (trainer.fsdp). Leave trainer.fsdp out.")
+    return layers
 
 
-def _kinds(model: PreTrainedModel | None) -> tuple[dict[str, torch.dtype], str]:
-    assert model is not None, "asked on the main process alone"
-    kinds = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
-    return kinds, model.config._attn_implementation
+def _dtypes_and_attention(model: PreTrainedModel | None) -> tuple[dict[str, torch.dtype], str]:
+    assert model is not None, "called on rank 0 only"
+    dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
+    return dtypes, model.config._attn_implementation

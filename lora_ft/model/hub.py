@@ -1,4 +1,4 @@
-"""Repositories of the hub: what is cached here is found without network, and a hub that doesn't answer costs seconds."""
+"""Model repositories on the hub. Cached files need no network, and an unreachable hub costs seconds, not minutes."""
 
 import errno
 import re
@@ -19,82 +19,84 @@ from huggingface_hub.errors import (
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import first_line
 
-SECONDS = 10  # that the hub may take to answer the first question
-UNWANTED = ["*/*", "consolidated*"]  # other formats' folders, and the same weights once more
-OFFLINE = (
-    "Two ways on: point HF_HOME at a cache that holds it, or name a local folder: --set model.name=FOLDER "
+HUB_TIMEOUT_SECONDS = 10
+IGNORED_FILES = ["*/*", "consolidated*"]  # folders of other formats, and a second copy of the weights
+OFFLINE_HINT = (
+    "Point HF_HOME at a cache that has it, or use a local folder: --set model.name=FOLDER "
     "(--base FOLDER for eval and merge)."
 )
 
 
-def silent(repo: str, kind: str, revision: str | None = None) -> str | None:
-    """Why the hub gives no answer about a model or dataset; None if it answers, be it with a refusal.
+def why_unreachable(repo: str, kind: str, revision: str | None = None) -> str | None:
+    """Why the hub can't be reached, or None if it responds, even with a refusal.
 
-    One quick question, because the libraries ask several times, for half a minute or for ever, before they look into
-    their caches.
+    One request with a short timeout: the hub's own libraries retry for half a minute or longer before they use their caches.
+
+    Args:
+        kind: "model" or "dataset".
     """
     try:
-        HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=SECONDS)
+        HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=HUB_TIMEOUT_SECONDS)
     except HfHubHTTPError as e:
         status = e.response.status_code if e.response is not None else 0
-        return f"it answers with {status}" if status >= 500 else None
+        return f"it responds with status {status}" if status >= 500 else None
     except HFValidationError:
-        return None  # it isn't even asked about such a name
+        return None  # an invalid name is never sent
     except OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set"
-    except Exception as e:  # no network, a proxy's refusal, no answer in time: many classes
+    except Exception as e:  # no network, a proxy's refusal, a timeout: errors of many classes
         return first_line(e)
     return None
 
 
 def cached_commit(name: str, revision: str | None, patterns: list[str]) -> Path | None:
-    """The folder of a hub model's files, if `revision` is a commit (40 hex digits: it never changes) and the cache has it.
+    """The cached folder of a hub model if `revision` is a commit (40 hex digits, so it never changes), else None.
 
-    Not always all of them: an earlier download may have been broken off, or have wanted less.
+    The folder may be incomplete: an earlier download may have been interrupted, or of other files.
     """
     if not (revision and re.fullmatch(r"[0-9a-f]{40}", revision)):
         return None
     try:
         return _files(name, revision, patterns, local_only=True)
-    except (OSError, ValueError):  # not cached, or not whole
+    except (OSError, ValueError):  # not cached
         return None
 
 
 def snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """The folder of a hub model's files in the cache, brought there if need be. Without the hub the cache serves.
+    """The cached folder of a hub model, downloaded if needed; if the hub can't be reached, the cached copy is used.
 
     Raises:
-        ModelError: the hub can't be reached and no cache has it (with the ways on), gated or private, no such model.
+        ModelError: no such model or revision, a gated or private one, or an unreachable hub and no cached copy.
     """
-    why = silent(name, "model", revision)
+    why = why_unreachable(name, "model", revision)
     try:
         return _files(name, revision, patterns, local_only=why is not None)
     except GatedRepoError as e:
         raise ModelError(
-            f"model {name}: gated. Ask for access on https://huggingface.co/{name}, then run `hf auth login`."
+            f"model {name}: gated. Request access on https://huggingface.co/{name}, then run `hf auth login`."
         ) from e
     except RevisionNotFoundError as e:
-        raise ModelError(f"model {name}: no revision {revision!r}.") from e
+        raise ModelError(f"model {name}: has no revision {revision!r}.") from e
     except RepositoryNotFoundError as e:
         raise ModelError(
-            f"model {name}: neither a folder here nor a public model on the hub. If it is private, run `hf auth login`."
+            f"model {name}: not a local folder and not a public model on the hub. If it is private, run `hf auth login`."
         ) from e
     except HFValidationError as e:
-        raise ModelError(f"model {name}: no folder of that name here, and no valid hub id either.") from e
-    except Exception as e:  # not cached; or the network's errors in the middle of a download, of many classes
+        raise ModelError(f"model {name}: no such folder, and not a valid hub id.") from e
+    except Exception as e:  # not cached, or a network error during the download: errors of many classes
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise  # this machine's disk, not the network
+            raise  # the disk, not the network
         if why is None:
             with suppress(OSError, ValueError):  # not cached
                 return _files(name, revision, patterns, local_only=True)
         raise ModelError(
-            f"model {name}: no such folder here, the hub can't be reached ({why or first_line(e)}) and no local cache "
-            f"holds it. {OFFLINE}"
+            f"model {name}: not a local folder, not cached, and the hub can't be reached ({why or first_line(e)}). "
+            + OFFLINE_HINT
         ) from e
 
 
 def _files(name: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
-    found = huggingface_hub.snapshot_download(
-        name, revision=revision, allow_patterns=patterns, ignore_patterns=UNWANTED, local_files_only=local_only
+    folder = huggingface_hub.snapshot_download(
+        name, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED_FILES, local_files_only=local_only
     )
-    return Path(found)
+    return Path(folder)

@@ -1,4 +1,4 @@
-"""The commands from outside: help, exit codes, messages; and that a config error costs no torch."""
+"""The commands as a shell sees them: help, exit codes, messages; a config error does not import torch."""
 
 import errno
 import os
@@ -49,7 +49,7 @@ def test_a_config_error_is_2_with_the_line_and_no_traceback(tmp_path, arguments)
     assert result.stderr == f"{path}:4: train.lerning_rate: no such setting; did you mean learning_rate?\n"
 
 
-def test_a_missing_config_and_two_wishes_at_once():
+def test_a_missing_config_and_contradicting_options():
     result = run("train", "none.yaml")
     assert result.returncode == 2 and result.stderr.startswith("none.yaml: no such file")
     assert run("train", "none.yaml", "--resume", "--overwrite").returncode == 2
@@ -87,7 +87,7 @@ def in_command(monkeypatch, capsys, error: BaseException, *arguments: str) -> tu
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch's is called."""
+    """Named like torch's."""
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_closed_pipe_is_quiet(tmp_path):
         assert process.stderr.read() == "" and process.wait() == 141
 
 
-def test_the_options_reach_the_work(monkeypatch, tmp_path):
+def test_options_reach_the_commands(monkeypatch, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(GOOD)
     calls = []
@@ -201,3 +201,21 @@ def test_the_python_api_is_lazy():
     assert result.returncode == 0 and result.stdout.startswith("inject_lora ") and "'merge'" in result.stdout
     with pytest.raises(AttributeError, match="injekt"):
         _ = lora_ft.injekt
+
+
+def test_commands_start_without_the_modules_of_unix():
+    """On Windows there is no fcntl and no resource module, and os lacks some functions."""
+    program = (
+        "import os, sys, filelock, psutil\n"  # these use other modules there
+        "from typer.testing import CliRunner\n"
+        "sys.modules.update(fcntl=None, resource=None)\n"
+        "for name in ('sched_getaffinity', 'statvfs', 'setpgrp'): delattr(os, name)\n"
+        "from lora_ft import cli\n"
+        "import lora_ft.commands.env, lora_ft.training.output, lora_ft.core.machine, pathlib\n"
+        "assert lora_ft.core.machine.cores() > 0 and lora_ft.core.machine.free_memory().size > 0\n"
+        "lora_ft.training.output.check_writable(pathlib.Path('out'))\n"
+        "result = CliRunner().invoke(cli.app.app, ['--help'])\n"
+        "assert result.exit_code == 0 and 'train' in result.output, result.output\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""What a user has at hand before anything runs: help with examples, completion, the schema, a report of the machine."""
+"""Help with examples, shell completion, the schema, and the report of the machine."""
 
 import json
 import os
@@ -27,27 +27,31 @@ def test_every_command_has_an_example_that_fits_a_terminal():
         assert all(len(line.strip()) <= 78 for line in text.splitlines()), name
 
 
+def test_summaries_fit_their_line_of_the_help():
+    assert "..." not in run("--help").stdout.partition("Commands:")[2]
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell):
     script = run(_LORA_FT_COMPLETE=f"source_{shell}")
     assert script.returncode == 0 and f"complete_{shell}" in script.stdout and "lora-ft" in script.stdout
-    asked = {"COMP_WORDS": "lora-ft sche", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "lora-ft sche"}
-    asked |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    done = run(_LORA_FT_COMPLETE=f"complete_{shell}", **asked)
+    request = {"COMP_WORDS": "lora-ft sche", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "lora-ft sche"}
+    request |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    done = run(_LORA_FT_COMPLETE=f"complete_{shell}", **request)
     assert "schema" in done.stdout and "train" not in done.stdout
 
 
 def test_completion_knows_the_settings():
-    asked = {"COMP_WORDS": "lora-ft train c.yaml --set adapter.r", "COMP_CWORD": "4"}
-    assert run(_LORA_FT_COMPLETE="complete_bash", **asked).stdout.split() == ["adapter.rank=", "adapter.rslora="]
+    request = {"COMP_WORDS": "lora-ft train c.yaml --set adapter.r", "COMP_CWORD": "4"}
+    assert run(_LORA_FT_COMPLETE="complete_bash", **request).stdout.split() == ["adapter.rank=", "adapter.rslora="]
 
 
-def test_schema_prints_what_the_files_have():
+def test_schema_prints_the_generated_files():
     assert run("schema").stdout == schema_text()
     assert run("schema", "--markdown").stdout == reference()
 
 
-def test_env_tells_versions_and_no_secret_or_path(monkeypatch):
+def test_env_prints_versions_and_no_secret_or_path(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_HOME", "/home/someone/private")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""Roles, local or hub, columns in braces, and text that is safe to print."""
+"""Roles, local paths and hub ids, columns in braces, and text that is safe to print."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_hub_data(source, parts):
 
 
 @pytest.mark.parametrize("source", ["", "imdb@", "imdb:", "imdb:@train", "a/b/c", "a b", "/x", "a/:c", "é"])
-def test_what_is_no_hub_data(source):
+def test_invalid_hub_data(source):
     with pytest.raises(ConfigError, match="owner/name"):
         parse_hub_data(source)
 
@@ -61,7 +61,7 @@ def test_columns_of_a_template():
 
 
 @pytest.mark.parametrize("template", ["{", "}", "{a", "{}", "{ }", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a:{b}}"])
-def test_braces_that_name_no_column(template):
+def test_braces_without_a_column_name(template):
     with pytest.raises(ValueError, match="column name"):
         template_columns(template)
 

@@ -1,4 +1,4 @@
-"""Files land whole or not at all, with the umask's modes; what is read is checked."""
+"""Files are written completely or not at all, with the umask's modes; what is read is checked."""
 
 import errno
 import os
@@ -55,7 +55,7 @@ def test_a_missing_folder_is_a_files_error(tmp_path):
         storage.write_tensors(tmp_path / "none" / "f", {"a": torch.zeros(1)})
 
 
-def test_staged_folder_is_all_or_nothing(tmp_path):
+def test_atomic_folder_is_all_or_nothing(tmp_path):
     target = tmp_path / "a" / "out"
     with pytest.raises(RuntimeError), storage.atomic_folder(target) as staged:
         (staged / "half").write_text("x")
@@ -70,13 +70,13 @@ def test_staged_folder_is_all_or_nothing(tmp_path):
     assert (target / "whole").read_text() == "x"
 
 
-def test_a_folder_made_meanwhile_is_not_replaced(tmp_path):
+def test_a_folder_created_meanwhile_is_not_replaced(tmp_path):
     with pytest.raises(FilesError, match="in the meantime"), storage.atomic_folder(tmp_path / "out"):
         (tmp_path / "out").mkdir()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_running_one_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / f".out.partial-{dead.pid}").mkdir()
@@ -101,7 +101,7 @@ def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_pat
         (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
     ],
 )
-def test_json_that_is_not_honest(tmp_path, content, why):
+def test_forged_json(tmp_path, content, why):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(DataError, match=f"x.json.*{why}"):
         storage.read_json(tmp_path / "x.json", DataError)
@@ -148,7 +148,7 @@ def test_the_manifest_finds_every_change(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "sub/../../secret", "", "..\\secret"])
-def test_a_manifest_never_leads_out(tmp_path, name):
+def test_a_manifest_cannot_name_files_outside(tmp_path, name):
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "secret").write_text("12345")
@@ -157,7 +157,7 @@ def test_a_manifest_never_leads_out(tmp_path, name):
         storage.verify_manifest(folder, {name: entry}, ModelError)
 
 
-def test_space_is_asked_for_with_both_figures(tmp_path):
+def test_missing_space_is_reported_with_both_figures(tmp_path):
     storage.require_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(FilesError, match=rf"{2**70} bytes needed, \d+ free"):
         storage.require_space(tmp_path / "not" / "yet", 2**70)

@@ -1,4 +1,4 @@
-"""Several processes train as one: the same losses and adapter, one voice, and one end for all."""
+"""Runs of several processes: the same losses and adapter as one process, each message once, all end together."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def assert_alike(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_losses_and_adapter_are_those_of_one_process(folder, count):
+def test_losses_and_adapter_equal_those_of_one_process(folder, count):
     output = f"output=together{count}"
     said = train(folder, count, output, *THIRTY, "train.micro_batch_tokens=64")
     assert_alike(folder / "alone", folder / output.removeprefix("output="))
@@ -73,7 +73,7 @@ def test_losses_and_adapter_are_those_of_one_process(folder, count):
     assert made["machine"]["processes"] == count
     metrics, of_one = made["metrics"], record(folder / "alone")["metrics"]
     assert metrics["confusion"] == of_one["confusion"] and metrics["loss"] == pytest.approx(of_one["loss"], rel=1e-4)
-    assert said.count("training: 30 steps") == said.count("done in") == 1  # one voice
+    assert said.count("training: 30 steps") == said.count("done in") == 1  # rank 0 only
 
 
 def test_more_processes_than_examples_in_a_step(folder):
@@ -83,20 +83,20 @@ def test_more_processes_than_examples_in_a_step(folder):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_sharded_base_gives_the_result_of_a_whole_one(folder, count):
+def test_a_sharded_base_gives_the_same_result(folder, count):
     train(folder, count, f"output=sharded{count}", *THIRTY, "trainer.fsdp=true", "train.micro_batch_tokens=40")
     assert_alike(folder / "alone", folder / f"sharded{count}")
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prompt"])
-def test_a_sharded_base_teaches_other_methods_too(tmp_path, method):
+def test_a_sharded_base_with_other_methods(tmp_path, method):
     write_run(tmp_path, config=CONFIG.replace("rank: 4, alpha: 8", f"method: {method}"))
     train(tmp_path, 1, "output=whole", "train.max_steps=6")
     train(tmp_path, 2, "output=sharded", "train.max_steps=6", "trainer.fsdp=true")
     assert_alike(tmp_path / "whole", tmp_path / "sharded")
 
 
-def test_a_step_sums_the_adapters_gradients_once_and_sends_nothing_else(folder):
+def test_a_step_all_reduces_the_adapters_gradients_once_and_nothing_else(folder):
     def work():
         sent, real = [], dist.all_reduce
         dist.all_reduce = lambda tensor, *a, **k: (sent.append(tensor.numel() * tensor.element_size()), real(tensor))[1]
@@ -116,7 +116,7 @@ def test_a_step_sums_the_adapters_gradients_once_and_sends_nothing_else(folder):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_prompts_of_text_metrics_are_shared_out(folder, sharded):
+def test_the_prompts_of_text_metrics_are_divided(folder, sharded):
     def work():
         processes.init_process_group("cpu", 60)
         base = resolve(str(folder / "base"))
@@ -133,7 +133,7 @@ def test_the_prompts_of_text_metrics_are_shared_out(folder, sharded):
     assert ranks(3, work) == [0, 0, 0]
 
 
-def test_large_gradients_go_in_buckets(monkeypatch):
+def test_large_gradients_are_reduced_in_buckets(monkeypatch):
     def work():
         processes.BUCKET_SIZE = 10
         processes.init_process_group("cpu", 60)
@@ -145,7 +145,7 @@ def test_large_gradients_go_in_buckets(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "qwen3", "mixtral", "gpt_neox", "bloom"])
-def test_gradients_of_a_sharded_base_equal_those_of_a_whole_one(tmp_path, family):
+def test_gradients_of_a_sharded_base_equal_those_of_an_unsharded_one(tmp_path, family):
     """With a chunked head too (more than 256 supervised tokens), and recomputed activations."""
     write_base(tmp_path / "base", family)
     base = resolve(str(tmp_path / "base"))
@@ -177,7 +177,7 @@ def test_gradients_of_a_sharded_base_equal_those_of_a_whole_one(tmp_path, family
     assert ranks(2, work) == [0, 0]
 
 
-def test_a_sharded_process_keeps_its_share_of_the_layers_in_their_dtype(tmp_path):
+def test_each_process_keeps_a_shard_of_the_layers_in_their_dtype(tmp_path):
     write_base(tmp_path / "base")
 
     def work():
@@ -196,7 +196,7 @@ def test_a_sharded_process_keeps_its_share_of_the_layers_in_their_dtype(tmp_path
 # ---- checkpoints ----
 
 
-def test_resumed_on_as_many_processes_it_ends_in_the_same_bits_with_dropout(folder):
+def test_resuming_on_the_same_number_of_processes_ends_in_the_same_bits(folder):
     train(folder, 2, "output=whole", *DROPOUT)
     train(folder, 2, "output=parts", *DROPOUT, "train.max_steps=15", "train.lr_scheduler_type=constant")
     # a run that was stopped: the same length in its record
@@ -206,7 +206,7 @@ def test_resumed_on_as_many_processes_it_ends_in_the_same_bits_with_dropout(fold
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
-def test_resumed_on_another_number_it_goes_on_with_the_same_examples_and_says_so(folder):
+def test_resuming_on_another_number_of_processes_warns_and_uses_the_same_examples(folder):
     train(folder, 2, "output=other", "train.max_steps=15", "train.lr_scheduler_type=constant")
     said = train(folder, 1, "output=other", "train.lr_scheduler_type=constant", *THIRTY, flags=("--resume",))
     train(folder, 1, "output=other-alone", "train.lr_scheduler_type=constant", *THIRTY)
@@ -216,7 +216,7 @@ def test_resumed_on_another_number_it_goes_on_with_the_same_examples_and_says_so
     )
 
 
-# ---- who is dealt what ----
+# ---- how a step is divided ----
 
 
 def sst2_like_lengths(n: int) -> list[int]:
@@ -225,7 +225,7 @@ def sst2_like_lengths(n: int) -> list[int]:
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_shares_have_nearly_equal_tokens(count):
+def test_parts_have_nearly_equal_tokens(count):
     lengths = sst2_like_lengths(16 * count)
     shares = split_evenly(lengths, count)
     assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
@@ -233,7 +233,7 @@ def test_shares_have_nearly_equal_tokens(count):
     assert 1 - sum(sums) / len(sums) / max(sums) < 0.03  # of a step's time is waiting
 
 
-def test_the_processes_share_out_each_step():
+def test_the_processes_divide_each_step():
     lengths = sst2_like_lengths(50)
     rows = {"input_ids": [[1] * n for n in lengths], "labels": [[-100] * (n - 2) + [1, 1] for n in lengths]}
     data = datasets.Dataset.from_dict(
@@ -273,7 +273,7 @@ def test_the_processes_share_out_each_step():
     ],
     ids=["--processes", "torchrun", "accelerate"],
 )
-def test_launchers_start_processes_that_know_of_each_other(folder, launcher, request):
+def test_launchers_start_connected_processes(folder, launcher, request):
     output = f"launched-{request.node.callspec.id}"
     command = [sys.executable, *launcher, "--set", f"output={output}", "--set", "train.num_train_epochs=5"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
@@ -283,7 +283,7 @@ def test_launchers_start_processes_that_know_of_each_other(folder, launcher, req
     assert_alike(folder / "alone", folder / output)
 
 
-def test_any_other_command_runs_once_under_a_launcher(folder):
+def test_other_commands_run_once_under_a_launcher(folder):
     said = command(folder, 2, "eval", "alone", "--json")
     (line,) = [line for line in said.splitlines() if line.startswith("{")]
     assert json.loads(line)["adapter"]["loss"] == pytest.approx(record(folder / "alone")["metrics"]["loss"], rel=1e-5)
@@ -298,14 +298,14 @@ def test_any_other_command_runs_once_under_a_launcher(folder):
         ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch"),
     ],
 )
-def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, environment, word):
+def test_unconnected_processes_are_refused(monkeypatch, environment, word):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=word):
         processes.init_process_group("cpu", 60)
 
 
-def test_the_number_of_processes_that_is_started(monkeypatch):
+def test_the_number_of_processes_to_start(monkeypatch):
     assert launch.processes_to_start(None, on_gpus=False) == 1
     assert launch.processes_to_start(3, on_gpus=False) == 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -318,7 +318,7 @@ def test_the_number_of_processes_that_is_started(monkeypatch):
         launch.processes_to_start(2, on_gpus=True)
 
 
-# ---- one end for all ----
+# ---- all processes end together ----
 
 LONG = CONFIG.replace("num_train_epochs: 2", "num_train_epochs: 4000, eval_steps: 100000, save_steps: 100000")
 
@@ -361,7 +361,7 @@ def end(launcher: subprocess.Popen, pids: list[int], seconds: float = 30) -> tup
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
-class TestOneEndForAll:
+class TestAllEndTogether:
     @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_a_signal_to_the_launcher(self, running, signum, code):
         launcher, pids, folder = running
@@ -393,7 +393,7 @@ class TestOneEndForAll:
             time.sleep(0.1)
 
 
-def test_an_error_of_all_is_told_once(tmp_path):
+def test_an_error_of_all_processes_is_printed_once(tmp_path):
     folder = write_run(tmp_path)
     (folder / "train.jsonl").write_text('{"text": "a", "label": 7}\n')
     command = [sys.executable, "-m", "lora_ft", "train", "config.yaml", "--processes", "2"]
@@ -402,7 +402,7 @@ def test_an_error_of_all_is_told_once(tmp_path):
     assert "train.jsonl:1" in done.stderr and not (folder / "out").exists()
 
 
-def test_an_error_of_one_ends_all_with_its_code(tmp_path):
+def test_an_error_of_one_process_ends_all(tmp_path):
     """A process other than the main one that can't read its base."""
     folder = write_run(tmp_path)
     code = (

@@ -1,4 +1,4 @@
-"""Hub names without a network: the cache serves, a silent hub costs seconds, and a local name is none of the hub's."""
+"""Hub names without a network: the cache is used, a hub that does not respond costs seconds, local names are not looked up."""
 
 import os
 import socket
@@ -32,20 +32,20 @@ def cached():
 
 
 @pytest.fixture
-def silence(monkeypatch):
-    """A hub that takes calls and never answers; what it was asked of the repositories."""
-    asked, held = [], []
+def requests(monkeypatch):
+    """A hub that accepts connections and never responds; the requests it received about repositories."""
+    received, connections = [], []
     server = socket.create_server(("127.0.0.1", 0))
 
     def accept() -> None:
         while True:
             try:
-                held.append(server.accept()[0])
-                request = held[-1].recv(4096).split(b"\r\n")[0].decode()
+                connections.append(server.accept()[0])
+                request = connections[-1].recv(4096).split(b"\r\n")[0].decode()
             except OSError:
                 return
             if "hubtest/" in request:
-                asked.append(request)
+                received.append(request)
 
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()
@@ -53,43 +53,43 @@ def silence(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=endpoint))
-    monkeypatch.setattr(hub, "SECONDS", 0.3)
-    yield asked
+    monkeypatch.setattr(hub, "HUB_TIMEOUT_SECONDS", 0.3)
+    yield received
     server.shutdown(socket.SHUT_RDWR)
     server.close()
-    for connection in held:
+    for connection in connections:
         connection.close()
 
 
-def test_a_commit_in_the_cache_is_not_asked_for(cached, silence):
+def test_a_cached_commit_needs_no_request(cached, requests):
     assert resolve(cached, COMMIT).folder == CACHE / "models--hubtest--model/snapshots" / COMMIT
-    assert not silence
+    assert not requests
 
 
-def test_a_commit_that_is_not_whole_is_asked_for(cached, silence):
+def test_an_incomplete_commit_is_requested(cached, requests):
     weights = CACHE / "models--hubtest--model/snapshots" / COMMIT / "model.safetensors"
     aside = weights.rename(weights.with_suffix(".aside"))
     try:
         resolve(cached, COMMIT)
     finally:
         aside.rename(weights)
-    assert silence == [f"GET /api/models/hubtest/model/revision/{COMMIT} HTTP/1.1"]
+    assert requests == [f"GET /api/models/hubtest/model/revision/{COMMIT} HTTP/1.1"]
 
 
-def test_a_silent_hub_is_asked_once_and_the_cache_serves(cached, silence):
-    begun = time.monotonic()
+def test_a_hub_that_does_not_respond_is_asked_once_and_the_cache_is_used(cached, requests):
+    started = time.monotonic()
     assert resolve(cached).revision == COMMIT
-    assert len(silence) == 1 and time.monotonic() - begun < 10
+    assert len(requests) == 1 and time.monotonic() - started < 10
 
 
-def test_a_silent_hub_without_a_cache(silence):
+def test_a_hub_that_does_not_respond_without_a_cache(requests):
     with pytest.raises(ModelError, match=r"can't be reached \(.*timed out.*HF_HOME.*--base FOLDER"):
         resolve("hubtest/other")
     with pytest.raises(DataError, match=r"cannot be reached \(.*timed out.*HF_HOME.*--set data.train=FILE"):
         list(iter_rows("hubtest/other@train"))
 
 
-def test_a_local_base_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, silence):
+def test_a_local_base_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, requests):
     write_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     record = {"base": {"name": "base", "revision": None}}
@@ -98,4 +98,4 @@ def test_a_local_base_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, silenc
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(ModelError, match="trained on a local base .* --base FOLDER"):
         Trained(Path("../out"), "lora", record, {}).base()
-    assert not silence
+    assert not requests
