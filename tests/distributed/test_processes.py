@@ -126,7 +126,7 @@ def test_the_prompts_of_text_metrics_are_divided(folder, sharded):
         config = load_config(folder / "config.yaml", ["generation.max_new_tokens=6", "generation.batch_size=2"])
         alone = generate_texts(load_base(base), tokenizer, prompts, config)
         share = Shard(processes.rank(), processes.world_size(), padded=sharded)
-        model = load_sharded(base, "float32", False, "cpu") if sharded else load_base(base)
+        model = load_sharded(base, "float32", "cpu") if sharded else load_base(base)
         assert generate_texts(model, tokenizer, prompts, config, shard=share) == alone and len(set(alone)) == 5
         processes.destroy_process_group()
 
@@ -152,7 +152,7 @@ def test_gradients_of_a_sharded_base_equal_those_of_an_unsharded_one(tmp_path, f
 
     def work():
         processes.init_process_group("cpu", 60)
-        models = load_base(base), load_sharded(base, "auto", False, "cpu")
+        models = load_base(base), load_sharded(base, "auto", "cpu")
         ids = torch.randint(3, 200, (1, 300), generator=torch.Generator().manual_seed(0))
         positions, lengths = torch.arange(20).repeat(15)[None], [20] * 15
         for checkpointing in (False, True):
