@@ -1,4 +1,4 @@
-"""Scores of a model on encoded examples: loss and perplexity per supervised token, and accuracy where labels have words.
+"""Scores of a model on encoded examples: loss and perplexity per supervised token, and accuracy of classifications.
 
 A classification compares the label words' summed log-probabilities after the prompt, without end-of-sequence (as
 lm-evaluation-harness does).
@@ -23,7 +23,11 @@ from lora_ft.nn.loss import logits_in_chunks
 
 @dataclass
 class Scores:
-    """Sums over examples. confusion[true][chosen] counts a classification's examples; empty for anything else."""
+    """Sums over examples.
+
+    loss_sum: cross-entropy in nats over `tokens` supervised tokens. confusion[true][predicted]: a classification's examples;
+    empty for other data.
+    """
 
     examples: int = 0
     loss_sum: float = 0.0
@@ -31,60 +35,60 @@ class Scores:
     confusion: list[list[int]] = field(default_factory=list)
 
     def metrics(self) -> dict:
-        """loss, perplexity, and for a classification accuracy, its 95% interval (Wilson), macro-F1 and the confusion table."""
+        """loss, perplexity; of a classification also accuracy with its 95% interval (Wilson), macro-F1 and confusion."""
         loss = self.loss_sum / self.tokens
         metrics: dict = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
         if self.confusion:
-            right = sum(row[i] for i, row in enumerate(self.confusion))
-            metrics["accuracy"] = right / self.examples
-            metrics["accuracy_ci95"] = list(wilson_interval(right, self.examples))
+            correct = sum(row[i] for i, row in enumerate(self.confusion))
+            metrics["accuracy"] = correct / self.examples
+            metrics["accuracy_ci95"] = list(wilson_interval(correct, self.examples))
             metrics["macro_f1"] = macro_f1(self.confusion)
             metrics["confusion"] = self.confusion
         return metrics
 
 
-def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson 1927): right within [0, 1] also for small n and extreme shares."""
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The score interval of a proportion (Wilson 1927): within [0, 1] even for small n and extreme proportions."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = right / n
+    share = successes / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def macro_f1(confusion: list[list[int]]) -> float:
-    """Mean F1 over the classes that occur as truth or as answer; 0 for a class never answered rightly."""
+    """Mean F1 over the classes that occur as true or predicted label; 0 for a class that is never predicted correctly."""
     scores = []
     for c, row in enumerate(confusion):
-        true, answered = sum(row), sum(r[c] for r in confusion)
-        if true or answered:
-            scores.append(2 * row[c] / (true + answered))
+        true, predicted = sum(row), sum(r[c] for r in confusion)
+        if true or predicted:
+            scores.append(2 * row[c] / (true + predicted))
     return sum(scores) / len(scores)
 
 
 @dataclass(frozen=True)
 class _Query:
-    """A sequence and the log-probabilities wanted of it: those of `targets[i]` right after position `at[i]`."""
+    """Asks for the log-probabilities of `targets[i]` as the token after position `positions[i]` of a sequence."""
 
     example: int
-    choice: int  # -1: the loss; else the choice whose log-probability this is
+    choice: int  # -1: the loss; else the choice that the targets spell
     ids: list[int]
-    at: list[int]
+    positions: list[int]
     targets: list[int]
 
 
 def _queries(index: int, example: dict) -> Iterator[_Query]:
     ids, labels = example["input_ids"], example["labels"]
-    at = [i - 1 for i in range(1, len(labels)) if labels[i] >= 0]
-    yield _Query(index, -1, ids, at, [labels[i + 1] for i in at])
+    positions = [i - 1 for i in range(1, len(labels)) if labels[i] >= 0]
+    yield _Query(index, -1, ids, positions, [labels[i + 1] for i in positions])
     prompt = ids[: example["prompt_length"]]
-    assert prompt or not example["choices"], "a label word is compared by what stands before it"
+    assert prompt or not example["choices"], "a label word is scored after its prompt"
     for c, choice in enumerate(example["choices"]):
-        at = [len(prompt) - 1 + i for i in range(len(choice))]
+        positions = [len(prompt) - 1 + i for i in range(len(choice))]
         if len(choice) == 1 or ids[len(prompt) : len(prompt) + len(choice)] == choice:
-            yield _Query(index, c, ids, at, choice)  # answered by the loss's own sequence
+            yield _Query(index, c, ids, positions, choice)  # shares the sequence of the loss
         else:
-            yield _Query(index, c, [*prompt, *choice], at, choice)
+            yield _Query(index, c, [*prompt, *choice], positions, choice)
 
 
 @torch.no_grad()
@@ -96,17 +100,22 @@ def score(
     check: Callable[[], None] = lambda: None,
     shard: Shard = UNSHARDED,
 ) -> Scores:
-    """Score `model` (set to eval mode meanwhile) on the encoded examples of `dataset`.
+    """Score `model`, in eval mode meanwhile, on the encoded examples of `dataset` (see `Examples`).
 
-    `check` is called before each row of micro-batches: the place to stop at. Of several processes each scores its share of
-    the examples; what is returned are the sums over all.
+    Args:
+        micro_batch_tokens: tokens in one row at most; a longer example gets a row of its own.
+        check: called before each row; an exception in it stops the scoring.
+        shard: this rank's part of the examples; the scores returned are those of all ranks.
+
+    Raises:
+        NumbersError: a log-probability is NaN or infinite.
     """
     packing = RowPacking(micro_batch_tokens, isolation is Isolation.ONE_PER_ROW)
     scores = Scores(examples=len(dataset))
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=None)
-    block = 256 * shard.world_size  # examples sorted by length at a time: long rows fill well, memory stays flat
+    block = 256 * shard.world_size  # examples sorted by length at a time: well-filled rows in constant memory
     choices = len(dataset[0]["choices"]) if len(dataset) else 0
     scores.confusion = [[0] * choices for _ in range(choices)]
     for start in range(0, len(dataset), block):
@@ -117,26 +126,26 @@ def score(
             for query in _queries(index, example):
                 by_sequence.setdefault((index, tuple(query.ids)), []).append(query)
         sequences = list(by_sequence.values())
-        answers = [[0.0] * len(e["choices"]) for e in examples]
+        choice_logprobs = [[0.0] * len(e["choices"]) for e in examples]
         rows = packing.rows([len(s[0].ids) for s in sequences])
         for row in rows:
             check()
-            for query, logprobs in _answer(model, isolation, [sequences[i] for i in row]):
+            for query, logprobs in _log_probabilities(model, isolation, [sequences[i] for i in row]):
                 if not all(map(math.isfinite, logprobs)):
                     where = examples[query.example].get("where") or f"row {examples[query.example]['row']}"
                     raise NumbersError(
-                        f"{where}: the model's log-probabilities aren't finite, so no score means anything."
+                        f"{where}: the model's log-probabilities are not finite, so scores mean nothing."
                     )
                 if query.choice < 0:
                     scores.loss_sum -= sum(logprobs)
                     scores.tokens += len(logprobs)
                 else:
-                    answers[query.example][query.choice] = sum(logprobs)
-        for example, answer in zip(examples, answers, strict=True):
-            if answer:
-                scores.confusion[example["label"]][max(range(len(answer)), key=answer.__getitem__)] += 1
+                    choice_logprobs[query.example][query.choice] = sum(logprobs)
+        for example, values in zip(examples, choice_logprobs, strict=True):
+            if values:
+                scores.confusion[example["label"]][max(range(len(values)), key=values.__getitem__)] += 1
         for _ in range(processes.all_reduce_max(len(rows)) - len(rows) if shard.padded else 0):
-            list(_answer(model, isolation, [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]]))
+            list(_log_probabilities(model, isolation, [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]]))
         bar.update(len(lengths))
     bar.close()
     model.train(was_training)
@@ -149,32 +158,32 @@ def score(
     return scores
 
 
-def _answer(
+def _log_probabilities(
     model: PreTrainedModel, isolation: Isolation, row: list[list[_Query]]
 ) -> Iterator[tuple[_Query, list[float]]]:
-    """The log-probabilities wanted of one row of sequences, each with its queries."""
+    """The queries of one row of sequences (queries of the same sequence are grouped), each with its log-probabilities."""
     lengths = [len(queries[0].ids) for queries in row]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     wanted = [
-        (start + at, target)
-        for start, qs in zip(starts, row, strict=True)
-        for q in qs
-        for at, target in zip(q.at, q.targets, strict=True)
+        (start + position, target)
+        for start, queries in zip(starts, row, strict=True)
+        for query in queries
+        for position, target in zip(query.positions, query.targets, strict=True)
     ]
     positions = sorted({position for position, _ in wanted})
-    place = {position: i for i, position in enumerate(positions)}
+    index = {position: i for i, position in enumerate(positions)}
     inputs = flat_row([queries[0].ids for queries in row], model.device)
     keep = torch.tensor(positions, device=model.device)
-    rows = torch.tensor([place[p] for p, _ in wanted], device=model.device)
-    targets = torch.tensor([t for _, t in wanted], device=model.device)
-    found, start = torch.empty(len(wanted), device=model.device), 0
+    kept_rows = torch.tensor([index[position] for position, _ in wanted], device=model.device)  # (wanted,)
+    targets = torch.tensor([target for _, target in wanted], device=model.device)  # (wanted,)
+    logprobs, start = torch.empty(len(wanted), device=model.device), 0
     with isolation.row(model, lengths):
-        for logits in logits_in_chunks(model, **inputs, keep=keep):
-            here = ((rows >= start) & (rows < start + len(logits))).nonzero()[:, 0]
-            at = rows[here] - start
-            found[here] = logits[at, targets[here]].float() - logits.float().logsumexp(-1)[at]
+        for logits in logits_in_chunks(model, **inputs, keep=keep):  # (chunk, vocabulary)
+            here = ((kept_rows >= start) & (kept_rows < start + len(logits))).nonzero()[:, 0]
+            at = kept_rows[here] - start
+            logprobs[here] = logits[at, targets[here]].float() - logits.float().logsumexp(-1)[at]
             start += len(logits)
-    logprobs = iter(found.tolist())
+    values = iter(logprobs.tolist())
     for queries in row:
         for query in queries:
-            yield query, [next(logprobs) for _ in query.at]
+            yield query, [next(values) for _ in query.positions]

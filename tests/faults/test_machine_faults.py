@@ -100,7 +100,7 @@ def test_a_base_that_scores_nan(fresh):
 def nan_score(*_, **__):
     from lora_ft.core.errors import NumbersError
 
-    raise NumbersError("eval.jsonl:7: the model's log-probabilities aren't finite, so no score means anything.")
+    raise NumbersError("eval.jsonl:7: the model's log-probabilities are not finite, so scores mean nothing.")
 
 
 # ---- 25: a full disk ----
