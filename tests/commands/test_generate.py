@@ -111,7 +111,7 @@ def said(*texts: str) -> str:
 # ---- prompts ----
 
 
-def test_a_text_fills_the_runs_own_template_and_the_answer_ends(here, capsys):
+def test_a_text_fills_the_runs_template_and_the_answer_ends(here, capsys):
     assert generate(capsys, "reviews", prompt=GOOD) == "positive\n"
     (row,) = rows(capsys, "reviews", prompt=BAD)
     assert row == {
@@ -125,7 +125,7 @@ def test_a_text_fills_the_runs_own_template_and_the_answer_ends(here, capsys):
     assert row["tokens"] < 20 and by_peft("reviews", reviewed(BAD)) == " negative"
 
 
-def test_raw_takes_the_text_as_it_is(here, capsys):
+def test_raw_leaves_the_text_unchanged(here, capsys):
     (row,) = rows(capsys, "reviews", prompt=GOOD, raw=True, max_new_tokens=12)
     assert row["prompt"] == GOOD and row["answer"] == by_peft("reviews", GOOD)
 
@@ -149,7 +149,7 @@ def test_a_file_whose_rows_name_adapters(here, capsys, batch_size):
     assert [found[i]["answer"].strip() for i in (0, 1, 3, 4)] == ["positive", "awful", "great", "negative"]
 
 
-def test_text_files_and_people(here, capsys):
+def test_text_files_and_plain_output(here, capsys):
     Path("p.txt").write_text(f"{GOOD}\n\n{BAD}\n")
     assert generate(capsys, "reviews", prompts="p.txt") == (
         "--- p.txt:1 (reviews)\npositive\n--- p.txt:3 (reviews)\nnegative\n"
@@ -178,7 +178,7 @@ def test_gpt2_without_a_padding_token(tmp_path, capsys):
     assert one["answer"] == alone["answer"] and two["tokens"] <= 5
 
 
-def test_sampling_is_the_models_own_unless_told(here, capsys):
+def test_sampling_follows_the_model_unless_overridden(here, capsys):
     def answers(**options) -> list[str]:
         Path("p.txt").write_text(f"{GOOD}\n" * 8)
         return [row["answer"] for row in rows(capsys, base="base", prompts="p.txt", max_new_tokens=8, **options)]
@@ -216,7 +216,7 @@ def test_sampling_is_the_models_own_unless_told(here, capsys):
         ('{"prompt": "' + "film " * 200 + '"}', DataError, "p.jsonl:2: the prompt's .* tokens .* 128 positions"),
     ],
 )
-def test_a_wrong_row_is_told_with_its_line(here, capsys, line, error, message):
+def test_a_malformed_row_is_reported_with_its_line(here, capsys, line, error, message):
     Path("p.jsonl").write_text('{"prompt": "x"}\n' + line + "\n")
     with pytest.raises(error, match=message):
         generate(capsys, prompts="p.jsonl", **BOTH)
@@ -238,7 +238,7 @@ def test_a_wrong_row_is_told_with_its_line(here, capsys, line, error, message):
         (["reviews"], dict(prompt="x", greedy=True, top_p=0.5), ConfigError, "--greedy and --top-p"),
     ],
 )
-def test_wrong_wishes(here, capsys, folders, options, error, message):
+def test_invalid_options(here, capsys, folders, options, error, message):
     with pytest.raises(error, match=message):
         generate(capsys, *folders, **options)
 
@@ -275,7 +275,7 @@ def test_a_chat_from_a_pipe(here, capsys, monkeypatch):
     assert "Unknown command /bth. Did you mean /both?" in err and "/reset" in err
 
 
-def test_reset_forgets_and_too_long_is_told(here, capsys, monkeypatch):
+def test_reset_forgets_and_a_long_message_is_refused(here, capsys, monkeypatch):
     out, err = chat(capsys, monkeypatch, ["is it a good movie", "/reset", "is it a bad movie", "film " * 200], "talk")
     assert out == ["great", by_peft("talk", said("is it a bad movie")).strip()] and "128 positions" in err
 
@@ -295,7 +295,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(here, capsys, monkeypatch):
     assert calls[1][1][0].text == said("is it a good movie")  # as if the first had not been asked
 
 
-def test_a_template_with_columns_wants_rows(here, capsys):
+def test_a_template_with_columns_needs_rows(here, capsys):
     shutil.copytree("reviews", "titled", dirs_exist_ok=True)
     record = json.loads(Path("titled/lora_ft.json").read_text())
     record["config"]["data"]["prompt"] = "{title}: {text}"

@@ -1,4 +1,4 @@
-"""Rows with the same prompt are one prompt with several references; of a chat the last turn is the reference."""
+"""Rows with the same prompt become one prompt with several references; in a chat the last turn is the reference."""
 
 from lora_ft.data.encode import load_examples
 from lora_ft.data.template import Template
@@ -20,16 +20,16 @@ def test_rows_are_grouped_by_prompt(write, with_bos):
     assert prompts.cut == 0
 
 
-def test_a_held_out_part_knows_its_own_references_only(write, plain):
+def test_a_held_out_part_has_only_its_own_references(write, plain):
     rows = [{"x": "abcdef"[i % 6], "y": f"n{i}"} for i in range(24)]
     path = write("rows.jsonl", rows)
     for which in (None, 0):
         part = load_examples([path], PAIRS, plain, max_length=50, held_out=[9], part=which, seed=2)
-        its = [rows[i] for i in part.dataset["row"]]
+        own = [rows[i] for i in part.dataset["row"]]
         prompts = group_by_prompt(part, PAIRS, plain, max_tokens=50)
-        assert sum(map(len, prompts.references)) == len(its)
+        assert sum(map(len, prompts.references)) == len(own)
         for prompt, references in zip(prompts.texts, prompts.references, strict=True):
-            assert references == [f" {row['y']}" for row in its if f"Review: {row['x']} ->" == prompt]
+            assert references == [f" {row['y']}" for row in own if f"Review: {row['x']} ->" == prompt]
 
 
 def test_a_sample_of_rows_keeps_all_references_of_its_prompts(write, plain):
@@ -45,19 +45,19 @@ def test_a_sample_of_rows_keeps_all_references_of_its_prompts(write, plain):
 
 def test_a_sample_of_prompts_keeps_all_their_references(write, plain):
     examples = load_examples([write("rows.jsonl", ROWS)], PAIRS, plain, max_length=50)
-    whole = group_by_prompt(examples, PAIRS, plain, max_tokens=50)
-    of = dict(zip(whole.texts, whole.references, strict=True))
+    complete = group_by_prompt(examples, PAIRS, plain, max_tokens=50)
+    references = dict(zip(complete.texts, complete.references, strict=True))
     for seed in range(5):
         some = group_by_prompt(examples, PAIRS, plain, max_tokens=50, max_prompts=2, seed=seed)
-        assert len(some.texts) == 2 and some.references == [of[prompt] for prompt in some.texts]
+        assert len(some.texts) == 2 and some.references == [references[prompt] for prompt in some.texts]
         assert some == group_by_prompt(examples, PAIRS, plain, max_tokens=50, max_prompts=2, seed=seed)
 
 
 def test_a_long_prompt_loses_its_start_but_not_bos(write, with_bos):
     examples = load_examples([write("rows.jsonl", ROWS[:1])], PAIRS, with_bos, max_length=50)
     prompts = group_by_prompt(examples, PAIRS, with_bos, max_tokens=4)
-    whole = with_bos("Review: a ->")["input_ids"]
-    assert prompts.ids == [[whole[0], *whole[-3:]]] and prompts.cut == 1
+    ids = with_bos("Review: a ->")["input_ids"]
+    assert prompts.ids == [[ids[0], *ids[-3:]]] and prompts.cut == 1
 
 
 def test_the_last_turn_of_a_chat(write, plain):

@@ -72,7 +72,7 @@ def test_scores_equal_one_example_at_a_time(family, choices, micro_batch_tokens,
     assert metrics["accuracy"] == pytest.approx(sum(confusion[i][i] for i in range(len(confusion))) / len(dataset))
 
 
-def test_text_has_loss_and_perplexity_alone():
+def test_text_has_only_loss_and_perplexity():
     rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5], "row": 0, "prompt_length": 0, "choices": [], "label": -1}]
     model = build("llama")
     got = score(model, datasets.Dataset.from_list(rows * 2), Isolation.ATTENTION, 8)
@@ -80,7 +80,7 @@ def test_text_has_loss_and_perplexity_alone():
     assert set(got.metrics()) == {"loss", "perplexity"}
 
 
-def test_scoring_leaves_the_mode_as_it_was():
+def test_scoring_restores_the_mode():
     model = build("gpt2")
     model.train()
     try:
@@ -109,11 +109,11 @@ def test_macro_f1():
     assert macro_f1([[5, 0, 0], [0, 5, 0], [0, 0, 0]]) == 1  # a class that never occurs doesn't count
 
 
-def test_a_hopeless_loss_gives_a_perplexity_that_json_can_hold():
+def test_a_huge_loss_gives_a_finite_perplexity():
     assert math.isfinite(Scores(examples=1, loss_sum=1e6, tokens=1).metrics()["perplexity"])
 
 
-def test_scores_that_are_no_numbers_are_an_error():
+def test_scores_that_are_not_finite_are_an_error():
     model = tiny_model("llama")
     model.get_output_embeddings().weight.data[7] = float("nan")
     with pytest.raises(NumbersError, match="finite"):

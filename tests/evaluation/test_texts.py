@@ -1,4 +1,4 @@
-"""Scores of texts as sacrebleu and rouge-score give them, and texts as a run's own data asks for them."""
+"""Scores of texts against sacrebleu and rouge-score; generation metrics in training and evaluation."""
 
 import json
 import os
@@ -27,7 +27,7 @@ REFERENCES = [
 ]
 
 
-def test_bleu_of_several_references_is_sacrebleus():
+def test_bleu_with_several_references_equals_sacrebleu():
     # sacrebleu's own call where every text has as many references: the missing ones are copies
     most = max(map(len, REFERENCES))
     padded = [(several * most)[:most] for several in REFERENCES]
@@ -44,7 +44,7 @@ def test_bleu_by_hand():
     assert found == pytest.approx(100 * (5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** 0.25, rel=1e-9)
 
 
-def test_rouge_l_is_the_best_of_a_prompts_references():
+def test_rouge_l_takes_the_best_reference_of_a_prompt():
     scorer = RougeScorer(["rougeL"])
     wanted = [
         max(scorer.score(reference, text)["rougeL"].fmeasure for reference in several)
@@ -55,11 +55,11 @@ def test_rouge_l_is_the_best_of_a_prompts_references():
     assert text_metrics(["rouge_l"], ["a b c d"], [["x", "a c d e"]])["rouge_l"] == pytest.approx(3 / 4)
 
 
-def test_exact_match_counts_any_reference():
+def test_exact_match_accepts_any_reference():
     assert text_metrics(["exact_match"], TEXTS, REFERENCES) == {"exact_match": 0.5}
 
 
-def test_a_library_that_is_not_installed_is_told_with_the_way_out(monkeypatch):
+def test_a_missing_library_is_reported_with_the_install_command(monkeypatch):
     check_installed(ALL)
     monkeypatch.setitem(texts.LIBRARIES, "bleu", "sacrebleu_is_not_here")
     with pytest.raises(ConfigError, match=r"lora-ft\[generation\]"):
@@ -111,7 +111,7 @@ def test_every_set_is_scored_by_name(folder):
     assert "| dev BLEU |" in (folder / "out/README.md").read_text()
 
 
-def test_eval_repeats_the_figures_of_training(folder, capsys):
+def test_eval_reproduces_the_metrics_of_training(folder, capsys):
     record = json.loads((folder / "out/lora_ft.json").read_text())
     sets = evaluated(capsys, folder=folder / "out")["sets"]
     assert [(name, found["examples"]) for name, found in sets.items()] == [("dev", 20), ("held", 12)]
@@ -123,7 +123,7 @@ def test_eval_repeats_the_figures_of_training(folder, capsys):
     assert sets["dev"]["adapter"]["rouge_l"] > sets["dev"]["base"]["rouge_l"]
 
 
-def test_a_run_goes_on_only_with_the_data_of_every_set(folder):
+def test_a_run_resumes_only_with_the_same_data_in_every_set(folder):
     before = (folder / "eval.jsonl").read_bytes()
     (folder / "eval.jsonl").write_bytes(before + before.splitlines(keepends=True)[0])
     try:
@@ -133,10 +133,10 @@ def test_a_run_goes_on_only_with_the_data_of_every_set(folder):
         (folder / "eval.jsonl").write_bytes(before)
 
 
-def test_stopped_while_generating_it_ends_in_the_same_bits(folder, tmp_path, monkeypatch):
+def test_a_run_stopped_while_generating_ends_in_the_same_bits(folder, tmp_path, monkeypatch):
     settings = [*SETTINGS, "generation.do_sample=true", "adapter.dropout=0.1", "train.max_steps=6"]
     settings += ["train.metric_for_best_model=dev_loss"]
-    train(load_config("config.yaml", [*settings, f"output={tmp_path / 'whole'}"]))
+    train(load_config("config.yaml", [*settings, f"output={tmp_path / 'complete'}"]))
     broken = load_config("config.yaml", [*settings, f"output={tmp_path / 'broken'}"])
     for stops, check in enumerate((12, 9, 19, 8)):
         stop_at(monkeypatch, check)
@@ -144,17 +144,17 @@ def test_stopped_while_generating_it_ends_in_the_same_bits(folder, tmp_path, mon
             train(broken, resume=stops > 0)
     monkeypatch.undo()
     train(broken, resume=True)
-    assert log(tmp_path / "broken") == log(tmp_path / "whole")
-    ended = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("broken", "whole")]
+    assert log(tmp_path / "broken") == log(tmp_path / "complete")
+    ended = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("broken", "complete")]
     assert ended[0] == ended[1]
 
 
-def test_data_on_the_command_line_beats_named_sets(folder, capsys):
+def test_data_on_the_command_line_overrides_named_sets(folder, capsys):
     found = evaluated(capsys, folder=folder / "out", data="eval.jsonl")
     assert found["examples"] == 20 and "exact_match" in found["adapter"]
 
 
-def test_texts_are_kept_and_the_first_is_shown(folder, capsys):
+def test_texts_are_saved_and_the_first_is_printed(folder, capsys):
     evaluate_command([folder / "out"], texts_path=folder / "texts.jsonl", overrides=["generation.num_beams=2"])
     lines = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
     assert [line["set"] for line in lines] == ["dev"] * 3 + ["held"] * 3
@@ -163,14 +163,14 @@ def test_texts_are_kept_and_the_first_is_shown(folder, capsys):
     assert "BLEU" in shown and lines[0]["adapter"] in shown and lines[0]["prompt"].split("\n")[0] in shown
 
 
-def test_texts_need_metrics_and_room(folder):
+def test_texts_need_metrics_and_positions(folder):
     with pytest.raises(ConfigError, match="no texts are generated"):
         evaluate_command([folder / "out"], texts_path=folder / "t.jsonl", overrides=["generation.metrics=[]"])
     with pytest.raises(ConfigError, match="128 positions"):
         evaluate_command([folder / "out"], overrides=["generation.max_new_tokens=128"])
 
 
-def test_the_first_set_governs_and_the_record_says_so(folder):
+def test_the_first_set_selects_the_best_checkpoint(folder):
     both = "data.eval={dev: eval.jsonl, test: eval.jsonl}"
     config = load_config("config.yaml", [both, "train.metric_for_best_model=accuracy"])
     assert config.train.metric_for_best_model == "dev_accuracy"

@@ -1,4 +1,4 @@
-"""A batch of prompts of different lengths gives what each gives alone, and what no cache and no padding would give."""
+"""Batched generation equals generating one prompt at a time without cache or padding; what ends it; streaming and stopping."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def log_probability(model, prompt, ids) -> float:
     return sum(scores[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids))
 
 
-def test_beams_find_likelier_texts_than_greedy_in_batches_as_alone():
+def test_beams_in_batches_equal_beams_alone_and_beat_greedy():
     model = build("gpt2")
     beams = GenerationConfig(max_new_tokens=4, num_beams=8, no_repeat_ngram_size=2)
     found = new_ids(model, PROMPTS, beams, [], batch_size=4)
@@ -81,7 +81,7 @@ def test_beams_find_likelier_texts_than_greedy_in_batches_as_alone():
             assert log_probability(model, prompt, ids) >= log_probability(model, prompt, greedy) - 1e-4
 
 
-def test_samples_follow_the_seed_and_leave_the_random_state_alone():
+def test_sampling_follows_the_seed_and_restores_the_random_state():
     model = build("llama")
     how = GenerationConfig(max_new_tokens=10, do_sample=True, temperature=1.5, top_k=0)
     torch.manual_seed(5)
@@ -93,7 +93,7 @@ def test_samples_follow_the_seed_and_leave_the_random_state_alone():
     assert first != new_ids(model, PROMPTS, how, [], batch_size=3, seed=2)
 
 
-def test_an_adapter_is_decoded_with_and_its_base_without_it():
+def test_an_adapter_can_be_switched_off():
     model = tiny_model("gpt2")
     base = [alone(model, prompt, [EOS]) for prompt in PROMPTS]
     inject_lora(model, ["q", "v"], rank=4, alpha=64, dropout=0.5)
@@ -109,12 +109,12 @@ def test_an_adapter_is_decoded_with_and_its_base_without_it():
 
 
 def test_check_stops_between_tokens():
-    looks = 0
+    calls = 0
 
     def check():
-        nonlocal looks
-        looks += 1
-        if looks == 5:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
             raise KeyboardInterrupt
 
     model = tiny_model("llama")
