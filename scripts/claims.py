@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_ft.commands.compare.tables import format_mean
+from lora_ft.commands.compare.display import format_mean
 from lora_ft.core.metrics import format_metric
 
 ROOT = Path(__file__).parent.parent

@@ -8,21 +8,10 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 428, 12, 216  # of the plot area
 MAX_POINTS = 300  # per line: more than a screen resolves
-MAX_RUN_COLOURS = 8
-COLOURS = {  # look -> colour on white paper; style.css has others for dark screens
-    "raw": "#a9c6f5",
-    "mean": "#1f6feb",
-    "eval": "#c2410c",
-    "base": "#6b7280",
-    "run-1": "#1f6feb",
-    "run-2": "#c2410c",
-    "run-3": "#15803d",
-    "run-4": "#9333ea",
-    "run-5": "#0e7490",
-    "run-6": "#be185d",
-    "run-7": "#a16207",
-    "run-8": "#4d5761",
-}
+RUN_COLOURS = ("#1f6feb", "#c2410c", "#15803d", "#9333ea", "#0e7490", "#be185d", "#a16207", "#4d5761")
+# look -> colour on white paper; style.css has others for dark screens
+COLOURS = {"raw": "#a9c6f5", "mean": "#1f6feb", "eval": "#c2410c", "base": "#6b7280"}
+COLOURS |= {f"run-{i}": colour for i, colour in enumerate(RUN_COLOURS, 1)}
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class Chart:
 
 def run_look(index: int) -> str:
     """The look of the run or variant at a place in a comparison."""
-    return f"run-{index % MAX_RUN_COLOURS + 1}"
+    return f"run-{index % len(RUN_COLOURS) + 1}"
 
 
 def format_x(x: float) -> str:

@@ -60,26 +60,14 @@ def compare_runs(runs: Sequence[RunData]) -> str:
     settings = [Row(setting, values) for setting, values in differing_settings(runs)]
     same_data = len({_eval_hashes(run) for run in runs if run.metrics}) <= 1
     scores = _score_tables(runs, names)
-    return comparison_page(
-        f"{len(runs)} runs compared",
-        [
-            Section(
-                "Results",
-                scores,
-                notice=""
-                if same_data
-                else "These runs were scored on different eval data: do not compare their scores.",
-                note="" if scores else "None of these runs has been evaluated.",
-            ),
-            Section("Curves", charts=comparison_charts(runs, names)),
-            Section(
-                "Settings that differ",
-                [Table(names, settings, numbers=False)] if settings else [],
-                note="" if settings else "None.",
-            ),
-            Section("Cost", [Table(names, costs)]),
-        ],
-    )
+    notice = "" if same_data else "These runs were scored on different eval data: do not compare their scores."
+    sections = [
+        Section("Scores", scores, notice=notice, note="" if scores else "None of these runs has been evaluated."),
+        Section("Curves", charts=comparison_charts(runs, names)),
+        Section("Settings", [Table(names, settings, numbers=False)], note="Only those that differ."),
+        Section("Cost", [Table(names, costs)]),
+    ]
+    return comparison_page(f"{len(runs)} runs compared", sections)
 
 
 def _eval_hashes(run: RunData) -> tuple:

@@ -25,21 +25,12 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def check_replaceable(path: Path) -> None:
-    """Refuse to replace a file that lora-ft has not written.
-
-    Raises:
-        FilesError: there is such a file.
-    """
-    if path.exists() and not run_folder.is_own_report(path):
-        raise FilesError(f"{path}: exists and is not from lora-ft. Move it, or give another name: --output FILE.")
-
-
 def write_page(path: Path, content: str) -> None:
     """Write a page or drawing.
 
     Raises:
-        FilesError: a file that lora-ft has not written is there, or the page can't be written.
+        FilesError: another tool's file has that name, or the page can't be written.
     """
-    check_replaceable(path)
+    if path.exists() and not run_folder.is_own_report(path):
+        raise FilesError(f"{path}: exists and is not from lora-ft. Move it, or give another name: --output FILE.")
     write_file(path, content)

@@ -13,7 +13,7 @@ from lora_ft.methods.usage import method_of, peft_snippet
 from lora_ft.report.comparison import compare_runs
 from lora_ft.report.curves import run_charts
 from lora_ft.report.figures import config_text, data_table, provenance, run_figures
-from lora_ft.report.render import check_replaceable, render, write_page
+from lora_ft.report.render import render, write_page
 from lora_ft.report.runs import RunData, eval_set_names, read_run_data
 from lora_ft.report.scores import headline, score_tables
 
@@ -47,17 +47,15 @@ def write_run_report(run: RunData, page: Path | None = None) -> Path | None:
         The path of the page; None if the run has neither a log nor a result.
 
     Raises:
-        FilesError: a file that lora-ft has not written has that name, or the report can't be written.
+        FilesError: another tool's file has that name, or the report can't be written.
     """
     if not run.log and not run.finished:
         return None
-    if page is None:
-        page, drawing = run.folder / run_folder.REPORT, run.folder / run_folder.CURVES
-        check_replaceable(page)
-        if charts := run_charts(run):
-            write_page(drawing, render("curves.svg", charts=charts))
-    write_page(page, report_page(run))
-    return page
+    path = page or run.folder / run_folder.REPORT
+    write_page(path, report_page(run))
+    if page is None and (charts := run_charts(run)):
+        write_page(run.folder / run_folder.CURVES, render("curves.svg", charts=charts))
+    return path
 
 
 def report_page(run: RunData) -> str:
@@ -67,20 +65,13 @@ def report_page(run: RunData) -> str:
     return render(
         "run.html",
         title=f"{folder}: lora-ft report",
-        name=folder,
+        run=run,
         folder=folder,
         adapter=what_it_is(record),
         base=portable_name(str(record["base"].get("name"))),
-        finished=run.finished,
-        stop_reason=run.stop_reason,
-        step=run.step,
-        last_step=run.last_step,
-        planned=record.get("planned_steps"),
         headline=headline(run),
         results=score_tables(run),
-        scored_base=bool(run.base_metrics),
         eval_note=_eval_note(run),
-        samples=run.samples,
         run_figures=run_figures(run),
         charts=run_charts(run),
         snippet=peft_snippet(record, folder) if run.finished and method in ("lora", "prompt") else "",

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import latency
-from lora_ft.commands.compare.page import page
+from lora_ft.commands.compare.display import page
 from lora_ft.commands.compare.results import VariantResult
 from lora_ft.commands.compare.variants import Variant
 from lora_ft.commands.train import train
@@ -32,8 +32,8 @@ def test_a_comparison_gets_the_latency_of_its_variants(tmp_path, monkeypatch, ca
     monkeypatch.chdir(write_run(tmp_path))
     config = load_config("config.yaml", ["train.max_steps=1"])
     train(config)
-    runs = {0: {"output": "out", "record": read_json(Path("out/lora_ft.json"), FilesError)}}
-    variant = VariantResult(Variant({"adapter.rank": "4"}, config), runs=runs).as_dict()
+    records = {0: read_json(Path("out/lora_ft.json"), FilesError)}
+    variant = VariantResult(Variant({"adapter.rank": "4"}, config), records=records).as_dict()
     result = {"config": config.model_dump(mode="json"), "varied": {}, "tuned": {}, "seeds": [0], "base": {}}
     result |= {"metric": ["", "loss"], "tuning_metric": "loss", "tune_steps": None, "variants": [variant]}
     assert "latency" not in page(result)

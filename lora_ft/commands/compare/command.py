@@ -4,10 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_ft.commands.compare.page import PAGE, page
+from lora_ft.commands.compare.display import page, show
 from lora_ft.commands.compare.results import VariantResult, base_metrics
 from lora_ft.commands.compare.runs import RunFailed, Runner
-from lora_ft.commands.compare.tables import show
 from lora_ft.commands.compare.variants import (
     TUNING_SET,
     Axis,
@@ -29,7 +28,7 @@ from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.report.render import write_page
 from lora_ft.training.output import remove_checkpoint
 
-RESULT = "compare.json"
+RESULT, PAGE = "compare.json", "compare.html"
 
 
 def compare_command(
@@ -62,7 +61,7 @@ def compare_command(
             tuning_config(variant, point, seed_list[0], folder, tune_steps)
             final_config(variant, point, seed_list[0], folder, evaluate_base=False)
     folder.mkdir(parents=True, exist_ok=True)
-    measured = _measured_latency(folder)
+    latency = _measured_latency(folder / RESULT)
     results = [VariantResult(variant) for variant in variants]
     settings = {
         "made_by": "lora-ft",
@@ -90,9 +89,9 @@ def compare_command(
     for result in results:
         if not result.skip_reason:
             train_seeds(result, seed_list, runner, with_base=not base_metrics(results))
-            result.latency = measured.get(weights_hash(result), {})
+            result.latency = latency.get(result.weights_hash, {})
             write()
-    if not any(result.runs for result in results):
+    if not any(result.records for result in results):
         raise SystemExit(results[0].exit_code)  # each reason has been printed
     if as_json:
         print(json.dumps(write()))
@@ -148,13 +147,14 @@ def train_seeds(result: VariantResult, seeds: Sequence[int], runner: Runner, wit
     name = ",".join(filter(None, [result.variant.folder, folder_name(result.tuned)]))
     for seed in seeds:
         output = runner.folder / "runs" / f"{name},seed={seed}"
-        config = final_config(result.variant, result.tuned, seed, output, evaluate_base=with_base and not result.runs)
+        config = final_config(
+            result.variant, result.tuned, seed, output, evaluate_base=with_base and not result.records
+        )
         try:
-            record = runner.train(f"{result.variant.name}, seed {seed}", config)
+            result.records[seed] = runner.train(f"{result.variant.name}, seed {seed}", config)
         except RunFailed as failure:
             mark_skipped(result, failure)
             return
-        result.runs[seed] = {"output": str(output), "record": record}
 
 
 def mark_skipped(result: VariantResult, failure: RunFailed) -> None:
@@ -163,25 +163,13 @@ def mark_skipped(result: VariantResult, failure: RunFailed) -> None:
     info(f"compare: {result.variant.name}: skipped: {result.skip_reason}")
 
 
-def weights_hash(result: VariantResult) -> str:
-    """The SHA-256 of the weights of a variant's first run; "" if there is none."""
-    for run in result.runs.values():
-        for name, entry in (run["record"].get("files") or {}).items():
-            if name.endswith(".safetensors"):
-                return entry["sha256"]
-    return ""
-
-
-def _measured_latency(folder: Path) -> dict[str, dict]:
-    """Hash of weights -> latency, as benchmarks/latency.py has added it to compare.json.
+def _measured_latency(path: Path) -> dict[str, dict]:
+    """Hash of weights -> what benchmarks/latency.py has added to the compare.json of an earlier call.
 
     Raises:
-        FilesError: compare.json is damaged, or not from lora-ft.
+        FilesError: the file is damaged or not from lora-ft.
     """
-    path = folder / RESULT
-    if not path.is_file():
-        return {}
-    result = read_json(path, FilesError)
+    result: dict = read_json(path, FilesError) if path.is_file() else {"made_by": "lora-ft"}
     if result.get("made_by") != "lora-ft":
         raise FilesError(f"{path}: is not from lora-ft. Give another folder: --output DIR.")
     return {v["latency"]["of"]: v["latency"] for v in result.get("variants", []) if v.get("latency")}

@@ -21,7 +21,7 @@ class VariantResult:
     Attributes:
         tuned: the settings chosen by tuning.
         tried: {"settings": ..., "score": ...} of each point of the tuning grid; the score is None where the run failed.
-        runs: seed -> {"output": folder, "record": its record} of each finished run.
+        records: seed -> the record of each finished run.
         skip_reason: why the variant can't be trained here; exit_code: of the run that failed so.
         latency: what benchmarks/latency.py has measured of its first run's weights.
     """
@@ -29,10 +29,16 @@ class VariantResult:
     variant: Variant
     tuned: dict[str, str] = field(default_factory=dict)
     tried: list[dict] = field(default_factory=list)
-    runs: dict[int, dict] = field(default_factory=dict)
+    records: dict[int, dict] = field(default_factory=dict)
     skip_reason: str = ""
     exit_code: int = 0
     latency: dict = field(default_factory=dict)
+
+    @property
+    def weights_hash(self) -> str:
+        """The SHA-256 of the first run's weights."""
+        files = next(iter(self.records.values()), {}).get("files") or {}
+        return next((entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")), "")
 
     def as_dict(self) -> dict:
         """For compare.json; the keys of `metrics` are eval sets, "" for a single one without a name."""
@@ -40,10 +46,9 @@ class VariantResult:
         entry: dict = {"name": variant.name, "settings": variant.settings, "tuned": self.tuned, "tried": self.tried}
         if self.skip_reason:
             entry["refused"] = self.skip_reason
-        if self.runs:
-            entry |= costs(list(self.runs.values()))
-            entry["metrics"] = metrics_over_seeds([run["record"] for run in self.runs.values()])
-            entry["runs"] = {str(seed): run["output"] for seed, run in self.runs.items()}
+        if records := list(self.records.values()):
+            entry |= costs(records) | {"metrics": metrics_over_seeds(records)}
+            entry["runs"] = {str(seed): record["config"]["output"] for seed, record in self.records.items()}
         return entry | ({"latency": self.latency} if self.latency else {})
 
 
@@ -68,10 +73,10 @@ def mean_interval(values: Sequence[float]) -> dict:
     return entry
 
 
-def costs(runs: Sequence[dict]) -> dict:
+def costs(records: Sequence[dict]) -> dict:
     """Parameters, bytes, speed, seconds per step and peak memory (MiB) of a variant: medians over its runs, but the highest
     peak."""
-    record, outputs = runs[0]["record"], [Path(run["output"]) for run in runs]
+    record, outputs = records[0], [Path(record["config"]["output"]) for record in records]
     logs = [[line for line in read_log(output) if "tokens_per_second" in line] for output in outputs]
     speeds = [statistics.median(line["tokens_per_second"] for line in log) for log in logs if log]
     tokens_per_step = [log[-1]["tokens"] / log[-1]["step"] for log in logs if log]
@@ -94,8 +99,7 @@ def costs(runs: Sequence[dict]) -> dict:
 def base_metrics(results: Sequence[VariantResult]) -> dict[str, dict[str, float]]:
     """Eval set -> metrics of the base, from the one run that has scored it."""
     for result in results:
-        for run in result.runs.values():
-            if metrics := run["record"].get("base_metrics"):
-                sets = split_set_name(metrics, eval_set_names(run["record"]))
-                return {name: scalars(of_set) for name, of_set in sets.items()}
+        for record in result.records.values():
+            if metrics := record.get("base_metrics"):
+                return {name: scalars(of) for name, of in split_set_name(metrics, eval_set_names(record)).items()}
     return {}
