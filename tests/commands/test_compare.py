@@ -214,7 +214,7 @@ def test_a_signal_stops_the_run_too_and_the_same_command_goes_on(tmp_path):
     child.send_signal(signal.SIGTERM)
     assert child.wait(60) == 143, child.stderr.read()
     assert list(log.parent.glob("checkpoints/step-*/lora_ft.json"))
-    done = lora_ft(*words, cwd=folder)
+    done = lora_ft(*words, cwd=folder, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stderr and "rank=2" in done.stdout
 
