@@ -19,7 +19,7 @@ from lora_ft.core.run_folder import RECORD, checkpoints
 from lora_ft.core.signals import Stopped
 from lora_ft.core.storage import read_json, write_file
 
-# The variant does not fit the model, its numbers overflow, or it needs too much memory: the comparison goes on without it.
+# The variant does not fit the model, its numbers overflow, or it needs too much memory: it is left out of the comparison.
 SKIPPED_EXIT_CODES = (ModelError.exit_code, NumbersError.exit_code, EXIT_OUT_OF_MEMORY)
 
 
