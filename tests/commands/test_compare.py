@@ -1,4 +1,4 @@
-"""`lora-ft compare`: which runs it makes, what it makes of them, and that it goes on where it was stopped."""
+"""`lora-ft compare`: its variants and runs, their results, and resuming."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def test_values_are_split_where_yaml_would():
 
 
 @pytest.mark.parametrize("text", ["adapter.rank", "adapter.rank=", "=1,2", "adapter.rank=[1,2", "adapter.rank=1,1"])
-def test_an_axis_that_is_none_is_refused(text):
+def test_a_malformed_axis_is_refused(text):
     with pytest.raises(ConfigError, match="--vary"):
         parse_axis("--vary", text)
 
@@ -59,7 +59,7 @@ def test_the_variants_are_the_product(config):
     ]
 
 
-def test_a_setting_counts_only_for_its_own_methods(config):
+def test_settings_apply_only_to_their_own_methods(config):
     assert named(config, "adapter.method=lora,full", "adapter.rank=1,2") == ["lora, rank=1", "lora, rank=2", "full"]
     full = make_variants(config, [], [parse_axis("--vary", "adapter.method=full")])[0].config
     assert full.adapter.model_dump() == {"method": "full"}  # the config's rank and alpha are LoRA's
@@ -77,12 +77,12 @@ def test_a_setting_counts_only_for_its_own_methods(config):
         ["adapter.targets=[q,v],[q-v]"],
     ],
 )
-def test_a_variation_that_makes_no_sense_is_refused_before_anything_is_spent(config, vary):
+def test_an_invalid_variation_is_refused_before_the_first_run(config, vary):
     with pytest.raises(ConfigError):
         named(config, *vary)
 
 
-def test_without_eval_data_there_is_nothing_to_compare_by(config):
+def test_eval_data_is_required(config):
     with pytest.raises(ConfigError, match="eval"):
         make_variants(config, ["data.eval=null"], [])
 
@@ -93,7 +93,7 @@ def test_seeds_are_whole_numbers(seeds):
         parse_seeds(seeds)
 
 
-def test_nothing_is_chosen_on_the_eval_data(config):
+def test_nothing_is_selected_on_the_eval_data(config):
     variant = make_variants(config, ["train.early_stopping_patience=2"], [])[0]
     run = final_config(variant, {"train.learning_rate": "1e-2"}, 3, Path("out"), evaluate_base=False)
     assert (run.train.learning_rate, run.train.seed) == (1e-2, 3)
@@ -103,12 +103,12 @@ def test_nothing_is_chosen_on_the_eval_data(config):
     assert chooses.train.metric_for_best_model == "tuning_loss"
 
 
-def test_tuning_leaves_out_what_the_eval_data_holds_out_of_train(config):
+def test_tuning_data_excludes_eval_rows_held_out_of_train(config):
     variant = make_variants(config, ["data.eval={a: 0.2, b: eval.jsonl}"], [])[0]
     assert tuning_config(variant, {}, 0, Path("out")).data.eval == {"a": 0.2, "tuning": 0.1}
 
 
-def test_what_variants_are_ranked_by(config):
+def test_the_ranking_metric(config):
     base = make_variants(config, [], [])[0].config
     assert ranking_metric(base) == ("", "loss")
     data = base.model_dump(mode="json")
@@ -117,14 +117,14 @@ def test_what_variants_are_ranked_by(config):
     assert ranking_metric(parse_config(data)) == ("dev", "bleu")
 
 
-def test_the_interval_is_student_s():
+def test_the_interval_is_students_t():
     found = mean_interval([1.0, 2.0, 3.0])
     assert found["mean"] == 2.0
     assert found["ci95"] == pytest.approx([2 - 2.484, 2 + 2.484], abs=1e-3)  # 4.303 / sqrt(3), as in any textbook
     assert "ci95" not in mean_interval([1.0])
 
 
-def test_metrics_of_several_sets_are_told_apart():
+def test_metrics_of_several_eval_sets_are_kept_apart():
     config = {"data": {"eval": {"dev": "a", "other": "b"}}}
     records = [{"config": config, "metrics": {"dev_loss": x, "other_loss": 2 * x}} for x in (1.0, 3.0)]
     found = metrics_over_seeds(records)
@@ -160,7 +160,7 @@ def test_compares_methods_from_a_config(compared):
         assert word in done.stdout
 
 
-def test_its_runs_are_ordinary_runs(compared):
+def test_runs_of_a_comparison_are_ordinary_runs(compared):
     folder, _ = compared
     run = result(folder)["variants"][0]["runs"]["1"]
     done = lora_ft("eval", run, "--json", cwd=folder)
@@ -169,13 +169,13 @@ def test_its_runs_are_ordinary_runs(compared):
     assert json.loads(done.stdout)["adapter"]["accuracy"] == accuracy
 
 
-def test_runs_that_only_tune_keep_no_checkpoint(compared):
+def test_tuning_runs_keep_no_checkpoint(compared):
     folder, _ = compared
     assert not list(folder.glob("out-compare/tuning/*/checkpoints/step-*"))
     assert list(folder.glob("out-compare/runs/*/checkpoints/step-*/lora_ft.json"))
 
 
-def test_asked_again_it_trains_nothing_and_finds_the_same(compared):
+def test_a_repeated_command_trains_nothing_and_gives_the_same_result(compared):
     folder, _ = compared
     before = {p: p.stat().st_mtime_ns for p in folder.glob("out-compare/*/*/lora_ft.json")}
     assert len(before) == 8
@@ -190,7 +190,7 @@ def test_asked_again_it_trains_nothing_and_finds_the_same(compared):
     assert {p: p.stat().st_mtime_ns for p in folder.glob("out-compare/*/*/lora_ft.json")} == before
 
 
-def test_runs_of_other_settings_are_refused(compared):
+def test_a_folder_with_runs_of_other_settings_is_refused(compared):
     folder, _ = compared
     done = lora_ft("compare", "config.yaml", *VARY, "--seeds", "0", "--set", "train.batch_size=4", cwd=folder)
     assert done.returncode == 2
@@ -203,7 +203,7 @@ def test_the_page_opens_offline(compared):
     assert "skipped: " in text and "<svg" in text
 
 
-def test_a_signal_stops_the_run_too_and_the_same_command_goes_on(tmp_path):
+def test_a_signal_stops_the_run_and_the_same_command_resumes_it(tmp_path):
     folder = write_run(tmp_path)
     words = ["compare", "config.yaml", "--vary", "adapter.rank=1,2", "--set", "train.max_steps=400"]
     child = subprocess.Popen([sys.executable, "-m", "lora_ft", *words], cwd=folder, stderr=subprocess.PIPE, text=True)
@@ -219,7 +219,7 @@ def test_a_signal_stops_the_run_too_and_the_same_command_goes_on(tmp_path):
     assert "resuming after step" in done.stderr and "rank=2" in done.stdout
 
 
-def test_where_nothing_can_be_trained_the_runs_own_exit_code_is_the_answer(tmp_path):
+def test_if_no_variant_can_be_trained_the_exit_code_is_that_of_the_run(tmp_path):
     folder = write_run(tmp_path, "mixtral")
     done = lora_ft("compare", "config.yaml", "--vary", "adapter.method=bottleneck", cwd=folder)
     assert done.returncode == 4

@@ -56,7 +56,7 @@ def classified(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
-    """A run that has free answers, to rows that are meant to break out of the page."""
+    """A run with generated answers, on rows that are meant to break out of the page."""
     folder = write_run(tmp_path_factory.mktemp("generated"))
     rows = [{"text": f"{i} {HOSTILE}", "label": f"good {HOSTILE}"} for i in range(6)]
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -66,13 +66,13 @@ def generated(tmp_path_factory):
 
 @pytest.fixture
 def folder(classified, tmp_path):
-    """What the run began with, without its output."""
+    """A copy of the classification's folder without its output."""
     shutil.copytree(classified, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("out"))
     return tmp_path
 
 
 class Page(HTMLParser):
-    """tags: (name, attributes) of all elements. text: all of it that a reader sees."""
+    """tags: (name, attributes) of all elements. text: the text of the page."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -88,7 +88,7 @@ class Page(HTMLParser):
 
 
 def harmless(page: Page) -> None:
-    """Nothing runs and nothing is asked of anywhere; the hostile text is text."""
+    """No script, no request; the hostile text is shown as text."""
     names, attributes = {tag for tag, _ in page.tags}, {(k, v) for _, found in page.tags for k, v in found.items()}
     assert not names & {"script", "img", "iframe", "link", "object", "a", "base", "form"}
     assert not [k for k, _ in attributes if k in ("src", "href", "srcset") or k.startswith("on")]
@@ -117,7 +117,7 @@ def test_the_result_comes_first_with_intervals_and_both_confusion_tables(classif
     assert not (classified / "out/samples.json").exists()
 
 
-def test_free_answers_of_base_and_adapter_stand_side_by_side(generated):
+def test_generated_answers_of_base_and_adapter_are_side_by_side(generated):
     harmless(Page(generated / "out/report.html"))
     samples = json.loads((generated / "out/samples.json").read_text())["samples"]
     assert len(samples) == 4
@@ -129,7 +129,7 @@ def test_free_answers_of_base_and_adapter_stand_side_by_side(generated):
     assert tokenizer.decode([first], skip_special_tokens=True) == samples[0]["base"][: len(tokenizer.decode([first]))]
 
 
-def test_the_base_is_scored_as_what_it_is(classified):
+def test_the_base_score_equals_plain_cross_entropy(classified):
     config = load_config(classified / "config.yaml", CLASSES)
     tokenizer, model = load_tokenizer(resolve(str(classified / "base"))), load_base(resolve(str(classified / "base")))
     here = os.getcwd()
@@ -147,7 +147,7 @@ def test_the_base_is_scored_as_what_it_is(classified):
     assert record(classified)["base_seconds"] >= 0
 
 
-def test_scoring_the_base_changes_nothing_of_the_run(classified, folder, monkeypatch):
+def test_scoring_the_base_does_not_change_training(classified, folder, monkeypatch):
     """With dropout: a random number drawn for it would show."""
     scored, calls = lora_ft.evaluation.evaluate.score, []
 
@@ -166,7 +166,7 @@ def test_scoring_the_base_changes_nothing_of_the_run(classified, folder, monkeyp
     assert ours == theirs
 
 
-def test_a_report_that_fails_is_a_warning(folder, monkeypatch, capsys):
+def test_a_failing_report_is_only_a_warning(folder, monkeypatch, capsys):
     def fails(run):
         raise RuntimeError("no")
 
@@ -178,12 +178,12 @@ def test_a_report_that_fails_is_a_warning(folder, monkeypatch, capsys):
     verify_manifest(folder / "out", about["files"], FilesError)
 
 
-def test_listed_by_name_only(classified):
+def test_the_manifest_lists_reports_without_hashes(classified):
     files = record(classified)["files"]
     assert files["report.html"] is None and files["curves.svg"] is None
 
 
-def test_the_drawing_stands_alone(classified):
+def test_curves_svg_needs_no_other_file(classified):
     """curves.svg has the charts of the page, with colours that need no style sheet, on white."""
     drawing = ElementTree.parse(classified / "out/curves.svg").getroot()
     svg = "{http://www.w3.org/2000/svg}"
@@ -197,8 +197,8 @@ def test_the_drawing_stands_alone(classified):
     assert not [e for e in drawing.iter() if e.tag in (f"{svg}style", f"{svg}script", f"{svg}image")]
 
 
-def test_the_drawing_of_an_earlier_version_is_known(classified, folder):
-    """curves.png, which that version drew, goes with the run it is of; one that is the user's stays and is not replaced."""
+def test_curves_png_of_an_earlier_version_is_replaced_with_its_run(classified, folder):
+    """--overwrite removes it, --resume keeps the folder valid; another tool's curves.png is left alone."""
     shutil.copytree(classified / "out", folder / "out")
     (folder / "out/curves.svg").rename(folder / "out/curves.png")
     (folder / "out/curves.png").write_bytes(b"\x89PNG\r\n\x1a\n tEXtSoftware\0lora-ft")
@@ -215,7 +215,7 @@ def test_the_drawing_of_an_earlier_version_is_known(classified, folder):
 
 
 def stopped(folder: Path, monkeypatch, look: int, *changes: str) -> None:
-    """A run that a signal stops at the look-th look for one."""
+    """A run that is stopped by a signal at the look-th check for one."""
     count = 0
 
     def check(self):
@@ -230,7 +230,7 @@ def stopped(folder: Path, monkeypatch, look: int, *changes: str) -> None:
     monkeypatch.undo()
 
 
-def test_an_interrupted_run_has_one_that_its_files_give_again(folder, monkeypatch):
+def test_an_interrupted_run_has_a_report_that_can_be_regenerated(folder, monkeypatch):
     stopped(folder, monkeypatch, 30, *CLASSES)
     page = Page(folder / "out/report.html")
     harmless(page)
@@ -247,7 +247,7 @@ def test_an_interrupted_run_has_one_that_its_files_give_again(folder, monkeypatc
     assert "Not finished" not in Page(folder / "out/report.html").text
 
 
-def test_a_run_that_met_nan_shows_how_it_came_to_it(folder, monkeypatch):
+def test_a_run_that_stopped_at_nan_has_a_report(folder, monkeypatch):
     loss, calls = lora_ft.training.step.supervised_loss, []
 
     def spoilt(*args, **options):
@@ -265,12 +265,12 @@ def test_a_run_that_met_nan_shows_how_it_came_to_it(folder, monkeypatch):
     assert "Not finished" not in Page(folder / "out/report.html").text
 
 
-def test_a_signal_before_the_first_step_leaves_none(folder, monkeypatch):
+def test_a_signal_before_the_first_step_leaves_no_report(folder, monkeypatch):
     stopped(folder, monkeypatch, 1)
     assert not (folder / "out/report.html").exists()
 
 
-def test_overwrite_takes_ours_and_leaves_a_users(folder, monkeypatch):
+def test_overwrite_removes_own_reports_and_keeps_other_files(folder, monkeypatch):
     stopped(folder, monkeypatch, 20)
     before = (folder / "out/report.html").read_text()
     monkeypatch.setattr(lora_ft.report.write, "write_run_report", lambda run: None)
@@ -308,7 +308,7 @@ def test_runs_with_named_eval_sets(folder):
         assert all(f"Eval {name} loss" in page.read_text() for name in ("dev", "other"))
 
 
-def test_what_is_no_run_is_said_to_be_none(classified, tmp_path):
+def test_folders_without_a_run_are_refused(classified, tmp_path):
     for place, words in ((tmp_path, "no run"), (sorted((classified / "out/checkpoints").iterdir())[0], "a checkpoint")):
         with pytest.raises(ModelError, match=words):
             report_command([place], None)
@@ -320,7 +320,7 @@ def test_what_is_no_run_is_said_to_be_none(classified, tmp_path):
         report_command([tmp_path / "out"], None)
 
 
-def test_a_log_with_a_cut_line_and_numbers_that_are_none_is_read(classified, tmp_path):
+def test_a_log_with_a_cut_line_and_nan_is_read(classified, tmp_path):
     shutil.copytree(classified / "out", tmp_path / "out")
     with (tmp_path / "out/log.jsonl").open("a") as log:
         log.write('{"step": 13, "loss": NaN, "grad_norm": 1.0}\n[]\n{"step": 14, "lo')
@@ -337,7 +337,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.wh
 
 @pytest.mark.skipif(not BROWSER, reason="needs chromium on the PATH")
 def test_no_page_is_wider_than_a_phone(classified, generated, tmp_path):
-    """Each page in a frame of 320 pixels: what it would have to be scrolled to the side by, written into a title."""
+    """Each page in a frame of 320 pixels; a script outside of it writes the page's width into the title."""
     report_command([classified / "out", generated / "out", generated / "out"], tmp_path / "compare.html")
     for page in (classified / "out/report.html", generated / "out/report.html", tmp_path / "compare.html"):
         (tmp_path / "frame.html").write_text(
