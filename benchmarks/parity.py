@@ -16,7 +16,8 @@ from peft_trainer import Collator
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
-from lora_ft.config.load import AdapterConfig, load_config
+from lora_ft.config.load import load_config
+from lora_ft.config.schema import AdapterConfig
 from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.data.prepare import prepare
 from lora_ft.methods.interface import inject, virtual_ids

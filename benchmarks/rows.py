@@ -16,7 +16,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from workloads import WORKLOADS, config_of
 
-from lora_ft.config.load import Config
+from lora_ft.config.schema import Config
 from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.data.prepare import prepare
 from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable

@@ -6,7 +6,8 @@ import json
 import math
 from pathlib import Path
 
-from lora_ft.config.load import Config, parse_config
+from lora_ft.config.load import parse_config
+from lora_ft.config.schema import Config
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2 = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]

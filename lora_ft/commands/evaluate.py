@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from lora_ft.config.load import NOT_TRAINING, Config, load_config, parse_config
+from lora_ft.config.load import NOT_TRAINING, load_config, parse_config
+from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import info
 from lora_ft.core.run_folder import RECORD

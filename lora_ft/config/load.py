@@ -10,37 +10,11 @@ from typing import Any
 from lora_ft.config import yaml_reader
 from lora_ft.config.json_schema import alternatives, entry_at
 from lora_ft.config.rules import broken_rules, schema_errors, unknown
-from lora_ft.config.schema import (
-    SECTIONS,
-    AdapterConfig,
-    Config,
-    DataConfig,
-    GenerationConfig,
-    ModelConfig,
-    TrainConfig,
-    TrainerConfig,
-    eval_sets,
-    resume_class,
-)
+from lora_ft.config.schema import SECTIONS, Config, eval_sets, resume_class
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import format_value, printable
 from lora_ft.core.metrics import SELECTION_METRICS
 from lora_ft.core.names import nearest
-
-__all__ = [
-    "NOT_TRAINING",
-    "AdapterConfig",
-    "Config",
-    "DataConfig",
-    "GenerationConfig",
-    "ModelConfig",
-    "TrainConfig",
-    "TrainerConfig",
-    "changes",
-    "eval_sets",
-    "load_config",
-    "parse_config",
-]
 
 # Overrides where a model is only evaluated, perhaps on other sets: how a run selects its best step does not matter.
 NOT_TRAINING = ("train.metric_for_best_model=loss", "train.predict_with_generate=false")

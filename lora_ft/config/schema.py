@@ -6,37 +6,19 @@ by `lora_ft.config.load`, which also applies the rules between settings.
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, model_serializer
+from pydantic import Field, model_serializer
 from pydantic.fields import FieldInfo
 
+from lora_ft.config import types
 from lora_ft.config.section import Resume, Section, setting
 from lora_ft.config.training_arguments import TrainerConfig
-from lora_ft.config.types import (
-    Column,
-    EvalSet,
-    EvalSets,
-    LabelNames,
-    Layers,
-    LocalPath,
-    MicroBatchTokens,
-    Name,
-    Names,
-    Reporters,
-    Scheduler,
-    Steps,
-    StepsOrZero,
-    Supervised,
-    Targets,
-    TemplateText,
-    TextMetrics,
-)
 
 
 class ModelConfig(Section):
     """The base model."""
 
-    name: Name = setting(..., "the base model: a hub id, a local folder, or a local .gguf file")
-    revision: Name | None = setting(None, "a branch, tag or commit on the hub; the record pins the commit")
+    name: types.Name = setting(..., "the base model: a hub id, a local folder, or a local .gguf file")
+    revision: types.Name | None = setting(None, "a branch, tag or commit on the hub; the record pins the commit")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "the data type of the weights; auto: as stored, except that float16 becomes float32 on a CPU"
     )
@@ -49,42 +31,34 @@ class AdapterConfig(Section):
         "lora",
         "what is trained: LoRA's A and B, all weights (full), bottleneck adapter layers, or virtual tokens (prompt)",
     )
-    rank: int = setting(8, "number of rows of A and columns of B", ge=1, le=65536, methods=("lora",))
-    alpha: float = setting(16.0, "the update B A is scaled by alpha / rank", gt=0, methods=("lora",))
-    rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead", methods=("lora",))
-    dropout: float = setting(0.0, "dropout probability of the adapter's input", ge=0, lt=1, methods=("lora",))
-    targets: Targets = setting(
+    rank: int = setting(8, "number of rows of A and columns of B", ge=1, le=65536, methods="lora")
+    alpha: float = setting(16.0, "the update B A is scaled by alpha / rank", gt=0, methods="lora")
+    rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead", methods="lora")
+    dropout: float = setting(0.0, "dropout probability of the adapter's input", ge=0, lt=1, methods="lora")
+    targets: types.Targets = setting(
         ("q", "v"),
         "the adapted projections: roles q k v o gate up down, or groups attention (q k v o), mlp (gate up down), all (both)",
-        methods=("lora",),
+        methods="lora",
     )
-    modules: Names = setting(
-        (), "further modules, which no role covers, by exact name or dotted suffix (lm_head)", methods=("lora",)
+    modules: types.Names = setting(
+        (), "further modules, which no role covers, by exact name or dotted suffix (lm_head)", methods="lora"
     )
-    layers: Layers = setting(
-        None, 'the adapted layers: null for all, a list [0, 1, 2], or a range "6-11"', methods=("lora", "bottleneck")
+    layers: types.Layers = setting(
+        None, 'the adapted layers: null for all, a list [0, 1, 2], or a range "6-11"', methods="lora bottleneck"
     )
-    init_from: LocalPath | None = setting(
-        None,
-        "start from the weights of this adapter (from lora-ft or PEFT) instead of the method's initialization",
-        methods=("lora", "bottleneck", "prompt"),
+    init_from: types.LocalPath | None = setting(
+        None, "an adapter (from lora-ft or PEFT) whose weights to start from", methods="lora bottleneck prompt"
     )
-    bottleneck_size: int = setting(64, "width of the bottleneck", ge=1, le=65536, methods=("bottleneck",))
+    bottleneck_size: int = setting(64, "width of the bottleneck", ge=1, le=65536, methods="bottleneck")
     placement: Literal["houlsby", "pfeiffer"] = setting(
-        "houlsby",
-        "adapter layers after attention and MLP (houlsby) or after the MLP only (pfeiffer)",
-        methods=("bottleneck",),
+        "houlsby", "adapter layers after attention and MLP (houlsby) or the MLP only (pfeiffer)", methods="bottleneck"
     )
     nonlinearity: Literal["relu", "gelu", "silu", "tanh"] = setting(
-        "relu", "activation function in the bottleneck", methods=("bottleneck",)
+        "relu", "activation function in the bottleneck", methods="bottleneck"
     )
-    virtual_tokens: int = setting(
-        20, "number of learned vectors in front of each example", ge=1, le=65536, methods=("prompt",)
-    )
-    init_text: Name | None = setting(
-        None,
-        "a text whose token embeddings initialize the virtual tokens; null: tokens drawn from the vocabulary",
-        methods=("prompt",),
+    virtual_tokens: int = setting(20, "learned vectors in front of each example", ge=1, le=65536, methods="prompt")
+    init_text: types.Name | None = setting(
+        None, "a text whose tokens initialize the virtual tokens; null: drawn from the vocabulary", methods="prompt"
     )
 
     @model_serializer(mode="wrap")
@@ -96,32 +70,30 @@ class AdapterConfig(Section):
 class DataConfig(Section):
     """Training and evaluation data, and the text that is learned from each row."""
 
-    train: Annotated[Names, Field(min_length=1)] = setting(
+    train: Annotated[types.Names, Field(min_length=1)] = setting(
         ...,
         "training data: a local jsonl, json, csv, tsv or parquet file, a hub id[:config][@split], or a list of these",
     )
-    eval: EvalSets = setting(
+    eval: types.EvalSets = setting(
         None,
         "evaluation data: as for train, or a fraction (0.05) or number (500) of training rows to hold out; or several sets by "
         "name: {dev: 0.05, test: test.jsonl}",
     )
     max_train_examples: int | None = setting(None, "train on a random sample of this size (by train.seed)", ge=1)
     max_eval_examples: int | None = setting(None, "evaluate on a random sample of this size of each set", ge=1)
-    prompt: TemplateText | None = setting(None, "first form: a text with columns in braces, not supervised")
-    completion: Supervised | None = setting(None, "the text after the prompt: supervised, like the end token after it")
-    text: Supervised | None = setting(None, "second form: a text with columns in braces, fully supervised")
-    messages: Column | None = setting(None, "third form: a column of chat messages, role/content or from/value")
-    chat_template: LocalPath | None = setting(None, "a file with a chat template to use instead of the tokenizer's")
-    label_names: LabelNames = setting(
+    prompt: types.TemplateText | None = setting(None, "first form: a text with columns in braces, not supervised")
+    completion: types.Supervised | None = setting(None, "the text after the prompt, supervised with its end token")
+    text: types.Supervised | None = setting(None, "second form: a text with columns in braces, fully supervised")
+    messages: types.Column | None = setting(None, "third form: a column of chat messages, role/content or from/value")
+    chat_template: types.LocalPath | None = setting(None, "a file with a chat template to replace the tokenizer's")
+    label_names: types.LabelNames = setting(
         None, "{label: [negative, positive]} maps class ids to words and makes the evaluation a classification"
     )
     max_length: int = setting(512, "maximum number of tokens of an example; longer ones are cut", ge=2, le=2**24)
     long_text: Literal["truncate", "split"] = setting(
         "truncate", "for data.text: truncate long texts, or split them into pieces of max_length"
     )
-    bad_rows: Literal["error", "skip"] = setting(
-        "error", "invalid rows: stop with an error, or skip, count and list them"
-    )
+    bad_rows: Literal["error", "skip"] = setting("error", "invalid rows: stop, or skip, count and list them")
 
 
 class TrainConfig(Section):
@@ -130,52 +102,42 @@ class TrainConfig(Section):
     num_train_epochs: float = setting(1.0, "passes over the data; max_steps overrides it", gt=0, resume="longer")
     max_steps: int | None = setting(None, "number of optimizer steps", ge=1, resume="longer")
     batch_size: int = setting(16, "examples per optimizer step, over all devices", ge=1)
-    micro_batch_tokens: MicroBatchTokens = setting(
+    micro_batch_tokens: types.MicroBatchTokens = setting(
         "auto",
         "tokens per micro-batch: affects memory and speed, not the gradient (unless there is dropout)",
         resume="rounding",
     )
     learning_rate: float = setting(5e-4, "the schedule's maximum", gt=0)
-    lr_scheduler_type: Scheduler = setting("linear", "the learning rate schedule, by its name in transformers")
-    warmup_steps: StepsOrZero = setting(0.06, "below 1 a fraction of the run, from 1 a number of steps; 0 for none")
+    lr_scheduler_type: types.Scheduler = setting("linear", "the learning rate schedule, by its name in transformers")
+    warmup_steps: types.StepsOrZero = setting(0.06, "below 1 a fraction of the run, from 1 a number of steps; 0: none")
     weight_decay: float = setting(0.0, "weight decay of AdamW", ge=0)
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0: do not clip", ge=0)
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: less memory, slower", resume="rounding"
-    )
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", resume="rounding")
     seed: int = setting(0, "seed of A's initialization, the order of the data, samples and dropout", ge=0, lt=2**32)
-    logging_steps: Steps = setting(10, "interval of logging: a fraction of the run or a number of steps", resume="free")
-    eval_steps: Steps = setting(0.25, "interval of evaluations: a fraction of the run or a number of steps")
-    save_steps: Steps = setting(
-        0.25, "interval of checkpoints: a fraction of the run or a number of steps", resume="free"
+    logging_steps: types.Steps = setting(10, "logging interval: fraction of the run or number of steps", resume="free")
+    eval_steps: types.Steps = setting(0.25, "evaluation interval: fraction of the run or number of steps")
+    save_steps: types.Steps = setting(
+        0.25, "checkpoint interval: fraction of the run or number of steps", resume="free"
     )
-    save_total_limit: int | None = setting(
-        2, "number of checkpoints to keep besides the best; null for all", ge=1, resume="free"
-    )
-    metric_for_best_model: Name = setting(
+    save_total_limit: int | None = setting(2, "checkpoints to keep besides the best; null for all", ge=1, resume="free")
+    metric_for_best_model: types.Name = setting(
         "loss",
         "metric on the evaluation data: loss; with label_names accuracy or macro_f1; with predict_with_generate one of "
         "generation.metrics. With several sets that of the first, or by name as in dev_loss",
     )
-    predict_with_generate: bool = setting(
-        False, "also generate texts in evaluations during training, for generation.metrics (slow)"
-    )
+    predict_with_generate: bool = setting(False, "generate texts for generation.metrics in each evaluation (slow)")
     evaluate_base: bool = setting(
-        True,
-        "evaluate the base model before the first step, for the report (takes as long as any evaluation)",
-        resume="free",
+        True, "evaluate the base model first, for the report (one more evaluation)", resume="free"
     )
     load_best_model_at_end: bool = setting(True, "with evaluation data: output gets the best adapter, not the last")
-    early_stopping_patience: int | None = setting(
-        None, "stop after this number of evaluations without improvement", ge=1
-    )
-    report_to: Reporters = setting(("tensorboard",), "where metrics are reported; [] for nowhere", resume="free")
+    early_stopping_patience: int | None = setting(None, "stop after this many evaluations without improvement", ge=1)
+    report_to: types.Reporters = setting(("tensorboard",), "where metrics are reported; [] for nowhere", resume="free")
 
 
 class GenerationConfig(Section):
     """Generated texts and their metrics."""
 
-    metrics: TextMetrics = setting(
+    metrics: types.TextMetrics = setting(
         (), "metrics that `lora-ft eval` computes by comparing generated texts with the completions"
     )
     max_prompts: int | None = setting(None, "generate for a random sample of this number of distinct prompts", ge=1)
@@ -199,16 +161,13 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     generation: GenerationConfig = GenerationConfig()
     trainer: TrainerConfig = TrainerConfig()
-    output: LocalPath = setting("out", "the folder for the adapter, its checkpoints and logs", resume="free")
+    output: types.LocalPath = setting("out", "the folder for the adapter, its checkpoints and logs", resume="free")
 
 
-SECTIONS: dict[str, type[BaseModel]] = {
-    "model": ModelConfig,
-    "adapter": AdapterConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "generation": GenerationConfig,
-    "trainer": TrainerConfig,
+SECTIONS = {
+    name: section
+    for name, field in Config.model_fields.items()
+    if isinstance(section := field.annotation, type) and issubclass(section, Section)
 }
 
 
@@ -218,14 +177,14 @@ def field_at(path: tuple[str | int, ...]) -> FieldInfo:
     Raises:
         KeyError: there is none.
     """
-    inside = len(path) > 1 and path[0] in SECTIONS
-    fields = SECTIONS[str(path[0])].model_fields if inside else Config.model_fields
-    return fields[str(path[1 if inside else 0])]
+    if len(path) > 1 and path[0] in SECTIONS:
+        return SECTIONS[str(path[0])].model_fields[str(path[1])]
+    return Config.model_fields[str(path[0])]
 
 
 def methods_of(name: str) -> tuple[str, ...]:
     """The values of adapter.method that use this setting of `adapter`."""
-    return tuple(_extra(("adapter", name))["methods"]) or get_args(field_at(("adapter", "method")).annotation)
+    return tuple(_extra(("adapter", name))["methods"].split()) or get_args(field_at(("adapter", "method")).annotation)
 
 
 def resume_class(section: str, name: str = "") -> Resume:
@@ -243,6 +202,6 @@ def _extra(path: tuple[str, ...]) -> dict[str, Any]:
     return extra
 
 
-def eval_sets(value: EvalSets) -> dict[str, EvalSet]:
+def eval_sets(value: types.EvalSets) -> dict[str, types.EvalSet]:
     """data.eval as a mapping of names to sets; a single set without a name is called ""."""
     return value if isinstance(value, dict) else {} if value is None else {"": value}

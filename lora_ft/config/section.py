@@ -15,13 +15,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def setting(default: Any, text: str, *, resume: Resume = "result", methods: tuple[str, ...] = (), **bounds: Any) -> Any:
-    """A setting of a section.
+def setting(default: Any, text: str, *, resume: Resume = "result", methods: str = "", **bounds: Any) -> Any:
+    """A setting of a section: `text` is its meaning for messages, JSON Schema and reference page; `...` makes it required.
 
-    Args:
-        default: `...` where the setting is required.
-        text: its meaning, for error messages, the JSON Schema and the reference page.
-        methods: the values of adapter.method that use it; empty for all.
-        bounds: pydantic's `ge`, `gt`, `le`, `lt`.
+    `methods` are the values of adapter.method that use it, separated by spaces (none: all), `bounds` pydantic's ge, gt, le, lt.
     """
-    return Field(default, description=text, json_schema_extra={"resume": resume, "methods": list(methods)}, **bounds)
+    return Field(default, description=text, json_schema_extra={"resume": resume, "methods": methods}, **bounds)

@@ -13,31 +13,19 @@ from lora_ft.config.section import Section, setting
 from lora_ft.core.messages import format_value, printable
 from lora_ft.core.names import nearest
 
+_SAME_NAME = (
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+    *("max_grad_norm", "gradient_checkpointing", "seed", "logging_steps", "eval_steps", "save_steps"),
+    *("save_total_limit", "metric_for_best_model", "load_best_model_at_end", "report_to"),
+)
 # field -> the setting of lora-ft that governs it
-OWN_SETTING = {
+OWN_SETTING = {name: f"train.{name}" for name in _SAME_NAME} | {
     "output_dir": "output",
     "per_device_train_batch_size": "train.batch_size",  # over all devices, divided by train.micro_batch_tokens
-    "num_train_epochs": "train.num_train_epochs",
-    "max_steps": "train.max_steps",
-    "learning_rate": "train.learning_rate",
-    "lr_scheduler_type": "train.lr_scheduler_type",
-    "warmup_steps": "train.warmup_steps",
-    "weight_decay": "train.weight_decay",
-    "max_grad_norm": "train.max_grad_norm",
-    "gradient_checkpointing": "train.gradient_checkpointing",
     "activation_checkpointing": "train.gradient_checkpointing",
-    "seed": "train.seed",
     "data_seed": "train.seed",
-    "logging_steps": "train.logging_steps",
-    "eval_steps": "train.eval_steps",
-    "save_steps": "train.save_steps",
-    "save_total_limit": "train.save_total_limit",
-    "metric_for_best_model": "train.metric_for_best_model",
-    "load_best_model_at_end": "train.load_best_model_at_end",
-    "report_to": "train.report_to",
     "label_names": "data.label_names",
 }
-
 
 LogLevel = Literal["passive", "debug", "detail", "info", "warning", "error", "critical"]
 
@@ -67,9 +55,7 @@ class TrainerConfig(Section):
     logging_first_step: bool = setting(None, "also log the first step", resume="free")
     log_on_each_node: bool = setting(None, "log on each node, not only on the first", resume="free")
     log_level: LogLevel = setting(None, "transformers' log level", resume="free")
-    log_level_replica: LogLevel = setting(
-        None, "transformers' log level in processes other than the main one", resume="free"
-    )
+    log_level_replica: LogLevel = setting(None, "transformers' log level in the other processes", resume="free")
     run_name: str = setting(None, "name of the run for report_to", resume="free")
     project: str = setting(None, "name of the project for report_to", resume="free")
     trackio_space_id: str = setting(None, "the Hugging Face Space for Trackio", resume="free")
@@ -82,89 +68,61 @@ class TrainerConfig(Section):
 
 
 _STEP = "lora-ft divides a batch into micro-batches by tokens"
-_PLAN = "lora-ft plans the batches of all steps from train.seed and builds them itself"
 _LOSS = "the loss is the mean over the supervised tokens of the batch"
 _EVAL = "lora-ft has its own evaluation, which scores supervised tokens and keeps no predictions"
 _WHEN = "set by the *_steps settings of train"
 _STATE = "checkpoints are always complete and contain no pickles, so that a resumed run is reproduced exactly"
-_PUSH = "nothing is uploaded during training; upload the result with `lora-ft export FOLDER --to peft --push REPO`"
-_CODE = "it replaces parts of the model that lora-ft relies on"
-_KERNEL = "not supported: micro-batches have varying shapes"
-_DDP = "set by lora-ft: each step is one all-reduce of the adapter"
-_SHARD = "not supported; use several processes (--processes), with trainer.fsdp to shard the base"
-_SCRIPT = "use the commands `lora-ft train` and `lora-ft eval`"
 
-# field -> why it cannot be set, and what to use instead
-REFUSED = {
-    "disable_tqdm": "lora-ft has its own progress bar, shown on a terminal only",
-    "gradient_accumulation_steps": f"{_STEP}; lower train.micro_batch_tokens to save memory",
-    "auto_find_batch_size": f"{_STEP}; lower train.micro_batch_tokens to save memory",
-    "torch_empty_cache_steps": _STEP,
-    "average_tokens_across_devices": f"{_LOSS}, over all devices",
-    "label_smoothing_factor": f"{_LOSS}; label smoothing is not supported",
-    "neftune_noise_alpha": "it scales noise by the length of a row, and rows hold several examples",
-    "fp16": "float16 needs a loss scaler, which is not supported; use trainer.bf16 or model.dtype",
-    "fp16_full_eval": "it would round the adapter; use model.dtype",
-    "bf16_full_eval": "it would round the adapter; use model.dtype",
-    "gradient_checkpointing_kwargs": "set by lora-ft; turn checkpointing on with train.gradient_checkpointing",
-    "activation_checkpointing_kwargs": "set by lora-ft; turn checkpointing on with train.gradient_checkpointing",
-    "optim_target_modules": "use adapter.targets and adapter.modules",
-    "torch_compile": _KERNEL,
-    "torch_compile_backend": _KERNEL,
-    "torch_compile_mode": _KERNEL,
-    "use_liger_kernel": _CODE,
-    "liger_kernel_config": _CODE,
-    "use_cache": "a cache would mix examples that share a row",
-    "logging_strategy": _WHEN,
-    "logging_nan_inf_filter": "a loss of NaN or infinity stops the run",
-    "include_num_input_tokens_seen": "log.jsonl already counts tokens",
-    "trackio_static_space_id": _PUSH,
-    "eval_strategy": f"{_WHEN}; without data.eval there is no evaluation",
-    "per_device_eval_batch_size": f"{_EVAL}; its batches follow train.micro_batch_tokens too",
-    "prediction_loss_only": _EVAL,
-    "eval_do_concat_batches": _EVAL,
-    "eval_use_gather_object": _EVAL,
-    "eval_accumulation_steps": _EVAL,
-    "include_for_metrics": _EVAL,
-    "batch_eval_metrics": _EVAL,
-    "greater_is_better": "follows from train.metric_for_best_model: lower is better for loss, higher for the others",
-    "save_strategy": _WHEN,
-    "save_only_model": _STATE,
-    "save_on_each_node": _STATE,
-    "enable_jit_checkpoint": f"{_STATE}; an interrupted run writes one automatically",
-    "ignore_data_skip": _STATE,
-    "restore_callback_states_from_checkpoint": _STATE,
-    "resume_from_checkpoint": "use `lora-ft train CONFIG --resume`",
-    "push_to_hub": _PUSH,
-    "hub_token": _PUSH,
-    "hub_private_repo": _PUSH,
-    "hub_model_id": _PUSH,
-    "hub_strategy": _PUSH,
-    "hub_always_push": _PUSH,
-    "hub_revision": _PUSH,
-    "accelerator_config": _PLAN,
-    "dataloader_drop_last": _PLAN,
-    "dataloader_num_workers": _PLAN,
-    "dataloader_pin_memory": _PLAN,
-    "dataloader_persistent_workers": _PLAN,
-    "dataloader_prefetch_factor": _PLAN,
-    "dataloader_multiprocessing_context": _PLAN,
-    "dataloader_in_order": _PLAN,
-    "remove_unused_columns": _PLAN,
-    "train_sampling_strategy": _PLAN,
-    "length_column_name": _PLAN,
-    "ddp_find_unused_parameters": _DDP,
-    "ddp_broadcast_buffers": _DDP,
-    "ddp_static_graph": _DDP,
-    "local_rank": "the launcher sets it",
-    "parallelism_config": _SHARD,
-    "fsdp_config": _SHARD,
-    "deepspeed": _SHARD,
-    "debug": "use `lora-ft train CONFIG --debug`",
-    "do_train": _SCRIPT,
-    "do_eval": _SCRIPT,
-    "do_predict": _SCRIPT,
+# why fields cannot be set, and what to use instead -> these fields
+_REASONS = {
+    "lora-ft has its own progress bar, shown on a terminal only": "disable_tqdm",
+    _STEP: "torch_empty_cache_steps",
+    f"{_STEP}; lower train.micro_batch_tokens to save memory": "gradient_accumulation_steps auto_find_batch_size",
+    f"{_LOSS}, over all devices": "average_tokens_across_devices",
+    f"{_LOSS}; label smoothing is not supported": "label_smoothing_factor",
+    "it scales noise by the length of a row, and rows hold several examples": "neftune_noise_alpha",
+    "float16 needs a loss scaler, which is not supported; use trainer.bf16 or model.dtype": "fp16",
+    "it would round the adapter; use model.dtype": "fp16_full_eval bf16_full_eval",
+    "set by lora-ft; turn checkpointing on with train.gradient_checkpointing": (
+        "gradient_checkpointing_kwargs activation_checkpointing_kwargs"
+    ),
+    "use adapter.targets and adapter.modules": "optim_target_modules",
+    "not supported: micro-batches have varying shapes": "torch_compile torch_compile_backend torch_compile_mode",
+    "it replaces parts of the model that lora-ft relies on": "use_liger_kernel liger_kernel_config",
+    "a cache would mix examples that share a row": "use_cache",
+    _WHEN: "logging_strategy save_strategy",
+    f"{_WHEN}; without data.eval there is no evaluation": "eval_strategy",
+    "a loss of NaN or infinity stops the run": "logging_nan_inf_filter",
+    "log.jsonl already counts tokens": "include_num_input_tokens_seen",
+    "nothing is uploaded during training; upload the result with `lora-ft export FOLDER --to peft --push REPO`": (
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
+        "trackio_static_space_id"
+    ),
+    _EVAL: (
+        "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
+        "batch_eval_metrics"
+    ),
+    f"{_EVAL}; its batches follow train.micro_batch_tokens too": "per_device_eval_batch_size",
+    "follows from train.metric_for_best_model: lower is better for loss, higher for the others": "greater_is_better",
+    _STATE: "save_only_model save_on_each_node ignore_data_skip restore_callback_states_from_checkpoint",
+    f"{_STATE}; an interrupted run writes one automatically": "enable_jit_checkpoint",
+    "use `lora-ft train CONFIG --resume`": "resume_from_checkpoint",
+    "lora-ft plans the batches of all steps from train.seed and builds them itself": (
+        "accelerator_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
+        "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
+        "remove_unused_columns train_sampling_strategy length_column_name"
+    ),
+    "set by lora-ft: each step is one all-reduce of the adapter": (
+        "ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph"
+    ),
+    "the launcher sets it": "local_rank",
+    "not supported; use several processes (--processes), with trainer.fsdp to shard the base": (
+        "parallelism_config fsdp_config deepspeed"
+    ),
+    "use `lora-ft train CONFIG --debug`": "debug",
+    "use the commands `lora-ft train` and `lora-ft eval`": "do_train do_eval do_predict",
 }
+REFUSED = {field: reason for reason, fields in _REASONS.items() for field in fields.split()}
 
 # lr_scheduler_type -> the arguments it accepts in trainer.lr_scheduler_kwargs. Only schedules that depend on the step alone:
 # those that follow a metric (reduce_lr_on_plateau, greedy) cannot be recomputed for a longer run.

@@ -6,7 +6,7 @@ JSON Schema of what a validator accepts.
 
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
@@ -32,11 +32,7 @@ def as_tuple(value: Any) -> Any:
 
 
 def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values as they are.
-
-    Raises:
-        ValueError: one is repeated.
-    """
+    """The values as they are; a repeated one is refused."""
     for n, value in enumerate(values):
         if value in values[:n]:
             raise ValueError(f"{format_value(value)} is given twice; keep one")
@@ -58,10 +54,8 @@ def _role(word: str) -> str:
         return word
     if "," in word or " " in word.strip():
         raise ValueError(f"{format_value(word)} is a single word; give a list, as in [q, v]")
-    raise ValueError(
-        f"unknown role {format_value(word)}; did you mean {nearest_role(word)}? Roles are {' '.join(ROLES)}, groups are "
-        f"{' '.join(GROUPS)}; names of modules go in adapter.modules"
-    )
+    known = f"Roles are {' '.join(ROLES)}, groups are {' '.join(GROUPS)}; names of modules go in adapter.modules"
+    raise ValueError(f"unknown role {format_value(word)}; did you mean {nearest_role(word)}? {known}")
 
 
 def _layers(value: Any) -> Any:
@@ -189,42 +183,33 @@ _LAYER = {"type": "integer", "minimum": 0, "maximum": MAX_LAYERS - 1}
 _RANGE = {"type": "string", "pattern": r"^\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?$"}
 _EVAL_SET = (TEXT, _list_of(TEXT, minItems=1), FRACTION, COUNT)
 
+T = TypeVar("T")
+OneOrMore = Annotated[tuple[T, ...], BeforeValidator(as_tuple), AfterValidator(unique)]
+EvalSet = tuple[str, ...] | int | float
+
 Scheduler = Literal[*SCHEDULERS]  # type: ignore[valid-type]
 Name = Annotated[str, AfterValidator(_name), json_schema(TEXT)]
 LocalPath = Annotated[Name, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
-Names = Annotated[
-    tuple[Name, ...], BeforeValidator(as_tuple), AfterValidator(unique), json_schema(TEXT, _list_of(TEXT))
-]
-Targets = Annotated[
-    tuple[Annotated[str, AfterValidator(_role)], ...],
-    BeforeValidator(as_tuple),
-    AfterValidator(unique),
-    json_schema(_ROLE, _list_of(_ROLE)),
-]
-Layers = Annotated[
-    tuple[int, ...] | None, BeforeValidator(_layers), json_schema(_list_of(_LAYER, minItems=1), _RANGE, NULL)
-]
+Names = Annotated[OneOrMore[Name], json_schema(TEXT, _list_of(TEXT))]
+Targets = Annotated[OneOrMore[Annotated[str, AfterValidator(_role)]], json_schema(_ROLE, _list_of(_ROLE))]
+_LAYERS = json_schema(_list_of(_LAYER, minItems=1), _RANGE, NULL)
+Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_layers), _LAYERS]
 Steps = Annotated[int | float, BeforeValidator(_steps), json_schema(FRACTION, COUNT)]
 StepsOrZero = Annotated[int | float, BeforeValidator(_steps_or_zero), json_schema(FRACTION, COUNT | {"minimum": 0})]
-MicroBatchTokens = Annotated[
-    Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), json_schema({"const": "auto"}, COUNT)
-]
+_AUTO_OR_COUNT = json_schema({"const": "auto"}, COUNT)
+MicroBatchTokens = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), _AUTO_OR_COUNT]
 Reporters = Annotated[
-    tuple[Literal[*REPORTERS], ...],  # type: ignore[valid-type]
-    BeforeValidator(lambda value: () if value == "none" else as_tuple(value)),
-    AfterValidator(unique),
+    OneOrMore[Literal[*REPORTERS]],  # type: ignore[valid-type]
+    BeforeValidator(lambda value: [] if value == "none" else value),
     json_schema({"const": "none"}, _REPORTER, _list_of(_REPORTER)),
 ]
 TextMetrics = Annotated[
-    tuple[Literal[*TEXT_METRICS], ...],  # type: ignore[valid-type]
-    BeforeValidator(as_tuple),
-    AfterValidator(unique),
+    OneOrMore[Literal[*TEXT_METRICS]],  # type: ignore[valid-type]
     json_schema(_TEXT_METRIC, _list_of(_TEXT_METRIC)),
 ]
 TemplateText = Annotated[str, AfterValidator(_template), json_schema(TEXT)]
 Supervised = Annotated[str, AfterValidator(_supervised), json_schema(TEXT)]
 Column = Annotated[str, AfterValidator(_column), json_schema(TEXT | {"pattern": COLUMN})]
-EvalSet = tuple[str, ...] | int | float
 EvalSets = Annotated[
     EvalSet | dict[str, EvalSet] | None,
     BeforeValidator(_eval_sets),

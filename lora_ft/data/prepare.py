@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.config.load import DataConfig, eval_sets
+from lora_ft.config.schema import DataConfig, eval_sets
 from lora_ft.core.errors import ConfigError
 from lora_ft.data.encode import load_examples
 from lora_ft.data.examples import Examples

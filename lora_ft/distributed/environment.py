@@ -2,7 +2,7 @@
 
 import os
 
-from lora_ft.config.load import Config, TrainerConfig
+from lora_ft.config.schema import Config, TrainerConfig
 from lora_ft.core.errors import ConfigError
 from lora_ft.distributed import processes
 

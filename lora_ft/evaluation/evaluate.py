@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.config.load import Config
+from lora_ft.config.schema import Config
 from lora_ft.core.metrics import add_set_name
 from lora_ft.data.batches import UNSHARDED, Shard
 from lora_ft.data.examples import Examples

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.config.load import Config
+from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import info
 from lora_ft.data.chat import chat_format

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.config.load import Config
+from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
 from lora_ft.data.batches import UNSHARDED, Shard, split_evenly
 from lora_ft.data.prepare import template_of

@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.config.load import Config, parse_config
+from lora_ft.config.load import parse_config
+from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError, UserError
 from lora_ft.core.messages import info, printable, warn
 from lora_ft.core.run_folder import RECORD, checkpoints

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from lora_ft.config.load import Config
+from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import first_line
 from lora_ft.core.metrics import metric_of

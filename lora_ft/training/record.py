@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.config.load import Config
+from lora_ft.config.schema import Config
 from lora_ft.data.examples import Examples, reports
 from lora_ft.model.files import Base, digest
 from lora_ft.model.load import tokenizer_hash

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lora_ft.config.load import Config, changes
+from lora_ft.config.load import changes
+from lora_ft.config.schema import Config
 from lora_ft.core import run_folder
 from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
 from lora_ft.core.messages import info, warn

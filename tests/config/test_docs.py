@@ -9,7 +9,8 @@ import yaml
 
 from lora_ft.config.docs import FILE, HEADER, reference, schema_text
 from lora_ft.config.json_schema import config_schema
-from lora_ft.config.load import TrainerConfig, load_config, parse_config
+from lora_ft.config.load import load_config, parse_config
+from lora_ft.config.schema import TrainerConfig
 from lora_ft.core.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]

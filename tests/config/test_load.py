@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from lora_ft.config.load import Config, changes, load_config, parse_config
-from lora_ft.config.schema import SECTIONS, resume_class
+from lora_ft.config.load import changes, load_config, parse_config
+from lora_ft.config.schema import SECTIONS, Config, resume_class
 from lora_ft.core.errors import ConfigError
 
 GOOD = """\

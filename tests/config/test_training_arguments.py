@@ -10,8 +10,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from lora_ft.config.load import Config
 from lora_ft.config.rules import schema_errors
+from lora_ft.config.schema import Config
 from lora_ft.config.training_arguments import OWN_SETTING, REFUSED, SCHEDULERS, TrainerConfig, scheduler_problem
 from lora_ft.config.types import REPORTERS
 

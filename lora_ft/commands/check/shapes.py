@@ -12,7 +12,7 @@ from transformers import GPT2Config, PretrainedConfig, PreTrainedModel
 
 from lora_ft.commands.check import display
 from lora_ft.commands.check.memory import Memory, Row, estimate
-from lora_ft.config.load import Config
+from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora import method as lora

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.config.load import DataConfig
+from lora_ft.config.schema import DataConfig
 from lora_ft.core.messages import printable
 from lora_ft.data.examples import Examples, column_array
 

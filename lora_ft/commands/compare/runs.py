@@ -12,7 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from lora_ft.config.load import Config, changes
+from lora_ft.config.load import changes
+from lora_ft.config.schema import Config
 from lora_ft.core.errors import EXIT_OUT_OF_MEMORY, ConfigError, FilesError, ModelError, NumbersError
 from lora_ft.core.messages import info
 from lora_ft.core.run_folder import RECORD, checkpoints

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from lora_ft.config.load import Config, eval_sets, load_config, parse_config
-from lora_ft.config.schema import AdapterConfig, methods_of
+from lora_ft.config.load import load_config, parse_config
+from lora_ft.config.schema import AdapterConfig, Config, eval_sets, methods_of
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import printable
 from lora_ft.core.metrics import TEXT_METRICS, selection_metric

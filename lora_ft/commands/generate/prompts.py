@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.config.load import DataConfig
+from lora_ft.config.schema import DataConfig
 from lora_ft.core.errors import DataError, ModelError
 from lora_ft.core.messages import printable
 from lora_ft.core.names import template_columns
