@@ -37,10 +37,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if document.value is None and not document.problems:
         raise ConfigError(f"{name}: empty; a config needs at least model.name, data.train and a text to learn")
     if not isinstance(document.value, dict):
-        message = (
-            document.problems[0].message if document.problems else f"{format_value(document.value)} is not a config"
-        )
-        raise ConfigError(f"{name}:1: {message}; a config consists of sections such as `model:`")
+        messages = [p.message for p in document.problems] or [f"{format_value(document.value)} is not a config"]
+        raise ConfigError(f"{name}:1: {messages[0]}; a config consists of sections such as `model:`")
     return _parse(document, overrides, name)
 
 
@@ -103,8 +101,9 @@ def _parse(document: yaml_reader.Document, overrides: Sequence[str], source: str
         valid.setdefault(section, {}).setdefault(name, UNKNOWN)
     config = Config.model_validate(valid)
     for at, involved, message in broken_rules(config):
-        if not bad.intersection((at, at[:1], *involved)):
-            errors.append((_line(at, lines), at, message))
+        path, *others = (tuple(name.split(".")) for name in (at, *involved.split()))
+        if not bad.intersection((path, path[:1], *others)):
+            errors.append((_line(path, lines), path, message))
     if errors:
         raise ConfigError(_format_errors(errors, source))
     return _with_metric_of_first_set(config)

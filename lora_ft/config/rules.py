@@ -7,15 +7,16 @@ from pydantic import ValidationError
 
 from lora_ft.config import training_arguments
 from lora_ft.config.json_schema import accepted, alternatives, choices, entry_at
-from lora_ft.config.schema import SECTIONS, Config, GenerationConfig, eval_sets, field_at, methods_of
+from lora_ft.config.schema import SECTIONS, Config, GenerationConfig, eval_sets, methods_of
 from lora_ft.core.messages import format_value
 from lora_ft.core.metrics import SELECTION_METRICS, TEXT_METRICS, add_set_name, selection_metric
 from lora_ft.core.names import nearest, template_columns
 
 Place = tuple[str, ...]  # ("data", "eval")
-Broken = tuple[Place, tuple[Place, ...], str]  # a broken rule: (setting, the other settings involved, message)
+Broken = tuple[str, str, str]  # a broken rule: (setting, the settings involved separated by spaces, message)
 
 FORMS = ("prompt", "completion", "text", "messages")
+ONE_FORM = "set one of prompt and completion, text, or messages"
 NEEDS_EVAL = "needs data.eval: a data source, or a fraction (0.05) or number (500) of rows of data.train to hold out"
 SYNONYMS = {"fp16": "float16", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}  # spelled too differently
 EXAMPLES = {
@@ -35,10 +36,9 @@ def schema_errors(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ..
         return
     except ValidationError as e:
         errors = e.errors(include_url=False)
+    errors.sort(key=lambda error: error["type"] != "extra_forbidden")  # misspelled before missing names
     meant = set()
-    for error in sorted(
-        errors, key=lambda error: error["type"] != "extra_forbidden"
-    ):  # misspelled before missing names
+    for error in errors:
         path = error["loc"]
         if error["type"] == "extra_forbidden":
             message, place = unknown(tuple(map(str, path)))
@@ -47,7 +47,7 @@ def schema_errors(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ..
         elif error["type"] != "missing":
             yield path, _message(path, error), None
         elif path not in meant:
-            yield path, f"missing ({field_at(path).description})", None
+            yield path, f"missing ({entry_at(path)['description']})", None
 
 
 def unknown(path: Place) -> tuple[str, Place | None]:
@@ -58,11 +58,8 @@ def unknown(path: Place) -> tuple[str, Place | None]:
     if section == ("trainer",):
         return training_arguments.why_refused(name), None
     siblings = SECTIONS[section[0]].model_fields if section and section[0] in SECTIONS else Config.model_fields
-    places: dict[str, Place] = {}  # by last name
-    for place in [(s, n) for s, model in SECTIONS.items() for n in model.model_fields]:
-        places.setdefault(place[1], place)
-    for n, own in training_arguments.OWN_SETTING.items():
-        places.setdefault(n, tuple(own.split(".")))
+    places: dict[str, Place] = {n: tuple(own.split(".")) for n, own in training_arguments.OWN_SETTING.items()}
+    places |= {n: (s, n) for s, model in reversed(SECTIONS.items()) for n in model.model_fields}  # the first wins
     if name not in places and (near := nearest(name, siblings)):
         return f"no such setting; did you mean {near}?", (*section, near)
     if near := name if name in places else nearest(name, places):
@@ -78,7 +75,7 @@ def _message(path: tuple[str | int, ...], error: Any) -> str:
         example = f"{path[0]}: {EXAMPLES[str(path[0])]}"
         return f"{format_value(value)} is not a section; put its settings under it, as in {example}"
     if error["type"] == "too_short":
-        return f"is empty ({field_at(path).description})"
+        return f"is empty ({entry_at(path)['description']})"
     entry, hint = entry_at(path), ""
     kinds = [kind.get("items", kind) for kind in alternatives(entry)]
     takes_text = any(kind.get("type") == "string" and "enum" not in kind for kind in kinds)
@@ -101,90 +98,87 @@ def broken_rules(config: Config) -> Iterator[Broken]:
     yield from _generation_rules(config)
     kwargs = config.trainer.lr_scheduler_kwargs
     if problem := training_arguments.scheduler_problem(config.train.lr_scheduler_type, kwargs or {}):
-        at = ("trainer", "lr_scheduler_kwargs") if kwargs else ("train", "lr_scheduler_type")
-        hint = "" if kwargs else ", in trainer.lr_scheduler_kwargs"
-        yield at, (("train", "lr_scheduler_type"), ("trainer", "lr_scheduler_kwargs")), problem + hint
+        schedule, arguments = "train.lr_scheduler_type", "trainer.lr_scheduler_kwargs"
+        at, hint = (arguments, "") if kwargs else (schedule, f", in {arguments}")
+        yield at, f"{schedule} {arguments}", problem + hint
 
 
 def _data_rules(config: Config) -> Iterator[Broken]:
     """Exactly one form of text, and settings that belong to another form."""
     data = config.data
     forms = [form for form in FORMS if getattr(data, form) is not None]
-    paths = tuple(("data", form) for form in FORMS)
+    involved = " ".join(f"data.{form}" for form in FORMS)
     if not forms:
-        yield ("data",), paths, "defines no training text; set one of prompt and completion, text, or messages"
+        yield "data", involved, f"defines no training text; {ONE_FORM}"
     elif forms in (["prompt"], ["completion"]):
         missing = "completion" if forms == ["prompt"] else "prompt"
-        yield ("data", forms[0]), paths, f"needs data.{missing} too; or use data.text alone"
+        yield f"data.{forms[0]}", involved, f"needs data.{missing} too; or use data.text alone"
     elif len(forms) > 1 and forms != ["prompt", "completion"]:
-        message = (
-            f"cannot be combined with {' and '.join(forms[:-1])}; set one of prompt and completion, text, or messages"
-        )
-        yield ("data", forms[-1]), paths, message
+        yield f"data.{forms[-1]}", involved, f"cannot be combined with {' and '.join(forms[:-1])}; {ONE_FORM}"
     elif data.label_names is not None:
-        at, involved = ("data", "label_names"), (("data", "label_names"), *paths)
-        column, columns = next(iter(data.label_names)), template_columns(data.completion) if data.completion else ()
+        column, columns = next(iter(data.label_names)), template_columns(data.completion or "")
         if not data.completion:
-            yield at, involved, f"needs data.prompt and data.completion, but the config has data.{forms[0]}"
+            message = f"needs data.prompt and data.completion, but the config has data.{forms[0]}"
+            yield "data.label_names", involved, message
         elif column not in columns:
             has = ", ".join(map(format_value, columns))
-            yield at, involved, f"{format_value(column)} is not a column of data.completion, which has {has}"
+            message = f"{format_value(column)} is not a column of data.completion, which has {has}"
+            yield "data.label_names", involved, message
     if data.chat_template is not None and forms and data.messages is None:
-        yield ("data", "chat_template"), paths, "is for data.messages only; remove it, or use data.messages"
+        yield "data.chat_template", involved, "is for data.messages only; remove it, or use data.messages"
     if data.long_text == "split" and forms and data.text is None:
-        yield ("data", "long_text"), paths, "split is for data.text only; remove it, or use data.text"
+        yield "data.long_text", involved, "split is for data.text only; remove it, or use data.text"
 
 
 def _adapter_rules(config: Config) -> Iterator[Broken]:
     """Settings of another method, and what full fine-tuning excludes."""
-    adapter = config.adapter
+    adapter, method = config.adapter, config.adapter.method
     for name in sorted(adapter.model_fields_set - {"method"}):
-        if adapter.method not in (methods := methods_of(name)):
-            message = (
-                f"applies to method {' and '.join(methods)}, but adapter.method is {adapter.method}; remove one of them"
-            )
-            yield ("adapter", name), (("adapter", "method"),), message
-    if adapter.method == "full" and config.model.dtype in ("bfloat16", "float16"):
+        if method not in (methods := methods_of(name)):
+            message = f"applies to method {' and '.join(methods)}, but adapter.method is {method}; remove one of them"
+            yield f"adapter.{name}", "adapter.method", message
+    if method == "full" and config.model.dtype in ("bfloat16", "float16"):
         message = "full trains float32 weights; leave it auto, and use trainer.bf16 for bfloat16 computation"
-        yield ("model", "dtype"), (("adapter", "method"),), message
-    if adapter.method == "full" and config.trainer.fsdp:
+        yield "model.dtype", "adapter.method", message
+    if method == "full" and config.trainer.fsdp:
         message = "shards a frozen base, but full trains it; remove fsdp, or use method lora, bottleneck or prompt"
-        yield ("trainer", "fsdp"), (("adapter", "method"),), message
-    if adapter.method == "lora" and not adapter.targets and not adapter.modules:
-        at, involved = ("adapter", "targets"), (("adapter", "targets"), ("adapter", "modules"))
-        yield at, involved, "nothing would be trained; add a role here, or a module to adapter.modules"
+        yield "trainer.fsdp", "adapter.method", message
+    if method == "lora" and not adapter.targets and not adapter.modules:
+        message = "nothing would be trained; add a role here, or a module to adapter.modules"
+        yield "adapter.targets", "adapter.modules", message
 
 
 def _eval_rules(config: Config) -> Iterator[Broken]:
     """Settings that need evaluation data, and the values of metric_for_best_model."""
-    data, train = config.data, config.train
-    for section, name in (
-        ("train", "early_stopping_patience"),
-        ("train", "predict_with_generate"),
-        ("data", "max_eval_examples"),
-        ("trainer", "eval_on_start"),
-        ("trainer", "eval_delay"),
-    ):
-        if data.eval is None and getattr(getattr(config, section), name):
-            yield (section, name), (("data", "eval"),), NEEDS_EVAL
-    key, at, sets = train.metric_for_best_model, ("train", "metric_for_best_model"), list(eval_sets(data.eval))
+    data, train, key = config.data, config.train, config.train.metric_for_best_model
+    at, sets = "train.metric_for_best_model", list(eval_sets(data.eval))
+    if data.eval is None:
+        for needs, given in {
+            "train.early_stopping_patience": train.early_stopping_patience,
+            "train.predict_with_generate": train.predict_with_generate,
+            "data.max_eval_examples": data.max_eval_examples,
+            "trainer.eval_on_start": config.trainer.eval_on_start,
+            "trainer.eval_delay": config.trainer.eval_delay,
+        }.items():
+            if given:
+                yield needs, "data.eval", NEEDS_EVAL
     selected = selection_metric(key, sets or [""])
     if selected is None:
         metrics = dict.fromkeys(SELECTION_METRICS)
         available = [name for set_name in ("", *sets) for name in add_set_name(set_name, metrics)]
         near = nearest(key, available)
         hint = f"did you mean {near}?" if near else f"give one of {', '.join(available[:20])}"
-        yield at, (("data", "eval"),), f"{format_value(key)} is not a metric of this config; {hint}"
+        yield at, "data.eval", f"{format_value(key)} is not a metric of this config; {hint}"
         return
     metric = selected[1]
     if key != "loss" and data.eval is None:
-        yield at, (("data", "eval"),), f"{key} {NEEDS_EVAL}"
+        yield at, "data.eval", f"{key} {NEEDS_EVAL}"
     if metric in ("accuracy", "macro_f1") and data.label_names is None:
         message = f"{metric} needs data.label_names, which makes the evaluation a classification"
-        yield at, (("data", "label_names"),), message
+        yield at, "data.label_names", message
     if metric in TEXT_METRICS and not (train.predict_with_generate and metric in config.generation.metrics):
-        involved = (("train", "predict_with_generate"), ("generation", "metrics"))
-        yield at, involved, f"{metric} needs train.predict_with_generate, and {metric} in generation.metrics"
+        message = f"{metric} needs train.predict_with_generate, and {metric} in generation.metrics"
+        yield at, "train.predict_with_generate generation.metrics", message
 
 
 def _generation_rules(config: Config) -> Iterator[Broken]:
@@ -192,15 +186,13 @@ def _generation_rules(config: Config) -> Iterator[Broken]:
     generation = config.generation
     if generation.metrics and config.data.text is not None:
         message = "compares with completions or assistant turns, which data.text does not have; remove it"
-        yield ("generation", "metrics"), (("data", "text"),), message
+        yield "generation.metrics", "data.text", message
     if config.train.predict_with_generate and not generation.metrics:
         message = f"needs generation.metrics: one or more of {', '.join(TEXT_METRICS)}"
-        yield ("train", "predict_with_generate"), (("generation", "metrics"),), message
-    for names, needed, given in (
-        (("temperature", "top_k", "top_p"), "do_sample: true", generation.do_sample),
-        (("length_penalty",), "num_beams from 2", generation.num_beams > 1),
-    ):
-        for name in names:
-            if not given and getattr(generation, name) != GenerationConfig.model_fields[name].default:
-                involved = (("generation", "do_sample"), ("generation", "num_beams"))
-                yield ("generation", name), involved, f"has no effect without generation.{needed}"
+        yield "train.predict_with_generate", "generation.metrics", message
+    unused = [] if generation.do_sample else [(name, "do_sample: true") for name in ("temperature", "top_k", "top_p")]
+    unused += [] if generation.num_beams > 1 else [("length_penalty", "num_beams from 2")]
+    for name, needed in unused:
+        if getattr(generation, name) != GenerationConfig.model_fields[name].default:
+            involved = "generation.do_sample generation.num_beams"
+            yield f"generation.{name}", involved, f"has no effect without generation.{needed}"

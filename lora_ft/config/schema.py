@@ -7,7 +7,6 @@ by `lora_ft.config.load`, which also applies the rules between settings.
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_serializer
-from pydantic.fields import FieldInfo
 
 from lora_ft.config import types
 from lora_ft.config.section import Resume, Section, setting
@@ -171,20 +170,11 @@ SECTIONS = {
 }
 
 
-def field_at(path: tuple[str | int, ...]) -> FieldInfo:
-    """The field that a path such as ("adapter", "rank") or ("output",) leads to, or into.
-
-    Raises:
-        KeyError: there is none.
-    """
-    if len(path) > 1 and path[0] in SECTIONS:
-        return SECTIONS[str(path[0])].model_fields[str(path[1])]
-    return Config.model_fields[str(path[0])]
-
-
 def methods_of(name: str) -> tuple[str, ...]:
     """The values of adapter.method that use this setting of `adapter`."""
-    return tuple(_extra(("adapter", name))["methods"].split()) or get_args(field_at(("adapter", "method")).annotation)
+    return tuple(_extra(("adapter", name))["methods"].split()) or get_args(
+        AdapterConfig.model_fields["method"].annotation
+    )
 
 
 def resume_class(section: str, name: str = "") -> Resume:
@@ -197,7 +187,9 @@ def resume_class(section: str, name: str = "") -> Resume:
 
 
 def _extra(path: tuple[str, ...]) -> dict[str, Any]:
-    extra = field_at(path).json_schema_extra
+    """The `resume` and `methods` of the setting at ("adapter", "rank") or ("output",)."""
+    field = SECTIONS[path[0]].model_fields[path[1]] if len(path) > 1 else Config.model_fields[path[0]]
+    extra = field.json_schema_extra
     assert isinstance(extra, dict)
     return extra
 

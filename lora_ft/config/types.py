@@ -65,11 +65,9 @@ def _layers(value: Any) -> Any:
         return None
     if isinstance(value, str):
         match = re.fullmatch(r"(\d{1,5})\s*(?:-\s*(\d{1,5}))?", value.strip(), re.ASCII)
-        if not match:
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not first <= last < MAX_LAYERS:
             raise ValueError(f"{format_value(value)} is not a range of layers; {hint}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last or last >= MAX_LAYERS:
-            raise ValueError(f"{format_value(value)} contains no layers; {hint}")
         return tuple(range(first, last + 1))
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"{format_value(value)} does not name layers; {hint}")
@@ -82,10 +80,9 @@ def _layers(value: Any) -> Any:
 def _steps(value: Any) -> Any:
     """A fraction of the run if below 1, otherwise a number of steps."""
     hint = "below 1 it is a fraction of the run (0.25), from 1 a number of steps, an integer (100)"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    if not number or value >= 1 and value != int(value):
         raise ValueError(f"{format_value(value)} is not valid; {hint}")
-    if value >= 1 and value != int(value):
-        raise ValueError(f"{format_value(value)} is neither; {hint}")
     return value if value < 1 else int(value)
 
 

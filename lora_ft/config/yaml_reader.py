@@ -18,6 +18,12 @@ MAX_BYTES = 128 * 1024
 MAX_DEPTH = 20
 TOO_LARGE = f"too large; a config has at most {MAX_BYTES // 1024} KiB"
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
+HINTS = {  # part of PyYAML's message -> the probable remedy
+    "mapping values are not allowed": 'a text that contains ": " needs quotes',
+    "\\t": "indent with spaces, not tabs",
+    "block end": "the indentation does not match the lines above",
+    "cannot start any token": "a text that starts with this character needs quotes",
+}
 Path = tuple[str | int, ...]  # ("adapter", "targets", 1)
 
 _NULL = re.compile(r"~|null|Null|NULL|")
@@ -73,15 +79,7 @@ def read(text: str) -> Document:
 
 def _plain_words(e: yaml.MarkedYAMLError) -> str:
     problem = printable(e.problem or e.context or "cannot be read")
-    hint = ""
-    if "mapping values are not allowed" in problem:
-        hint = '; a text that contains ": " needs quotes'
-    elif "'\\t'" in problem or "\\t" in problem:
-        hint = "; indent with spaces, not tabs"
-    elif "block end" in problem:
-        hint = "; the indentation does not match the lines above"
-    elif "cannot start any token" in problem:
-        hint = "; a text that starts with this character needs quotes"
+    hint = next((f"; {hint}" for part, hint in HINTS.items() if part in problem), "")
     column = f" (column {e.problem_mark.column + 1})" if e.problem_mark else ""
     return f"not valid YAML: {problem}{column}{hint}"
 
@@ -124,11 +122,11 @@ class _Builder:
             raise Unreadable(line, TOO_DEEP)
         self.lines.setdefault(path, line)
         if isinstance(event, yaml.AliasEvent):
-            alias = printable(str(event.anchor))
-            return self.problem(path, event, f"aliases (*{alias}) are not supported; write out the value")
+            return self.problem(
+                path, event, f"aliases (*{printable(event.anchor)}) are not supported; write out the value"
+            )
         if event.anchor:
-            anchor = printable(event.anchor)
-            self.problem(path, event, f"anchors (&{anchor}) are not supported; write out each value")
+            self.problem(path, event, f"anchors (&{printable(event.anchor)}) are not supported; write out each value")
         if event.tag:
             tag = printable(event.tag.replace("tag:yaml.org,2002:", "!!"))
             self.problem(path, event, f"tags ({tag}) are not supported; write a plain value")
@@ -149,9 +147,7 @@ class _Builder:
             key = self.value((*path, ""), event)
             self.lines.pop((*path, ""))
             if not isinstance(key, str):
-                message = (
-                    'a key must be plain text; a value that starts with a brace or bracket needs quotes: "{column}"'
-                )
+                message = 'a key must be text; a value that starts with a brace or bracket needs quotes: "{column}"'
                 if isinstance(event, yaml.ScalarEvent):
                     message = f"a key must be text, {format_value(key)} is not; if it is a name, put it in quotes"
                 self.problem(path, event, message)
@@ -160,9 +156,8 @@ class _Builder:
                 continue
             here = (*path, key)
             if key in items:
-                self.problems.append(
-                    Problem(here, line, f"given twice, in lines {self.lines[here]} and {line}; keep one")
-                )
+                message = f"given twice, in lines {self.lines[here]} and {line}; keep one"
+                self.problems.append(Problem(here, line, message))
                 _Builder(self.events).value(here, next(self.events))  # skip it: the first value is kept
                 continue
             self.lines[here] = line

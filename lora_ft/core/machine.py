@@ -30,10 +30,7 @@ def cores() -> int:
 
 def cpu_name() -> str:
     """The processor's model, as far as the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
@@ -70,12 +67,10 @@ def peak_memory() -> int:
 
 def address_space_limit() -> int | None:
     """Bytes that `ulimit -v` allows this process, or None where there is no such limit."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    if not hasattr(psutil, "RLIMIT_AS"):  # Windows, macOS
         return None
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
+    limit = psutil.Process().rlimit(psutil.RLIMIT_AS)[0]
+    return None if limit == psutil.RLIM_INFINITY else limit
 
 
 def keep_freed_memory() -> None:
@@ -99,11 +94,12 @@ def _cpu_quotas() -> Iterator[tuple[int, int]]:
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
     """(limit, used) in bytes of each control group above this process; used: without the file cache it can drop."""
+    files = (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    )  # version 2, version 1
     for group in _control_groups("memory"):
-        for limit_file, used_file in [
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ]:
+        for limit_file, used_file in files:
             limit, used = _number(_read(group / limit_file)), _number(_read(group / used_file))
             if 0 < limit < total_memory():
                 stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())

@@ -7,11 +7,7 @@ from typing import Any
 
 
 def printable(text: str, limit: int = 200, keep: str = "") -> str:
-    """`text` cut at `limit` characters, its control characters and escape codes shown as \\x1b and the like.
-
-    Args:
-        keep: control characters that stay as they are, such as line ends.
-    """
+    """`text` cut at `limit` characters, with control characters other than those of `keep` shown as \\x1b and the like."""
     cut = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape", "backslashreplace").decode() for c in cut

@@ -42,9 +42,8 @@ def parse_hub_data(source: str) -> tuple[str, str | None, str | None]:
     before, at, split = source.partition("@")
     hub_id, colon, config = before.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id, re.ASCII) or (colon and not config) or (at and not split):
-        raise ConfigError(
-            f"{format_value(source)}: no such file, and not the name of a hub dataset (owner/name[:config][@split])"
-        )
+        expected = "the name of a hub dataset (owner/name[:config][@split])"
+        raise ConfigError(f"{format_value(source)}: no such file, and not {expected}")
     return hub_id, config or None, split or None
 
 

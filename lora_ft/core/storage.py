@@ -34,31 +34,19 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, obj: object) -> None:
-    """Write indented JSON, keys in the order given, with a final newline.
-
-    Raises:
-        FilesError: as `write_file`.
-    """
+    """Write indented JSON, keys in the order given, with a final newline. Raises as `write_file`."""
     write_file(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
 def append_line(path: Path, obj: object) -> None:
-    """Append one line of JSON in a single write, so that readers never see half of one.
-
-    Raises:
-        FilesError: as `write_file`.
-    """
+    """Append one line of JSON in a single write, so that readers never see half of one. Raises as `write_file`."""
     line = (json.dumps(obj, ensure_ascii=False) + "\n").encode()
     with _os_errors_as_files_error(path, len(line)), path.open("ab", buffering=0) as f:
         f.write(line)
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically, without a copy of the tensors (contiguous, sharing no memory).
-
-    Raises:
-        FilesError: as `write_file`.
-    """
+    """Write contiguous tensors that share no memory as safetensors, atomically, without a copy. Raises as `write_file`."""
     from safetensors.torch import save_file
 
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -191,18 +179,13 @@ def verify_manifest(folder: Path, entries: dict, error: type[UserError]) -> None
             name = printable(str(path), 500)
             raise error(f"{name}: missing or unreadable, though the manifest lists it. Restore it from a copy.")
         if size != entry["size"] or digest != entry.get("sha256"):
-            sizes = f"{size} bytes, was {format_value(entry['size'])}"
-            change = sizes if size != entry["size"] else "its SHA-256 differs"
+            change = "its SHA-256 differs" if digest else f"{size} bytes, was {format_value(entry['size'])}"
             raise error(f"{path}: changed since its manifest was written ({change}).")
 
 
 @contextmanager
 def atomic_file(path: Path, needed: int) -> Iterator[Path]:
-    """A temporary file beside `path`, to fill with about `needed` bytes; on success it is synced and renamed to `path`.
-
-    Raises:
-        FilesError: as `write_file`.
-    """
+    """A temporary file for about `needed` bytes, on success synced and renamed to `path`. Raises as `write_file`."""
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     with _os_errors_as_files_error(path, needed):
         try:
