@@ -122,9 +122,8 @@ class _Builder:
             raise Unreadable(line, TOO_DEEP)
         self.lines.setdefault(path, line)
         if isinstance(event, yaml.AliasEvent):
-            return self.problem(
-                path, event, f"aliases (*{printable(event.anchor)}) are not supported; write out the value"
-            )
+            alias = printable(str(event.anchor))
+            return self.problem(path, event, f"aliases (*{alias}) are not supported; write out the value")
         if event.anchor:
             self.problem(path, event, f"anchors (&{printable(event.anchor)}) are not supported; write out each value")
         if event.tag:
