@@ -2,9 +2,9 @@
 
 import json
 
-from lora_ft.config import training_arguments
 from lora_ft.config.json_schema import accepted, config_schema, entry_at
 from lora_ft.config.schema import SECTIONS, resume_class
+from lora_ft.config.training_arguments import OWN_SETTING, REFUSED
 
 FILE = "lora-ft.schema.json"  # beside a config that names it in its first line
 HEADER = "# yaml-language-server: $schema="
@@ -31,18 +31,9 @@ HEADINGS = """
 | setting | default | accepts | meaning | `--resume` after a change |
 |---|---|---|---|---|
 """
-OWN_SETTINGS = """
-Fields of [TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer) that other settings govern:
-
-| field | setting |
-|---|---|
-"""
-REFUSED = """
-Fields that cannot be set:
-
-| field | reason |
-|---|---|
-"""
+TRAINING_ARGUMENTS = "[TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer)"
+GOVERNED = f"\nFields of {TRAINING_ARGUMENTS} that other settings govern:\n\n| field | setting |\n|---|---|\n"
+NOT_ACCEPTED = "\nFields that cannot be set:\n\n| field | reason |\n|---|---|\n"
 
 
 def schema_text() -> str:
@@ -56,8 +47,8 @@ def reference() -> str:
     for section, model in SECTIONS.items():
         page.append(f"\n## {section}\n\n{model.__doc__}\n{HEADINGS}")
         page += [_row(section, name) for name in model.model_fields]
-    page += [OWN_SETTINGS, *(f"| `{name}` | `{own}` |\n" for name, own in training_arguments.OWN_SETTING.items())]
-    page += [REFUSED, *(f"| `{name}` | {why} |\n" for name, why in training_arguments.REFUSED.items())]
+    page += [GOVERNED, *(f"| `{name}` | `{own}` |\n" for name, own in OWN_SETTING.items())]
+    page += [NOT_ACCEPTED, *(f"| `{name}` | {why} |\n" for name, why in REFUSED.items())]
     page += ["\n## output\n", HEADINGS, _row("output")]
     return "".join(page)
 

@@ -77,8 +77,5 @@ def _in_words(kind: dict[str, Any]) -> str:
         "null": "null",
         "object": "a mapping (key: value)",
     }[kind["type"]]
-    low = f" from {kind['minimum']}" if "minimum" in kind else ""
-    low += f" above {kind['exclusiveMinimum']}" if "exclusiveMinimum" in kind else ""
-    high = f" to {kind['maximum']}" if "maximum" in kind else ""
-    high += f" below {kind['exclusiveMaximum']}" if "exclusiveMaximum" in kind else ""
-    return words + low + (" and" if low and "below" in high else "") + high
+    bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "and below"}
+    return " ".join([words, *(f"{word} {kind[bound]}" for bound, word in bounds.items() if bound in kind)])

@@ -57,12 +57,8 @@ def changes(before: dict, config: Config) -> dict[str, list[str]]:
     by_class: dict[str, list[str]] = {"result": [], "rounding": [], "free": [], "longer": []}
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
-            try:
-                resume = resume_class(*path)
-            except KeyError:  # not a setting of this version
-                resume = "result"
             line = f"{'.'.join(path)}: was {format_value(old.get(path))}, is {format_value(new.get(path))}"
-            by_class[resume].append(line)
+            by_class[resume_class(*path)].append(line)
     return by_class
 
 

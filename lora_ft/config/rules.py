@@ -1,6 +1,7 @@
 """The errors of a config in words: what the schema refuses, and the rules between settings."""
 
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,6 +18,10 @@ Broken = tuple[str, str, str]  # a broken rule: (setting, the settings involved 
 
 FORMS = ("prompt", "completion", "text", "messages")
 ONE_FORM = "set one of prompt and completion, text, or messages"
+FOR_EVALUATIONS = (
+    *("train.early_stopping_patience", "train.predict_with_generate", "data.max_eval_examples"),
+    *("trainer.eval_on_start", "trainer.eval_delay"),
+)
 NEEDS_EVAL = "needs data.eval: a data source, or a fraction (0.05) or number (500) of rows of data.train to hold out"
 SYNONYMS = {"fp16": "float16", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}  # spelled too differently
 EXAMPLES = {
@@ -152,16 +157,9 @@ def _eval_rules(config: Config) -> Iterator[Broken]:
     """Settings that need evaluation data, and the values of metric_for_best_model."""
     data, train, key = config.data, config.train, config.train.metric_for_best_model
     at, sets = "train.metric_for_best_model", list(eval_sets(data.eval))
-    if data.eval is None:
-        for needs, given in {
-            "train.early_stopping_patience": train.early_stopping_patience,
-            "train.predict_with_generate": train.predict_with_generate,
-            "data.max_eval_examples": data.max_eval_examples,
-            "trainer.eval_on_start": config.trainer.eval_on_start,
-            "trainer.eval_delay": config.trainer.eval_delay,
-        }.items():
-            if given:
-                yield needs, "data.eval", NEEDS_EVAL
+    for name in FOR_EVALUATIONS:
+        if data.eval is None and attrgetter(name)(config):
+            yield name, "data.eval", NEEDS_EVAL
     selected = selection_metric(key, sets or [""])
     if selected is None:
         metrics = dict.fromkeys(SELECTION_METRICS)

@@ -7,6 +7,7 @@ by `lora_ft.config.load`, which also applies the rules between settings.
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_serializer
+from pydantic.fields import FieldInfo
 
 from lora_ft.config import types
 from lora_ft.config.section import Resume, Section, setting
@@ -172,26 +173,20 @@ SECTIONS = {
 
 def methods_of(name: str) -> tuple[str, ...]:
     """The values of adapter.method that use this setting of `adapter`."""
-    return tuple(_extra(("adapter", name))["methods"].split()) or get_args(
-        AdapterConfig.model_fields["method"].annotation
-    )
+    fields = AdapterConfig.model_fields
+    return tuple(_extra(fields[name])["methods"].split()) or get_args(fields["method"].annotation)
 
 
 def resume_class(section: str, name: str = "") -> Resume:
-    """The effect on `--resume` of changing `section.name`, or a setting outside of sections.
-
-    Raises:
-        KeyError: there is no such setting.
-    """
-    return _extra((section, name) if name else (section,))["resume"]
+    """The effect on `--resume` of changing a setting of a section, or one outside; "result" where it is not known."""
+    fields = SECTIONS[section].model_fields if section in SECTIONS else {}
+    return _extra(fields.get(name) if name else Config.model_fields.get(section)).get("resume", "result")
 
 
-def _extra(path: tuple[str, ...]) -> dict[str, Any]:
-    """The `resume` and `methods` of the setting at ("adapter", "rank") or ("output",)."""
-    field = SECTIONS[path[0]].model_fields[path[1]] if len(path) > 1 else Config.model_fields[path[0]]
-    extra = field.json_schema_extra
-    assert isinstance(extra, dict)
-    return extra
+def _extra(field: FieldInfo | None) -> dict[str, Any]:
+    """The `resume` and `methods` of a setting; {} of another field."""
+    extra = field and field.json_schema_extra
+    return extra if isinstance(extra, dict) else {}
 
 
 def eval_sets(value: types.EvalSets) -> dict[str, types.EvalSet]:

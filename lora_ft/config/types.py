@@ -39,10 +39,6 @@ def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _name(text: str) -> str:
     if not text.strip() or any(ord(c) < 32 for c in text):
         raise ValueError(f"{format_value(text)} is not a name; give a path or a hub id")
@@ -72,7 +68,7 @@ def _layers(value: Any) -> Any:
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"{format_value(value)} does not name layers; {hint}")
     for number in value:
-        if not _is_integer(number) or not 0 <= number < MAX_LAYERS:
+        if type(number) is not int or not 0 <= number < MAX_LAYERS:
             raise ValueError(f"{format_value(number)} is not a layer number; {hint}")
     return tuple(sorted(unique(tuple(value))))
 
@@ -80,8 +76,7 @@ def _layers(value: Any) -> Any:
 def _steps(value: Any) -> Any:
     """A fraction of the run if below 1, otherwise a number of steps."""
     hint = "below 1 it is a fraction of the run (0.25), from 1 a number of steps, an integer (100)"
-    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-    if not number or value >= 1 and value != int(value):
+    if type(value) not in (int, float) or not 0 < value < float("inf") or value >= 1 and value != int(value):
         raise ValueError(f"{format_value(value)} is not valid; {hint}")
     return value if value < 1 else int(value)
 
@@ -91,7 +86,7 @@ def _steps_or_zero(value: Any) -> Any:
 
 
 def _micro_batch_tokens(value: Any) -> Any:
-    if value != "auto" and not (_is_integer(value) and value >= 1):
+    if value != "auto" and not (type(value) is int and value >= 1):
         raise ValueError(f"{format_value(value)} is not valid; give auto, or a number of tokens, an integer from 1")
     return value
 
@@ -101,7 +96,7 @@ def _eval_set(value: Any) -> Any:
     sources = as_tuple(value)
     if isinstance(sources, tuple) and sources and all(isinstance(source, str) for source in sources):
         return unique(tuple(map(_name, sources)))
-    if isinstance(value, float) and 0 < value < 1 or _is_integer(value) and value >= 1:
+    if isinstance(value, float) and 0 < value < 1 or type(value) is int and value >= 1:
         return value
     hint = "give one or more data sources, a fraction below 1 (0.05), a number of rows from 1 (500), or null"
     raise ValueError(f"{format_value(value)} is not valid; {hint}")

@@ -94,10 +94,7 @@ def _cpu_quotas() -> Iterator[tuple[int, int]]:
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
     """(limit, used) in bytes of each control group above this process; used: without the file cache it can drop."""
-    files = (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    )  # version 2, version 1
+    files = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # v2, v1
     for group in _control_groups("memory"):
         for limit_file, used_file in files:
             limit, used = _number(_read(group / limit_file)), _number(_read(group / used_file))

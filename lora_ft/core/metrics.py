@@ -63,10 +63,7 @@ def interval(key: str, metrics: Mapping[str, Any]) -> list[float] | None:
 
 
 def add_set_name(name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of an eval set with the keys of log and record: `loss`, or `dev_loss` of the set dev.
-
-    These are the Trainer's keys without its `eval_`. A single set without a name is "".
-    """
+    """The metrics of an eval set under the Trainer's keys without `eval_`: `dev_loss` of the set dev, `loss` of the set ""."""
     return {f"{name}_{key}" if name else key: value for key, value in metrics.items()}
 
 

@@ -50,11 +50,7 @@ class Stopper:
                 raise Stopped(self.received, self.hint) from error
 
     def check(self) -> None:
-        """Stop here if a signal was received.
-
-        Raises:
-            Stopped: one was.
-        """
+        """Stop here, by raising `Stopped`, if a signal was received."""
         if self.received is not None:
             raise Stopped(self.received, self.hint)
 

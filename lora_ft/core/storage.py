@@ -132,11 +132,7 @@ def sibling(folder: Path, suffix: str) -> Path:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Check that `needed` bytes fit on the disk of `folder`, which need not exist yet.
-
-    Raises:
-        FilesError: they don't; both figures are named.
-    """
+    """Raise FilesError, with both figures, unless `needed` bytes fit on the disk of `folder`, which need not exist yet."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
