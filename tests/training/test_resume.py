@@ -158,7 +158,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(stopped, w
 def test_only_damaged_checkpoints_are_an_error(stopped):
     for checkpoint in (stopped / "out/checkpoints").iterdir():
         (checkpoint / "lora_ft.json").unlink()
-    with pytest.raises(FilesError, match="none of its"):
+    with pytest.raises(FilesError, match="all 2 checkpoints are damaged"):
         run(stopped, resume=True)
 
 

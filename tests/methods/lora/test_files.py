@@ -284,7 +284,7 @@ def test_changed_since_the_manifest(folder):
     path.write_bytes(content[:-40])
     refused(folder, str(path), "changed since its manifest")
     (folder / files.RECORD).unlink()
-    refused(folder, str(path), "damaged or cut")
+    refused(folder, str(path), "damaged or truncated")
     path.unlink()
     refused(folder, str(path), "missing")
 
