@@ -30,6 +30,7 @@ PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 16, 20
 
 
 def main() -> None:
+    """Measure one run or the variants of a comparison, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the latencies to FILE")
@@ -108,6 +109,7 @@ def time_generation(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, f
 
 
 def _clock(model: PreTrainedModel) -> float:
+    """The time in seconds, after all work on the model's device is done."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
