@@ -72,19 +72,17 @@ class RowPacking(NamedTuple):
             return [[i] for i in range(len(lengths))]
         rows = self._first_fit(lengths)
         even = split_evenly(lengths, len(rows))
-        fits = all(sum(lengths[i] for i in row) <= self.max_tokens for row in even)
-        return even if fits else rows
+        return even if all(sum(lengths[i] for i in row) <= self.max_tokens for row in even) else rows
 
     def _first_fit(self, lengths: Sequence[int]) -> list[list[int]]:
         """Longest first, each into the first row with room for it."""
         rows: list[list[int]] = []
         room: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            row = next((r for r, left in enumerate(room) if lengths[i] <= left), None)
-            if row is None:
+            row = next((r for r, left in enumerate(room) if lengths[i] <= left), len(rows))
+            if row == len(rows):
                 rows.append([])
                 room.append(self.max_tokens)
-                row = len(rows) - 1
             rows[row].append(i)
             room[row] -= lengths[i]
         return rows
@@ -114,14 +112,9 @@ def micro_batch(examples: Sequence[dict]) -> MicroBatch:
         keep += [start + i - 1 for i in supervised]
         targets += [labels[i] for i in supervised]
         start += len(labels)
-    row = flat_row([example["input_ids"] for example in examples])
-    return MicroBatch(
-        input_ids=row["input_ids"],
-        position_ids=row["position_ids"],
-        keep=torch.tensor(keep, dtype=torch.long),
-        targets=torch.tensor(targets, dtype=torch.long),
-        lengths=[len(example["input_ids"]) for example in examples],
-    )
+    ids = [example["input_ids"] for example in examples]
+    indices = {"keep": torch.tensor(keep, dtype=torch.long), "targets": torch.tensor(targets, dtype=torch.long)}
+    return MicroBatch(**flat_row(ids), **indices, lengths=list(map(len, ids)))  # type: ignore[typeddict-item]
 
 
 def on_device(micro: MicroBatch, device: torch.device) -> MicroBatch:

@@ -51,11 +51,11 @@ def cached(
     try:
         facts = json.loads(facts_path.read_text())
         table = datasets.Dataset.from_file(str(path))
-        if len(table) == facts["rows_written"]:
+        if len(table) == facts.pop("rows_written"):
             with suppress(OSError):  # a read-only cache
                 os.utime(facts_path)  # the time of last use, for `_trim`
             return table, facts
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
         pass  # missing or incomplete: make it
     suffix = f".{os.getpid()}-{secrets.token_hex(4)}.partial"
     partial, partial_facts = folder / f"{key}.arrow{suffix}", folder / f"{key}.json{suffix}"
@@ -76,8 +76,7 @@ def cached(
                 facts = make(write)
             file.flush()
             os.fsync(file.fileno())
-        facts["rows_written"] = written
-        partial_facts.write_text(json.dumps(facts))
+        partial_facts.write_text(json.dumps(facts | {"rows_written": written}))
         partial.replace(path)
         partial_facts.replace(facts_path)
     except OSError as e:

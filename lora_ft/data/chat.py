@@ -11,10 +11,10 @@ in place of a turn's content locates it, and if that fails too, the template's o
 is bad: spans are never guessed.
 """
 
-import os.path
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from os.path import commonprefix
 from typing import Any
 
 import jinja2
@@ -51,7 +51,7 @@ class ChatFormat:
         """The text of a chat.
 
         Raises:
-            BadRow: the template fails on these turns, with its message.
+            BadRow: the template fails on these turns.
             ConfigError, ModelError: the template of the config, or of the tokenizer, has a syntax error.
         """
         try:
@@ -75,15 +75,11 @@ class ChatFormat:
 
     def ends_turn(self, text: str) -> bool:
         """Whether the text ends with an end token."""
-        return any(text.endswith(token) for token in self.end_tokens)
+        return text.endswith(tuple(self.end_tokens))
 
 
 def chat_format(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> ChatFormat:
-    """The format of `chat_template`, or of the tokenizer's own chat template if that is None.
-
-    Raises:
-        ModelError: neither exists.
-    """
+    """The format of `chat_template`, or if that is None of the tokenizer's own; raises ModelError if it has none."""
     try:
         text = tokenizer.get_chat_template() if chat_template is None else chat_template
     except ValueError as e:
@@ -99,11 +95,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -
 
 
 def read_turns(value: Any) -> list[Turn]:
-    """OpenAI's role/content or ShareGPT's from/value turns, as role/content turns.
-
-    Raises:
-        BadRow: `value` is not a list of such turns.
-    """
+    """OpenAI's role/content or ShareGPT's from/value turns, as role/content turns; raises BadRow for anything else."""
     if not isinstance(value, list) or not value:
         shown = "an empty list" if value == [] else type_in_words(value)
         raise BadRow(f"its messages are {shown}, not a list of turns with role and content, or from and value")
@@ -152,9 +144,8 @@ def render_chat(turns: list[Turn], chat: ChatFormat) -> tuple[str, list[Span]]:
         raise BadRow(f"no assistant turn, so nothing is supervised; its roles are {roles}")
     text = chat.render(turns)
     check_unicode(text)
-    located = [_locate(text, turns, i, chat) for i in assistant]
-    spans = [span for span in located if span is not None]
-    if len(spans) < len(located):
+    spans = [span for i in assistant if (span := _locate(text, turns, i, chat))]
+    if len(spans) < len(assistant):
         spans = _generation_spans(text, turns, assistant, chat)
     positions = [0] + [position for span in spans for position in span]
     if positions != sorted(positions):
@@ -181,16 +172,15 @@ def _locate(text: str, turns: list[Turn], i: int, chat: ChatFormat) -> Span | No
             return None
         first, last, closing = content
         start = start if start is not None and start <= first else first
-        end = end if end is not None and end >= last else last + _common_prefix(closing, text[last:])
+        end = end if end is not None and end >= last else last + len(commonprefix([closing, text[last:]]))
     return _trim(text, start, end, chat)
 
 
 def _locate_content(text: str, turns: list[Turn], i: int, chat: ChatFormat) -> tuple[int, int, str] | None:
     """Start and end of turn i's content, and the text after it where the chat ends with turn i; located with a marker."""
-    content = turns[i].get("content")
+    marker, content = "@@turn@@", turns[i].get("content")
     if content is None:
         return None
-    marker = "@@turn@@"
     while marker in text:
         marker += "@"
     marked = turns[i] | {"content": marker}
@@ -217,10 +207,8 @@ def _generation_spans(text: str, turns: list[Turn], assistant: list[int], chat: 
         raise failure
 
     def render_marked(part: list[Turn]) -> tuple[str, list[Span]]:
-        special = chat.tokenizer.special_tokens_map
-        texts, spans = render_jinja_template(
-            [part], chat_template=chat.template, return_assistant_tokens_mask=True, **special
-        )
+        options = {"chat_template": chat.template, "return_assistant_tokens_mask": True}
+        texts, spans = render_jinja_template([part], **options, **chat.tokenizer.special_tokens_map)
         return texts[0], spans[0]
 
     marked_text, spans = render_marked(turns)
@@ -230,15 +218,10 @@ def _generation_spans(text: str, turns: list[Turn], assistant: list[int], chat: 
     if chat.try_render(turns[: assistant[-1] + 1]) is not None:
         ending, ending_spans = render_marked(turns[: assistant[-1] + 1])
         closing = ending[ending_spans[-1][1] :] if ending_spans else ""
-    return [_trim(text, start, end + _common_prefix(closing, text[end:]), chat) for start, end in spans]
+    return [_trim(text, start, end + len(commonprefix([closing, text[end:]])), chat) for start, end in spans]
 
 
 def _trim(text: str, start: int, end: int, chat: ChatFormat) -> Span:
     """The span without white space after its end token."""
     stripped = text[start:end].rstrip()
     return (start, start + len(stripped)) if chat.ends_turn(stripped) else (start, end)
-
-
-def _common_prefix(a: str, b: str) -> int:
-    """Length of the common prefix."""
-    return len(os.path.commonprefix([a, b]))

@@ -34,10 +34,8 @@ def load_examples(
 ) -> Examples:
     """The rows of the sources, in order, as examples. Only rows that are used are encoded.
 
-    Args:
-        max_length: in tokens.
-        held_out, part: use only the rows of one part, as `part_indices` defines it.
-        max_examples: use only a seeded sample of this many rows, in order.
+    max_length: in tokens. held_out, part: use only the rows of one part, as `part_indices` defines it. max_examples: use
+    only a seeded sample of this many rows, in order.
 
     Raises:
         DataError: a source or row cannot be read or encoded, label words have equal ids, or nothing is left to train on.
@@ -50,9 +48,8 @@ def load_examples(
     usable, is_rest = len(texts), part is None
     if held_out:
         texts = texts.select(part_indices(usable, held_out, part, seed))
-    sample = texts
-    if max_examples is not None and max_examples < len(texts):
-        sample = texts.select(sample_indices(len(texts), max_examples, seed))
+    count = len(texts) if max_examples is None else min(max_examples, len(texts))
+    sample = texts.select(sample_indices(len(texts), count, seed)) if count < len(texts) else texts
     chat = chat_format(tokenizer, template.chat_template).template if template.messages else None
     sha256 = key_of(content, settings, chat)  # without versions: --resume compares it with an earlier run's record
     encoder = text_encoder(tokenizer)
@@ -68,22 +65,13 @@ def load_examples(
             f"{join_names(sources)}: nothing supervised is left in any of the {len(sample):,} rows after truncation to "
             f"{max_length} tokens. Raise data.max_length."
         )
-    # rows skipped while reading are reported once, with the training rows
-    skipped, skipped_count = (read["skipped"], read["skipped_count"]) if is_rest else ([], 0)
-    report = EncodingReport(
-        rows=read["rows"] if is_rest else len(texts),
-        used=made["used"],
-        examples=len(dataset),
-        held_out=usable - len(texts) if is_rest else 0,
-        not_sampled=len(texts) - len(sample),
-        skipped=(skipped + made["skipped"])[:MAX_REPORTED_ROWS],
-        skipped_count=skipped_count + made["skipped_count"],
-        dropped=made["dropped"],
-        empty=made["empty"],
-        content=content,
-        sha256=sha256,
-        **totals(dataset),
-    )
+    counts: dict = {"rows": len(texts), "examples": len(dataset), "not_sampled": len(texts) - len(sample)}
+    counts |= made | totals(dataset)
+    if is_rest:  # rows skipped while reading are reported once, with the training rows
+        counts |= {"rows": read["rows"], "held_out": usable - len(texts)}
+        counts["skipped"] = (read["skipped"] + made["skipped"])[:MAX_REPORTED_ROWS]
+        counts["skipped_count"] += read["skipped_count"]
+    report = EncodingReport(**counts, content=content, sha256=sha256)
     words = template.label_names[template.label_column] if template.label_names and template.label_column else []
     return Examples(dataset, report, list(words), texts)
 

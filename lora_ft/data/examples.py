@@ -62,10 +62,6 @@ class EncodingReport:
     content: str = ""
     sha256: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON has it."""
-        return asdict(self)
-
     def summary(self) -> str:
         """One line for users with all counts that are not zero, and the first skipped rows below it."""
         counts = [
@@ -125,7 +121,7 @@ class Examples:
 
 def reports(sets: dict[str, Examples]) -> dict[str, Any] | None:
     """The report of a single unnamed set, reports by name for named sets, None without sets."""
-    by_name = {name: examples.report.as_dict() for name, examples in sets.items()}
+    by_name = {name: asdict(examples.report) for name, examples in sets.items()}
     return by_name.get("", by_name or None)
 
 

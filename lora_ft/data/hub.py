@@ -57,12 +57,9 @@ def load_split(source: str) -> datasets.Dataset:
 
 
 def _load_cached_files(hub_id: str, config: str | None, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
-    """A data set from the files in the hub's cache.
+    """A data set from the files in the hub's cache; raises ConnectionError if there are none.
 
     The cache may contain the files of a single config or split; `datasets` by itself requires those of the first config.
-
-    Raises:
-        ConnectionError: the cache contains none of its files.
     """
     try:
         folder = Path(huggingface_hub.snapshot_download(hub_id, repo_type="dataset", local_files_only=True))
@@ -72,9 +69,8 @@ def _load_cached_files(hub_id: str, config: str | None, split: str | None) -> da
     configs = (huggingface_hub.DatasetCard.load(card).data.get("configs") if card.is_file() else None) or []
     data_files = next((c.get("data_files") for c in configs if c.get("config_name") == config), None)
     files = _cached_splits(folder, data_files) if isinstance(data_files, list) else None
-    if not files:
-        return datasets.load_dataset(str(folder), config, split=split)
-    return datasets.load_dataset(str(folder), config, split=split, data_files=files, verification_mode="no_checks")
+    options = {"data_files": files, "verification_mode": "no_checks"} if files else {}
+    return datasets.load_dataset(str(folder), config, split=split, **options)
 
 
 def _cached_splits(folder: Path, data_files: list) -> dict[str, list[str]]:

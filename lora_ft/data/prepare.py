@@ -30,12 +30,7 @@ def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 
 
 def prepare_eval_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Examples]:
-    """The eval sets alone, by name, in the config's order.
-
-    Raises:
-        ConfigError: there is no eval data; or as `prepare`.
-        DataError, ModelError: as `prepare`.
-    """
+    """The eval sets alone, by name, in the config's order. Raises as `prepare`; ConfigError too without eval data."""
     if data.eval is None:
         raise ConfigError("no eval data: the run had none (data.eval). Name some with --data FILE.")
     load, held_out, sets = _loader(data, tokenizer, seed), _held_out(data), {}
@@ -49,11 +44,7 @@ def prepare_eval_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed
 
 
 def template_of(data: DataConfig) -> Template:
-    """The template of a data section, with the text of its chat template's file.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """The template of a data section, with the text of its chat template's file (ConfigError if it cannot be read)."""
     chat_template = None
     if data.chat_template:
         try:

@@ -101,16 +101,13 @@ def _data_file(source: str) -> Path:
 
 def _json_problem(error: Exception) -> str:
     """An error of the json module: bad syntax, a number of thousands of digits, or nesting thousands deep."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"broken JSON: {error.msg} (column {error.colno})"
-    return f"broken JSON: {error}"
+    located = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+    return f"broken JSON: {located or error}"
 
 
 def _json_row(value: Any, where: str) -> SourceRow:
-    if isinstance(value, dict):
-        return SourceRow(where, value)
     problem = f'a row must be a JSON object, {{"column": value, ...}}, not a {type(value).__name__}'
-    return SourceRow(where, {}, problem)
+    return SourceRow(where, value) if isinstance(value, dict) else SourceRow(where, {}, problem)
 
 
 def _jsonl(path: Path) -> Iterator[SourceRow]:
@@ -164,11 +161,7 @@ def _line(text: str, position: int) -> int:
 
 
 def _decode(text: str, start: int, name: str) -> tuple[Any, int]:
-    """The JSON value at `start`, and where it ends.
-
-    Raises:
-        DataError: broken JSON, with `name` and the line.
-    """
+    """The JSON value at `start`, and where it ends."""
     try:
         return json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError) as e:

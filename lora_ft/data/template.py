@@ -47,10 +47,7 @@ class Template:
 def pair_renderer(template: Template) -> Callable[[Columns], tuple[str, str, list[str], int]]:
     """A function from a row to (prompt, completion, choices, label), where completion is choices[label].
 
-    If the template is not a classification, choices is [] and label -1. The function raises BadRow.
-
-    Raises:
-        ConfigError: invalid braces.
+    If the template is not a classification, choices is [] and label -1. Raises as `renderer`.
     """
     names = template.label_names or {}
     prompt = renderer("prompt", template.prompt or "", names)
@@ -68,7 +65,7 @@ def pair_renderer(template: Template) -> Callable[[Columns], tuple[str, str, lis
 
 
 def renderer(field: str, template: str, label_names: Mapping[str, Sequence[str]]) -> Callable[[Columns], str]:
-    """A function that fills a row's values into `template`, the setting data.`field`. The function raises BadRow.
+    """A function that fills a row's values into `template`, the setting data.`field`, and raises BadRow.
 
     Raises:
         ConfigError: invalid braces.
@@ -77,15 +74,12 @@ def renderer(field: str, template: str, label_names: Mapping[str, Sequence[str]]
     parts = [(literal, column) for literal, column, _, _ in Formatter().parse(template)]
 
     def render(columns: Columns) -> str:
-        pieces = []
+        text = ""
         for literal, column in parts:
-            pieces.append(literal)
-            if column is not None and column in label_names:
-                words = label_names[column]
-                pieces.append(words[class_id(columns, column, words)])
-            elif column is not None:
-                pieces.append(value_text(columns, column))
-        text = "".join(pieces)
+            text += literal
+            if column is not None:
+                words = label_names.get(column)
+                text += value_text(columns, column) if words is None else words[class_id(columns, column, words)]
         check_unicode(text)
         return text
 
@@ -93,11 +87,7 @@ def renderer(field: str, template: str, label_names: Mapping[str, Sequence[str]]
 
 
 def value_text(columns: Columns, column: str) -> str:
-    """The value of a column as text: a str unchanged, a number or bool as Python prints it.
-
-    Raises:
-        BadRow: no such column, or its value is null, NaN, a list or an object.
-    """
+    """The value of a column as text: a str unchanged, a number or bool as Python prints it; BadRow for any other value."""
     value = column_value(columns, column)
     if type(value) is str:
         return value
@@ -109,11 +99,7 @@ def value_text(columns: Columns, column: str) -> str:
 
 
 def class_id(columns: Columns, column: str, words: Sequence[str]) -> int:
-    """The class of a row, from 0: the column contains an id (an int, 1.0, or digits in a str) or one of the words.
-
-    Raises:
-        BadRow: neither.
-    """
+    """The class of a row, from 0: the column contains an id (an int, 1.0, or digits in a str) or one of the words."""
     value = column_value(columns, column)
     if isinstance(value, str) and value in words and not any(word.strip().isdecimal() for word in words):
         return words.index(value)  # if words are digits, all values are read as ids
@@ -140,11 +126,7 @@ def class_id(columns: Columns, column: str, words: Sequence[str]) -> int:
 
 
 def column_value(columns: Columns, column: str) -> Any:
-    """The value of a column.
-
-    Raises:
-        BadRow: the row has no such column.
-    """
+    """The value of a column; raises BadRow if the row has no such column."""
     try:
         return columns[column]
     except KeyError:
@@ -157,11 +139,7 @@ def column_value(columns: Columns, column: str) -> Any:
 
 
 def check_unicode(text: str) -> None:
-    """Reject lone surrogates, which JSON can contain (\\ud800) and UTF-8 cannot.
-
-    Raises:
-        BadRow: the text contains one.
-    """
+    """Raise BadRow for a lone surrogate, which JSON can contain (\\ud800) and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as e:

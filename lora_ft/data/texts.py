@@ -17,9 +17,7 @@ from lora_ft.data.chat import chat_format, read_turns, render_chat
 from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import BadRow, Columns, Template, column_value, pair_renderer, renderer
 
-ENCODING_VERSION = (
-    4  # raise it when the same rows are encoded differently, or a schema changes: old cache entries expire
-)
+ENCODING_VERSION = 4  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
 BATCH = 1000  # rows
 MAX_REPORTED_ROWS = 20
 
@@ -45,11 +43,7 @@ class BadRows:
         self.count = 0
 
     def add(self, where: str, problem: object) -> None:
-        """Register the row at `where`.
-
-        Raises:
-            DataError: bad rows are not skipped.
-        """
+        """Register the row at `where`; raises DataError if bad rows are not skipped."""
         message = f"{where}: {problem}"
         message += "" if message[-1] in ".!?" else "."
         if not self.skip:

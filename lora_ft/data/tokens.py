@@ -103,18 +103,10 @@ def encode_pairs(
         reserved = max(len(completion), *(len(word) + len(encoder.eos) for word in words), 0)
         kept = encoder.truncate_start(prompt, max_length - reserved)
         ids = (kept + completion)[:max_length]
-        labels = [IGNORE] * len(kept) + completion
+        labels = [IGNORE, *([IGNORE] * len(kept) + completion)[1:]][: len(ids)]
         full_length = len(prompt) + len(completion)
-        yield Encoded(
-            ids,
-            [IGNORE, *labels[1:]][: len(ids)],
-            full_length,
-            prompt_length=min(len(kept), max_length),
-            choices=words,
-            truncated=len(ids) < full_length,
-            merged=merges[right],
-            blank=full_length < 2 or not completion,
-        )
+        truncated, blank = len(ids) < full_length, full_length < 2 or not completion
+        yield Encoded(ids, labels, full_length, min(len(kept), max_length), words, truncated, merges[right], blank)
 
 
 def _encode_after(
@@ -156,8 +148,7 @@ def encode_chats(texts: list[str], spans: list[list[int]], max_length: int, enco
 
     spans: for each chat start, end, start, end, ... in characters.
     """
-    encodings = encoder.bare.encode_batch(texts)
-    for encoding, row in zip(encodings, spans, strict=True):
+    for encoding, row in zip(encoder.bare.encode_batch(texts), spans, strict=True):
         ids = np.array(encoding.ids, dtype=np.int64)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)  # (tokens, [start, end])
         bounds = np.array([*row, 2**62, 2**62]).reshape(-1, 2)
@@ -165,10 +156,6 @@ def encode_chats(texts: list[str], spans: list[list[int]], max_length: int, enco
         span = bounds[np.searchsorted(bounds[:, 1], offsets[:, 0], side="right")]
         labels = np.where(span[:, 0] < offsets[:, 1], ids, IGNORE)
         labels[:1] = IGNORE
-        yield Encoded(
-            ids[:max_length].tolist(),
-            labels[:max_length].tolist(),
-            full_length=len(ids),
-            truncated=len(ids) > max_length,
-            blank=bool((labels == IGNORE).all()),
-        )
+        kept_ids, kept_labels = ids[:max_length].tolist(), labels[:max_length].tolist()
+        blank = bool((labels == IGNORE).all())
+        yield Encoded(kept_ids, kept_labels, len(ids), truncated=len(ids) > max_length, blank=blank)

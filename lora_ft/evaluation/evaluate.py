@@ -27,11 +27,9 @@ def evaluate_set(
     check: Callable[[], None] = lambda: None,
     shard: Shard = UNSHARDED,
 ) -> tuple[dict, list[str]]:
-    """Return one set's metrics by key, and the texts generated for `prompts` ([] if None).
+    """One set's metrics by key, and the texts generated for `prompts` ([] if None).
 
-    Args:
-        examples, prompts: with the model's virtual tokens, if it has any.
-        micro_batch_tokens, check, shard: as in `score`.
+    examples, prompts: with the model's virtual tokens, if it has any. The remaining arguments are those of `score`.
     """
     metrics = score(model, examples.dataset, isolation, micro_batch_tokens, check, shard).metrics()
     if not prompts:
@@ -49,7 +47,7 @@ def evaluator(
     micro_batch_tokens: int,
     shard: Shard,
 ) -> Callable[..., dict]:
-    """Return the evaluation of a training run: a function that gives all sets' current metrics by the keys of the log.
+    """The evaluation of a training run: a function that returns all sets' current metrics by the keys of the log.
 
     It takes an optional `check`, see `score`; with base=True it scores the base, in a model that was injected into but
     not trained: every method starts as its base, apart from virtual tokens, which the base does not get.

@@ -50,17 +50,12 @@ def eval_prompts(
             f"generation.max_new_tokens: {generation.max_new_tokens} leaves no room for a prompt in the model's "
             f"{positions} positions."
         )
+    most, seed = generation.max_prompts, config.train.seed
     prompts = group_by_prompt(
-        examples,
-        template_of(data),
-        tokenizer,
-        max_tokens=max_tokens,
-        max_prompts=generation.max_prompts,
-        seed=config.train.seed,
+        examples, template_of(data), tokenizer, max_tokens=max_tokens, max_prompts=most, seed=seed
     )
-    if "rouge_l" in generation.metrics and not any(
-        re.search("[a-zA-Z0-9]", r) for rs in prompts.references for r in rs
-    ):
+    readable = any(re.search("[a-zA-Z0-9]", text) for several in prompts.references for text in several)
+    if "rouge_l" in generation.metrics and not readable:
         raise ConfigError("generation.metrics: rouge_l reads the letters a to z and digits, and no reference has any.")
     if prompts.cut:
         info(
@@ -81,11 +76,8 @@ def group_by_prompt(
 ) -> EvalPrompts:
     """The distinct prompts of the examples in order, each with all the references that the complete set has for it.
 
-    In a chat the last assistant turn is the reference and everything before it the prompt.
-
-    Args:
-        max_tokens: a longer prompt loses its start (BOS is kept), as in training.
-        max_prompts: take a seeded sample of this size.
+    In a chat the last assistant turn is the reference and everything before it the prompt. A prompt longer than `max_tokens`
+    loses its start (BOS is kept), as in training. max_prompts: take a seeded sample of this size.
     """
     encoder = text_encoder(tokenizer)
     closing = chat_format(tokenizer, template.chat_template).end_tokens if template.messages else frozenset()
@@ -102,12 +94,9 @@ def group_by_prompt(
         texts = [texts[i] for i in sample_indices(len(texts), max_prompts, seed)]
     # a chat's text contains its special tokens already
     ids = [encoder.encode_bare(text) for text in texts] if template.messages else encoder.encode_prompts(texts)
-    return EvalPrompts(
-        texts,
-        [encoder.truncate_start(row, max_tokens) for row in ids],
-        [references[text] for text in texts],
-        cut=sum(len(row) > max_tokens for row in ids),
-    )
+    cut = sum(len(row) > max_tokens for row in ids)
+    ids = [encoder.truncate_start(row, max_tokens) for row in ids]
+    return EvalPrompts(texts, ids, [references[text] for text in texts], cut)
 
 
 def _prompt_and_reference(row: dict, closing: frozenset[str]) -> tuple[str, str]:

@@ -24,14 +24,8 @@ def generate_samples(
     """Greedy answers to rows spread over `examples`, within about `seconds` in all. Draws no random number.
 
     The prompt is a row up to its last supervised span (a completion, an assistant's turn), or the opening of a plain text;
-    the rest of the span is the reference.
-
-    Args:
-        chat_template: the run's own template, for `end_tokens`.
-
-    Returns:
-        A dict per row: where, prompt, reference, base, adapter; and cut, which of "base" and "adapter" reached the limit
-        of time or tokens.
+    the rest of the span is the reference. Returns a dict per row: where, prompt, reference, base, adapter; and cut, which
+    of "base" and "adapter" reached the limit of time or tokens. chat_template: the run's own, for `end_tokens`.
     """
     count = min(ROWS, len(examples.dataset))
     rows = [examples.dataset[i * len(examples.dataset) // count] for i in range(count)]

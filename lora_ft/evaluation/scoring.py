@@ -7,7 +7,7 @@ lm-evaluation-harness does).
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 
 import datasets
 import torch
@@ -58,12 +58,8 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 
 def macro_f1(confusion: list[list[int]]) -> float:
     """Mean F1 over the classes that occur as true or predicted label; 0 for a class that is never predicted correctly."""
-    scores = []
-    for c, row in enumerate(confusion):
-        true, predicted = sum(row), sum(r[c] for r in confusion)
-        if true or predicted:
-            scores.append(2 * row[c] / (true + predicted))
-    return sum(scores) / len(scores)
+    totals = [sum(row) + sum(r[c] for r in confusion) for c, row in enumerate(confusion)]  # true + predicted
+    return fmean(2 * confusion[c][c] / total for c, total in enumerate(totals) if total)
 
 
 @dataclass(frozen=True)
@@ -85,10 +81,8 @@ def _queries(index: int, example: dict) -> Iterator[_Query]:
     assert prompt or not example["choices"], "a label word is scored after its prompt"
     for c, choice in enumerate(example["choices"]):
         positions = [len(prompt) - 1 + i for i in range(len(choice))]
-        if len(choice) == 1 or ids[len(prompt) : len(prompt) + len(choice)] == choice:
-            yield _Query(index, c, ids, positions, choice)  # shares the sequence of the loss
-        else:
-            yield _Query(index, c, [*prompt, *choice], positions, choice)
+        shared = len(choice) == 1 or ids[len(prompt) : len(prompt) + len(choice)] == choice  # with the loss
+        yield _Query(index, c, ids if shared else [*prompt, *choice], positions, choice)
 
 
 @torch.no_grad()
@@ -102,10 +96,8 @@ def score(
 ) -> Scores:
     """Score `model`, in eval mode meanwhile, on the encoded examples of `dataset` (see `Examples`).
 
-    Args:
-        micro_batch_tokens: tokens in one row at most; a longer example gets a row of its own.
-        check: called before each row; an exception in it stops the scoring.
-        shard: this rank's part of the examples; the scores returned are those of all ranks.
+    micro_batch_tokens: tokens in one row at most; a longer example gets a row of its own. check: called before each row; an
+    exception in it stops the scoring. shard: this rank's part of the examples; the scores returned are those of all ranks.
 
     Raises:
         NumbersError: a log-probability is NaN or infinite.
@@ -133,9 +125,8 @@ def score(
             for query, logprobs in _log_probabilities(model, isolation, [sequences[i] for i in row]):
                 if not all(map(math.isfinite, logprobs)):
                     where = examples[query.example].get("where") or f"row {examples[query.example]['row']}"
-                    raise NumbersError(
-                        f"{where}: the model's log-probabilities are not finite, so scores mean nothing."
-                    )
+                    problem = "the model's log-probabilities are not finite, so scores mean nothing"
+                    raise NumbersError(f"{where}: {problem}.")
                 if query.choice < 0:
                     scores.loss_sum -= sum(logprobs)
                     scores.tokens += len(logprobs)
@@ -184,6 +175,4 @@ def _log_probabilities(
             logprobs[here] = logits[at, targets[here]].float() - logits.float().logsumexp(-1)[at]
             start += len(logits)
     values = iter(logprobs.tolist())
-    for queries in row:
-        for query in queries:
-            yield query, [next(values) for _ in query.positions]
+    yield from ((query, [next(values) for _ in query.positions]) for queries in row for query in queries)

@@ -46,9 +46,7 @@ def print_result(result: EvalResult) -> None:
     if len(result.scores) > 2:  # a row per model, so that any number of them fits a terminal
         for of_texts in (False, True):
             if some := [key for key in keys if (key in TEXT_METRICS) == of_texts]:
-                rows = {
-                    model: [with_interval(key, metrics) for key in some] for model, metrics in result.scores.items()
-                }
+                rows = {name: [with_interval(key, scores) for key in some] for name, scores in result.scores.items()}
                 console.print(table([METRICS[key].title for key in some], rows))
     else:
         rows = {METRICS[key].title: [with_interval(key, metrics) for metrics in result.scores.values()] for key in keys}
@@ -56,8 +54,8 @@ def print_result(result: EvalResult) -> None:
     for model, metrics in result.scores.items():
         if "confusion" in metrics:
             console.print(Text(f"{printable(model)}, rows: true label, columns: predicted"))
-            counts = zip(result.label_words, metrics["confusion"], strict=True)
-            rows = {word: list(map(str, row)) for word, row in counts}
+            counts = [list(map(str, row)) for row in metrics["confusion"]]
+            rows = dict(zip(result.label_words, counts, strict=True))
             console.print(table(result.label_words, rows, no_wrap=False))
     if result.prompts:
         _print_first_texts(result.prompts, result.texts, console)

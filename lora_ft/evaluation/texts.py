@@ -5,6 +5,7 @@ The arithmetic is sacrebleu's and rouge-score's; this module only passes them pr
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,18 +21,12 @@ LIBRARIES = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}  # metric -> import 
 
 
 def check_installed(metrics: Sequence[str]) -> None:
-    """Check that the libraries of `metrics` are installed, before any time is spent.
-
-    Raises:
-        ConfigError: one is missing.
-    """
-    missing = [
-        f"{m} needs {name}" for m in metrics if (name := LIBRARIES.get(m)) and not importlib.util.find_spec(name)
-    ]
+    """Raise ConfigError unless the libraries of `metrics` are installed, before any time is spent."""
+    needs = {metric: LIBRARIES[metric] for metric in metrics if metric in LIBRARIES}
+    missing = [f"{metric} needs {name}" for metric, name in needs.items() if not importlib.util.find_spec(name)]
     if missing:
-        raise ConfigError(
-            f"generation.metrics: {', '.join(missing)}, which is not installed: pip install 'lora-ft[generation]'"
-        )
+        way = "pip install 'lora-ft[generation]'"
+        raise ConfigError(f"generation.metrics: {', '.join(missing)}, which is not installed: {way}")
 
 
 def text_metrics(metrics: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict:
@@ -57,8 +52,8 @@ def text_metrics(metrics: Sequence[str], texts: Sequence[str], references: Seque
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer(["rougeL"])
-        best = [scorer.score_multi(r, t)["rougeL"].fmeasure for r, t in zip(references, texts, strict=True)]
-        scores["rouge_l"] = sum(best) / len(best)
+        pairs = zip(references, texts, strict=True)
+        scores["rouge_l"] = fmean(scorer.score_multi(several, text)["rougeL"].fmeasure for several, text in pairs)
     if "exact_match" in metrics:
         scores["exact_match"] = sum(t in r for r, t in zip(references, texts, strict=True)) / len(texts)
     return scores

@@ -30,13 +30,8 @@ WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"
 class Base:
     """A base model's files on this machine, and what the user trusts about them.
 
-    Attributes:
-        name: as the user wrote it.
-        folder: where the files are.
-        revision: the commit of a hub model.
-        gguf: the .gguf file, if the base is one.
-        pickles: pickled weight files that the user has allowed.
-        trusted_code: whether Python code in the folder may run.
+    name: as the user wrote it. revision: the commit of a hub model. gguf: the .gguf file, if the base is one. pickles:
+    pickled weight files that the user has allowed. trusted_code: whether Python code in the folder may run.
     """
 
     name: str
@@ -48,12 +43,9 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the names, shapes, dtypes and strided samples of every tensor's bytes.
+        """SHA-256 over the names, shapes, dtypes and strided samples of every tensor's bytes. Raises as `weight_files`.
 
         It depends on the files alone: sharding, loading dtype and quantization on load don't change it.
-
-        Raises:
-            ModelError: the weights' files are missing or damaged.
         """
         if self.gguf:
             return digest([["gguf", self.gguf.stat().st_size, _sample(self.gguf, 0, self.gguf.stat().st_size)]])
@@ -83,18 +75,16 @@ def resolve(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> 
     else:
         folder = _hub_folder(name, revision, trust.pickles)
         base = Base(name, folder, revision=folder.name)
-    pickles: list[Path] = []
-    if trust.pickles and not base.gguf and not _has_safetensors(base.folder):
-        pickles = _listed(base.folder, PICKLE_INDEX, PICKLE)
-    return replace(base, pickles=tuple(pickles), trusted_code=trust.remote_code)
+    unpickle = trust.pickles and not base.gguf and not _has_safetensors(base.folder)
+    pickles = tuple(_listed(base.folder, PICKLE_INDEX, PICKLE)) if unpickle else ()
+    return replace(base, pickles=pickles, trusted_code=trust.remote_code)
 
 
 def _local(name: str) -> Base:
     path = Path(name).expanduser()
     if not path.exists():
-        raise ModelError(
-            f"model {name}: no such file or folder. Give a folder with config.json, a .gguf file or a hub id."
-        )
+        hint = "Give a folder with config.json, a .gguf file or a hub id."
+        raise ModelError(f"model {name}: no such file or folder. {hint}")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"model {name}: a file that isn't .gguf. Give the folder that holds config.json.")
@@ -168,11 +158,7 @@ def _listed(folder: Path, index_name: str, single: str) -> list[Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
-    """Open a safetensors file lazily.
-
-    Raises:
-        ModelError: the header is damaged or the file is truncated.
-    """
+    """Open a safetensors file lazily; raises ModelError if its header is damaged or it is truncated."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -189,16 +175,14 @@ def digest(obj: object) -> str:
 
 def _sample(path: Path, start: int, size: int, pieces: int = 64, piece: int = 64) -> str:
     """Hash of `pieces` evenly spread pieces of `piece` bytes (of all bytes if there are few); the last one is included."""
-    digest = hashlib.sha256()
+    if size <= pieces * piece:
+        pieces, piece = 1, size
+    sha256 = hashlib.sha256()
     with path.open("rb") as f:
-        if size <= pieces * piece:
-            f.seek(start)
-            digest.update(f.read(size))
-        else:
-            for i in range(pieces):
-                f.seek(start + i * (size - piece) // (pieces - 1))
-                digest.update(f.read(piece))
-    return digest.hexdigest()
+        for i in range(pieces):
+            f.seek(start + i * (size - piece) // max(pieces - 1, 1))
+            sha256.update(f.read(piece))
+    return sha256.hexdigest()
 
 
 def stored_dtype(base: Base) -> torch.dtype:
@@ -229,6 +213,5 @@ def _unpickled(path: Path) -> dict:
         if is_out_of_memory(e):
             raise
         # damaged zips, unknown opcodes, classes outside torch
-        raise ModelError(
-            f"{path}: torch's weights_only loader refuses it, so it is damaged or unsafe ({first_line(e)})."
-        ) from e
+        why = f"torch's weights_only loader refuses it, so it is damaged or unsafe ({first_line(e)})"
+        raise ModelError(f"{path}: {why}.") from e

@@ -21,15 +21,12 @@ class Generated(NamedTuple):
 def end_tokens(
     tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, chat_template: str | None = None
 ) -> set[int]:
-    """Return the ids that end an answer.
+    """The ids that end an answer.
 
     They are the tokenizer's end-of-sequence token, those of the base's generation config, and the token that closes an
     assistant's turn in the chat template: a model trained on turns that end in <|im_end|> writes that token, even if the
-    tokenizer's end of sequence is another one.
-
-    Args:
-        config: the base's generation config.
-        chat_template: the text of a run's own template; None for the tokenizer's, if it has one; "" for none at all.
+    tokenizer's end of sequence is another one. chat_template: the text of a run's own template; None for the
+    tokenizer's, if it has one; "" for none at all.
     """
     listed = config.eos_token_id
     ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
@@ -78,12 +75,9 @@ def generate(
     positions from the mask. A row stops at its first end token, the batch when all rows have stopped. `model` is in eval
     mode meanwhile, and its own generation config is not used.
 
-    Args:
-        prompts: the ids of each prompt, at least one.
-        config: beams, sampling and limits; `max_new_tokens` is required.
-        ends: ids that end a row, see `end_tokens`.
-        on_token: called after each step with all rows so far; not with beams, which may still change their start.
-        check: called after each step; an exception in it stops the generation.
+    prompts: the ids of each prompt, at least one. config: beams, sampling and limits; `max_new_tokens` is required. ends:
+    ids that end a row, see `end_tokens`. on_token: called after each step with all rows so far; not with beams, which may
+    still change their start. check: called after each step; an exception in it stops the generation.
     """
     config = copy.deepcopy(config)
     config.eos_token_id, config.max_length = sorted(ends) or None, None
@@ -96,7 +90,11 @@ def generate(
         mask[row, longest - len(prompt) :] = 1
 
     def rows(ids: Tensor) -> list[Generated]:
-        return [_until_end(row, ends) for row in ids[:, longest:].tolist()]
+        generated = []
+        for row in ids[:, longest:].tolist():
+            end = next((n for n, token in enumerate(row) if token in ends), None)
+            generated.append(Generated(row[:end], end is not None))
+        return generated
 
     def after_step(ids: Tensor, scores: object, **_: object) -> Tensor:
         if check:
@@ -105,15 +103,9 @@ def generate(
             on_token(rows(ids))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (rows,): none is to stop
 
+    ids, mask = ids.to(model.device), mask.to(model.device)
     with _generating(model, config):
-        return rows(
-            model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=config,
-                stopping_criteria=[after_step],
-            )
-        )
+        return rows(model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[after_step]))
 
 
 def generate_in_batches(
@@ -126,12 +118,9 @@ def generate_in_batches(
     seed: int = 0,
     check: Callable[[], None] | None = None,
 ) -> list[Generated]:
-    """Continue any number of prompts, in batches of similar length; returned in the prompts' order.
+    """`generate` for any number of prompts, `batch_size` of similar length at a time; returned in the prompts' order.
 
-    Args:
-        batch_size: prompts at a time.
-        seed: seed for sampling; torch's random state is restored afterwards.
-        prompts, config, ends, check: as in `generate`.
+    seed: for sampling; torch's random state is restored afterwards.
     """
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # running out of memory shows at once
     generated: dict[int, Generated] = {}
@@ -145,11 +134,6 @@ def generate_in_batches(
             generated |= zip(batch, rows, strict=True)
             bar.update(len(batch))
     return [generated[i] for i in range(len(prompts))]
-
-
-def _until_end(ids: list[int], ends: Collection[int]) -> Generated:
-    end = next((n for n, token in enumerate(ids) if token in ends), None)
-    return Generated(ids[:end], end is not None)
 
 
 @contextmanager

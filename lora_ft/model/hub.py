@@ -31,9 +31,7 @@ def why_unreachable(repo: str, kind: str, revision: str | None = None) -> str | 
     """Why the hub can't be reached, or None if it responds, even with a refusal.
 
     One request with a short timeout: the hub's own libraries retry for half a minute or longer before they use their caches.
-
-    Args:
-        kind: "model" or "dataset".
+    kind: "model" or "dataset".
     """
     try:
         HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=HUB_TIMEOUT_SECONDS)
@@ -72,9 +70,8 @@ def snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return _files(name, revision, patterns, local_only=why is not None)
     except GatedRepoError as e:
-        raise ModelError(
-            f"model {name}: gated. Request access on https://huggingface.co/{name}, then run `hf auth login`."
-        ) from e
+        page = f"https://huggingface.co/{name}"
+        raise ModelError(f"model {name}: gated. Request access on {page}, then run `hf auth login`.") from e
     except RevisionNotFoundError as e:
         raise ModelError(f"model {name}: has no revision {revision!r}.") from e
     except RepositoryNotFoundError as e:
@@ -96,7 +93,5 @@ def snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _files(name: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
-    folder = huggingface_hub.snapshot_download(
-        name, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED_FILES, local_files_only=local_only
-    )
-    return Path(folder)
+    filters: dict = {"allow_patterns": patterns, "ignore_patterns": IGNORED_FILES, "local_files_only": local_only}
+    return Path(huggingface_hub.snapshot_download(name, revision=revision, **filters))

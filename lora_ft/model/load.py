@@ -48,9 +48,7 @@ def load_model_config(base: Base) -> PretrainedConfig:
 def skeleton(base: Base, *, device: str = "meta", dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model without weights: its modules, shapes and configs on the meta device, at no cost in memory.
 
-    Args:
-        device: another device only under FakeTensorMode, where tensors have no values.
-        dtype: None for the dtype in the config.
+    device: another one only under FakeTensorMode, where tensors have no values. dtype: None for that in the config.
 
     Raises:
         ModelError: as `load_model_config`; or transformers can't build the model.
@@ -84,8 +82,7 @@ def dtype_of(base: Base, dtype: str, device: str) -> torch.dtype:
 def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a causal language model in eval mode, and check that every weight is there, has its shape and is finite.
 
-    Args:
-        dtype: a `model.dtype` setting, see `dtype_of`.
+    dtype: a `model.dtype` setting, see `dtype_of`.
 
     Raises:
         ModelError: an unknown architecture, remote code that is not trusted, missing or damaged weights, NaN or inf.
@@ -131,11 +128,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 
 
 def check_vocabulary(model: PreTrainedModel, base: Base, largest_id: int) -> None:
-    """Check that the model has an embedding for every token id in the data.
-
-    Raises:
-        ModelError: the largest id is beyond the embedding.
-    """
+    """Raise ModelError unless the model has an embedding for every token id in the data."""
     rows = model.get_input_embeddings().weight.shape[0]
     if largest_id >= rows:
         raise ModelError(
@@ -207,12 +200,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _code_hint(base: Base) -> str:
-    config = base.folder / "config.json"
-    if (
-        not base.trusted_code
-        and not base.gguf
-        and config.is_file()
-        and '"auto_map"' in config.read_text(errors="replace")
-    ):
-        return " It needs to run its own Python code: read that code, then add --trust-remote-code if you trust it."
-    return ""
+    config = base.folder / CONFIGS[0]
+    if base.trusted_code or base.gguf or not config.is_file() or '"auto_map"' not in config.read_text(errors="replace"):
+        return ""
+    return " It needs to run its own Python code: read that code, then add --trust-remote-code if you trust it."

@@ -1,6 +1,7 @@
 """The record of a run, lora_ft.json: what its adapter needs to be scored, merged and trusted later."""
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ def describe(
         "chat_template": digest(tokenizer.chat_template)
         if config.data.messages and not config.data.chat_template
         else None,
-        "data": {"train": train_set.report.as_dict(), "eval": reports(eval_sets)},
+        "data": {"train": asdict(train_set.report), "eval": reports(eval_sets)},
         "seed": config.train.seed,
         "versions": {"python": platform.python_version(), "lora_ft": version("lora-ft")}
         | {name: version(name) for name in PACKAGES},

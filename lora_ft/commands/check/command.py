@@ -5,6 +5,7 @@ the values of the weights show (`--time` loads them). The exit code is that of t
 """
 
 import json
+from dataclasses import asdict
 
 import yaml
 from rich.console import Console
@@ -44,7 +45,7 @@ def as_dict(result: Inspection) -> dict:
     if result.has_data:
         report = setup.train_set.report
         facts |= {
-            "train": report.as_dict(),
+            "train": asdict(report),
             "eval": reports(setup.eval_sets),
             "lengths": display.histogram(warnings.lengths(setup.train_set), setup.config.data.max_length),
             "supervised_share": report.supervised / report.tokens,

@@ -57,9 +57,8 @@ def create_config(
     schema = path.parent / docs.FILE
     if not schema.exists() or schema.read_text() != docs.schema_text():
         write_file(schema, docs.schema_text())
-    print(
-        f"{path}: {suggestion.task}, from {suggestion.rows:,}{' or more' if suggestion.partial else ''} rows of {data}"
-    )
+    more = " or more" if suggestion.partial else ""
+    print(f"{path}: {suggestion.task}, from {suggestion.rows:,}{more} rows of {data}")
     for name, value in suggestion.data.settings.items():
         note = suggestion.data.notes.get(name)
         print(f"  {name}: {yaml_value(value)}" + (f"   ({note})" if note else ""))
@@ -72,41 +71,38 @@ def config_text(model: str, data: str, suggestion: Suggestion, output: str) -> s
     small = suggestion.rows < 1000 and not suggestion.partial
     length = next((n for n in LENGTHS if n * 3 >= suggestion.length), LENGTHS[-1])  # 3 characters per token or more
     settings, notes = suggestion.data.settings, suggestion.data.notes
-    lines = [
-        docs.HEADER + docs.FILE,
-        f"# {TASKS[suggestion.task].capitalize()}. `lora-ft schema --markdown` lists every setting.",
-        "model:",
-        _line("name", model),
-        "",
-        "adapter:",
-        _line("rank", 16),
-        _line("alpha", 32),
-        _line("targets", ["all"], "[q, v] is smaller and faster"),
-        "",
-        "data:",
-        _line("train", data),
-    ]
+    data_lines = [_line("train", data)]
     if hold_out:
-        lines.append(_line("eval", 0.1, "a tenth is held out; or name another file"))
-    lines += [_line(name, value, notes.get(name) or NOTES.get(name, "")) for name, value in settings.items()]
-    lines.append(_line("max_length", length, "tokens; longer examples are truncated"))
+        data_lines.append(_line("eval", 0.1, "a tenth is held out; or name another file"))
+    data_lines += [_line(name, value, notes.get(name) or NOTES.get(name, "")) for name, value in settings.items()]
+    data_lines.append(_line("max_length", length, "tokens; longer examples are truncated"))
     if suggestion.task == "text":
-        lines.append(_line("long_text", "split", "longer texts become several examples"))
-    lines += [
-        "",
-        "train:",
-        _line("num_train_epochs", 3 if small else 1),
-        _line("batch_size", 8 if small else 16),
-        "  learning_rate: 3.0e-4",
-    ]
-    if hold_out and "label_names" in settings:
-        lines.append(_line("metric_for_best_model", "accuracy"))
-    return "\n".join([*lines, "", f"output: {yaml_value(output)}", ""])
+        data_lines.append(_line("long_text", "split", "longer texts become several examples"))
+    best = _line("metric_for_best_model", "accuracy") if hold_out and "label_names" in settings else ""
+    return f"""\
+{docs.HEADER}{docs.FILE}
+# {TASKS[suggestion.task].capitalize()}. `lora-ft schema --markdown` lists every setting.
+model:
+{_line("name", model)}
+adapter:
+  rank: 16
+  alpha: 32
+{_line("targets", ["all"], "[q, v] is smaller and faster")}
+data:
+{"".join(data_lines)}
+train:
+  num_train_epochs: {3 if small else 1}
+  batch_size: {8 if small else 16}
+  learning_rate: 3.0e-4
+{best}
+output: {yaml_value(output)}
+"""
 
 
 def _line(name: str, value: Any, comment: str = "") -> str:
+    """The line of a setting in a section, with its line end."""
     text = f"  {name}: {yaml_value(value)}"
-    return f"{text:<{COMMENT_COLUMN - 1}} # {comment}" if comment else text
+    return (f"{text:<{COMMENT_COLUMN - 1}} # {comment}" if comment else text) + "\n"
 
 
 def yaml_value(value: Any) -> str:
