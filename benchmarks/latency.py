@@ -20,7 +20,7 @@ from lora_ft.commands.compare.command import PAGE, RESULT
 from lora_ft.commands.compare.display import latency_tables, page
 from lora_ft.core.errors import FilesError
 from lora_ft.core.storage import read_json, write_json
-from lora_ft.methods.interface import load, virtual_ids
+from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.trained import Trained
 from lora_ft.model.device import prepare_device
 from lora_ft.model.load import load_base
@@ -65,7 +65,7 @@ def latency(folder: Path) -> dict:
     result: dict = {"of": weights["sha256"], "prompt_tokens": PROMPT_TOKENS}
     for form in ("adapter", "merged") if trained.method == "lora" else ("adapter",):
         model = load_base(base, config.model.dtype, device)
-        load(model, trained)
+        METHODS[trained.method].load(model, trained)
         if form == "merged":
             merge(model)
         print(f"{folder}, {form}: {ROUNDS} rounds", flush=True)

@@ -20,7 +20,7 @@ from lora_ft.config.load import load_config
 from lora_ft.config.schema import AdapterConfig
 from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.data.prepare import prepare
-from lora_ft.methods.interface import inject, virtual_ids
+from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
@@ -78,7 +78,7 @@ def main() -> None:
     tokenizer = load_tokenizer(base)
     data, _ = prepare(config.data, tokenizer, train.seed)
     ours = load_base(base, "float32")
-    inject(ours, adapter, train.seed, tokenizer)
+    METHODS[adapter.method].inject(ours, adapter, train.seed, tokenizer)
     theirs = reference(load_base(base, "float32"), ours, adapter)
     examples = data.with_prefix(virtual_ids(ours))
     plan = StepPlan(examples.dataset, train.batch_size, 1, options.steps, RowPacking(1024), train.seed)

@@ -17,7 +17,7 @@ from lora_ft.evaluation.evaluate import evaluate_set
 from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.tables import EvalResult, print_result, save_texts
 from lora_ft.evaluation.texts import check_installed
-from lora_ft.methods.interface import bare, load, virtual_ids
+from lora_ft.methods.interface import METHODS, bare, virtual_ids
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import use
 from lora_ft.methods.lora.peft import read_adapter
@@ -78,7 +78,7 @@ def evaluate_command(
         for entry in trained:
             apply_adapter(model, read_adapter(entry), str(entry.folder))
     elif trained:
-        load(model, trained[0])
+        METHODS[trained[0].method].load(model, trained[0])
     prefix = virtual_ids(model)
     longest = max(examples.report.longest for examples in sets.values()) + len(prefix)
     check_length(model, files, longest)

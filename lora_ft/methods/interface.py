@@ -1,9 +1,9 @@
-"""The five functions of every method: inject, save, load, load_into, bare. Only this module knows all methods.
+"""The methods by name: METHODS[name] is a module with five functions, described here. Only this module knows all methods.
 
-A method is a module with these functions; the ones here choose it by name. What trains is what has requires_grad after
-`inject` (`trainable` in methods/lora/inject.py). To add a method, write its module and add its name to METHODS, to
-`adapter.method` in config/schema.py, to `_method` in trained.py (which tells methods by their files), and to the words in
-model_card.py and usage.py; tests/methods/test_methods.py checks every method with settings in its SETTINGS.
+What trains is what has requires_grad after `inject` (`trainable` in methods/lora/inject.py). To add a method, write its
+module and add its name to METHODS, to `adapter.method` in config/schema.py, to `_method` in trained.py (which tells methods
+by their files), and to the words in model_card.py and usage.py; tests/methods/test_methods.py checks every method with
+settings in its SETTINGS.
 """
 
 from collections.abc import Iterator
@@ -19,82 +19,57 @@ from lora_ft.methods.lora import method as lora
 from lora_ft.methods.prompt import virtual_ids
 from lora_ft.methods.trained import Trained
 
-__all__ = ["adds_parameters", "bare", "inject", "load", "load_into", "save", "virtual_ids"]
+__all__ = ["METHODS", "bare", "virtual_ids"]
 
 
 class Method(Protocol):
-    """The functions of a method's module, documented below."""
+    """The functions of a method's module."""
 
     def inject(
         self, model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase
-    ) -> str: ...
+    ) -> str:
+        """Prepare a bare base for training, in place: only what trains has requires_grad.
+
+        Args:
+            model: on any device; also meta, to see whether it can be done.
+            seed: for the initial values of added parameters.
+            tokenizer: the base's, for the prompt's initial text.
+
+        Returns:
+            What was adapted, in words ("60 modules").
+
+        Raises:
+            ConfigError, ModelError: the method, or a setting of it, does not fit this architecture.
+        """
 
     def save(
         self, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[str], dict]: ...
+    ) -> tuple[list[str], dict]:
+        """Write what was trained into an existing folder; of an absolute path `base_name` only the last part is written.
 
-    def load(self, model: PreTrainedModel, trained: Trained) -> None: ...
+        Returns:
+            The names of the files, and what the record must contain for them.
+        """
 
-    def load_into(self, model: PreTrainedModel, trained: Trained) -> None: ...
+    def load(self, model: PreTrainedModel, trained: Trained) -> None:
+        """Put what was trained on a bare base, for inference.
 
-    def bare(self, model: PreTrainedModel) -> AbstractContextManager[None]: ...
+        Raises:
+            ModelError: a file is damaged, or of another model.
+        """
+
+    def load_into(self, model: PreTrainedModel, trained: Trained) -> None:
+        """Copy what was trained into a model that `inject` has prepared for the same method, exact to the bit.
+
+        Raises:
+            ModelError: a file is damaged, of another model, or of other settings.
+        """
+
+    def bare(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Within it the model computes its bare base."""
 
 
 METHODS: dict[str, Method] = {"lora": lora, "full": full, "bottleneck": bottleneck, "prompt": prompt}
-
-
-def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prepare a bare base for training with `settings.method`, in place: only what trains has requires_grad.
-
-    Args:
-        model: on any device; also meta, to see whether it can be done.
-        seed: for the initial values of added parameters.
-        tokenizer: the base's, for the prompt's initial text.
-
-    Returns:
-        What was adapted, in words ("60 modules").
-
-    Raises:
-        ConfigError, ModelError: the method, or a setting of it, does not fit this architecture.
-    """
-    return METHODS[settings.method].inject(model, settings, seed, tokenizer)
-
-
-def adds_parameters(method: str) -> bool:
-    """Whether a method trains parameters that it adds to the base, instead of the base's own."""
-    return method != "full"
-
-
-def save(
-    method: str, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], dict]:
-    """Write what was trained into an existing folder.
-
-    Args:
-        base_name: as in the config; of an absolute path only the last part is written.
-
-    Returns:
-        The names of the files, and what the record must contain for them.
-    """
-    return METHODS[method].save(model, folder, base_name, tokenizer)
-
-
-def load(model: PreTrainedModel, trained: Trained) -> None:
-    """Put what was trained on a bare base, for inference.
-
-    Raises:
-        ModelError: a file is damaged, or of another model.
-    """
-    METHODS[trained.method].load(model, trained)
-
-
-def load_into(model: PreTrainedModel, trained: Trained) -> None:
-    """Copy what was trained into a model that `inject` has prepared for the same method, exact to the bit.
-
-    Raises:
-        ModelError: a file is damaged, of another model, or of other settings.
-    """
-    METHODS[trained.method].load_into(model, trained)
 
 
 @contextmanager

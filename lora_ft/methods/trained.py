@@ -51,10 +51,8 @@ class Trained:
             ModelError: nothing trained there, an unfinished run, a merged model, or a damaged or changed file.
         """
         record = read_record(folder) or {}
-        if record and record.get("format") != 1:
-            raise ModelError(
-                f"{folder / RECORD}: format {record.get('format')!r}; this lora-ft reads format 1. Update lora-ft."
-            )
+        if record and (found := record.get("format")) != 1:
+            raise ModelError(f"{folder / RECORD}: format {found!r}; this lora-ft reads format 1. Update lora-ft.")
         if record.get("kind") == "merged":
             raise ModelError(f"{folder}: a merged model, not an adapter. Its adapter is already part of its weights.")
         verify_manifest(folder, record.get("files") or {}, ModelError)
@@ -62,20 +60,14 @@ class Trained:
             raise ModelError(message)
         if not is_trained(folder):
             problem = "nothing trained there" if folder.is_dir() else "no such folder"
-            raise ModelError(
-                f"{folder}: {problem}. Train first with `lora-ft train CONFIG`, or give the folder that a training run or "
-                "PEFT wrote."
-            )
+            way_out = "Train first with `lora-ft train CONFIG`, or give the folder that a training run or PEFT wrote."
+            raise ModelError(f"{folder}: {problem}. {way_out}")
         adapter_config = read_json(folder / CONFIG, ModelError) if (folder / CONFIG).is_file() else {}
         return cls(folder, _method(folder, adapter_config), record, adapter_config)
 
     @cached_property
     def config(self) -> Config | None:
-        """The run's config; None for another tool's adapter.
-
-        Raises:
-            ConfigError: the recorded config is damaged.
-        """
+        """The run's config; None for another tool's adapter. Raises ConfigError if it is damaged."""
         return parse_config(self.record["config"]) if "config" in self.record else None
 
     @property
@@ -96,10 +88,8 @@ class Trained:
             return resolve(name, revision, trust)
         revision = self._recorded_base.get("revision")
         if revision is None and not Path(name).expanduser().exists():  # it was a folder: never ask the hub for its name
-            raise ModelError(
-                f"model {name}: {self.folder} was trained on a local base of that name, and there is none here. Say where it "
-                "is: --base FOLDER."
-            )
+            problem = f"{self.folder} was trained on a local base of that name, and there is none here."
+            raise ModelError(f"model {name}: {problem} Say where it is: --base FOLDER.")
         return resolve(name, revision, trust)
 
     def check(
@@ -120,18 +110,12 @@ class Trained:
         trained_with = self.record.get("tokenizer")
         if tokenizer is None:
             if trained_with:
-                raise ModelError(
-                    f"{prefix}model {base.name}: has no tokenizer, but the adapter was trained with one. Restore its files."
-                )
+                problem = "has no tokenizer, but the adapter was trained with one. Restore its files."
+                raise ModelError(f"{prefix}model {base.name}: {problem}")
             return
         if trained_with not in (None, tokenizer_hash(tokenizer)):
-            problem = (
-                f"{prefix}base {base.name}: its tokenizer (vocabulary, merges or special tokens) has changed since the "
-                "training."
-            )
-            if not other_base:
-                raise ModelError(f"{problem} Restore it, or use it anyway with --other-base.")
-            warn(f"{problem} Continuing because of --other-base.")
+            problem = "its tokenizer (vocabulary, merges or special tokens) has changed since the training."
+            _refuse(f"{prefix}base {base.name}: {problem}", "Restore it", other_base)
         template = self.record.get("chat_template")
         if template and template != digest(tokenizer.chat_template):
             warn(f"{prefix}base {base.name}: its chat template has changed since the training.")
@@ -142,23 +126,19 @@ class Trained:
 
 
 def read_record(folder: Path, error: type[UserError] = ModelError) -> dict[str, Any] | None:
-    """The record of a run, a checkpoint or a merged model, its manifest not verified; None if there is none.
-
-    Raises:
-        error: it is damaged.
-    """
+    """The record of a run, a checkpoint or a merged model, not verified; None if there is none. Raises `error` if damaged."""
     return read_json(folder / RECORD, error) if (folder / RECORD).is_file() else None
 
 
 def is_trained(folder: Path, error: type[UserError] = ModelError) -> bool:
-    """Whether a finished run, a checkpoint or another tool's adapter is in a folder. Nothing is verified.
-
-    Raises:
-        error: the record is damaged.
-    """
+    """Whether a finished run, a checkpoint or another tool's adapter is in a folder, not verified; see `read_record`."""
     if unfinished_run(folder):
         return False
-    return (folder / CONFIG).is_file() or _is_fully_trained(read_record(folder, error) or {})
+    if (folder / CONFIG).is_file():
+        return True
+    record = read_record(folder, error) or {}
+    adapter = (record.get("config") or {}).get("adapter") or {}
+    return record.get("kind") in ("adapter", "checkpoint") and adapter.get("method") == "full"
 
 
 def is_model(folder: Path) -> bool:
@@ -176,27 +156,20 @@ def unfinished_run(folder: Path) -> str | None:
 
 
 def check_base(record: dict[str, Any], base: Base, other_base: bool, prefix: str = "") -> None:
-    """Check that `base` has the weights that a record was trained on; `other_base` warns instead of refusing.
-
-    Raises:
-        ModelError: the fingerprints differ; both are named.
-    """
+    """Check that `base` has the weights that a record was trained on: else raise ModelError, or warn with `other_base`."""
     trained_on = (record.get("base") or {}).get("fingerprint")
     if trained_on is None:
         info(f"note: {prefix}cannot verify that {base.name} is its base: the adapter has no fingerprint")
     elif trained_on != base.fingerprint:
-        problem = (
-            f"{prefix}base {base.name}: not the weights the adapter was trained on (fingerprint {base.fingerprint[:12]}, was "
-            f"{trained_on[:12]})."
-        )
-        if not other_base:
-            raise ModelError(f"{problem} Name the right one with --base, or use it anyway with --other-base.")
-        warn(f"{problem} Continuing because of --other-base.")
+        fingerprints = f"fingerprint {base.fingerprint[:12]}, was {trained_on[:12]}"
+        problem = f"{prefix}base {base.name}: not the weights the adapter was trained on ({fingerprints})."
+        _refuse(problem, "Name the right one with --base", other_base)
 
 
-def _is_fully_trained(record: dict[str, Any]) -> bool:
-    adapter = (record.get("config") or {}).get("adapter") or {}
-    return record.get("kind") in ("adapter", "checkpoint") and adapter.get("method") == "full"
+def _refuse(problem: str, way_out: str, other_base: bool) -> None:
+    if not other_base:
+        raise ModelError(f"{problem} {way_out}, or use it anyway with --other-base.")
+    warn(f"{problem} Continuing because of --other-base.")
 
 
 def _method(folder: Path, adapter_config: dict[str, Any]) -> str:

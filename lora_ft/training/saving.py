@@ -11,7 +11,7 @@ from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError
 from lora_ft.core.messages import warn
 from lora_ft.core.storage import atomic_folder, read_json, require_space, verify_manifest, write_file
-from lora_ft.methods import interface
+from lora_ft.methods.interface import METHODS
 from lora_ft.methods.lora.files import write_record
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.methods.model_card import CARD, model_card
@@ -77,7 +77,8 @@ class Saver:
     def load_best(self, step: int, last: int) -> dict:
         """Put the adapter of `step` into the model, if it is not the `last` one. Returns the record's closing facts."""
         if step != last:
-            interface.load_into(self.model, Trained.open(run_folder.checkpoint_of(self.output, step)))
+            best = Trained.open(run_folder.checkpoint_of(self.output, step))
+            METHODS[best.method].load_into(self.model, best)
         return {"kind": "adapter", "step": step, "steps": last, "metrics": self.evaluations.get(step, {})}
 
     def finish(self, result: dict) -> None:
@@ -88,7 +89,7 @@ class Saver:
     def _write(self, folder: Path, facts: dict, state: Sequence[str] = (), mentions: Sequence[str] = ()) -> None:
         """Write what was trained and its card, the record last; its manifest covers the `state` files in the folder."""
         method, base = self.record["config"]["adapter"]["method"], self.record["base"]["name"]
-        files, more = interface.save(method, self.model, folder, base, self.tokenizer)
+        files, more = METHODS[method].save(self.model, folder, base, self.tokenizer)
         record = self.record | facts | more
         write_file(folder / CARD, model_card(record))
         write_record(folder, record, [*files, *state], [CARD, *mentions])

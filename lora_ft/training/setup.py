@@ -17,7 +17,7 @@ from lora_ft.data.examples import Examples, largest_id
 from lora_ft.data.prepare import prepare
 from lora_ft.distributed import processes
 from lora_ft.distributed.sharding import load_sharded
-from lora_ft.methods.interface import inject, load_into, virtual_ids
+from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.model.device import micro_batch_tokens
 from lora_ft.model.files import Base, resolve
@@ -106,7 +106,7 @@ class RunSetup:
         """
         model = skeleton(self.base)
         with torch.device("meta"):
-            adapted = inject(model, self.config.adapter, self.config.train.seed, self.tokenizer)
+            adapted = self._inject(model)
             self.load_initial_adapter(model)
         return model, adapted
 
@@ -153,9 +153,13 @@ class RunSetup:
         load = load_sharded if self.is_sharded else load_base
         model = load(self.base, self.config.model.dtype, self.device)
         self.check_vocabulary(model)
-        inject(model, self.config.adapter, self.config.train.seed, self.tokenizer)
+        self._inject(model)
         self.check_length(model)
         return model
+
+    def _inject(self, model: PreTrainedModel) -> str:
+        adapter, seed = self.config.adapter, self.config.train.seed
+        return METHODS[adapter.method].inject(model, adapter, seed, self.tokenizer)
 
     def check_vocabulary(self, model: PreTrainedModel) -> None:
         """Raises ModelError as `model.load.check_vocabulary`."""
@@ -172,7 +176,7 @@ class RunSetup:
     def load_initial_adapter(self, model: PreTrainedModel) -> None:
         """Copy the weights of `adapter.init_from`, if there is one, into an adapted model."""
         if self.initial_adapter:
-            load_into(model, self.initial_adapter)
+            METHODS[self.initial_adapter.method].load_into(model, self.initial_adapter)
 
     @cached_property
     def isolation(self) -> Isolation:

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.data.batches import Step, StepPlan
 from lora_ft.distributed import processes
-from lora_ft.methods.interface import load_into
+from lora_ft.methods.interface import METHODS
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.methods.trained import Trained
 from lora_ft.model.device import peak_memory_mb
@@ -183,7 +183,8 @@ class LoRATrainer(SeamTrainer):
             with processes.collective():
                 if adapter:
                     if processes.is_main():
-                        load_into(self.model, Trained.open(adapter))
+                        trained = Trained.open(adapter)
+                        METHODS[trained.method].load_into(self.model, trained)
                     processes.broadcast_tensors(list(trainable(self.model).values()))
                 self.train()
             self.stopper.check()  # a signal that came with the last step

@@ -13,7 +13,8 @@ from lora_ft.config.schema import AdapterConfig
 from lora_ft.core.errors import ModelError
 from lora_ft.core.storage import write_tensors
 from lora_ft.data.examples import EncodingReport, Examples
-from lora_ft.methods import bottleneck, interface
+from lora_ft.methods import bottleneck
+from lora_ft.methods.interface import METHODS, bare, virtual_ids
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.methods.trained import Trained
 from lora_ft.nn.bottleneck import Bottleneck
@@ -28,7 +29,6 @@ SETTINGS = {
     "bottleneck": AdapterConfig(method="bottleneck", bottleneck_size=6, nonlinearity="gelu"),
     "prompt": AdapterConfig(method="prompt", virtual_tokens=N),
 }
-METHODS = list(SETTINGS)
 
 
 def injected(method: str, family: str = "gpt2", dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -36,13 +36,13 @@ def injected(method: str, family: str = "gpt2", dtype: torch.dtype = torch.float
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    interface.inject(model, SETTINGS[method], seed, TOKENIZER)
+    METHODS[method].inject(model, SETTINGS[method], seed, TOKENIZER)
     return model
 
 
 def with_virtual_tokens(model, dataset):
     report = EncodingReport(rows=0, used=0, examples=0)
-    return Examples(dataset, report, [], dataset).with_prefix(interface.virtual_ids(model)).dataset
+    return Examples(dataset, report, [], dataset).with_prefix(virtual_ids(model)).dataset
 
 
 def trained(method: str, folder, family: str = "gpt2", dtype: torch.dtype = torch.float32, **arguments):
@@ -99,7 +99,7 @@ def reference(method: str, ours) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_losses_equal_plain_padded_training(method, tmp_path):
     model = reference(method, injected(method))
     start, rate = copy.deepcopy(model), {"prompt": 0.1}.get(method, RATE)
@@ -111,7 +111,7 @@ def test_losses_equal_plain_padded_training(method, tmp_path):
     assert abs(untrained - loss) > 1e-2, "nothing was learned, so nothing was compared"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_only_what_the_method_says_trains(method, tmp_path):
     model = injected(method)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -128,7 +128,7 @@ def test_only_what_the_method_says_trains(method, tmp_path):
     assert sum(p.numel() for p in trainable(model).values()) == counts[method]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_cutting_otherwise_and_checkpointing_change_only_rounding(method, tmp_path):
     whole = trained(method, tmp_path, micro_batch_tokens=10_000)
     cut = trained(method, tmp_path, micro_batch_tokens=30)
@@ -136,7 +136,7 @@ def test_cutting_otherwise_and_checkpointing_change_only_rounding(method, tmp_pa
     assert whole[1] == pytest.approx(cut[1], rel=1e-4) and whole[1] == pytest.approx(checkpointed[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_a_bfloat16_base_trains_float32_weights(method, tmp_path):
     model, losses = trained(method, tmp_path, dtype=torch.bfloat16)
     assert losses == pytest.approx(trained(method, tmp_path)[1], rel=0.02)
@@ -156,23 +156,23 @@ def virtual(model, ids):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_what_is_saved_comes_back_and_can_be_switched_off(method, dtype, tmp_path):
     model, ids = shaken(injected(method, dtype=dtype)).eval(), token_ids()
-    names, _ = interface.save(method, model, tmp_path, "base", TOKENIZER)
+    names, _ = METHODS[method].save(model, tmp_path, "base", TOKENIZER)
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == set(names)
     trained = Trained(tmp_path, "full", {}, {}) if method == "full" else Trained.open(tmp_path)  # full needs a record
     assert trained.method == method
 
     fresh = injected(method, dtype=dtype, seed=1)
-    interface.METHODS[method].load_into(fresh, trained)
+    METHODS[method].load_into(fresh, trained)
     assert all(torch.equal(a, b) for a, b in zip(trainable(fresh).values(), trainable(model).values(), strict=True))
 
     ours = tiny_model("gpt2").to(dtype)
     before = logits(copy.deepcopy(ours).to(torch.float32 if method == "full" else dtype), ids)
-    interface.METHODS[method].load(ours, trained)
+    METHODS[method].load(ours, trained)
     assert torch.equal(logits(ours, virtual(ours, ids)), logits(model, virtual(model, ids)))
-    with interface.bare(ours):
+    with bare(ours):
         assert torch.equal(logits(ours, ids), before)
     assert torch.equal(logits(ours, virtual(ours, ids)), logits(model, virtual(model, ids)))
     assert (logits(ours, virtual(ours, ids))[:, -7:] - before).abs().max() > 1e-2
@@ -181,7 +181,7 @@ def test_what_is_saved_comes_back_and_can_be_switched_off(method, dtype, tmp_pat
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_full_model_is_an_ordinary_folder(family, tmp_path):
     model = shaken(injected("full", family)).eval()
-    interface.save("full", model, tmp_path, "base", TOKENIZER)
+    METHODS["full"].save(model, tmp_path, "base", TOKENIZER)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.dtype is torch.float32
     assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
@@ -190,7 +190,7 @@ def test_a_full_model_is_an_ordinary_folder(family, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
 def test_peft_reads_our_prompt_and_computes_the_same(family, tmp_path):
     model, ids = shaken(injected("prompt", family)).eval(), token_ids()
-    interface.save("prompt", model, tmp_path, "base", TOKENIZER)
+    METHODS["prompt"].save(model, tmp_path, "base", TOKENIZER)
     theirs = PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
     assert torch.allclose(logits(theirs, ids), logits(model, virtual(model, ids)), atol=1e-5)
 
@@ -199,7 +199,7 @@ def test_we_read_pefts_prompt(tmp_path):
     theirs = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N)).eval()
     theirs.save_pretrained(tmp_path)
     ours, ids = tiny_model("llama"), token_ids()
-    interface.load(ours, Trained.open(tmp_path))
+    METHODS["prompt"].load(ours, Trained.open(tmp_path))
     assert torch.allclose(logits(theirs, ids), logits(ours, virtual(ours, ids)), atol=1e-5)
 
 
@@ -211,7 +211,9 @@ def test_a_prompt_starts_from_the_vocabulary_or_a_text():
     model = tiny_model("gpt2")
     model.resize_token_embeddings(len(TOKENIZER))
     ids = TOKENIZER("the film", add_special_tokens=False)["input_ids"]
-    interface.inject(model, AdapterConfig(method="prompt", virtual_tokens=N, init_text="the film"), 0, TOKENIZER)
+    METHODS["prompt"].inject(
+        model, AdapterConfig(method="prompt", virtual_tokens=N, init_text="the film"), 0, TOKENIZER
+    )
     wanted = model.get_input_embeddings().weight[[ids[i % len(ids)] for i in range(N)]]
     assert torch.equal(model.get_input_embeddings().prompt, wanted)
 
@@ -221,7 +223,7 @@ def test_a_bottleneck_starts_as_its_base_and_moves_every_family(family):
     model, ids = tiny_model(family), token_ids()
     base = logits(model, ids)
     try:
-        interface.inject(model, SETTINGS["bottleneck"], 0, TOKENIZER)
+        METHODS["bottleneck"].inject(model, SETTINGS["bottleneck"], 0, TOKENIZER)
     except ModelError as e:
         assert "experts" in str(e), "only experts, which are no linear layers, have no place for it"
         return
@@ -233,18 +235,18 @@ def test_a_bottleneck_starts_as_its_base_and_moves_every_family(family):
 def test_pfeiffer_has_one_adapter_a_layer():
     model = tiny_model("llama")
     settings = AdapterConfig(method="bottleneck", placement="pfeiffer", layers=[1])
-    assert interface.inject(model, settings, 0, TOKENIZER) == "1 adapter layers"
+    assert METHODS["bottleneck"].inject(model, settings, 0, TOKENIZER) == "1 adapter layers"
     assert [type(m) for m in (model.model.layers[1].mlp.down_proj, model.model.layers[0].mlp.down_proj)] == [
         Bottleneck,
         nn.Linear,
     ]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_another_models_folder_is_refused(method, tmp_path):
-    interface.save(method, injected(method, "gpt2"), tmp_path, "base", TOKENIZER)
+    METHODS[method].save(injected(method, "gpt2"), tmp_path, "base", TOKENIZER)
     if method == "prompt":
         write_tensors(tmp_path / "adapter_model.safetensors", {"prompt_embeddings": torch.zeros(N, 16)})
     with pytest.raises(ModelError, match="other|another|shape|tensors"):
         trained = Trained(tmp_path, "full", {}, {}) if method == "full" else Trained.open(tmp_path)
-        interface.METHODS[method].load(tiny_model("gpt_neo"), trained)
+        METHODS[method].load(tiny_model("gpt_neo"), trained)

@@ -16,7 +16,6 @@ from lora_ft.commands.check.inspect import Inspection, inspect_run
 from lora_ft.config.schema import Config
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import reports
-from lora_ft.methods.interface import adds_parameters
 from lora_ft.methods.lora.files import bytes_on_disk
 from lora_ft.methods.lora.inject import lora_layers, trainable
 
@@ -69,7 +68,7 @@ def sizes(model: PreTrainedModel, method: str) -> dict:
     parameters = sum(p.numel() for p in trainable(model).values())
     total = sum(p.numel() for p in model.parameters())
     return {
-        "base_parameters": total - (parameters if adds_parameters(method) else 0),
+        "base_parameters": total - (parameters if method != "full" else 0),
         "trainable_parameters": parameters,
         "trainable_share": parameters / total,
         "adapter_bytes": bytes_on_disk(model) if method == "lora" else 4 * parameters,

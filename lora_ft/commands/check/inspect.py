@@ -19,7 +19,7 @@ from lora_ft.data.batches import StepPlan
 from lora_ft.data.prepare import template_of
 from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.texts import check_installed
-from lora_ft.methods.interface import inject, virtual_ids
+from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.model.device import free_memory, prepare_device
 from lora_ft.model.files import weight_files
 from lora_ft.model.generate import end_tokens
@@ -135,7 +135,7 @@ def _inspect_memory(result: Inspection, model: PreTrainedModel, plan: StepPlan) 
 
     def build() -> PreTrainedModel:
         model = skeleton(setup.base, device=device, dtype=dtype)
-        inject(model, config.adapter, config.train.seed, setup.tokenizer)
+        METHODS[config.adapter.method].inject(model, config.adapter, config.train.seed, setup.tokenizer)
         return model
 
     try:

@@ -26,7 +26,16 @@ from lora_ft.model.files import Base, opened, stored_dtype, weight_files
 from lora_ft.model.load import load_base, load_tokenizer, skeleton
 
 # What transformers reads beside the weights. Weights in other formats are left out: they are not merged.
-COPIED = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"]
+COPIED = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+]
 NOT_COPIED = ("*.index.json", RECORD, "adapter_config.json", "trainer_state.json", "state.json")
 
 

@@ -1,4 +1,4 @@
-"""The five functions of method lora (see methods/interface.py): inject, save, load, load_into, bare."""
+"""The five functions of method lora (see methods/interface.py)."""
 
 from pathlib import Path
 
