@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS, portable_name
-from lora_ft.methods.lora.peft import differences
+from lora_ft.methods.lora.peft import differences, is_finite
 from lora_ft.methods.trained import Trained
 
 
@@ -30,12 +30,12 @@ def read(trained: Trained) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         ModelError: the tensors' file is missing or damaged, or a tensor is not floating-point or not finite.
     """
-    config, path = trained.adapter_config, trained.folder / WEIGHTS
+    path = trained.folder / WEIGHTS
     tensors = storage.read_tensors(path)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not all(torch.isfinite(v) for v in torch.aminmax(tensor)):
+        if not tensor.is_floating_point() or not is_finite(tensor):
             raise ModelError(f"{path}: {name} ({tensor.dtype}) is not floating-point, or contains NaN or inf.")
-    return config, {name: tensor.float() for name, tensor in tensors.items()}
+    return trained.adapter_config, {name: tensor.float() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -46,14 +46,11 @@ def copy_tensors(path: Path, parameters: Mapping[str, Tensor], tensors: Mapping[
         ModelError: names or shapes differ; then nothing is copied.
     """
     if parameters.keys() != tensors.keys():
-        raise ModelError(
-            differences(path, parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys())
-            + " Is it of another model, or of other settings?"
-        )
+        lists = differences(path, parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys())
+        raise ModelError(f"{lists} Is it of another model, or of other settings?")
     for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            raise ModelError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(parameter.shape)}."
-            )
+        shape, needed = tuple(tensors[name].shape), tuple(parameter.shape)
+        if shape != needed:
+            raise ModelError(f"{path}: {name} has shape {shape}, the model needs {needed}.")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_ft.core import storage
-from lora_ft.methods.lora.files import CONFIG, WEIGHTS, portable_name, suffixes
+from lora_ft.methods.lora.files import CONFIG, WEIGHTS, portable_name
 from lora_ft.methods.lora.peft import PREFIX, AdapterFile
+from lora_ft.methods.lora.targets import suffixes
 
 
 def portable_tensors(adapter: AdapterFile) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:

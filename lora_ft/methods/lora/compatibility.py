@@ -40,11 +40,7 @@ def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear
 
 
 def check_ab_shapes(path: Path, module: str, A: Tensor, B: Tensor, in_features: int, out_features: int) -> None:
-    """Check that A is (R, in) and B (out, R).
-
-    Raises:
-        ModelError: with both shapes.
-    """
+    """Check that A is (R, in) and B (out, R); the ModelError names both shapes."""
     for letter, tensor, expected in (("A", A, (A.shape[0], in_features)), ("B", B, (out_features, B.shape[1]))):
         if tuple(tensor.shape) != expected:
             key = f"{PREFIX}{module}.lora_{letter}.weight"
@@ -54,10 +50,7 @@ def check_ab_shapes(path: Path, module: str, A: Tensor, B: Tensor, in_features: 
 def check_copies(model: nn.Module, adapter: AdapterFile) -> None:
     """Check that the base weights in the adapter's file (PEFT saves those of an adapted head) are the model's.
 
-    A model on the meta device passes: it has no weights to compare.
-
-    Raises:
-        ModelError: a weight differs.
+    A model on the meta device passes: it has no weights to compare. Raises ModelError if a weight differs.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if any(p.is_meta for p in parameters.values()):
@@ -71,15 +64,11 @@ def check_copies(model: nn.Module, adapter: AdapterFile) -> None:
 
 def same_weight(base: Tensor, copy: Tensor) -> bool:
     """Whether the weights are equal, or one is the other rounded: a base can be loaded in another dtype than stored."""
-    base = base.cpu()
-    if base.shape != copy.shape:
-        return False
+    base = base.cpu()  # torch.equal is False for different shapes
     return torch.equal(base.to(copy.dtype), copy) or torch.equal(copy.to(base.dtype), base)
 
 
 def changed_copy(adapter: AdapterFile, name: str) -> str:
     """The error message for a copy of a base weight that differs from the base's."""
-    return (
-        f"{adapter.folder / WEIGHTS}: has a weight {name} that differs from the base's: fully trained or resized modules "
-        "can't be applied here. Merge the adapter with PEFT."
-    )
+    reason = "fully trained or resized modules can't be applied here. Merge the adapter with PEFT."
+    return f"{adapter.folder / WEIGHTS}: has a weight {name} that differs from the base's: {reason}"

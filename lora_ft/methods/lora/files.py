@@ -20,6 +20,7 @@ from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.multi import adapter_names, add_adapter
 from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Parts, differences, read_adapter
 from lora_ft.methods.lora.peft_config import CONFIG, file_rank
+from lora_ft.methods.lora.targets import suffixes
 from lora_ft.methods.trained import Trained
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
@@ -37,7 +38,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str, *, record: dict
     if not layers:
         raise ModelError("there is no adapter to save: the model has no LoRA layers")
     parts = parts_record(model)
-    R, s = file_rank(parts), common_scaling(layers)
+    R, s = file_rank(parts), next(iter(layers.values())).scaling
     tensors = {}
     for module, layer in layers.items():
         A, B = to_peft_matrices(layer, R)
@@ -52,7 +53,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str, *, record: dict
         "r": R,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": max((layer.dropout.p if layer.dropout else 0.0) for layer in layers.values()),
-        "target_modules": target_modules(layers, module_names(model)),
+        "target_modules": target_modules(model),
         "bias": "none",
         "fan_in_fan_out": all(isinstance(layer.base, Conv1D) for layer in layers.values()),
         "inference_mode": True,
@@ -82,12 +83,9 @@ def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Ite
 def parts_record(model: nn.Module) -> dict[str, dict]:
     """The record's `slices`: module -> rank, scaling (that of the files), parts (part -> blocks, width, start, length)."""
     layers = lora_layers(model)
+    scalings = [layer.scaling for layer in layers.values()]
     return {
-        module: {
-            "rank": layer.rank,
-            "scaling": common_scaling(layers),
-            "parts": {part: list(rows) for part, rows in layer.rows.items()},
-        }
+        module: {"rank": layer.rank, "scaling": scalings[0], "parts": {part: list(r) for part, r in layer.rows.items()}}
         for module, layer in layers.items()
     }
 
@@ -113,8 +111,7 @@ def apply_adapter(
     """Put an adapter that has been read on `model`; see `load_adapter`.
 
     Raises:
-        ModelError: it does not fit the model (`check_against`, `check_copies`); the model has its only adapter already, or one
-            of this name.
+        ModelError: it does not fit the model; the model has its only adapter already, or one of this name.
         ValueError: both `name` and `trainable`.
     """
     if name is not None and trainable:
@@ -135,11 +132,11 @@ def apply_adapter(
         layer.requires_grad_(trainable)
         layer.base.requires_grad_(False)
         layers[module] = layer.train(base.training)
-    if name is not None:
+    if name is None:
+        for module, layer in layers.items():
+            model.set_submodule(module, layer)
+    else:
         add_adapter(model, name, layers)
-        return adapter
-    for module, layer in layers.items():
-        model.set_submodule(module, layer)
     return adapter
 
 
@@ -182,9 +179,8 @@ def to_peft_matrices(layer: LoRALinear, R: int) -> tuple[Tensor, Tensor]:
     for i, (part, rows) in enumerate(layer.rows.items()):
         span = slice(i * layer.rank, (i + 1) * layer.rank)
         A[span] = layer.lora_A[part].detach().float().cpu()
-        rows.of(B[:, span].T).copy_(
-            layer.lora_B[part].detach().float().cpu().T.unflatten(-1, (rows.blocks, rows.length))
-        )
+        B_part = layer.lora_B[part].detach().float().cpu()
+        rows.of(B[:, span].T).copy_(B_part.T.unflatten(-1, (rows.blocks, rows.length)))
     return A, B
 
 
@@ -192,11 +188,8 @@ def to_peft_matrices(layer: LoRALinear, R: int) -> tuple[Tensor, Tensor]:
 def from_peft_matrices(layer: LoRALinear, A: Tensor, B: Tensor, path: Path, module: str) -> None:
     """Copy A (R, in) and B (out, R) into the parts of a layer: the inverse of `to_peft_matrices`.
 
-    Args:
-        path, module: where A and B come from, for messages.
-
     Raises:
-        ModelError: A or B has nonzero values outside the parts' blocks.
+        ModelError: A or B has nonzero values outside the parts' blocks; the message names `path` and `module`.
     """
     rest_A, rest_B = A.clone(), B.clone()
     for i, (part, rows) in enumerate(layer.rows.items()):
@@ -208,10 +201,8 @@ def from_peft_matrices(layer: LoRALinear, A: Tensor, B: Tensor, path: Path, modu
     for letter, rest in (("A", rest_A), ("B", rest_B)):
         if rest.any():
             key = f"{PREFIX}{module}.lora_{letter}.weight"
-            raise ModelError(
-                f"{path}: {key} holds more than rank {layer.rank} of the parts {', '.join(layer.rows)}. "
-                f"{_undivided_hint(module)}"
-            )
+            parts = f"rank {layer.rank} of the parts {', '.join(layer.rows)}"
+            raise ModelError(f"{path}: {key} holds more than {parts}. {_undivided_hint(module)}")
 
 
 def _undivided_hint(module: str) -> str:
@@ -219,28 +210,10 @@ def _undivided_hint(module: str) -> str:
     return f"If the adapter has {name} as one module, so must this run: adapter.targets: [], adapter.modules: [{name}]."
 
 
-def common_scaling(layers: dict[str, LoRALinear]) -> float:
-    """The scaling of the files: that of the first layer."""
-    return next(iter(layers.values())).scaling
-
-
-def module_names(model: nn.Module) -> list[str]:
-    """The paths of the base's modules, without those inside LoRA layers."""
-    inside = tuple(f"{path}." for path in lora_layers(model))
-    return [name for name, _ in model.named_modules() if name and not (inside and name.startswith(inside))]
-
-
-def target_modules(adapted: Iterable[str], names: list[str]) -> list[str]:
-    """The shortest dotted suffixes that match the adapted modules and no other of `names`, by PEFT's rule.
-
-    PEFT matches a module whose path is the suffix or ends in a dot and the suffix.
-    """
-    adapted = set(adapted)
+def target_modules(model: nn.Module) -> list[str]:
+    """The shortest dotted suffixes that match the adapted modules and no other module of the base, by PEFT's rule."""
+    adapted = lora_layers(model)
+    inside = tuple(f"{path}." for path in adapted)
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
     others = {suffix for name in names if name not in adapted for suffix in suffixes(name)}
     return sorted({next(s for s in suffixes(name) if s not in others) for name in adapted})
-
-
-def suffixes(name: str) -> list[str]:
-    """The dotted suffixes of a path, shortest first: c_attn, attn.c_attn, 0.attn.c_attn, ..."""
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]

@@ -101,22 +101,17 @@ def disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def merge(model: PreTrainedModel) -> dict[str, LoRALinear]:
-    """Replace each LoRA layer by a plain one with W + s B A, in place.
+    """Replace each LoRA layer by a plain one with W + s B A, in place. Returns path -> removed layer, for `unmerge`.
 
     A merged head is no longer tied to the embedding, which does not change; the config is updated accordingly.
-
-    Returns:
-        Path -> the removed layer, the argument of `unmerge`.
 
     Raises:
         ModelError: the model has no LoRA layers (it was merged already, or never adapted).
     """
     layers = lora_layers(model)
     if not layers:
-        raise ModelError(
-            "there are no LoRA layers to merge: this model is merged already, was never adapted, or its adapters were "
-            "loaded by name; load the one to merge without a name"
-        )
+        reason = "this model is merged already, was never adapted, or its adapters were loaded by name"
+        raise ModelError(f"there are no LoRA layers to merge: {reason}; load the one to merge without a name")
     if ties_head(model, layers):
         set_tied(model, False)
     for path, layer in layers.items():

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.compatibility import changed_copy, same_weight
-from lora_ft.methods.lora.peft import AdapterFile
+from lora_ft.methods.lora.peft import AdapterFile, is_finite
 from lora_ft.methods.lora.stored_names import Edit, source_of
 from lora_ft.methods.lora.verify import matrix_error, random_signs
 from lora_ft.model.files import INDEX, opened
@@ -33,11 +33,7 @@ def stored_keys(shards: list[Path]) -> list[str]:
 def check_stored_copies(
     model: PreTrainedModel, adapter: AdapterFile, shards: list[Path], stored: dict[str, str]
 ) -> None:
-    """`check_copies` against the base's files.
-
-    Raises:
-        ModelError: a weight differs.
-    """
+    """`check_copies` against the base's files."""
     left = {name: source_of(model, stored, name) for name in adapter.copies}
     for shard in shards:
         with opened(shard) as file:
@@ -65,7 +61,7 @@ def write_shards(
     errors: dict[str, float] = {}
     dtypes: dict[str, torch.dtype] = {}
     weight_map: dict[str, str] = {}
-    added: list[tuple[int, int]] = []  # bytes and elements of the tensors that the base does not have
+    added = {"total_size": 0, "total_parameters": 0}  # of the tensors that the base does not have
     total = len(stored_keys(shards))
     with tqdm(total=total, desc="merge", unit="tensor", delay=2, disable=not progress, file=sys.stderr) as bar:
         for shard in shards:
@@ -83,7 +79,8 @@ def write_shards(
                             tensors[e.target], errors[e.module] = merged(W, e, adapter, shard)
                             dtypes[e.module] = W.dtype
                         if e.target != name:
-                            added.append((W.nbytes, W.numel()))
+                            added["total_size"] += W.nbytes
+                            added["total_parameters"] += W.numel()
                     bar.update()
                 storage.write_tensors(staged / shard.name, tensors, file.metadata())
             weight_map |= dict.fromkeys(tensors, shard.name)
@@ -91,12 +88,7 @@ def write_shards(
     if index.is_file():
         content = storage.read_json(index, ModelError)
         meta = content.get("metadata") or {}
-        for key, more in (
-            ("total_size", sum(size for size, _ in added)),
-            ("total_parameters", sum(count for _, count in added)),
-        ):
-            if key in meta:
-                meta[key] += more
+        meta |= {key: meta[key] + more for key, more in added.items() if key in meta}
         storage.write_json(staged / INDEX, content | {"weight_map": dict(sorted(weight_map.items()))})
     return errors, dtypes
 
@@ -116,14 +108,13 @@ def merged(W: Tensor, edit: Edit, adapter: AdapterFile, shard: Path) -> tuple[Te
     result = torch.empty_like(W)
     old, new = (W.T, result.T) if edit.transposed else (W, result)
     if old.shape != (B.shape[0], A.shape[1]):
-        raise ModelError(
-            f"{shard}: {edit.source} has shape {tuple(W.shape)}; the adapter's B A {(B.shape[0], A.shape[1])}."
-        )
+        BA = (B.shape[0], A.shape[1])
+        raise ModelError(f"{shard}: {edit.source} has shape {tuple(W.shape)}; the adapter's B A {BA}.")
     x, rows, worst = random_signs(A.shape[1]), max(1, BLOCK // A.shape[1]), 0.0
     for i in range(0, B.shape[0], rows):
         part = slice(i, i + rows)
         new[part] = torch.addmm(old[part].float(), B[part], A, alpha=s)
-        if not all(torch.isfinite(v) for v in torch.aminmax(new[part])):
+        if not is_finite(new[part]):
             raise ModelError(f"{shard}: {edit.source} + adapter is too large for {W.dtype}. Merge into a float32 base.")
         error, quotient = matrix_error(old[part], new[part], A, B[part], s, x)
         if quotient > 1:
@@ -136,12 +127,8 @@ def merged(W: Tensor, edit: Edit, adapter: AdapterFile, shard: Path) -> tuple[Te
 
 
 def finite(file: safe_open, name: str, shard: Path) -> Tensor:
-    """A tensor of an open file.
-
-    Raises:
-        ModelError: it contains NaN or inf.
-    """
+    """A tensor of an open file. Raises ModelError if it contains NaN or inf."""
     tensor = file.get_tensor(name)
-    if tensor.dtype in DTYPES and tensor.numel() and not all(torch.isfinite(v) for v in torch.aminmax(tensor)):
+    if tensor.dtype in DTYPES and not is_finite(tensor):
         raise ModelError(f"{shard}: {name} contains NaN or inf. Copy the base again.")
     return tensor

@@ -16,7 +16,7 @@ def use(model: nn.Module, name: str | None) -> None:
     """Switch `model` to adapter `name`, or to its bare base (None). No weight is moved or changed.
 
     Raises:
-        ModelError: there is no adapter of this name; the message suggests the nearest.
+        ModelError: see `check_names`.
     """
     check_names(model, [name])
     for layer in shared_layers(model).values():
@@ -55,11 +55,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def add_adapter(model: nn.Module, name: str, layers: dict[str, LoRALinear]) -> None:
-    """Add an adapter without switching to it. layers: path -> its LoRALinear over the base layer at this path.
-
-    Raises:
-        ModelError: the name is in use.
-    """
+    """Add an adapter, of a new name, without switching to it. layers: path -> its LoRALinear over the base layer there."""
     if name in adapter_names(model):
         raise ModelError(f"the model has an adapter {printable(name)} already: load this one with another name")
     shared = shared_layers(model)
@@ -90,12 +86,11 @@ def check_names(model: nn.Module, names: Sequence[str | None]) -> None:
     """Check that the model has an adapter of each name that is not None.
 
     Raises:
-        ModelError: it has none of this name.
+        ModelError: it has none of this name; the message suggests the nearest.
     """
     known = adapter_names(model)
     for name in dict.fromkeys(names):
         if name is not None and name not in known:
-            near = nearest(name, known)
-            hint = f" Did you mean {printable(near)}?" if near else ""
+            hint = f" Did you mean {printable(near)}?" if (near := nearest(name, known)) else ""
             loaded = ", ".join(map(printable, known)) or "none"
             raise ModelError(f"no adapter {printable(name)}; loaded are {loaded}.{hint}")

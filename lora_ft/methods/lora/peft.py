@@ -27,7 +27,7 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a module that lora-ft trained: the rank of each, part -> rows, in the order of the stacked A."""
+    """The parts of a module that lora-ft trained: their rank, and part -> rows in the order of the stacked A."""
 
     rank: int
     rows: dict[str, RowBlocks]
@@ -61,8 +61,7 @@ def read_adapter(trained: Trained) -> AdapterFile:
     """Read the adapter of a folder, lora-ft's (also a checkpoint) or PEFT's, with every check that needs no model.
 
     Raises:
-        ModelError: it is damaged, of another method, contradicts its config in rank or shape, or contains NaN or inf; with the
-            file and the tensor.
+        ModelError: it is damaged, of another method, contradicts its config, or contains NaN or inf; with file and tensor.
     """
     folder, config, record = trained.folder, trained.adapter_config, trained.record
     if trained.method == "full":
@@ -71,10 +70,9 @@ def read_adapter(trained: Trained) -> AdapterFile:
     if not weights.is_file():
         pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
         if pickles:
-            raise ModelError(
-                f"{folder / pickles[0]}: a pickle, which can run code when loaded; it was not opened. Save the adapter "
-                f"as {WEIGHTS} with the tool that made it (PEFT does so by default)."
-            )
+            problem = f"{folder / pickles[0]}: a pickle, which can run code when loaded; it was not opened."
+            way_out = f"Save the adapter as {WEIGHTS} with the tool that made it (PEFT does so by default)."
+            raise ModelError(f"{problem} {way_out}")
         raise ModelError(f"{weights}: missing. The adapter is incomplete: copy it again.")
     check_config(config_path, config)
     tensors, copies = _pair(weights, storage.read_tensors(weights))
@@ -93,19 +91,20 @@ def read_adapter(trained: Trained) -> AdapterFile:
             key = f"{PREFIX}{module}.lora_{letter}.weight"
             if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 raise ModelError(f"{weights}: {key} is {tensor.dtype}, not a floating-point type.")
-            if tensor.numel() and not all(torch.isfinite(v) for v in torch.aminmax(tensor)):
+            if not is_finite(tensor):
                 raise ModelError(f"{weights}: {key} contains NaN or inf.")
     tensors = {module: (A.float(), B.float()) for module, (A, B) in tensors.items()}
     parts = _read_parts(folder / RECORD, record, tensors, scalings)
     return AdapterFile(trained, tensors, scalings, parts, copies)
 
 
-def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Sort the file's tensors into A and B by module, and copies of base weights by name.
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor contains neither NaN nor inf."""
+    return not tensor.numel() or all(torch.isfinite(v) for v in torch.aminmax(tensor))
 
-    Raises:
-        ModelError: a tensor is missing, unexpected, or of a kind that can't be applied.
-    """
+
+def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Sort the file's tensors into A and B by module, and copies of base weights by name."""
     pairs: dict[str, dict[str, Tensor]] = {}
     copies, unexpected = {}, []
     for key in sorted(tensors):
@@ -138,11 +137,7 @@ def differences(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -
 
 
 def _read_parts(path: Path, record: dict, tensors: dict, scalings: dict[str, float]) -> dict[str, Parts]:
-    """The record's `slices`, checked against the tensors. Updates `scalings` with the record's exact values.
-
-    Raises:
-        ModelError: they are damaged, or contradict the tensors or the config.
-    """
+    """The record's `slices`, checked against the tensors. Updates `scalings` with the record's exact values."""
     entries = record.get("slices")
     if not entries:
         return {}

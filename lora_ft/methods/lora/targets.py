@@ -17,10 +17,7 @@ from lora_ft.nn.multi_lora import MultiLoRALinear
 
 @dataclass(frozen=True)
 class Target:
-    """A module to adapt: its path in the model, and part -> rows of its output.
-
-    A part is a role, or ALL_ROWS for a module that `modules` names.
-    """
+    """A module to adapt: its path, and part (a role; ALL_ROWS if `modules` names the module) -> rows of its output."""
 
     module: str
     rows: dict[str, RowBlocks]
@@ -88,27 +85,22 @@ def by_role(
 
 
 def expand(targets: Sequence[str], architecture: Architecture) -> list[str]:
-    """The roles in `targets`; a group stands for those of its roles that the architecture has.
-
-    Raises:
-        ConfigError: a word is not a role.
-        ModelError: the architecture lacks a role.
-    """
+    """The roles in `targets`; a group stands for those of its roles that the architecture has."""
     roles: set[str] = set()
     for word in targets:
         if word in names.GROUPS:
             roles.update(role for role in names.GROUPS[word] if role in architecture.projections)
         elif word not in names.ROLES:
-            near = difflib.get_close_matches(word, [*names.ROLES, *names.GROUPS], n=1, cutoff=0)
+            known = [*names.ROLES, *names.GROUPS]
             raise ConfigError(
-                f"targets: unknown role {word!r}; the nearest is {near[0]!r}. Roles: "
-                f"{', '.join([*names.ROLES, *names.GROUPS])}. Name a module under `modules`."
+                f"targets: unknown role {word!r}; the nearest is {difflib.get_close_matches(word, known, 1, 0)[0]!r}. "
+                f"Roles: {', '.join(known)}. Name a module under `modules`."
             )
         elif word in architecture.projections:
             roles.add(word)
         else:
-            known = ", ".join(f"{role} ({projection.module})" for role, projection in architecture.projections.items())
-            raise ModelError(f"targets: {architecture.name} has no {word!r} projection. It has {known}.")
+            has = ", ".join(f"{role} ({projection.module})" for role, projection in architecture.projections.items())
+            raise ModelError(f"targets: {architecture.name} has no {word!r} projection. It has {has}.")
     return [role for role in names.ROLES if role in roles]
 
 
@@ -116,9 +108,9 @@ def missing(role: str, path: str, layer: nn.Module, architecture: Architecture) 
     """The error message for a layer that lacks the role's module."""
     experts = any(p.dim() == 3 and ".experts." in f".{name}" for name, p in layer.named_parameters())
     if role in names.GROUPS["mlp"] and experts:
+        problem = f"the experts of {architecture.name} are 3-D parameters, not linear layers ({path} does not exist)"
         return (
-            f"targets: {role!r} can't be adapted: the experts of {architecture.name} are 3-D parameters, not linear layers "
-            f"({path} does not exist). Use `attention`, or name linear modules under `modules`."
+            f"targets: {role!r} can't be adapted: {problem}. Use `attention`, or name linear modules under `modules`."
         )
     return f"targets: {role!r} should be {path}, which is not a linear layer of this model. Choose other `layers`."
 
@@ -126,11 +118,11 @@ def missing(role: str, path: str, layer: nn.Module, architecture: Architecture) 
 def by_name(
     model: nn.Module, linear: dict[str, nn.Module], modules: Sequence[str], layers: Sequence[int] | None
 ) -> list[str]:
-    """The paths of the linear modules whose path is one of `modules` or ends in one.
+    """The paths of the linear modules whose path is one of `modules` or ends in one; ModelError if one matches nothing."""
 
-    Raises:
-        ModelError: a name matches nothing; each such name with the reason.
-    """
+    def matches(path: str, name: str) -> bool:
+        return f".{path}".endswith(f".{name}")
+
     matched = {name: [p for p in linear if matches(p, name) and in_layers(p, layers)] for name in modules}
     lines = []
     for name in (name for name, paths in matched.items() if not paths):
@@ -147,11 +139,6 @@ def by_name(
     return [path for paths in matched.values() for path in paths]
 
 
-def matches(path: str, name: str) -> bool:
-    """Whether `name` is this path or a dotted suffix of it."""
-    return path == name or path.endswith(f".{name}")
-
-
 def in_layers(path: str, layers: Sequence[int] | None) -> bool:
     """Whether a path is in one of `layers`, or outside all layers. The first number in a path is its layer."""
     index = next((int(part) for part in path.split(".") if part.isdigit()), None)
@@ -160,14 +147,20 @@ def in_layers(path: str, layers: Sequence[int] | None) -> bool:
 
 def near_names(name: str, linear: dict[str, nn.Module]) -> list[str]:
     """The suffixes of linear modules that are similar to `name`, or else their last parts."""
-    parts = [path.split(".") for path in linear]
-    suffixes = {".".join(p[i:]) for p in parts for i in range(len(p)) if not p[i].isdigit()}
-    return difflib.get_close_matches(name, sorted(suffixes), n=3, cutoff=0.6) or sorted({p[-1] for p in parts})
+    known = {suffix for path in linear for suffix in suffixes(path) if not suffix.split(".")[0].isdigit()}
+    last = sorted({path.rpartition(".")[2] for path in linear})
+    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6) or last
+
+
+def suffixes(path: str) -> list[str]:
+    """The dotted suffixes of a path, shortest first: c_attn, attn.c_attn, 0.attn.c_attn, ..."""
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
 def summary(paths: list[str]) -> str:
     """The first path and the number of others."""
-    return f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def outputs(module: nn.Linear | Conv1D) -> int:
