@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from lora_ft.cli.exits import report_error
 from lora_ft.core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
@@ -34,33 +35,28 @@ def complete_setting(incomplete: str) -> list[str]:
 
 Set = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--set",
         metavar="KEY.PATH=VALUE",
         help="Override a setting of the config. Can be repeated; the last value wins.",
         autocompletion=complete_setting,
     ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 OtherBase = Annotated[
-    bool,
-    typer.Option("--other-base", help="Continue with a warning if the base is not the one the adapter was trained on."),
+    bool, Option("--other-base", help="Continue with a warning if the base is not the one the adapter was trained on.")
 ]
 BaseName = Annotated[
     str | None,
-    typer.Option("--base", metavar="NAME", help="The base model: a hub id or a folder. Default: the adapter's own."),
+    Option("--base", metavar="NAME", help="The base model: a hub id or a folder. Default: the adapter's own."),
 ]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model.")
-]
+TrustRemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run Python code that comes with the base model.")]
 AllowPickle = Annotated[
     bool,
-    typer.Option(
-        "--allow-pickle", help="Load pickled weights, if the base has no others, with torch's weights_only loader."
-    ),
+    Option("--allow-pickle", help="Load pickled weights, if the base has no others, with torch's weights_only loader."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML config file.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")]
+ConfigFile = Annotated[Path, Argument(metavar="CONFIG", help="The YAML config file.")]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -100,7 +96,7 @@ def print_version(requested: bool) -> None:
 @app.callback()
 def lora_ft(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
+        bool, Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
     ] = False,
     debug: Debug = False,
 ) -> None:

@@ -58,12 +58,11 @@ def _refused_allocation(error: Exception) -> str:
 def _stdout_is_closed() -> bool:
     """Whether nobody reads the pipe behind stdout any more; then stdout is redirected to nowhere."""
     try:
-        stdout = sys.stdout.fileno()
         poll = select.poll()
-        poll.register(stdout, 0)
-        if not poll.poll(0):
-            return False
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # else Python flushes into the closed pipe at exit
+        poll.register(sys.stdout.fileno(), 0)
+        closed = bool(poll.poll(0))
+        if closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes into it at exit
+        return closed
     except (OSError, ValueError, AttributeError):  # stdout is not a file, or the system has no poll
         return False
-    return True

@@ -1,10 +1,11 @@
 """Commands before a run: init, check, schema, env."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRemoteCode, command
 from lora_ft.core.messages import silence_libraries
@@ -13,20 +14,18 @@ from lora_ft.core.trust import Trust
 
 @command
 def init(
-    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The config file to write.")] = Path("config.yaml"),
+    config: Annotated[Path, Argument(metavar="[CONFIG]", help="The config file to write.")] = Path("config.yaml"),
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The base model: a hub id, a folder or a .gguf file.")
+        str | None, Option(metavar="NAME", help="The base model: a hub id, a folder or a .gguf file.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="The data: a file, or a hub id[:config][@split].")
+        str | None, Option(metavar="SOURCE", help="The data: a file, or a hub id[:config][@split].")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="chat, classification, completion or text. Default: inferred from the data.")
+        str | None, Option(help="chat, classification, completion or text. Default: inferred from the data.")
     ] = None,
-    output: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="The folder for the adapter. Default: out.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing config file.")] = False,
+    output: Annotated[str | None, Option(metavar="FOLDER", help="The folder for the adapter. Default: out.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing config file.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write a config for a model and data; prompt for the rest.
@@ -42,16 +41,14 @@ def init(
 @command
 def check(
     config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="The YAML config file; omit it with --shape.")
+        Path | None, Argument(metavar="CONFIG", help="The YAML config file; omit it with --shape.")
     ] = None,
     set: Set = None,
     shape: Annotated[
         str | None,
-        typer.Option(metavar="SHAPE", help="Print sizes only, of gpt2, gpt3-175b, ... or a folder with a config.json."),
+        Option(metavar="SHAPE", help="Print sizes only, of gpt2, gpt3-175b, ... or a folder with a config.json."),
     ] = None,
-    time: Annotated[
-        bool, typer.Option("--time", help="Load the model and time two steps to estimate the duration.")
-    ] = False,
+    time: Annotated[bool, Option("--time", help="Load the model and time two steps to estimate the duration.")] = False,
     as_json: AsJson = False,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -75,26 +72,18 @@ def check(
         silence_libraries()
         from lora_ft.commands.check.shapes import check_shape
 
-        check_shape(shape, settings, as_json=as_json, trust=Trust(trust_remote_code))
-        return
+        return check_shape(shape, settings, as_json=as_json, trust=Trust(trust_remote_code))
     assert config is not None
     settings = load_config(config, set or ())
     silence_libraries()
     from lora_ft.commands.check.command import check
 
-    check(
-        settings,
-        as_json=as_json,
-        time=time,
-        trust=Trust(trust_remote_code, allow_pickle, other_base),
-    )
+    check(settings, as_json=as_json, time=time, trust=Trust(trust_remote_code, allow_pickle, other_base))
 
 
 @command
 def schema(
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the reference page of all settings instead.")
-    ] = False,
+    markdown: Annotated[bool, Option("--markdown", help="Print the reference page of all settings instead.")] = False,
     debug: Debug = False,
 ) -> None:
     """Print the JSON Schema of the config, for completion in editors.
@@ -114,11 +103,6 @@ def env(as_json: AsJson = False, debug: Debug = False) -> None:
     \b
     Example: lora-ft env > env.txt
     """
-    from lora_ft.commands import env
+    from lora_ft.commands.env import environment, report
 
-    if as_json:
-        import json
-
-        print(json.dumps(env.environment()))
-    else:
-        sys.stdout.write(env.report())
+    print(json.dumps(environment()) if as_json else report())

@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from lora_ft.cli.app import AllowPickle, AsJson, ConfigFile, Debug, OtherBase, Set, TrustRemoteCode, command, main
 from lora_ft.core.messages import silence_libraries
@@ -16,14 +16,12 @@ from lora_ft.core.trust import Trust
 def train(
     config: ConfigFile,
     set: Set = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume from the newest checkpoint, if there is one.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in `output`.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint, if there is one.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in `output`.")] = False,
     other_base: OtherBase = False,
     processes: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Train in N processes on this machine. Default: one per visible GPU."),
+        Option(metavar="N", min=1, help="Train in N processes on this machine. Default: one per visible GPU."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -51,12 +49,7 @@ def train(
     with redirect_stdout(sys.stderr):  # transformers announces W&B's offline mode on stdout
         from lora_ft.commands.train import train
 
-    train(
-        settings,
-        resume=resume,
-        overwrite=overwrite,
-        trust=Trust(trust_remote_code, allow_pickle, other_base),
-    )
+    train(settings, resume=resume, overwrite=overwrite, trust=Trust(trust_remote_code, allow_pickle, other_base))
 
 
 @command
@@ -64,20 +57,19 @@ def compare(
     config: ConfigFile,
     vary: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=V1,V2,...", help="Train with each of these values. Repeat it for all combinations."),
+        Option(metavar="KEY=V1,V2,...", help="Train with each of these values. Repeat it for all combinations."),
     ] = None,
-    seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Train each variant with these seeds.")] = "0",
+    seeds: Annotated[str, Option(metavar="N,N,...", help="Train each variant with these seeds.")] = "0",
     tune: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=V1,V2,...", help="Choose the best value per variant, on rows held out of train."),
+        Option(metavar="KEY=V1,V2,...", help="Choose the best value per variant, on rows held out of train."),
     ] = None,
     tune_steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Steps of a tuning run. Default: those of a full run.")
+        int | None, Option(metavar="N", min=1, help="Steps of a tuning run. Default: those of a full run.")
     ] = None,
     set: Set = None,
     output: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The folder for all runs. Default: the config's output with -compare."),
+        Path | None, Option(metavar="DIR", help="The folder for all runs. Default: the config's output with -compare.")
     ] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,

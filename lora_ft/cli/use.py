@@ -4,28 +4,28 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from lora_ft.cli.app import AllowPickle, AsJson, BaseName, Debug, OtherBase, Set, TrustRemoteCode, command
 from lora_ft.core.messages import silence_libraries
 from lora_ft.core.trust import Trust
+
+Format = StrEnum("Format", ["peft", "merged", "gguf"])
+Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])  # of a GGUF's matrices
 
 
 @command
 def eval(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="[FOLDER]...", help="Adapters of one base, a checkpoint or a merged model. Default: out."
-        ),
+        Argument(metavar="[FOLDER]...", help="Adapters of one base, a checkpoint or a merged model. Default: out."),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="The config, if the adapter has no lora_ft.json.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Data. Default: the run's eval data.")] = None,
+    config: Annotated[Path | None, Option(help="The config, if the adapter has no lora_ft.json.")] = None,
+    data: Annotated[str | None, Option(metavar="SOURCE", help="Data. Default: the run's eval data.")] = None,
     base: BaseName = None,
     as_json: AsJson = False,
     texts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the texts generated for generation.metrics as JSON lines."),
+        Path | None, Option(metavar="FILE", help="Write the texts generated for generation.metrics as JSON lines.")
     ] = None,
     set: Set = None,
     other_base: OtherBase = False,
@@ -61,34 +61,34 @@ def eval(
 def generate(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Adapters of one base, or a complete model. Default: out."),
+        Argument(metavar="[FOLDER]...", help="Adapters of one base, or a complete model. Default: out."),
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="An adapter and its name. Can be repeated; the first one is active."),
+        Option(metavar="NAME=DIR", help="An adapter and its name. Can be repeated; the first one is active."),
     ] = None,
     base: BaseName = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="A prompt, put into the run's template.")] = None,
+    prompt: Annotated[str | None, Option(metavar="TEXT", help="A prompt, put into the run's template.")] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="FILE",
             help="A file of prompts: rows with the template's columns, `messages` or `prompt`, optionally `adapter`; or .txt.",
         ),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Use prompts as they are, without the template.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens per answer. Default: 256.")] = None,
+    raw: Annotated[bool, Option("--raw", help="Use prompts as they are, without the template.")] = False,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="The most tokens per answer. Default: 256.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.001, help="Sampling temperature. Default: the model's generation config.")
+        float | None, Option(min=0.001, help="Sampling temperature. Default: the model's generation config.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this probability.")
+        float | None, Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this probability.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Sample from the K most likely tokens.")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always choose the most likely token.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Sampling seed.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of --prompts per batch, across adapters.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as a JSON object on a line.")] = False,
+    top_k: Annotated[int | None, Option(metavar="K", min=1, help="Sample from the K most likely tokens.")] = None,
+    greedy: Annotated[bool, Option("--greedy", help="Always choose the most likely token.")] = False,
+    seed: Annotated[int | None, Option(min=0, help="Sampling seed.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Rows of --prompts per batch, across adapters.")] = 16,
+    as_json: Annotated[bool, Option("--json", help="Print each answer as a JSON object on a line.")] = False,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -126,14 +126,13 @@ def generate(
 
 @command
 def merge(
-    adapter: Annotated[Path, typer.Option(metavar="DIR", help="The adapter or checkpoint.")],
+    adapter: Annotated[Path, Option(metavar="DIR", help="The adapter or checkpoint.")],
     base: BaseName = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The folder for the merged model. Default: DIR-merged.")
+        Path | None, Option(metavar="DIR", help="The folder for the merged model. Default: DIR-merged.")
     ] = None,
     verify: Annotated[
-        bool,
-        typer.Option("--verify/--no-verify", help="Compare the merged model's logits with those of base + adapter."),
+        bool, Option("--verify/--no-verify", help="Compare the merged model's logits with those of base + adapter.")
     ] = True,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -149,55 +148,27 @@ def merge(
     from lora_ft.commands.merge import merge_command
 
     merge_command(
-        adapter,
-        base=base,
-        output=output,
-        verify=verify,
-        trust=Trust(trust_remote_code, allow_pickle, other_base),
+        adapter, base=base, output=output, verify=verify, trust=Trust(trust_remote_code, allow_pickle, other_base)
     )
-
-
-class Format(StrEnum):
-    """The formats of `export`."""
-
-    peft = "peft"
-    merged = "merged"
-    gguf = "gguf"
-
-
-class Dtype(StrEnum):
-    """The dtypes of a GGUF's matrices."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 @command
 def export(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="An adapter or checkpoint; for gguf also a merged model.")
-    ],
-    to: Annotated[
-        Format, typer.Option(help="The common subset of PEFT's format, a merged model, or a file for llama.cpp.")
-    ],
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="An adapter or checkpoint; for gguf also a merged model.")],
+    to: Annotated[Format, Option(help="The common subset of PEFT's format, a merged model, or a file for llama.cpp.")],
     merged: Annotated[
-        bool, typer.Option("--merged", help="gguf: write the merged model instead of the adapter alone.")
+        bool, Option("--merged", help="gguf: write the merged model instead of the adapter alone.")
     ] = False,
     dtype: Annotated[
-        Dtype, typer.Option(help="gguf: the matrices' dtype. auto: float32 for an adapter, as stored for a model.")
+        Dtype, Option(help="gguf: the matrices' dtype. auto: float32 for an adapter, as stored for a model.")
     ] = Dtype.auto,
-    output: Annotated[Path | None, typer.Option(metavar="PATH", help="Where to write. Default: beside FOLDER.")] = None,
+    output: Annotated[Path | None, Option(metavar="PATH", help="Where to write. Default: beside FOLDER.")] = None,
     base: BaseName = None,
     verify: Annotated[
-        bool,
-        typer.Option("--verify/--no-verify", help="merged: compare the model's logits with those of base + adapter."),
+        bool, Option("--verify/--no-verify", help="merged: compare the model's logits with those of base + adapter.")
     ] = True,
-    push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the result to this hub repository.")] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="Create the repository as public. Default: private.")
-    ] = False,
+    push: Annotated[str | None, Option(metavar="REPO", help="Upload the result to this hub repository.")] = None,
+    public: Annotated[bool, Option("--public", help="Create the repository as public. Default: private.")] = False,
     other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -228,14 +199,11 @@ def export(
 @command
 def report(
     folders: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[OUT ...]", help="Output folders of runs, finished or not. Default: out."),
+        list[Path] | None, Argument(metavar="[OUT ...]", help="Output folders of runs, finished or not. Default: out.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="The page. Default: OUT/report.html, or compare-report.html for several runs."
-        ),
+        Option(metavar="FILE", help="The page. Default: OUT/report.html, or compare-report.html for several runs."),
     ] = None,
     debug: Debug = False,
 ) -> None:

@@ -40,7 +40,7 @@ def report() -> str:
     """`environment()` as text, one fact per line, to be pasted into an issue."""
     facts = environment()
     width = max(map(len, facts))
-    return "".join(f"{name:<{width}}  {value}\n" for name, value in facts.items())
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
 
 
 def packages() -> list[str]:

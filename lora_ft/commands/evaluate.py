@@ -50,7 +50,8 @@ def evaluate_command(
     folder = folders[0]
     trained = open_all(folders, base)  # empty for a complete model
     record = trained[0].record if trained else read_record(folder) or {}
-    config = settings(folder, record, config_path, data, _model_name(folder, trained, base, config_path), overrides)
+    model_name = base or (None if config_path else trained[0].base_name) if trained else str(folder)
+    config = settings(folder, record, config_path, data, model_name, overrides)
     if texts_path and not config.generation.metrics:
         raise ConfigError("--texts: no texts are generated: name metrics, as in --set generation.metrics=[bleu].")
     if texts_path and not texts_path.absolute().parent.is_dir():
@@ -97,9 +98,8 @@ def evaluate_command(
             ids = [] if who == "base" else prefix
             inputs = examples.with_prefix(ids), prompts and prompts.with_prefix(ids)
             with bare(model) if who == "base" else nullcontext():
-                result.scores[who], result.texts[who] = evaluate_set(
-                    model, tokenizer, *inputs, config, isolation, at_most
-                )
+                scored = evaluate_set(model, tokenizer, *inputs, config, isolation, at_most)
+            result.scores[who], result.texts[who] = scored
         results.append(result)
     if as_json:
         by_name = {result.name: result.as_dict(several=several) for result in results}
@@ -125,11 +125,11 @@ def open_all(folders: Sequence[Path], base: str | None) -> list[Trained]:
             raise ConfigError(
                 f"{folder}: a complete model. Several folders must be adapters of one base; score it alone."
             )
+        if is_model(folder) and base:
+            raise ConfigError(
+                f"--base: {folder} is a complete model, not an adapter, and is scored as it is. Leave --base out."
+            )
         if is_model(folder):
-            if base:
-                raise ConfigError(
-                    f"--base: {folder} is a complete model, not an adapter, and is scored as it is. Leave --base out."
-                )
             return []
     trained = [Trained.open(folder) for folder in folders]
     for entry in trained if len(trained) > 1 else ():
@@ -146,13 +146,6 @@ def note_other_template(trained: Trained, config: Config) -> None:
     names = [s for s in ("prompt", "completion", "text", "messages", "chat_template", "label_names") if s in own]
     if different := [name for name in names if own[name] != used[name]]:
         info(f"note: {trained.folder} was trained with another {', '.join(f'data.{name}' for name in different)}")
-
-
-def _model_name(folder: Path, trained: list[Trained], base: str | None, config_path: Path | None) -> str | None:
-    """The model that the command line, or else the folder, names; None leaves it to a config file."""
-    if not trained:
-        return str(folder)
-    return base or (None if config_path else trained[0].base_name)
 
 
 def settings(

@@ -25,10 +25,7 @@ def merge_command(
 ) -> Base:
     """Merge an adapter into its base, and print what was written and how it was verified. Returns the base.
 
-    Args:
-        base: its name, if not the recorded one.
-        output: by default the sibling `FOLDER-merged`.
-        verify: compare logits too.
+    base: its name, if not the recorded one. output: by default the sibling `FOLDER-merged`. verify: compare logits too.
 
     Raises:
         ModelError: the method can't be merged; or as `Trained.open`, `Trained.base` and `merge_adapter`.

@@ -62,14 +62,12 @@ def chart(
 ) -> Chart | None:
     """A chart of `lines`; None if there is nothing to draw: no line, or a single x.
 
-    Args:
-        from_zero: start y at 0.
-        auto_log: make y logarithmic if it spans more than a factor of 20.
-        log_x: make x logarithmic if it is positive throughout.
+    y starts at 0 with `from_zero`. With `auto_log` it is logarithmic if it spans more than a factor of 20; with `log_x`, x is
+    if it is positive throughout.
     """
     lines = [Line(line.name, downsample(line.points), line.look, line.dots) for line in lines if line.points]
     xs, ys = ([point[axis] for line in lines for point in line.points] for axis in (0, 1))
-    if not lines or len(set(xs)) < 2:
+    if len(set(xs)) < 2:
         return None
     log_y, log_x = auto_log and min(ys) > 0 and max(ys) / min(ys) > 20, log_x and min(xs) > 0
     scale_x, scale_y = (math.log10 if log else float for log in (log_x, log_y))
@@ -79,10 +77,8 @@ def chart(
     y0, y1 = (y0 if from_zero else y0 - margin), y1 + margin
 
     def position(x: float, y: float) -> tuple[float, float]:
-        return (
-            round(LEFT + (scale_x(x) - x0) / (x1 - x0) * (RIGHT - LEFT), 1),
-            round(BOTTOM - (scale_y(y) - y0) / (y1 - y0) * (BOTTOM - TOP), 1),
-        )
+        right, up = (scale_x(x) - x0) / (x1 - x0), (scale_y(y) - y0) / (y1 - y0)
+        return round(LEFT + right * (RIGHT - LEFT), 1), round(BOTTOM - up * (BOTTOM - TOP), 1)
 
     drawn = []
     for line in lines:
@@ -93,16 +89,10 @@ def chart(
         ]
         path = "M" + "L".join(f"{x:g},{y:g}" for x, y in positions)
         drawn.append((line.name, line.look, path, dots if line.dots else []))
-    x_values = log_ticks(x0, x1) if log_x else ticks(x0, x1)
-    y_values = log_ticks(y0, y1) if log_y else ticks(y0, y1)
-    return Chart(
-        title,
-        x_label,
-        [(position(x, 1.0 if log_y else y0)[0], x_format(x)) for x in x_values],
-        [(position(min(xs), y)[1], _without_zeros(y_format(y))) for y in y_values],
-        drawn,
-        log_y,
-    )
+    x_values, y_values = (log_ticks if log_x else ticks)(x0, x1), (log_ticks if log_y else ticks)(y0, y1)
+    x_ticks = [(position(x, ys[0])[0], x_format(x)) for x in x_values]
+    y_ticks = [(position(xs[0], y)[1], _without_zeros(y_format(y))) for y in y_values]
+    return Chart(title, x_label, x_ticks, y_ticks, drawn, log_y)
 
 
 def _without_zeros(label: str) -> str:
@@ -112,9 +102,7 @@ def _without_zeros(label: str) -> str:
 
 def downsample(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most MAX_POINTS points: neighbours are averaged; the last x stays."""
-    size = math.ceil(len(points) / MAX_POINTS)
-    if size <= 1:
-        return list(points)
+    size = max(1, math.ceil(len(points) / MAX_POINTS))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 

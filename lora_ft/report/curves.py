@@ -21,7 +21,7 @@ def run_charts(run: RunData) -> list[Chart]:
         chart("Loss", loss, auto_log=True),
         chart("Learning rate", [Line("", _series(run, "learning_rate"), "mean")], from_zero=True),
     ]
-    for name in [name for name in _eval_losses([run]) if name != "eval_loss"] + _eval_metrics([run]):
+    for name in [name for name in _eval_keys([run]) if name != "eval_loss"]:
         key = name.removeprefix("eval_")
         lines = [*_base_line(run, key), Line("adapter", _series(run, name), "eval", dots=True)]
         charts.append(chart(f"Eval {metric_of(key).title}", lines, y_format=partial(format_metric, key)))
@@ -48,16 +48,10 @@ def comparison_charts(runs: Sequence[RunData], names: Sequence[str]) -> list[Cha
 
     unit, seconds = _time_unit(runs)
     charts = [chart("Training loss", lines("loss", mean=True), auto_log=True)]
-    for name in _eval_losses(runs) + _eval_metrics(runs):
+    for name in _eval_keys(runs):
         key = name.removeprefix("eval_")
-        charts.append(
-            chart(
-                f"Eval {metric_of(key).title}",
-                lines(name, dots=True),
-                y_format=partial(format_metric, key),
-                auto_log=name.endswith("loss"),
-            )
-        )
+        title, log = f"Eval {metric_of(key).title}", name.endswith("loss")
+        charts.append(chart(title, lines(name, dots=True), y_format=partial(format_metric, key), auto_log=log))
     charts += [
         chart("Learning rate", lines("learning_rate"), from_zero=True),
         chart("Tokens per second", lines("tokens_per_second", mean=True, per=seconds), unit, from_zero=True),
@@ -89,16 +83,10 @@ def _base_line(run: RunData, key: str) -> list[Line]:
 
 
 def _eval_keys(runs: Sequence[RunData]) -> list[str]:
-    return list(dict.fromkeys(key for run in runs for line in run.log for key in line if key.startswith("eval_")))
-
-
-def _eval_losses(runs: Sequence[RunData]) -> list[str]:
-    return [key for key in _eval_keys(runs) if key.endswith("loss")]
-
-
-def _eval_metrics(runs: Sequence[RunData]) -> list[str]:
-    """The logged metrics besides losses and perplexities, which show nothing that the loss does not."""
-    return [key for key in _eval_keys(runs) if not key.endswith(("loss", "perplexity"))][:MAX_METRIC_CHARTS]
+    """The logged losses of eval sets, then their metrics besides perplexity, which shows nothing that the loss does not."""
+    keys = dict.fromkeys(key for run in runs for line in run.log for key in line if key.startswith("eval_"))
+    losses = [key for key in keys if key.endswith("loss")]
+    return losses + [key for key in keys if not key.endswith(("loss", "perplexity"))][:MAX_METRIC_CHARTS]
 
 
 def _time_unit(runs: Sequence[RunData]) -> tuple[str, float]:

@@ -19,14 +19,10 @@ def format_duration(seconds: float) -> str:
 def run_figures(run: RunData) -> list[tuple[str, str]]:
     """Length, time, speed, memory and machine of a run, each as (title, text)."""
     record, machine = run.record, run.record.get("machine") or {}
-    last: dict = {}
-    for line in run.log:
-        last |= line
+    last = {key: value for line in run.log for key, value in line.items()}
     speeds = [line["tokens_per_second"] for line in run.log if "tokens_per_second" in line]
     planned = record.get("planned_steps") or run.last_step
-    device = ", ".join(
-        f"{v} {k}" if k != "device" else str(v) for k, v in machine.items() if (k, v) != ("processes", 1)
-    )
+    parts = [str(v) if k == "device" else f"{v} {k}" for k, v in machine.items() if (k, v) != ("processes", 1)]
     figures = [
         ("steps", f"{run.last_step:,}" if run.last_step == planned else f"{run.last_step:,} of {planned:,}"),
         ("epochs", f"{last['epoch']:.2f}" if "epoch" in last else ""),
@@ -35,7 +31,7 @@ def run_figures(run: RunData) -> list[tuple[str, str]]:
         ("tokens per second, median", f"{statistics.median(speeds):,.0f}" if speeds else ""),
         ("peak memory", f"{last['peak_memory_mb']:,.0f} MiB" if "peak_memory_mb" in last else ""),
         ("trainable parameters", f"{record['trainable_parameters']:,}" if "trainable_parameters" in record else ""),
-        ("device", device),
+        ("device", ", ".join(parts)),
     ]
     return [(title, text) for title, text in figures if text]
 

@@ -16,15 +16,11 @@ class RunData:
     """The data of a run's report.
 
     Attributes:
-        folder: the output folder as the user named it.
         record: the content of lora_ft.json; of an unfinished run, the newest checkpoint's.
-        log: the lines of log.jsonl.
-        step: the step that `metrics` belong to.
-        last_step: the last step that was trained, as far as the files show.
+        step: the step that `metrics` belong to. last_step: the last one that was trained, as far as the files show.
         finished: whether the folder holds the run's adapter.
         stop_reason: why the run ended early, if it has just done so.
         metrics, base_metrics: eval set -> metric -> value; a single set without a name is "".
-        samples: as in samples.json.
     """
 
     folder: Path
@@ -40,10 +36,7 @@ class RunData:
 
 
 def read_run_data(folder: Path, record: dict | None = None, stop_reason: str | None = None) -> RunData:
-    """The data of the run whose output is `folder`.
-
-    Args:
-        record: of a run that is just ending and has not written its own yet.
+    """The data of the run whose output is `folder`. `record` is that of a run which has not written its own yet.
 
     Raises:
         ModelError: the folder does not contain a run.
@@ -106,11 +99,9 @@ def _last_evaluation(checkpoints: list[Path], log: list[dict]) -> tuple[int, dic
     if not lines:
         return 0, {}
     step = lines[-1]["step"]
-    for checkpoint in checkpoints:
-        if run_folder.step_of(checkpoint) == step:
-            metrics = read_json(checkpoint / run_folder.RECORD, FilesError).get("metrics")
-            if metrics:
-                return step, metrics
+    for checkpoint in [c for c in checkpoints if run_folder.step_of(c) == step]:
+        if metrics := read_json(checkpoint / run_folder.RECORD, FilesError).get("metrics"):
+            return step, metrics
     return step, {key.removeprefix("eval_"): value for key, value in lines[-1].items() if key.startswith("eval_")}
 
 

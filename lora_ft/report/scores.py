@@ -50,9 +50,8 @@ def headline(run: RunData) -> dict[str, str] | None:
     """The most important score: of the metric that selects the best step, else accuracy, else loss; None without a base."""
     selected_by = str((run.record["config"].get("train") or {}).get("metric_for_best_model"))
     for name in sorted(run.metrics, key=lambda name: selected_by not in add_set_name(name, run.metrics[name])):
-        base, adapter = (
-            add_set_name(name, scalars(of)) | scalars(of) for of in (run.base_metrics.get(name, {}), run.metrics[name])
-        )
+        both = scalars(run.base_metrics.get(name, {})), scalars(run.metrics[name])
+        base, adapter = (add_set_name(name, values) | values for values in both)
         for key in (selected_by if not selected_by.endswith("loss") else "", "accuracy", "loss"):
             if key in base and key in adapter:
                 title = metric_of(f"{name}_{key}" if name and key in METRICS else key).title
@@ -64,11 +63,8 @@ def headline(run: RunData) -> dict[str, str] | None:
 
 def _interval_bar(key: str, base: dict, adapter: dict) -> dict[str, Any] | None:
     """A metric's values and intervals on one scale from 0 to 1; None if the adapter has no interval."""
-    of = {
-        who: (metrics, ends)
-        for who, metrics in (("base", base), ("adapter", adapter))
-        if (ends := interval(key, metrics))
-    }
+    both = (("base", base), ("adapter", adapter))
+    of = {who: (metrics, ends) for who, metrics in both if (ends := interval(key, metrics))}
     if "adapter" not in of:
         return None
     low, high = min(ends[0] for _, ends in of.values()), max(ends[1] for _, ends in of.values())

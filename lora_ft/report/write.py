@@ -19,17 +19,12 @@ from lora_ft.report.scores import headline, score_tables
 
 
 def write_report(
-    output: Path,
-    record: dict,
-    stop_reason: str | None = None,
-    samples: Callable[[], list[dict]] | None = None,
+    output: Path, record: dict, stop_reason: str | None = None, samples: Callable[[], list[dict]] | None = None
 ) -> None:
     """Write the report of a run that has just ended. A failure is only a warning: the run matters more.
 
-    Args:
-        record: what lora_ft.json is about to hold; of a run that ended early, what is known of it.
-        stop_reason: why the run ended early.
-        samples: generates the answers that the report shows; they go to samples.json.
+    `record` is what lora_ft.json is about to hold, or what is known of a run that ended early, for `stop_reason`. `samples`
+    generates the answers that the report shows; they go to samples.json.
     """
     try:
         if samples:
@@ -43,8 +38,7 @@ def write_report(
 def write_run_report(run: RunData, page: Path | None = None) -> Path | None:
     """Write a run's report into its folder, with curves.svg, or as `page` alone.
 
-    Returns:
-        The path of the page; None if the run has neither a log nor a result.
+    Returns the path of the page; None if the run has neither a log nor a result.
 
     Raises:
         FilesError: another tool's file has that name, or the report can't be written.
@@ -110,6 +104,5 @@ def report_command(folders: Sequence[Path], page: Path | None) -> None:
     if len(runs) == 1:
         page = write_run_report(runs[0], page)
     else:
-        page = page or Path("compare-report.html")
-        write_page(page, compare_runs(runs))
+        write_page(page := page or Path("compare-report.html"), compare_runs(runs))
     print(page)

@@ -79,8 +79,7 @@ def sizes(model: PreTrainedModel, method: str) -> dict:
 def show(result: Inspection) -> None:
     """Print the result for people."""
     out, setup, config = display.console(), result.setup, result.setup.config
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=76)
-    out.print(settings.rstrip())
+    out.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=76).rstrip())
     if result.has_data:
         show_data(result, out)
     if result.model:
@@ -88,10 +87,9 @@ def show(result: Inspection) -> None:
         display.heading(out, f"{config.adapter.method}: {result.adapted}")
         for line in display.target_lines(lora_layers(result.model)):
             out.print(line)
-        out.print(
-            f"  trainable: {numbers['trainable_parameters']:,} of {numbers['base_parameters']:,} parameters "
-            f"({numbers['trainable_share']:.2%}); {display.size(numbers['adapter_bytes'])} on disk"
-        )
+        parts = f"{numbers['trainable_parameters']:,} of {numbers['base_parameters']:,} parameters"
+        share, file = numbers["trainable_share"], display.size(numbers["adapter_bytes"])
+        out.print(f"  trainable: {parts} ({share:.2%}); {file} on disk")
     if result.memory:
         where = "in this GPU's allocator" if setup.device == "cuda" else "on this CPU"
         display.heading(out, f"memory that training needs, {where}")
@@ -128,7 +126,6 @@ def show_data(result: Inspection, out: Console) -> None:
     for i in [*indices, *([truncated] if truncated is not None else [])]:
         example = train.dataset[i]
         suffix = ", truncated" if example["truncated"] else ""
-        display.heading(
-            out, f"{example['where']}: {example['tokens']} tokens{suffix}; supervised between {left}{right}"
-        )
+        tokens = f"{example['tokens']} tokens{suffix}"
+        display.heading(out, f"{example['where']}: {tokens}; supervised between {left}{right}")
         out.print(display.highlight_supervised(example, setup.tokenizer, out.encoding))

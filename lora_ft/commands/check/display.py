@@ -34,11 +34,7 @@ def paragraph(out: Console, text: str, style: str = "") -> None:
 
 
 def histogram(lengths: np.ndarray, max_length: int) -> list[tuple[int, int | None, int]]:
-    """Examples by their tokens before truncation.
-
-    Returns:
-        (from, to, examples) for each bin up to max_length, then (max_length + 1, None, examples).
-    """
+    """(from, to, examples) by tokens before truncation: each bin up to max_length, then (max_length + 1, None, examples)."""
     top = min(int(lengths.max()), max_length)
     width = -(-top // BINS)
     edges = [(low, min(low + width - 1, top)) for low in range(1, top + 1, width)]

@@ -32,24 +32,17 @@ from lora_ft.training.setup import RunSetup
 
 @dataclass
 class Inspection:
-    """What is known of a run; None or empty where an error prevented it.
-
-    Attributes:
-        model: the adapted model without weights.
-        adapted: what of it is adapted, in words.
-        ends_learned: training examples that end in a supervised end token.
-        in_common: eval set -> its examples that are also training examples.
-    """
+    """What is known of a run; None or empty where an error prevented it."""
 
     setup: RunSetup
     has_data: bool = False
-    model: PreTrainedModel | None = None
-    adapted: str = ""
+    model: PreTrainedModel | None = None  # the adapted model without weights
+    adapted: str = ""  # what of it is adapted, in words
     plan: StepPlan | None = None
     memory: Memory | None = None
     timing: Timing | None = None
-    ends_learned: int = 0
-    in_common: dict[str, int] = field(default_factory=dict)
+    ends_learned: int = 0  # training examples that end in a supervised end token
+    in_common: dict[str, int] = field(default_factory=dict)  # eval set -> its examples that are also training examples
     warnings: list[str] = field(default_factory=list)
     errors: list[UserError] = field(default_factory=list)
 
@@ -115,15 +108,9 @@ def _inspect_data(result: Inspection) -> None:
     base_ends = end_tokens(setup.tokenizer, own, chat_template="")
     result.ends_learned = warnings.ends_learned(setup.train_set, ends)
     result.in_common = {name: warnings.in_common(setup.train_set, e) for name, e in setup.eval_sets.items()}
+    counts = ends, base_ends, result.ends_learned, result.in_common
     result.warnings += warnings.data_warnings(
-        setup.config.data,
-        setup.train_set,
-        setup.eval_sets,
-        ends,
-        base_ends,
-        result.ends_learned,
-        result.in_common,
-        setup.tokenizer,
+        setup.config.data, setup.train_set, setup.eval_sets, *counts, setup.tokenizer
     )
 
 

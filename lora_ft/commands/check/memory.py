@@ -48,25 +48,15 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of training.
+    """Bytes at the peak of training."""
 
-    Attributes:
-        runtime: interpreter and libraries (0 on a GPU, whose allocator doesn't hold them).
-        weights: frozen parameters and buffers.
-        adapter: trained parameters and their gradients.
-        optimizer: its moments.
-        activations: all other tensors of a step.
-        logits: tensors over the vocabulary, for one chunk of tokens at a time.
-        heap: freed memory that the C library keeps (0 on a GPU).
-    """
-
-    runtime: int
-    weights: int
-    adapter: int
-    optimizer: int
-    activations: int
-    logits: int
-    heap: int
+    runtime: int  # interpreter and libraries (0 on a GPU, whose allocator doesn't hold them)
+    weights: int  # frozen parameters and buffers
+    adapter: int  # trained parameters and their gradients
+    optimizer: int  # its moments
+    activations: int  # all other tensors of a step
+    logits: int  # tensors over the vocabulary, for one chunk of tokens at a time
+    heap: int  # freed memory that the C library keeps (0 on a GPU)
 
     @property
     def total(self) -> int:
@@ -79,10 +69,9 @@ class Memory:
 
 
 def largest_rows(plan: StepPlan, virtual: int = 0) -> list[Row]:
-    """The rows that may need the most memory: the one with the most tokens, and the one with the most supervised tokens.
+    """The rows that may need the most memory: that with the most tokens and that with the most supervised tokens.
 
-    Args:
-        virtual: virtual tokens before each example.
+    virtual: the number of virtual tokens before each example.
     """
     sizes = plan.dataset.select_columns(["tokens", "supervised"]).with_format("numpy")[:]
     rows = []
@@ -139,17 +128,15 @@ def estimate(
         raise
     except Exception as e:  # models that need values, and kernels that need memory, raise many classes
         why = printable((str(e) or type(e).__name__).splitlines()[0], 120)
-        raise ModelError(
-            f"memory: can't be estimated: torch can't run this model's step without values ({why})."
-        ) from e
+        text = f"memory: can't be estimated: torch can't run this model's step without values ({why})."
+        raise ModelError(text) from e
     growth = max(peaks, key=lambda peak: sum(peak.values()))
     return Memory(
         runtime=runtime,
         weights=total - bytes_of(trained),
         adapter=2 * bytes_of(trained),
         optimizer=moments * sum(4 * p.numel() for p in trained),
-        activations=growth["activations"],
-        logits=growth["logits"],
+        **growth,
         heap=heap,
     )
 

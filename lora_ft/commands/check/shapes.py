@@ -62,10 +62,8 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
         lora.inject(adapted, config.adapter, config.train.seed, None)
     parameters = sum(p.numel() for p in trainable(adapted).values())
     base = sum(p.numel() for p in adapted.parameters()) - parameters
-    checkpointing = config.train.gradient_checkpointing
-    memory = {
-        name: estimate(make, [row], checkpointing=checkpointing) for name, make in (("lora", with_lora), ("full", full))
-    }
+    makers, checkpointing = {"lora": with_lora, "full": full}, config.train.gradient_checkpointing
+    memory = {name: estimate(make, [row], checkpointing=checkpointing) for name, make in makers.items()}
     facts = {
         "shape": shape,
         "dtype": str(stored).removeprefix("torch."),
@@ -116,15 +114,10 @@ def show(facts: dict, memory: dict[str, Memory], adapted: PreTrainedModel, confi
     out.print(
         f"  rank {config.adapter.rank}: {facts['trainable_parameters']:,} trainable ({share:.4%}), {file} on disk"
     )
-    table = Table(
-        title=f"GPU memory, rows of {facts['row_tokens']:,} tokens, Adam",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("")
-    table.add_column("LoRA", justify="right")
-    table.add_column("full fine-tuning", justify="right")
+    title = f"GPU memory, rows of {facts['row_tokens']:,} tokens, Adam"
+    table = Table("", title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("LoRA", "full fine-tuning"):
+        table.add_column(column, justify="right")
     names = {"adapter": "trained weights and gradients", "weights": "frozen weights"}
     for name, value in memory["lora"].as_dict().items():
         full_value = memory["full"].as_dict()[name]

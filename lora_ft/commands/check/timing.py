@@ -22,14 +22,7 @@ WARM_UP, TIMED, SCORED = 1, 2, 64  # steps, steps, eval examples
 
 @dataclass(frozen=True)
 class Timing:
-    """A forecast of the complete run from the measured steps.
-
-    Attributes:
-        tokens_per_second: measured in training.
-        seconds_training, seconds_evaluating: for the complete run.
-        evaluations: how many there will be.
-        peak_memory_mb: MiB at most during the measurement.
-    """
+    """A forecast of the complete run, and in `tokens_per_second` and `peak_memory_mb` (MiB) what was measured."""
 
     tokens_per_second: float
     seconds_training: float
@@ -44,11 +37,9 @@ class Timing:
     def lines(self) -> list[str]:
         """For people."""
         evaluating = f" and {duration(self.seconds_evaluating)} for {self.evaluations} evaluations"
-        return [
-            f"about {duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens per second"
-            + (evaluating if self.evaluations else ""),
-            f"measured peak memory of these {WARM_UP + TIMED} steps: {self.peak_memory_mb:,.0f} MiB",
-        ]
+        training = f"about {duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens per second"
+        memory = f"measured peak memory of these {WARM_UP + TIMED} steps: {self.peak_memory_mb:,.0f} MiB"
+        return [training + (evaluating if self.evaluations else ""), memory]
 
 
 class Clock(TrainerCallback):
@@ -98,10 +89,5 @@ def time_steps(setup: RunSetup) -> Timing:
         score(model, some, isolation, setup.row_tokens)
         share = int(np.sum(some["tokens"])) / examples.report.tokens
         evaluating += evaluations * (time.perf_counter() - started) / share
-    return Timing(
-        tokens_per_second=speed,
-        seconds_training=setup.train_set.report.tokens * len(complete) / complete.steps_per_epoch / speed,
-        seconds_evaluating=evaluating,
-        evaluations=evaluations,
-        peak_memory_mb=peak_memory_mb(setup.device),
-    )
+    training = setup.train_set.report.tokens * len(complete) / complete.steps_per_epoch / speed
+    return Timing(speed, training, evaluating, evaluations, peak_memory_mb(setup.device))

@@ -3,6 +3,7 @@
 Nothing is refused here: what training refuses is an error, raised where training raises it.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import datasets
@@ -55,13 +56,8 @@ def labels_sharing_a_first_token(examples: Examples, tokenizer: PreTrainedTokeni
                 return []
         if 4 * len(answers) > len(examples.dataset):
             return []
-    ordered = sorted(answers)
-    return [
-        (tokenizer.decode(a), tokenizer.decode(b))
-        for i, a in enumerate(ordered)
-        for b in ordered[i + 1 :]
-        if a[:1] == b[:1]
-    ]
+    pairs = [(a, b) for a, b in itertools.combinations(sorted(answers), 2) if a[:1] == b[:1]]
+    return [(tokenizer.decode(a), tokenizer.decode(b)) for a, b in pairs]
 
 
 def lengths(examples: Examples) -> np.ndarray:
@@ -82,15 +78,12 @@ def data_warnings(
     """Warnings about the data, each with what to do about it.
 
     Args:
-        ends: ids of the tokens that end an answer. base_ends: those among them that the base declares, whatever the chat
-            template.
-        learned: the result of `ends_learned`.
-        common: eval set -> the result of `in_common`.
+        ends: ids of the tokens that end an answer. base_ends: those that the base declares, whatever the chat template.
+        learned: the result of `ends_learned`. common: eval set -> the result of `in_common`.
     """
-    result = []
-    total = len(train.dataset)
-    named = {name: f"eval.{name}" if name else "eval" for name in evals}
-    for which, examples in (("train", train), *((named[name], examples) for name, examples in evals.items())):
+    result, total = [], len(train.dataset)
+    named = {f"eval.{name}".rstrip("."): examples for name, examples in evals.items()}
+    for which, examples in {"train": train, **named}.items():
         report = examples.report
         if report.truncated:
             longest = int(lengths(examples).max())
@@ -129,10 +122,10 @@ def data_warnings(
         )
     elif learned < total / 2:
         result.append(f"data.train: only {learned:,} of {total:,} examples end in a supervised end token.")
-    for name, examples in evals.items():
-        if common[name]:
+    for (which, examples), shared in zip(named.items(), common.values(), strict=True):
+        if shared:
             result.append(
-                f"data.{named[name]}: {common[name]:,} of {len(examples.dataset):,} examples are also in data.train, token "
+                f"data.{which}: {shared:,} of {len(examples.dataset):,} examples are also in data.train, token "
                 "for token, which makes the adapter look better than it is. Remove them from one of the two."
             )
     if data.messages is None and data.text is None and (pairs := labels_sharing_a_first_token(train, tokenizer)):

@@ -147,9 +147,7 @@ def train_seeds(result: VariantResult, seeds: Sequence[int], runner: Runner, wit
     name = ",".join(filter(None, [result.variant.folder, folder_name(result.tuned)]))
     for seed in seeds:
         output = runner.folder / "runs" / f"{name},seed={seed}"
-        config = final_config(
-            result.variant, result.tuned, seed, output, evaluate_base=with_base and not result.records
-        )
+        config = final_config(result.variant, result.tuned, seed, output, with_base and not result.records)
         try:
             result.records[seed] = runner.train(f"{result.variant.name}, seed {seed}", config)
         except RunFailed as failure:

@@ -11,11 +11,10 @@ from lora_ft.report.charts import Chart, Line, chart, run_look
 from lora_ft.report.comparison import Row, Section, Table, comparison_page
 from lora_ft.report.figures import config_text
 
-MIB = 2**20
 COSTS = {  # key -> (title, format, unit)
     "trainable_parameters": ("trained", "{:,}", 1),
     "trainable_share": ("share", "{:.3%}", 1),
-    "bytes_on_disk": ("disk, MiB", "{:,.2f}", MIB),
+    "bytes_on_disk": ("disk, MiB", "{:,.2f}", 2**20),
     "peak_memory_mb": ("peak, MiB", "{:,.0f}", 1),
     "seconds_per_step": ("s/step", "{:.3f}", 1),
     "tokens_per_second": ("tokens/s", "{:,.0f}", 1),
@@ -150,8 +149,8 @@ def _charts(result: dict) -> list[Chart]:
     latency = [variant.get("latency", {}).get("adapter", {}).get("token_ms") for variant in variants]
     add(f"{title} by latency of a new token", "ms", latency)
     own = [y["mean"] if (y := _score(variant, set_name, metric)) else None for variant in variants]
+    label = f"{title} on {set_name}"
     for other in [name for name in _metric_keys(result) if name != set_name]:
-        label = f"{title} on {set_name}"
         add(f"{title} on {other} by {label}", label, own, other, x_format=y_format)
     return [c for c in charts if c]
 

@@ -18,12 +18,9 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 class VariantResult:
     """The results of a variant so far.
 
-    Attributes:
-        tuned: the settings chosen by tuning.
-        tried: {"settings": ..., "score": ...} of each point of the tuning grid; the score is None where the run failed.
-        records: seed -> the record of each finished run.
-        skip_reason: why the variant can't be trained here; exit_code: of the run that failed so.
-        latency: what benchmarks/latency.py has measured of its first run's weights.
+    tuned: the settings chosen by tuning. tried: {"settings": ..., "score": ...} of each point of the tuning grid; the score is
+    None where the run failed. records: seed -> the record of each finished run. skip_reason: why the variant can't be trained
+    here; exit_code: of the run that failed so. latency: as benchmarks/latency.py has measured its first run's weights.
     """
 
     variant: Variant

@@ -128,10 +128,8 @@ def with_settings(config: Config, settings: dict[str, str]) -> Config:
 def final_config(variant: Variant, tuned: dict[str, str], seed: int, output: Path, evaluate_base: bool) -> Config:
     """The config of a run whose scores are reported: nothing in it is selected on the eval data."""
     config = with_settings(variant.config, tuned)
-    train = _without_selection(config.train.metric_for_best_model, seed) | {
-        "evaluate_base": evaluate_base,
-        "predict_with_generate": bool(config.generation.metrics),
-    }
+    train = _without_selection(config.train.metric_for_best_model, seed)
+    train |= {"evaluate_base": evaluate_base, "predict_with_generate": bool(config.generation.metrics)}
     return _with(config, output, train=train)
 
 
@@ -141,13 +139,10 @@ def tuning_config(variant: Variant, tuned: dict[str, str], seed: int, output: Pa
     steps: the length of the run; None: that of the final runs.
     """
     config = with_settings(variant.config, tuned)
-    held_out = {
-        name or "eval": amount for name, amount in eval_sets(config.data.eval).items() if not isinstance(amount, tuple)
-    }  # the other eval sets are sources
-    data = {
-        "eval": held_out | {TUNING_SET: TUNING_SHARE},
-        "max_eval_examples": config.data.max_eval_examples or MAX_TUNING_EXAMPLES,
-    }
+    sets = eval_sets(config.data.eval)  # amounts of train to hold out, and sources
+    held_out = {name or "eval": amount for name, amount in sets.items() if not isinstance(amount, tuple)}
+    most = config.data.max_eval_examples or MAX_TUNING_EXAMPLES
+    data = {"eval": held_out | {TUNING_SET: TUNING_SHARE}, "max_eval_examples": most}
     train = _without_selection(f"{TUNING_SET}_{tuning_metric(config)}", seed)
     train |= {"evaluate_base": False, "predict_with_generate": False}
     return _with(config, output, data=data, train=train | ({"max_steps": steps} if steps else {}))

@@ -50,12 +50,7 @@ def generate_command(
     rows = list(read_prompts(prompts)) if prompts is not None else []  # before loading: a bad file fails early
     served = load(named, base, raw=raw, trust=trust)
     override(
-        served.sampling,
-        greedy=greedy,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
+        served.sampling, greedy=greedy, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
     )
     if seed is not None:
         torch.manual_seed(seed)
