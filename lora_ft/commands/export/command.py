@@ -37,10 +37,9 @@ def export_command(
     public: bool = False,
     trust: Trust = NO_TRUST,
 ) -> None:
-    """Write `folder` in another form, and print what can load it.
+    """Write `folder`, an adapter or for gguf also a complete model, in another form, and print what can load it.
 
     Args:
-        folder: an adapter; for `to` gguf also a complete model.
         to: peft, merged or gguf.
         merged: for gguf: base and adapter in one file.
         dtype: for gguf: of the matrices; "auto" is float32 for an adapter and the stored dtype for a model.
@@ -49,8 +48,7 @@ def export_command(
 
     Raises:
         ConfigError: options that don't go together.
-        ModelError: nothing to export, a family or tokenizer that is not supported, a failed verification, or the hub
-            refuses the upload.
+        ModelError: nothing to export, family or tokenizer not supported, failed verification or upload.
         FilesError: the output exists, or can't be written.
     """
     complete = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
@@ -94,37 +92,29 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
     with storage.atomic_folder(target) as staged:
         rank = write_portable(adapter, staged)
         if (card := adapter.folder / CARD).is_file():
-            base_name = str(
-                adapter.trained.adapter_config.get("base_model_name_or_path")
-            )  # PEFT's cards may have a path
-            text = card.read_text(encoding="utf-8", errors="replace").replace(base_name, portable_name(base_name))
-            storage.write_file(staged / CARD, text)
+            name = str(adapter.trained.adapter_config.get("base_model_name_or_path"))  # PEFT's cards may have a path
+            text = card.read_text(encoding="utf-8", errors="replace").replace(name, portable_name(name))
         else:
-            storage.write_file(staged / CARD, export_card("peft", portable_name(base.name), target.name))
+            text = export_card("peft", portable_name(base.name), target.name)
+        storage.write_file(staged / CARD, text)
     family = model.config.model_type
-    gguf = (
-        f"lora-ft export {adapter.folder} --to gguf"
-        if family in FAMILIES
-        else f"its own converter, if it supports {family}"
-    )
+    own_converter, ours = f"its own converter, if it supports {family}", f"lora-ft export {adapter.folder} --to gguf"
     print(f"{target}: rank {rank} on {len(adapter.tensors)} modules, the scaling folded into B (lora_alpha = r)")
     print(f'  PEFT          PeftModel.from_pretrained(base, "{target}")')
     print(f'  transformers  model.load_adapter("{target}"), with peft installed')
     print(f"  vLLM          --enable-lora --max-lora-rank {vllm_rank(rank)}, where it supports LoRA for {family}")
-    print(f"  llama.cpp     {gguf}")
+    print(f"  llama.cpp     {ours if family in FAMILIES else own_converter}")
 
 
 def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str) -> None:
     """Write the adapter alone as a GGUF."""
     model = _checked_model(adapter, base)
-    with storage.atomic_file(
-        target, sum(4 * (A.numel() + B.numel()) for A, B in adapter.tensors.values())
-    ) as temporary:
+    size = sum(4 * (A.numel() + B.numel()) for A, B in adapter.tensors.values())
+    with storage.atomic_file(target, size) as temporary:
         size = write_adapter_gguf(adapter, model, temporary, "float32" if dtype == "auto" else dtype, base.name)
+    any_base = f"any GGUF of {portable_name(base.name)}, quantized too"
     print(f"{target}: the adapter of {len(adapter.tensors)} modules, {size / 2**20:.1f} MiB")
-    print(
-        f"  llama.cpp  llama-cli -m BASE.gguf --lora {target}, with any GGUF of {portable_name(base.name)}, quantized too"
-    )
+    print(f"  llama.cpp  llama-cli -m BASE.gguf --lora {target}, with {any_base}")
 
 
 def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile | None, verify: bool) -> None:

@@ -15,18 +15,13 @@ from lora_ft.methods.lora.peft import AdapterFile
 
 
 def write_adapter_gguf(adapter: AdapterFile, model: PreTrainedModel, path: Path, dtype: str, base_name: str) -> int:
-    """Write `adapter` as a GGUF file. Returns its size in bytes.
+    """Write `adapter` of the base `model`, which may be on the meta device, as a GGUF file. Returns its size in bytes.
 
     A and B of blk.0.attn_q.weight are blk.0.attn_q.weight.lora_a (rank, in) and .lora_b (out, rank); B includes the scaling,
     and adapter.lora.alpha is the rank.
 
-    Args:
-        model: the base; may be on the meta device.
-        dtype: float32, float16 or bfloat16.
-
     Raises:
         ModelError: the family is not supported, or the adapter changes a tied head.
-        FilesError: the disk is full.
     """
     order = layout(model.config)
     padded, R = portable_tensors(adapter)
@@ -41,10 +36,7 @@ def write_adapter_gguf(adapter: AdapterFile, model: PreTrainedModel, path: Path,
         name = gguf_name(order, f"{module}.weight")
         A, B = padded[module]
         B = reordered(order, f"{module}.weight", B)
-        weights += [
-            Weight(f"{name}.lora_a", tuple(A.shape), A.clone),
-            Weight(f"{name}.lora_b", tuple(B.shape), B.clone),
-        ]
+        weights += [Weight(f"{name}.lora_{x}", tuple(M.shape), M.clone) for x, M in (("a", A), ("b", B))]
 
     def write_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -1,5 +1,6 @@
 """Write a GGUF file, one tensor at a time."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,19 +37,13 @@ def write_gguf(
 ) -> int:
     """Write `weights`, vectors in float32 and the others in `dtype`, after the metadata. Returns the file's size in bytes.
 
-    Args:
-        architecture: llama.cpp's name of it.
-        dtype: float32, float16 or bfloat16.
-
     Raises:
         FilesError: the disk does not have enough space (checked before anything is written).
     """
     kind, file_type = KINDS[dtype]
-    kinds = [kind if len(weight.shape) > 1 else gguf.GGMLQuantizationType.F32 for weight in weights]
-    sizes = [
-        int(np.prod(w.shape)) * (4 if k is gguf.GGMLQuantizationType.F32 else 2)
-        for w, k in zip(weights, kinds, strict=True)
-    ]
+    F32 = gguf.GGMLQuantizationType.F32
+    kinds = [kind if len(weight.shape) > 1 else F32 for weight in weights]
+    sizes = [math.prod(w.shape) * (4 if k is F32 else 2) for w, k in zip(weights, kinds, strict=True)]
     storage.require_space(path.parent, sum(sizes) + 2**24)
     writer = gguf.GGUFWriter(path, architecture)
     try:

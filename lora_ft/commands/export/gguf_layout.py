@@ -17,20 +17,13 @@ ALTERNATIVE = "Merge it (`lora-ft export FOLDER --to merged`) and try llama.cpp'
 
 
 class Layout(NamedTuple):
-    """The names and row order of a model's weights in llama.cpp.
+    """The names and row order of a model's weights in llama.cpp."""
 
-    Attributes:
-        architecture: llama.cpp's name.
-        heads, kv_heads: the number of attention heads, and of key-value heads.
-        interleaved: whether the rows of q and k are interleaved (`reordered`).
-        names: transformers' names -> llama.cpp's.
-    """
-
-    architecture: str
+    architecture: str  # llama.cpp's name
     heads: int
     kv_heads: int
-    interleaved: bool
-    names: gguf.TensorNameMap
+    interleaved: bool  # the rows of q and k, see `reordered`
+    names: gguf.TensorNameMap  # transformers' names -> llama.cpp's
 
 
 def layout(config: PretrainedConfig) -> Layout:
@@ -45,13 +38,10 @@ def layout(config: PretrainedConfig) -> Layout:
     rope = config.rope_parameters or {}
     kind, part = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
     if kind not in ("default", "linear", "llama3") or part != 1.0:
-        raise ModelError(
-            f"GGUF: rotary embeddings of type {kind!r} on {part:.0%} of a head are not supported. {ALTERNATIVE}"
-        )
-    if config.hidden_act != "silu":
-        raise ModelError(
-            f"GGUF: llama.cpp does not support activation {config.hidden_act!r} in {family}. {ALTERNATIVE}"
-        )
+        rotary = f"rotary embeddings of type {kind!r} on {part:.0%} of a head"
+        raise ModelError(f"GGUF: {rotary} are not supported. {ALTERNATIVE}")
+    if (activation := config.hidden_act) != "silu":
+        raise ModelError(f"GGUF: llama.cpp does not support activation {activation!r} in {family}. {ALTERNATIVE}")
     architecture, interleaved = FAMILIES[family]
     names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], config.num_hidden_layers)
     return Layout(architecture, config.num_attention_heads, config.num_key_value_heads, interleaved, names)

@@ -35,15 +35,10 @@ COMPARED = (
 def write_model_gguf(base: Base, path: Path, dtype: str, adapter: AdapterFile | None = None) -> int:
     """Write a model, merged with an adapter if there is one, with one tensor in memory at a time.
 
-    Args:
-        dtype: of matrices: float32, float16 or bfloat16. Vectors are float32.
-
-    Returns:
-        The file's size in bytes.
+    Matrices are written in `dtype`, vectors in float32. Returns the file's size in bytes.
 
     Raises:
         ModelError: the family or the tokenizer is not supported; a weight is quantized or missing.
-        FilesError: the disk is full, or `path` can't be written.
     """
     model, tokenizer, shards = skeleton(base), load_tokenizer(base), weight_files(base)
     order, on_disk = layout(model.config), stored_names(model, stored_keys(shards))
@@ -124,11 +119,8 @@ def rope_frequencies(config: PretrainedConfig) -> Tensor | None:
 def verify_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None = None) -> dict | str:
     """Load the file with transformers and compare its logits with those of base (and adapter), in float32.
 
-    One model is in memory at a time.
-
-    Returns:
-        difference, allowed, largest_logit, positions; or the reason why nothing was compared: transformers does not read
-        everything from a GGUF that llama.cpp does.
+    One model is in memory at a time. Returns difference, allowed, largest_logit and positions; or the reason why nothing was
+    compared: transformers does not read everything from a GGUF that llama.cpp does.
 
     Raises:
         ModelError: the logits differ by more than rounding can explain.

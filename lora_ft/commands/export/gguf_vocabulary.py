@@ -32,10 +32,7 @@ ALTERNATIVE = "Export the adapter alone (without --merged), for use with a GGUF 
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Add the tokenizer, its special tokens and its chat template.
-
-    Args:
-        size: rows of the embedding; unused tokens fill the vocabulary up to it.
+    """Add the tokenizer, its special tokens and its chat template; unused tokens fill the vocabulary up to `size`.
 
     Raises:
         ModelError: the tokenizer is not supported.
@@ -63,14 +60,9 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase
         writer.add_token_merges([f"{left} {right}" for left, right in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    for add, token_id in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):
-        if token_id is not None:
-            add(token_id)
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+        if (token_id := getattr(tokenizer, name)) is not None:
+            getattr(writer, f"add_{name}")(token_id)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
@@ -90,11 +82,7 @@ def _kind(i: int, token: str, pieces: dict[int, str], added: dict[int, dict], sp
 
 
 def _split_name(state: dict[str, Any]) -> str:
-    """llama.cpp's name for the way in which a byte-level tokenizer splits text.
-
-    Raises:
-        ModelError: it has none.
-    """
+    """llama.cpp's name for the way in which a byte-level tokenizer splits text; a ModelError if it has none."""
     split = SPLITS.get(tuple(map(_step, _sequence(state["pre_tokenizer"], "pretokenizers"))))
     normalizers = [step["type"] for step in _sequence(state["normalizer"], "normalizers")]
     if split is None or normalizers not in ([], ["NFC"]) or bool(state["model"].get("ignore_merges")) != split[1]:
@@ -118,14 +106,10 @@ def _step(step: dict[str, Any]) -> str:
 
 
 def _prepends_space(state: dict[str, Any]) -> bool:
-    """Whether a sentencepiece-like tokenizer puts a space before the text.
-
-    Raises:
-        ModelError: it has a step that llama.cpp does not support.
-    """
-    normalizers, pre_tokenizers = state["normalizer"], state["pre_tokenizer"]
+    """Whether a sentencepiece-like tokenizer puts a space before the text; a ModelError if llama.cpp lacks a step of it."""
     prepends = False
-    for step in (*_sequence(normalizers, "normalizers"), *_sequence(pre_tokenizers, "pretokenizers")):
+    normalizers = _sequence(state["normalizer"], "normalizers")
+    for step in normalizers + _sequence(state["pre_tokenizer"], "pretokenizers"):
         match step:
             case {"type": "Prepend", "prepend": "▁"} | {"type": "Metaspace", "prepend_scheme": "first" | "always"}:
                 prepends = True

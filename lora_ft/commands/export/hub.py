@@ -24,9 +24,8 @@ def check(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as e:
-        raise ConfigError(
-            f"--push {repo}: not a valid repository name; it is owner/name. {str(e).splitlines()[0]}"
-        ) from e
+        why = str(e).splitlines()[0]
+        raise ConfigError(f"--push {repo}: not a valid repository name; it is owner/name. {why}") from e
     if is_offline_mode():
         raise ModelError(f"--push {repo}: HF_HUB_OFFLINE is set, so the hub can't be used. Unset it.")
     if not get_token():
@@ -59,9 +58,7 @@ def push(repo: str, files: dict[str, Path | bytes], public: bool) -> str:
         raise ModelError(f"--push {repo}: the hub refused the upload ({str(e).splitlines()[0]}). {hint}") from e
     except Exception as e:  # network errors have many classes
         if isinstance(e, OSError | RuntimeError | ValueError) or type(e).__module__.startswith(("httpx", "requests")):
-            why = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise ModelError(
-                f"--push {repo}: the hub can't be reached ({why}). The exported files are kept; try again."
-            ) from e
+            why = f"the hub can't be reached ({(str(e).strip() or type(e).__name__).splitlines()[0]})"
+            raise ModelError(f"--push {repo}: {why}. The exported files are kept; try again.") from e
         raise
     return str(url)

@@ -128,8 +128,7 @@ def stream_answer(served: Served, prompt: Prompt) -> Answer:
 
 def print_both(served: Served, prompt: Prompt) -> Answer:
     """Print the base's and the adapter's answers to the adapter's prompt, side by side in a terminal; return the adapter's."""
-    prompts = [prompt._replace(adapter=None), prompt]
-    names = [BASE, prompt.adapter or BASE]
+    prompts, names = [prompt._replace(adapter=None), prompt], [BASE, prompt.adapter or BASE]
     console = Console(highlight=False)
     if not console.is_terminal:
         answers = served.answer(prompts)

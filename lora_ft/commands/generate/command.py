@@ -57,12 +57,12 @@ def generate_command(
     first = next(iter(served.names), None)
     if prompts is not None:
         print_answers(served, prompts_of(served, rows, prompts, first), batch_size, as_json)
-    elif prompt is not None and as_json:
-        print_answers(served, [served.prompt(first, prompt, "--prompt")], 1, as_json)
-    elif prompt is not None:
-        stream_answer(served, served.prompt(first, prompt, "--prompt"))
-    else:
+    elif prompt is None:
         run_chat(served, first)
+    elif as_json:
+        print_answers(served, [served.prompt(first, prompt, "--prompt")], 1, as_json)
+    else:
+        stream_answer(served, served.prompt(first, prompt, "--prompt"))
 
 
 def find_adapters(
@@ -87,9 +87,8 @@ def find_adapters(
         trained = None if is_model(folder) else Trained.open(folder)
         if trained is None or trained.method == "full":
             if len(pairs) > 1 or base:
-                raise ConfigError(
-                    f"{folder}: a complete model, not an adapter. Give it alone, or as the --base of adapters."
-                )
+                text = "a complete model, not an adapter. Give it alone, or as the --base of adapters."
+                raise ConfigError(f"{folder}: {text}")
             return {}, str(folder)
         if name in found or name == BASE:
             raise ConfigError(f"two adapters named {printable(name)}: give names with --adapter NAME=DIR")

@@ -114,8 +114,7 @@ class Served:
     def answer(self, prompts: Sequence[Prompt], on_text: Callable[[list[str]], None] | None = None) -> list[Answer]:
         """Generate the answers to a batch of prompts, each with its own adapter.
 
-        Args:
-            on_text: called after every token with all texts so far.
+        on_text: called after every token with all texts so far.
         """
 
         def on_token(rows: list[Generated]) -> None:
@@ -127,9 +126,8 @@ class Served:
         if single:
             use(self.model, adapters[0])
         with nullcontext() if single else mixed(self.model, adapters):
-            rows = generate(
-                self.model, [p.ids for p in prompts], self.sampling, self.ends, on_token=on_token if on_text else None
-            )
+            ids, stream = [prompt.ids for prompt in prompts], on_token if on_text else None
+            rows = generate(self.model, ids, self.sampling, self.ends, on_token=stream)
         return [Answer(to_text(self.tokenizer, row.ids), len(row.ids) + row.ended, row.ended) for row in rows]
 
 
@@ -142,9 +140,8 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     """
     for trained in adapters.values():
         if trained.method != "lora":
-            raise ModelError(
-                f"{trained.folder}: of method {trained.method}; only LoRA adapters and complete models are served."
-            )
+            other = f"of method {trained.method}; only LoRA adapters and complete models are served."
+            raise ModelError(f"{trained.folder}: {other}")
     first = next(iter(adapters.values()), None)
     base_name = base_name or (first.base_name if first else None)
     if not base_name:
@@ -176,9 +173,8 @@ def override(config: GenerationConfig, *, greedy: bool, max_new_tokens: int | No
         config.max_new_tokens = max_new_tokens
     given = {name: value for name, value in sampling.items() if value is not None}
     if greedy and given:
-        raise ConfigError(
-            f"--greedy and --{next(iter(given)).replace('_', '-')}: give only one; greedy does not sample"
-        )
+        option = next(iter(given)).replace("_", "-")
+        raise ConfigError(f"--greedy and --{option}: give only one; greedy does not sample")
     config.do_sample = not greedy and (config.do_sample or bool(given))
     for name, value in given.items():
         setattr(config, name, value)
