@@ -36,9 +36,8 @@ def train(
     from lora_ft.core.errors import ConfigError
 
     if resume and overwrite:
-        raise ConfigError(
-            "--resume and --overwrite cannot be combined: --resume continues the run, --overwrite replaces it"
-        )
+        meanings = "--resume continues the run, --overwrite replaces it"
+        raise ConfigError(f"--resume and --overwrite cannot be combined: {meanings}")
     settings = load_config(config, set or ())
     silence_libraries()
     from lora_ft.distributed.launch import launch, processes_to_start

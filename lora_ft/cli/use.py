@@ -147,9 +147,8 @@ def merge(
     silence_libraries()
     from lora_ft.commands.merge import merge_command
 
-    merge_command(
-        adapter, base=base, output=output, verify=verify, trust=Trust(trust_remote_code, allow_pickle, other_base)
-    )
+    trust = Trust(trust_remote_code, allow_pickle, other_base)
+    merge_command(adapter, base=base, output=output, verify=verify, trust=trust)
 
 
 @command

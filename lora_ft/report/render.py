@@ -14,12 +14,9 @@ from lora_ft.report import charts
 
 def render(template: str, **values: Any) -> str:
     """A template of pages/ with these values, all of which are escaped."""
+    pages, strict = jinja2.PackageLoader("lora_ft.report", "pages"), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lora_ft.report", "pages"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=pages, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {"version": __version__, "plot": charts}
     return environment.get_template(template).render(**values)

@@ -36,12 +36,9 @@ def write_report(
 
 
 def write_run_report(run: RunData, page: Path | None = None) -> Path | None:
-    """Write a run's report into its folder, with curves.svg, or as `page` alone.
+    """Write a run's report into its folder, with curves.svg, or as `page` alone. Raises as `write_page`.
 
     Returns the path of the page; None if the run has neither a log nor a result.
-
-    Raises:
-        FilesError: another tool's file has that name, or the report can't be written.
     """
     if not run.log and not run.finished:
         return None
@@ -94,12 +91,7 @@ def _eval_note(run: RunData) -> str:
 
 
 def report_command(folders: Sequence[Path], page: Path | None) -> None:
-    """Write the report of a run, or one page that compares several, and print its path.
-
-    Raises:
-        ModelError: a folder does not contain a run.
-        FilesError: a run's record is damaged, or the page can't be written.
-    """
+    """Write the report of a run, or one page that compares several, and print its path. Raises as `read_run_data`."""
     runs = [read_run_data(folder) for folder in folders]
     if len(runs) == 1:
         page = write_run_report(runs[0], page)

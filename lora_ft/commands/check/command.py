@@ -58,7 +58,7 @@ def as_dict(result: Inspection) -> dict:
         facts["targets"] = {path: list(layer.rows) for path, layer in lora_layers(result.model).items()}
     facts["memory"] = result.memory.as_dict() if result.memory else None
     if result.timing:
-        facts["timing"] = result.timing.as_dict()
+        facts["timing"] = asdict(result.timing)
     errors = [{"exit_code": e.exit_code, "message": str(e)} for e in result.errors]
     return facts | {"warnings": result.warnings, "errors": errors}
 

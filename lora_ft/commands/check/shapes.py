@@ -81,19 +81,14 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
 
 
 def shape_config(shape: str, trust: Trust) -> PretrainedConfig:
-    """The transformers config of a named shape, a folder or a file.
-
-    Raises:
-        ModelError: it is none of these.
-    """
+    """The transformers config of a named shape, a folder or a file; a ModelError if it is none of these."""
     path = Path(shape).expanduser()
     if shape in SHAPES and not path.exists():
         return GPT2Config(vocab_size=50257, **SHAPES[shape])
     folder = path.parent if path.name == "config.json" else path
     if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"--shape {shape}: not a config.json, not a folder that has one, and not one of {', '.join(SHAPES)}."
-        )
+        names = ", ".join(SHAPES)
+        raise ModelError(f"--shape {shape}: not a config.json, not a folder that has one, and not one of {names}.")
     return load_model_config(Base(shape, folder, trusted_code=trust.remote_code))
 
 
@@ -110,10 +105,8 @@ def show(facts: dict, memory: dict[str, Memory], adapted: PreTrainedModel, confi
     display.heading(out, f"{facts['shape']}: {facts['base_parameters']:,} parameters, {facts['dtype']}")
     for line in display.target_lines(lora_layers(adapted)):
         out.print(line)
-    share, file = facts["trainable_share"], display.size(facts["adapter_bytes"])
-    out.print(
-        f"  rank {config.adapter.rank}: {facts['trainable_parameters']:,} trainable ({share:.4%}), {file} on disk"
-    )
+    trained = f"{facts['trainable_parameters']:,} trainable ({facts['trainable_share']:.4%})"
+    out.print(f"  rank {config.adapter.rank}: {trained}, {display.size(facts['adapter_bytes'])} on disk")
     title = f"GPU memory, rows of {facts['row_tokens']:,} tokens, Adam"
     table = Table("", title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("LoRA", "full fine-tuning"):

@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,10 +29,6 @@ class Timing:
     seconds_evaluating: float
     evaluations: int
     peak_memory_mb: float
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """For people."""

@@ -101,11 +101,7 @@ def compare_command(
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds in `0,1,2`.
-
-    Raises:
-        ConfigError: not whole numbers from 0, or one is given twice.
-    """
+    """The seeds in `0,1,2`; a ConfigError if they are not whole numbers from 0, or one is given twice."""
     try:
         seeds = [int(word) for word in text.split(",")]
     except ValueError:
@@ -162,11 +158,7 @@ def mark_skipped(result: VariantResult, failure: RunFailed) -> None:
 
 
 def _measured_latency(path: Path) -> dict[str, dict]:
-    """Hash of weights -> what benchmarks/latency.py has added to the compare.json of an earlier call.
-
-    Raises:
-        FilesError: the file is damaged or not from lora-ft.
-    """
+    """Hash of weights -> what benchmarks/latency.py has added to the compare.json of an earlier call."""
     result: dict = read_json(path, FilesError) if path.is_file() else {"made_by": "lora-ft"}
     if result.get("made_by") != "lora-ft":
         raise FilesError(f"{path}: is not from lora-ft. Give another folder: --output DIR.")

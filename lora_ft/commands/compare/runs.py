@@ -81,11 +81,7 @@ class Runner:
 
 
 def check_settings(output: Path, record: dict, config: Config) -> None:
-    """Check that resuming the run of `record` would give that of `config`.
-
-    Raises:
-        ConfigError: it would not; each setting is named.
-    """
+    """Check that resuming the run of `record` would give that of `config`; else a ConfigError names each setting."""
     differences = changes(record["config"], config)
     if lines := differences["result"] + differences["longer"]:
         settings = "\n".join(f"  {line}" for line in lines)

@@ -83,9 +83,8 @@ def make_variants(path: Path, overrides: Sequence[str], axes: Sequence[Axis]) ->
     """
     base = load_config(path, overrides)
     if base.data.eval is None:
-        raise ConfigError(
-            f"{path}: data.eval: compare needs eval data: a source, or a fraction of train to hold out (0.1)"
-        )
+        sources = "a source, or a fraction of train to hold out (0.1)"
+        raise ConfigError(f"{path}: data.eval: compare needs eval data: {sources}")
     keys = [axis.key for axis in axes]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise ConfigError(f"--vary {twice}: given twice; give all its values at once")
@@ -113,16 +112,12 @@ def applies_to(key: str, method: str) -> bool:
 
 
 def with_settings(config: Config, settings: dict[str, str]) -> Config:
-    """The config with other settings, and without those of another method.
-
-    Raises:
-        ConfigError: the result is not valid.
-    """
+    """The config with other settings, and without those of another method."""
     data = config.model_dump(mode="json")
     method = settings.get("adapter.method", config.adapter.method)
     data["adapter"] = {key: value for key, value in data["adapter"].items() if applies_to(f"adapter.{key}", method)}
-    named = ", ".join(f"{key}={value}" for key, value in settings.items())
-    return parse_config(data, [f"{key}={value}" for key, value in settings.items()], f"the config with {named}")
+    changes = [f"{key}={value}" for key, value in settings.items()]
+    return parse_config(data, changes, f"the config with {', '.join(changes)}")
 
 
 def final_config(variant: Variant, tuned: dict[str, str], seed: int, output: Path, evaluate_base: bool) -> Config:
@@ -170,14 +165,8 @@ def _selection(config: Config) -> tuple[str, str]:
 
 def _without_selection(metric: str, seed: int) -> dict:
     """Train settings of a run that ends with its last step, the only one that is evaluated."""
-    return {
-        "seed": seed,
-        "eval_steps": NEVER,
-        "load_best_model_at_end": False,
-        "early_stopping_patience": None,
-        "metric_for_best_model": metric,
-        "save_total_limit": 1,
-    }
+    no_selection = {"load_best_model_at_end": False, "early_stopping_patience": None, "metric_for_best_model": metric}
+    return no_selection | {"seed": seed, "eval_steps": NEVER, "save_total_limit": 1}
 
 
 def _with(config: Config, output: Path, **sections: dict) -> Config:

@@ -27,11 +27,7 @@ class Layout(NamedTuple):
 
 
 def layout(config: PretrainedConfig) -> Layout:
-    """The layout of a model with this config.
-
-    Raises:
-        ModelError: the family, or this variant of it, is not supported.
-    """
+    """The layout of a model with this config; a ModelError if the family, or this variant of it, is not supported."""
     family = config.model_type
     if family not in FAMILIES:
         raise ModelError(f"GGUF: architecture {family!r} is not supported, only {', '.join(FAMILIES)}. {ALTERNATIVE}")
@@ -48,11 +44,7 @@ def layout(config: PretrainedConfig) -> Layout:
 
 
 def gguf_name(layout: Layout, name: str) -> str:
-    """llama.cpp's name of a weight: blk.0.attn_q.weight for model.layers.0.self_attn.q_proj.weight.
-
-    Raises:
-        ModelError: it has none.
-    """
+    """llama.cpp's name of a weight: blk.0.attn_q.weight for model.layers.0.self_attn.q_proj.weight; else a ModelError."""
     new_name = layout.names.get_name(name, try_suffixes=(".weight", ".bias"))
     if new_name is None:
         raise ModelError(f"GGUF: llama.cpp has no {name} in architecture {layout.architecture}. {ALTERNATIVE}")

@@ -55,11 +55,7 @@ class Chat:
         return f"{self.active}: {self.served.formats[self.adapter].describe()}"
 
     def handle_command(self, command: str, argument: str) -> None:
-        """Execute a line such as `/adapter NAME`.
-
-        Raises:
-            ModelError: there is no such adapter.
-        """
+        """Execute a line such as `/adapter NAME`; a ModelError if there is no such adapter."""
         if command == "/reset":
             self.turns.clear()
         elif command == "/both" and self.beside is None:
@@ -80,11 +76,7 @@ class Chat:
             info(f"Unknown command {command}. " + (f"Did you mean {near}?" if near else "Try /help"))
 
     def handle_message(self, text: str) -> None:
-        """Print the answer to a message and keep both as turns.
-
-        Raises:
-            DataError: the message doesn't fit the prompt format, or the chat is too long.
-        """
+        """Print the answer to a message and keep both as turns; a DataError if it doesn't fit, see `Served.prompt`."""
         prompt = self.served.prompt(self.adapter, text, "this message", self.turns)
         answer = (print_both if self.both else stream_answer)(self.served, prompt)
         if self.served.formats[self.adapter].is_chat:

@@ -59,11 +59,7 @@ class PromptFormat:
         return self.from_columns({columns[0]: text})
 
     def from_columns(self, columns: dict[str, Any]) -> tuple[str, list[int]]:
-        """The prompt for a row's columns through the run's template.
-
-        Raises:
-            BadRow: a column is missing or empty.
-        """
+        """The prompt for a row's columns through the run's template; a BadRow if one is missing or empty."""
         assert self.template.prompt is not None
         return self._encode(renderer("prompt", self.template.prompt, self.template.label_names or {})(columns))
 
@@ -136,11 +132,7 @@ def prompt_format(data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, r
 
 
 def read_prompts(source: str) -> Iterator[SourceRow]:
-    """The rows of a prompts file; in a .txt file every line that is not blank is a prompt.
-
-    Raises:
-        DataError: the file can't be read, see `iter_rows`.
-    """
+    """The rows of a prompts file, as of `iter_rows`; in a .txt file every line that is not blank is a prompt."""
     path = Path(source).expanduser()
     if path.suffix.lower() != ".txt":
         yield from iter_rows(source)

@@ -75,11 +75,7 @@ class Served:
         return [name for name in self.formats if name is not None]
 
     def find_adapter(self, name: str | None) -> str | None:
-        """Return the adapter's name; None for "base" or None.
-
-        Raises:
-            ModelError: there is no such adapter; the message names the nearest.
-        """
+        """Return the adapter's name; None for "base" or None. A ModelError names the nearest if there is no such adapter."""
         if name is None or name == BASE:
             return None
         check_names(self.model, [name])
@@ -99,11 +95,7 @@ class Served:
         return prompt
 
     def check_length(self, prompt: Prompt) -> None:
-        """Check that prompt and answer fit into the model's positions.
-
-        Raises:
-            DataError: they don't.
-        """
+        """Check that prompt and answer fit into the model's positions; a DataError if they don't."""
         positions, new = position_limit(self.model), self.sampling.max_new_tokens
         if positions and len(prompt.ids) + new > positions:
             raise DataError(
@@ -164,11 +156,7 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
 
 
 def override(config: GenerationConfig, *, greedy: bool, max_new_tokens: int | None, **sampling: float | None) -> None:
-    """Apply the command line's options: any sampling setting switches sampling on, `greedy` switches it off.
-
-    Raises:
-        ConfigError: both are given.
-    """
+    """Apply the command line's options: any sampling setting switches sampling on, `greedy` off; both are a ConfigError."""
     if max_new_tokens is not None:
         config.max_new_tokens = max_new_tokens
     given = {name: value for name, value in sampling.items() if value is not None}
