@@ -132,11 +132,7 @@ def largest_id(examples: Examples) -> int:
 
 
 def held_out_count(population: int, amount: int | float) -> int:
-    """How many of `population` rows an amount of data.eval holds out: a count or, below 1, a fraction.
-
-    Raises:
-        DataError: none would be left on one side.
-    """
+    """How many of `population` rows an amount (a count or, below 1, a fraction) holds out; DataError if all or none."""
     count = amount if isinstance(amount, int) else max(1, round(population * amount))
     if not 0 < count < population:
         raise DataError(f"data.eval: holding out {amount} of {population:,} usable rows leaves one side empty.")

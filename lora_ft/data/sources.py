@@ -62,11 +62,7 @@ def iter_rows(source: str) -> Iterator[SourceRow]:
 
 
 def content_hash(source: str) -> str:
-    """SHA-256 of a file's bytes; of a hub data set's fingerprint, which identifies its revision and split.
-
-    Raises:
-        DataError: the file or data set cannot be read.
-    """
+    """SHA-256 of a file's bytes; of a hub data set's fingerprint, which identifies its revision and split. Raises DataError."""
     if not is_local(source):
         return hashlib.sha256(_load_hub(source)._fingerprint.encode()).hexdigest()
     path = _data_file(source)

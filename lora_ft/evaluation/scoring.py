@@ -4,6 +4,7 @@ A classification compares the label words' summed log-probabilities after the pr
 lm-evaluation-harness does).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -103,20 +104,18 @@ def score(
         NumbersError: a log-probability is NaN or infinite.
     """
     packing = RowPacking(micro_batch_tokens, isolation is Isolation.ONE_PER_ROW)
-    scores = Scores(examples=len(dataset))
+    choices = len(dataset[0]["choices"]) if len(dataset) else 0
+    scores = Scores(len(dataset), confusion=[[0] * choices for _ in range(choices)])
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=None)
     block = 256 * shard.world_size  # examples sorted by length at a time: well-filled rows in constant memory
-    choices = len(dataset[0]["choices"]) if len(dataset) else 0
-    scores.confusion = [[0] * choices for _ in range(choices)]
     for start in range(0, len(dataset), block):
         lengths = [len(ids) for ids in dataset[start : start + block]["input_ids"]]
         examples = [dataset[start + i] for i in split_evenly(lengths, shard.world_size)[shard.rank]]
         by_sequence: dict[tuple[int, tuple[int, ...]], list[_Query]] = {}
-        for index, example in enumerate(examples):
-            for query in _queries(index, example):
-                by_sequence.setdefault((index, tuple(query.ids)), []).append(query)
+        for query in itertools.chain.from_iterable(_queries(i, example) for i, example in enumerate(examples)):
+            by_sequence.setdefault((query.example, tuple(query.ids)), []).append(query)
         sequences = list(by_sequence.values())
         choice_logprobs = [[0.0] * len(e["choices"]) for e in examples]
         rows = packing.rows([len(s[0].ids) for s in sequences])
@@ -154,19 +153,15 @@ def _log_probabilities(
 ) -> Iterator[tuple[_Query, list[float]]]:
     """The queries of one row of sequences (queries of the same sequence are grouped), each with its log-probabilities."""
     lengths = [len(queries[0].ids) for queries in row]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    starts = itertools.accumulate(lengths[:-1], initial=0)
     wanted = [
-        (start + position, target)
-        for start, queries in zip(starts, row, strict=True)
-        for query in queries
-        for position, target in zip(query.positions, query.targets, strict=True)
+        start + i for start, queries in zip(starts, row, strict=True) for query in queries for i in query.positions
     ]
-    positions = sorted({position for position, _ in wanted})
-    index = {position: i for i, position in enumerate(positions)}
     inputs = flat_row([queries[0].ids for queries in row], model.device)
-    keep = torch.tensor(positions, device=model.device)
-    kept_rows = torch.tensor([index[position] for position, _ in wanted], device=model.device)  # (wanted,)
-    targets = torch.tensor([target for _, target in wanted], device=model.device)  # (wanted,)
+    positions = torch.tensor(wanted, dtype=torch.long, device=model.device)
+    keep, kept_rows = positions.unique(return_inverse=True)  # (kept,), (wanted,)
+    following = [target for queries in row for query in queries for target in query.targets]
+    targets = torch.tensor(following, dtype=torch.long, device=model.device)  # (wanted,)
     logprobs, start = torch.empty(len(wanted), device=model.device), 0
     with isolation.row(model, lengths):
         for logits in logits_in_chunks(model, **inputs, keep=keep):  # (chunk, vocabulary)

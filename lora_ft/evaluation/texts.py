@@ -4,6 +4,7 @@ The arithmetic is sacrebleu's and rouge-score's; this module only passes them pr
 """
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
@@ -89,8 +90,6 @@ def generate_texts(
         check=check,
     )
     own = [to_text(tokenizer, row.ids).strip() for row in generated]
-    texts = [""] * len(prompts.ids)
-    for indices, part in zip(parts, processes.all_gather(own) if split else [own], strict=True):
-        for i, text in zip(indices, part, strict=True):
-            texts[i] = text
-    return texts
+    texts = itertools.chain.from_iterable(processes.all_gather(own) if split else [own])
+    by_prompt = dict(zip(itertools.chain.from_iterable(parts), texts, strict=True))
+    return [by_prompt[i] for i in range(len(prompts.ids))]

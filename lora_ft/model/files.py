@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from lora_ft.model.hub import cached_commit, snapshot
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # no pickles (unless allowed), no other frameworks
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 
@@ -189,20 +191,14 @@ def stored_dtype(base: Base) -> torch.dtype:
     """The dtype of the largest floating-point tensor on disk (float32 for a GGUF, which is dequantized)."""
     if base.gguf:
         return torch.float32
-    largest, dtype = -1, torch.float32
-    for path in base.pickles:
-        for tensor in _unpickled(path).values():
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() > largest:
-                largest, dtype = tensor.numel(), tensor.dtype
+    tensors = [x for path in base.pickles for x in _unpickled(path).values() if isinstance(x, torch.Tensor)]
+    sizes = [(x.numel(), x.dtype) for x in tensors if x.is_floating_point()]
     for path in () if base.pickles else weight_files(base):
         with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                view = file.get_slice(name)
-                size = torch.Size(view.get_shape()).numel()
-                kind = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(view.get_dtype())
-                if kind is not None and size > largest:
-                    largest, dtype = size, kind
-    return dtype
+            for view in map(file.get_slice, file.keys()):
+                if dtype := SAFETENSORS_DTYPES.get(view.get_dtype()):
+                    sizes.append((math.prod(view.get_shape()), dtype))
+    return max(sizes, key=lambda size: size[0], default=(0, torch.float32))[1]
 
 
 def _unpickled(path: Path) -> dict:
