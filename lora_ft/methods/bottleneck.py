@@ -76,9 +76,8 @@ def load(model: PreTrainedModel, trained: Trained) -> None:
     sizes = {name.removesuffix(".down.weight"): len(D) for name, D in tensors.items() if name.endswith(".down.weight")}
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     if unknown := sorted(sizes.keys() - linear):
-        raise ModelError(
-            f"{folder / WEIGHTS}: {unknown[0]} is not a linear layer of this model. Is it of another model?"
-        )
+        problem = f"{unknown[0]} is not a linear layer of this model. Is it of another model?"
+        raise ModelError(f"{folder / WEIGHTS}: {problem}")
     insert(model, sizes, nonlinearity_of(folder, config))
     tensor_files.copy_tensors(folder / WEIGHTS, parameters(model), tensors)
 
@@ -93,11 +92,7 @@ def load_into(model: PreTrainedModel, trained: Trained) -> None:
 
 
 def nonlinearity_of(folder: Path, config: dict) -> str:
-    """The nonlinearity in a bottleneck's config.
-
-    Raises:
-        ModelError: it is missing or unknown.
-    """
+    """The nonlinearity in a bottleneck's config; ModelError if it is missing or unknown."""
     if config.get("nonlinearity") not in NONLINEARITIES:
         raise ModelError(f"{folder / tensor_files.CONFIG}: nonlinearity must be one of {', '.join(NONLINEARITIES)}.")
     return config["nonlinearity"]

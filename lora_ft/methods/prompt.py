@@ -66,20 +66,17 @@ def save(
 
 def load(model: PreTrainedModel, trained: Trained) -> None:
     """Add the trained virtual tokens; inputs without their ids (`virtual_ids`) are computed by the bare base."""
-    prompt = read(trained)
-    width = model.get_input_embeddings().weight.shape[1]
+    prompt, width = read(trained), model.get_input_embeddings().weight.shape[1]
     if prompt.shape[1] != width:
-        raise ModelError(
-            f"{trained.folder / WEIGHTS}: {KEY} has shape {tuple(prompt.shape)}, the model needs (n, {width})."
-        )
+        shape = tuple(prompt.shape)
+        raise ModelError(f"{trained.folder / WEIGHTS}: {KEY} has shape {shape}, the model needs (n, {width}).")
     insert(model, prompt.to(model.device))
 
 
 def load_into(model: PreTrainedModel, trained: Trained) -> None:
     """Copy the trained vectors into the virtual tokens of `model`."""
-    tensor_files.copy_tensors(
-        trained.folder / WEIGHTS, {KEY: model.get_input_embeddings().prompt}, {KEY: read(trained)}
-    )
+    ours = {KEY: model.get_input_embeddings().prompt}
+    tensor_files.copy_tensors(trained.folder / WEIGHTS, ours, {KEY: read(trained)})
 
 
 def bare(model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -88,11 +85,7 @@ def bare(model: PreTrainedModel) -> AbstractContextManager[None]:
 
 
 def read(trained: Trained) -> Tensor:
-    """The trained vectors (n, width), float32, of lora-ft's or PEFT's files.
-
-    Raises:
-        ModelError: the files are damaged, or are not those of prompt tuning.
-    """
+    """The trained vectors (n, width), float32, of lora-ft's or PEFT's files; ModelError if they are not prompt tuning's."""
     config, tensors = tensor_files.read(trained)
     prompt = tensors.get(KEY)
     if prompt is None or len(tensors) > 1 or prompt.dim() != 2 or len(prompt) != config.get("num_virtual_tokens"):

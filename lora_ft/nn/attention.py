@@ -40,12 +40,7 @@ class Isolation(Enum):
 
     @classmethod
     def detect(cls, model: PreTrainedModel, longest: int) -> "Isolation":
-        """The best way that isolates examples on this model, found by computing with it.
-
-        Args:
-            model: with its weights.
-            longest: tokens of the longest example it will be given.
-        """
+        """The best way that isolates examples of up to `longest` tokens, found by computing with the loaded model."""
         if not _frequencies_follow_length(model, longest):
             for way in (cls.ATTENTION, cls.MASK):
                 if (way is cls.MASK or model._supports_attention_backend) and isolates(model, way):
@@ -143,9 +138,8 @@ def _attention_in_one_call(query, key, value, lengths, scaling, sliding_window) 
     window = (-1 if sliding_window is None else sliding_window - 1, 0)  # keys before the query, keys after it
     gqa = q.shape[1] != k.shape[1]
     longest = max(lengths)
-    return varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa)[
-        None
-    ]
+    y = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa)
+    return y[None]
 
 
 @functools.lru_cache(maxsize=1)  # the same for every layer of the model
@@ -203,8 +197,7 @@ def flat_row(examples: Sequence[Sequence[int]], device: torch.device | str = "cp
 @torch.no_grad()
 def isolates(model: PreTrainedModel, isolation: Isolation) -> bool:
     """Whether three short random examples in one row get the same logits as each alone."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    generator, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
     examples = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (5, 3, 7)]
     was_training = model.training
     model.eval()
@@ -214,8 +207,7 @@ def isolates(model: PreTrainedModel, isolation: Isolation) -> bool:
         alone = torch.cat([model(**flat_row([e], model.device), use_cache=False).logits[0].float() for e in examples])
     finally:
         model.train(was_training)
-    exact = model.dtype is torch.float32 and model.device.type == "cpu"  # a GPU may use TF32
-    tolerance = 1e-3 if exact else 0.1
+    tolerance = 1e-3 if model.dtype is torch.float32 and model.device.type == "cpu" else 0.1  # a GPU may use TF32
     return bool((together - alone).abs().max() <= tolerance * alone.abs().max())
 
 

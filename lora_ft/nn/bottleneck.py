@@ -4,11 +4,11 @@ y = f(x) is the output of a frozen layer f; D (size, width) projects it down, U 
 so the layer starts as its base (the paper starts near zero); D starts Kaiming-uniform, so that U has a gradient.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lora_ft.nn.lora import draw_
 
 NONLINEARITIES = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -33,10 +33,8 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(parameter)
 
     def start(self, generator: torch.Generator | None) -> None:
-        """Draw D (size, width) on the CPU, so that a seed gives the same D on any device."""
-        drawn = torch.empty(self.down.weight.shape, dtype=torch.float32, device="cpu")
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-        self.down.weight.data.copy_(drawn)
+        """Draw D as at the start of a training."""
+        draw_(self.down.weight, generator)
 
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)

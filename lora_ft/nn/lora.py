@@ -53,7 +53,7 @@ class RowBlocks(NamedTuple):
 class LoRALinear(nn.Module):
     """A frozen nn.Linear or Hugging Face Conv1D with a trainable low-rank update.
 
-    Create it with `from_base`; `merged` returns a plain layer of the base's class.
+    A and B are zero until `start`, or until a file's are copied into them. `merged` returns a layer of the base's class.
 
     Attributes:
         base: the frozen layer, unchanged; `weight` and `bias` are the base's.
@@ -77,24 +77,10 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.ParameterDict((p, torch.zeros(rank, self.in_features, **zeros)) for p in self.rows)
         self.lora_B = nn.ParameterDict((p, torch.zeros(r.size, rank, **zeros)) for p, r in self.rows.items())
 
-    @classmethod
-    def from_base(
-        cls,
-        base: nn.Linear | Conv1D,
-        rank: int,
-        alpha: float,
-        *,
-        rslora: bool = False,
-        rows: dict[str, RowBlocks] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> "LoRALinear":
-        """Adapt `base`: A is Kaiming-uniform, drawn on the CPU so that a seed gives the same A on any device; B is zero."""
-        layer = cls(base, rank, scaling(rank, alpha, rslora), rows)
-        for A in layer.lora_A.values():
-            drawn = torch.empty(A.shape, dtype=torch.float32)
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            A.data.copy_(drawn)
-        return layer
+    def start(self, generator: torch.Generator | None = None) -> None:
+        """Draw A as at the start of a training."""
+        for A in self.lora_A.values():
+            draw_(A, generator)
 
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
@@ -203,11 +189,9 @@ class InputDropout:
     """
 
     def __init__(self, p: float):
-        self.p = p
-        self.readers = 0
+        self.p, self.readers, self._left = p, 0, 0
         self._x: weakref.ref[Tensor] | None = None
         self._mask: Tensor | None = None
-        self._left = 0
 
     def mask(self, x: Tensor) -> Tensor:
         """A boolean mask in the shape of x, True (keep) with probability 1 - p; the same for every reader of this x."""
@@ -219,6 +203,13 @@ class InputDropout:
         if self._left == 0:  # every reader has it: free its memory before the next step
             self._x = self._mask = None
         return mask
+
+
+@torch.no_grad()
+def draw_(weight: Tensor, generator: torch.Generator | None) -> None:
+    """Kaiming-uniform values, drawn on the CPU so that a seed gives the same ones on any device."""
+    drawn = torch.empty(weight.shape, dtype=torch.float32, device="meta" if weight.is_meta else "cpu")
+    weight.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
 
 
 def scaling(rank: int, alpha: float, rslora: bool = False) -> float:

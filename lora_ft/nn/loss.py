@@ -6,7 +6,6 @@ applies the head, with its scaling (Cohere, Granite) or capping (Gemma 2) of log
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +43,9 @@ def supervised_loss(
     hidden = supervised_hidden(model, input_ids, position_ids, keep)
     head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
     if not hidden.requires_grad and not head:
-        return sum(_head_losses(model, hidden, targets), hidden.new_zeros((), dtype=torch.float32))
+        pairs = zip(chunks(hidden), chunks(targets), strict=True)
+        losses = (summed_loss(head_logits(model, h), t) for h, t in pairs)
+        return sum(losses, hidden.new_zeros((), dtype=torch.float32))
     return _ChunkedLoss.apply(hidden, model, targets, *head)
 
 
@@ -83,9 +84,12 @@ def supervised_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: T
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (tokens, vocabulary) of hidden states (tokens, width): the model's forward with these as the body's output."""
-    with _body_returns(model, hidden[None]):
-        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    ids, body = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device), body_of(model)
+    body.forward = lambda *_, **__: BodyOutput(last_hidden_state=hidden[None])
+    try:
         return model(input_ids=ids, use_cache=False).logits.squeeze(0)
+    finally:
+        del body.forward  # the class's own again
 
 
 def chunks(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -96,21 +100,6 @@ def chunks(tensor: Tensor) -> tuple[Tensor, ...]:
 def body_of(model: PreTrainedModel) -> nn.Module:
     """The module whose output is the input of the head."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-
-
-@contextmanager
-def _body_returns(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    body = body_of(model)
-    body.forward = lambda *_, **__: BodyOutput(last_hidden_state=hidden)
-    try:
-        yield
-    finally:
-        del body.forward  # the class's own again
-
-
-def _head_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
-    for h, t in zip(chunks(hidden), chunks(targets), strict=True):
-        yield summed_loss(head_logits(model, h), t)
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -48,11 +48,7 @@ class MultiLoRALinear(nn.Module):
     bias = property(lambda self: self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out). After `mix` the first dimension is a multiple of the number of names (beams, for one).
-
-        Raises:
-            ValueError: the first dimension is not a multiple of it.
-        """
+        """x (..., in) -> (..., out). After `mix` the first dimension is a multiple of the number of names (beams, for one)."""
         if not self.enabled:
             return self.base(x)
         if self._name in self.adapters:
@@ -109,9 +105,7 @@ class Group(NamedTuple):
 def groups(adapters: dict[str, LoRALinear], names: Sequence[str | None]) -> list[Group]:
     """One group for each set of output rows: the q and v parts of a fused projection make two.
 
-    Args:
-        adapters: name -> this adapter's layer.
-        names: the adapter of each row of the batch.
+    adapters: name -> this adapter's layer. names: the adapter of each row of the batch.
     """
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
@@ -130,10 +124,7 @@ def group(
 ) -> Group:
     """Stack one part of each adapter, in the base's dtype; B times its scaling.
 
-    Args:
-        output: the rows of the output that these parts change.
-        parts: adapter -> part.
-        members: adapter -> its rows of the batch.
+    parts: adapter -> the part that changes the rows `output`. members: adapter -> its rows of the batch.
     """
     layers = [adapters[name] for name in parts]
     rank = max(layer.rank for layer in layers)

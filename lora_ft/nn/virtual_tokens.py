@@ -13,7 +13,7 @@ class VirtualTokens(nn.Module):
     """A frozen input embedding with n more rows, which train.
 
     Attributes:
-        base: the frozen embedding of V ids.
+        base: the frozen embedding of V ids; `num_embeddings` (V) and `weight` (V, width) are the base's.
         prompt: (n, width), float32 whatever the base's dtype.
     """
 
@@ -27,15 +27,8 @@ class VirtualTokens(nn.Module):
         """The ids of the virtual tokens, in order."""
         return list(range(self.num_embeddings, self.num_embeddings + len(self.prompt)))
 
-    @property
-    def num_embeddings(self) -> int:
-        """V, the number of the base's ids."""
-        return self.base.num_embeddings
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's embeddings (V, width)."""
-        return self.base.weight
+    num_embeddings = property(lambda self: self.base.num_embeddings)
+    weight = property(lambda self: self.base.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) -> vectors (..., width), in the base's dtype."""

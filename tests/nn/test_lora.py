@@ -33,7 +33,8 @@ def build(parts=None, *, conv=False, bias=True, dtype=torch.float32, seed=0, alp
     base = Conv1D(OUT, IN) if conv else nn.Linear(IN, OUT, bias=bias)
     for parameter in base.parameters():
         parameter.data.normal_(generator=g)
-    layer = LoRALinear.from_base(base.to(dtype), RANK, alpha, rows=parts, generator=g)
+    layer = LoRALinear(base.to(dtype), RANK, lora.scaling(RANK, alpha), parts)
+    layer.start(g)
     for B in layer.lora_B.values():
         B.data.normal_(generator=g)
     return layer
@@ -333,14 +334,16 @@ def test_a_dead_input_is_not_mistaken_for_a_new_one(monkeypatch):
 
 def test_a_starts_kaiming_uniform_and_b_zero():
     base = nn.Linear(400, 50)
-    layer = LoRALinear.from_base(base, 16, 32, generator=torch.Generator().manual_seed(0))
+    layer = LoRALinear(base, 16, 2.0)
+    layer.start(torch.Generator().manual_seed(0))
     A, B = layer.lora_A[ALL_ROWS], layer.lora_B[ALL_ROWS]
     bound = 1 / math.sqrt(400)  # sqrt(6 / ((1 + a^2) fan_in)) with a = sqrt(5)
     assert A.shape == (16, 400) and B.shape == (50, 16)
     assert A.abs().max() <= bound and A.abs().max() > 0.99 * bound
     assert abs(A.std().item() - bound / math.sqrt(3)) < 0.02 * bound
     assert B.abs().max() == 0
-    again = LoRALinear.from_base(base, 16, 32, generator=torch.Generator().manual_seed(0))
+    again = LoRALinear(base, 16, 2.0)
+    again.start(torch.Generator().manual_seed(0))
     assert torch.equal(again.lora_A[ALL_ROWS], A)
 
 

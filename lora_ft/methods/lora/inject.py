@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.targets import find_targets
-from lora_ft.nn.lora import InputDropout, LoRALinear
+from lora_ft.nn.lora import InputDropout, LoRALinear, scaling
 from lora_ft.nn.multi_lora import MultiLoRALinear
 
 SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles whose modules in a layer have the same input tensor
@@ -56,7 +56,8 @@ def inject_lora(
     model.requires_grad_(False)
     for target in adapted:
         base = model.get_submodule(target.module)
-        layer = LoRALinear.from_base(base, rank, alpha, rslora=rslora, rows=target.rows, generator=generator)
+        layer = LoRALinear(base, rank, scaling(rank, alpha, rslora), target.rows)
+        layer.start(generator)
         model.set_submodule(target.module, layer.train(base.training))
     if dropout:
         set_dropout(model, dropout)

@@ -73,9 +73,8 @@ def merge_adapter(
             storage.require_space(output.parent, 8 * model.num_parameters())  # two float32 copies, for a while
             source = as_safetensors(base, tokenizer, staged / ".base")
         elif getattr(model.config, "quantization_config", None):
-            raise ModelError(
-                f"model {base.name}: an adapter can't be merged into quantized weights. Name the full-precision model."
-            )
+            problem = "an adapter can't be merged into quantized weights. Name the full-precision model."
+            raise ModelError(f"model {base.name}: {problem}")
         else:
             source = base
         shards = weight_files(source)
@@ -160,18 +159,10 @@ def merged_record(adapter: AdapterFile, base: Base, other_base: bool, report: di
         "format": 1,
         "kind": "merged",
         **{key: trained[key] for key in kept if key in trained},
-        "base": {
-            "name": base.name,
-            "revision": base.revision,
-            "fingerprint": base.fingerprint,
-            "dtype": report["dtype"],
-        },
+        "base": {key: getattr(base, key) for key in ("name", "revision", "fingerprint")} | {"dtype": report["dtype"]},
         "other_base": other_base and trained_on not in (None, base.fingerprint),
         "adapter": {"name": adapter.folder.resolve().name, "sha256": storage.sha256(adapter.folder / WEIGHTS)},
-        "merge": {
-            **report,
-            "matrix_errors": errors,
-            "verified": ["matrices", *(["logits"] if report["logits"] else [])],
-        },
+        "merge": report
+        | {"matrix_errors": errors, "verified": ["matrices", *(["logits"] if report["logits"] else [])]},
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
     }

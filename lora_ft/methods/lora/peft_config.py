@@ -95,11 +95,7 @@ def _alpha(path: Path, key: str, value: object) -> None:
 
 
 def by_pattern(path: Path, patterns: dict | None, module: str, default):
-    """The value of the first pattern that matches the end of the module's path (PEFT's `get_pattern_key`), or `default`.
-
-    Raises:
-        ModelError: a pattern is not a valid regular expression.
-    """
+    """The value of the first pattern that matches the end of the module's path (PEFT's `get_pattern_key`), or `default`."""
     for pattern, value in (patterns or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
@@ -112,15 +108,8 @@ def by_pattern(path: Path, patterns: dict | None, module: str, default):
 def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] | None:
     """The modules that PEFT would adapt with this config (its `check_target_module_exists`).
 
-    Args:
-        names: the paths of the model's linear modules.
-        head: the path of the output head.
-
-    Returns:
-        A subset of `names`; None if the config leaves the choice to PEFT's table of architectures.
-
-    Raises:
-        ModelError: a pattern is not a valid regular expression.
+    A subset of `names`, the paths of the linear modules, of which `head` is the output head. None if the config leaves the
+    choice to PEFT's table of architectures. ModelError if a pattern is not a valid regular expression.
     """
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
     if wanted is None:
@@ -140,18 +129,16 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
         if not layers or isinstance(wanted, str):
             return True
         matches = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns)
-        first = next((m for m in matches if m), None)
-        return first is not None and int(first["index"]) in layers
+        return next((int(match["index"]) in layers for match in matches if match), False)
 
     try:
         return {name for name in names if chosen(name)}
     except (re.error, RecursionError) as e:
-        raise ModelError(
-            f"{CONFIG}: a pattern of target_modules, exclude_modules or layers_pattern is invalid: {e}."
-        ) from e
+        where = "target_modules, exclude_modules or layers_pattern"
+        raise ModelError(f"{CONFIG}: a pattern of {where} is invalid: {e}.") from e
 
 
 def _named(patterns: str | list[str], name: str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(name == p or name.endswith(f".{p}") for p in patterns)
+    return any(f".{name}".endswith(f".{p}") for p in patterns)

@@ -101,17 +101,11 @@ def per_head(config: PretrainedConfig) -> dict[str, RowBlocks]:
 
 
 def falcon(config: PretrainedConfig) -> dict[str, RowBlocks]:
-    """Three layouts: by key-value head, multi-query (one k and one v), or by head."""
+    """Three layouts: by key-value head, multi-query (one k and one v), or by head. GPTBigCode has the last two."""
     heads, d = config.num_attention_heads, head_dim(config)
-    if config.new_decoder_architecture:  # each key-value head after its query heads
+    if getattr(config, "new_decoder_architecture", False):  # each key-value head after its query heads
         return fused(config.num_kv_heads, q=heads // config.num_kv_heads * d, k=d, v=d)
     return fused(1, q=heads * d, k=d, v=d) if config.multi_query else per_head(config)
-
-
-def gpt_bigcode(config: PretrainedConfig) -> dict[str, RowBlocks]:
-    """Multi-query (one k and one v), or by head."""
-    d = head_dim(config)
-    return fused(1, q=config.hidden_size, k=d, v=d) if config.multi_query else per_head(config)
 
 
 def codegen(config: PretrainedConfig) -> dict[str, RowBlocks]:
@@ -141,9 +135,12 @@ ATTENTION = attention("self_attn", "o_proj")
 MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 GATE_UP = {"gate up": "mlp.gate_up_proj", "down": "mlp.down_proj"}
 PLAIN_MLP = {"up": "mlp.up_proj", "down": "mlp.down_proj"}
+FFN = {"up": "ffn.up_proj", "down": "ffn.down_proj"}
 FC12 = {"up": "fc1", "down": "fc2"}
 OUT_PROJ = attention("self_attn", "out_proj")
-C_ATTN = {"q k v": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+C_FC = {"up": "mlp.c_fc", "down": "mlp.c_proj"}
+FC_IN = {"up": "mlp.fc_in", "down": "mlp.fc_out"}
+C_ATTN = {"q k v": "attn.c_attn", "o": "attn.c_proj"} | C_FC
 
 
 def query_key_value(path: str) -> dict[str, str]:
@@ -163,32 +160,22 @@ TABLE: dict[str, Family] = {
     **dict.fromkeys(LLAMA_LIKE.split(), Family("model.layers", ATTENTION | MLP)),
     **dict.fromkeys(["apertus", "arcee", "jais2", "nemotron"], Family("model.layers", ATTENTION | PLAIN_MLP)),
     "gemma3": Family("model.language_model.layers", ATTENTION | MLP),  # with its vision tower
-    "starcoder2": Family("model.layers", ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}),
+    "starcoder2": Family("model.layers", ATTENTION | C_FC),
     "nanochat": Family("model.layers", ATTENTION | {"up": "mlp.fc1", "down": "mlp.fc2"}),
     "phi": Family("model.layers", attention("self_attn", "dense") | {"up": "mlp.fc1", "down": "mlp.fc2"}),
     "opt": Family("model.decoder.layers", OUT_PROJ | FC12),
     "xglm": Family("model.layers", OUT_PROJ | FC12),
     "biogpt": Family("biogpt.layers", OUT_PROJ | FC12),
-    "gpt_neo": Family(
-        "transformer.h", attention("attn.attention", "out_proj") | {"up": "mlp.c_fc", "down": "mlp.c_proj"}
-    ),
-    "gptj": Family("transformer.h", attention("attn", "out_proj") | {"up": "mlp.fc_in", "down": "mlp.fc_out"}),
+    "gpt_neo": Family("transformer.h", attention("attn.attention", "out_proj") | C_FC),
+    "gptj": Family("transformer.h", attention("attn", "out_proj") | FC_IN),
     "gpt2": Family("transformer.h", C_ATTN, thirds),
-    "gpt_bigcode": Family("transformer.h", C_ATTN, gpt_bigcode),
+    "gpt_bigcode": Family("transformer.h", C_ATTN, falcon),
     "gpt_neox": Family("gpt_neox.layers", query_key_value("attention"), per_head),
     "bloom": Family("transformer.h", query_key_value("self_attention"), per_head),
     "falcon": Family("transformer.h", query_key_value("self_attention"), falcon),
     "persimmon": Family("model.layers", query_key_value("self_attn"), per_head),
-    "codegen": Family(
-        "transformer.h",
-        {"q k v": "attn.qkv_proj", "o": "attn.out_proj", "up": "mlp.fc_in", "down": "mlp.fc_out"},
-        codegen,
-    ),
-    "mpt": Family(
-        "transformer.blocks",
-        {"q k v": "attn.Wqkv", "o": "attn.out_proj", "up": "ffn.up_proj", "down": "ffn.down_proj"},
-        thirds,
-    ),
+    "codegen": Family("transformer.h", {"q k v": "attn.qkv_proj", "o": "attn.out_proj"} | FC_IN, codegen),
+    "mpt": Family("transformer.blocks", {"q k v": "attn.Wqkv", "o": "attn.out_proj"} | FFN, thirds),
     "phi3": Family("model.layers", {"q k v": "self_attn.qkv_proj", "o": "self_attn.o_proj"} | GATE_UP, phi3),
     "glm": Family("model.layers", ATTENTION | GATE_UP, gate_up),
     "glm4": Family("model.layers", ATTENTION | GATE_UP, gate_up),

@@ -29,12 +29,7 @@ class Edit:
 
 
 def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Name in memory -> name on disk, for tensors that are not stored as a part of another.
-
-    Args:
-        model: may be on the meta device.
-        keys: the names on disk.
-    """
+    """Name in memory -> name on disk (one of `keys`), for tensors that are not stored as a part of another."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -64,7 +59,7 @@ def plan_edits(model: PreTrainedModel, stored: dict[str, str], modules: Iterable
     """The tensors to write for adapters on `modules`, and whether this unties the head from the embedding.
 
     Raises:
-        ModelError: weights of adapted modules are not on disk, or not as separate tensors; all are listed.
+        ModelError: weights of adapted modules are not on disk as separate tensors; all are listed.
     """
     edits, absent, unties = [], [], False
     for module in modules:
@@ -78,11 +73,9 @@ def plan_edits(model: PreTrainedModel, stored: dict[str, str], modules: Iterable
         if name in stored:  # if only the head's name is on disk, the embedding now needs its own tensor
             edits += [Edit(source, name_on_disk(model, p), None) for p in tied_to if p not in stored]
     if absent:
-        raise ModelError(
-            f"the base's files have no separate tensor for {', '.join(absent[:10])}"
-            + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
-            + ": this architecture stores them in another layout, so the adapter can't be merged on disk."
-        )
+        names = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+        problem = "this architecture stores them in another layout, so the adapter can't be merged on disk."
+        raise ModelError(f"the base's files have no separate tensor for {names}: {problem}")
     return edits, unties
 
 
