@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from lora_ft.config.schema import AdapterConfig
 from lora_ft.core.errors import ModelError
 from lora_ft.methods import tensor_files
-from lora_ft.methods.lora.files import WEIGHTS
+from lora_ft.methods.lora.files import CONFIG, WEIGHTS
 from lora_ft.methods.lora.inject import disabled
 from lora_ft.methods.lora.targets import find_targets
-from lora_ft.methods.trained import Trained
+from lora_ft.methods.trained import Saved, Trained
 from lora_ft.nn.bottleneck import NONLINEARITIES, Bottleneck
 from lora_ft.nn.lora import dimensions
 
@@ -61,9 +61,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def save(
-    model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], dict]:
+def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:
     """Write the bottlenecks' tensors, and a config with their size and nonlinearity."""
     first = next(iter(bottlenecks(model).values()))
     config = {"method": "bottleneck", "bottleneck_size": first.down.out_features, "nonlinearity": first.nonlinearity}
@@ -72,30 +70,30 @@ def save(
 
 def load(model: PreTrainedModel, trained: Trained) -> None:
     """Put the trained bottlenecks on the base."""
-    folder, (config, tensors) = trained.folder, tensor_files.read(trained)
+    tensors, path = tensor_files.read(trained), trained.folder / WEIGHTS
     sizes = {name.removesuffix(".down.weight"): len(D) for name, D in tensors.items() if name.endswith(".down.weight")}
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     if unknown := sorted(sizes.keys() - linear):
-        problem = f"{unknown[0]} is not a linear layer of this model. Is it of another model?"
-        raise ModelError(f"{folder / WEIGHTS}: {problem}")
-    insert(model, sizes, nonlinearity_of(folder, config))
-    tensor_files.copy_tensors(folder / WEIGHTS, parameters(model), tensors)
+        raise ModelError(f"{path}: {unknown[0]} is not a linear layer of this model. Is it of another model?")
+    insert(model, sizes, nonlinearity_of(trained))
+    tensor_files.copy_tensors(path, parameters(model), tensors)
 
 
 def load_into(model: PreTrainedModel, trained: Trained) -> None:
     """Copy the trained bottlenecks into those of `model`, which must have the same modules, sizes and nonlinearity."""
-    folder, (config, tensors) = trained.folder, tensor_files.read(trained)
+    tensors = tensor_files.read(trained)
     ours = next(iter(bottlenecks(model).values())).nonlinearity
-    if (theirs := nonlinearity_of(folder, config)) != ours:
-        raise ModelError(f"{folder / tensor_files.CONFIG}: its nonlinearity is {theirs}, this run's is {ours}.")
-    tensor_files.copy_tensors(folder / WEIGHTS, parameters(model), tensors)
+    if (theirs := nonlinearity_of(trained)) != ours:
+        raise ModelError(f"{trained.folder / CONFIG}: its nonlinearity is {theirs}, this run's is {ours}.")
+    tensor_files.copy_tensors(trained.folder / WEIGHTS, parameters(model), tensors)
 
 
-def nonlinearity_of(folder: Path, config: dict) -> str:
+def nonlinearity_of(trained: Trained) -> str:
     """The nonlinearity in a bottleneck's config; ModelError if it is missing or unknown."""
-    if config.get("nonlinearity") not in NONLINEARITIES:
-        raise ModelError(f"{folder / tensor_files.CONFIG}: nonlinearity must be one of {', '.join(NONLINEARITIES)}.")
-    return config["nonlinearity"]
+    nonlinearity = trained.adapter_config.get("nonlinearity")
+    if nonlinearity not in NONLINEARITIES:
+        raise ModelError(f"{trained.folder / CONFIG}: nonlinearity must be one of {', '.join(NONLINEARITIES)}.")
+    return nonlinearity
 
 
 def bare(model: nn.Module) -> AbstractContextManager[None]:

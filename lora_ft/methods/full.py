@@ -20,7 +20,7 @@ from lora_ft.config.schema import AdapterConfig
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.tensor_files import copy_tensors
-from lora_ft.methods.trained import Trained
+from lora_ft.methods.trained import Saved, Trained
 from lora_ft.model.files import SINGLE
 
 # The base's weights of each model that `load` changed, in the order of its parameters
@@ -33,9 +33,7 @@ def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer
     return "every weight"
 
 
-def save(
-    model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], dict]:
+def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:
     """Write the files that `save_pretrained` would, each one atomically; weights on the CPU are written without a copy."""
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in ignored}

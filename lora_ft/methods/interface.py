@@ -17,7 +17,7 @@ from lora_ft.config.schema import AdapterConfig
 from lora_ft.methods import bottleneck, full, prompt
 from lora_ft.methods.lora import method as lora
 from lora_ft.methods.prompt import virtual_ids
-from lora_ft.methods.trained import Trained
+from lora_ft.methods.trained import Saved, Trained
 
 __all__ = ["METHODS", "bare", "virtual_ids"]
 
@@ -28,28 +28,19 @@ class Method(Protocol):
     def inject(
         self, model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase
     ) -> str:
-        """Prepare a bare base for training, in place: only what trains has requires_grad.
+        """Prepare a bare base for training, in place: only what trains has requires_grad. Returns a text ("60 modules").
 
         Args:
             model: on any device; also meta, to see whether it can be done.
             seed: for the initial values of added parameters.
             tokenizer: the base's, for the prompt's initial text.
 
-        Returns:
-            What was adapted, in words ("60 modules").
-
         Raises:
             ConfigError, ModelError: the method, or a setting of it, does not fit this architecture.
         """
 
-    def save(
-        self, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[str], dict]:
-        """Write what was trained into an existing folder; of an absolute path `base_name` only the last part is written.
-
-        Returns:
-            The names of the files, and what the record must contain for them.
-        """
+    def save(self, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:
+        """Write what was trained into an existing folder; of an absolute path `base_name` only the last part is written."""
 
     def load(self, model: PreTrainedModel, trained: Trained) -> None:
         """Put what was trained on a bare base, for inference.

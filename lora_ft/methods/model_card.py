@@ -37,13 +37,7 @@ EXPORTS = {  # kind of export -> the Hub's library, the relation to the base in 
 
 
 def export_card(kind: str, base_name: str, file: str) -> str:
-    """The card of an export that has none, as Markdown with a YAML head.
-
-    Args:
-        kind: a key of EXPORTS.
-        base_name: without a path of the machine.
-        file: the name of the exported file or folder.
-    """
+    """The card of an export that has none, as Markdown with a YAML head. kind: a key of EXPORTS. file: or folder, its name."""
     (library, relation, usage), on_hub = EXPORTS[kind], not is_local(base_name)
     data = ModelCardData(
         base_model=base_name if on_hub else None,
@@ -85,11 +79,10 @@ The base has no name on the Hub here. Before you publish this, add it to the hea
 def head(record: dict) -> ModelCardData:
     """The Hub's metadata. Local bases and data are left out, and scores on local data with them."""
     data, base = record["config"]["data"], record["base"]["name"]
-    hub_id = {
-        s: s.split("@")[0].split(":")[0] for s in _sources(data, "train") + _sources(data, "eval") if not is_local(s)
-    }
-    trained_on = sorted({hub_id[s] for s in _sources(data, "train") if s in hub_id})
-    scored_on = [hub_id.get(s) for s in _sources(data, "eval")]
+    train, evaluation = _sources(data, "train"), _sources(data, "eval")
+    hub_id = {s: s.split("@")[0].split(":")[0] for s in train + evaluation if not is_local(s)}
+    trained_on = sorted({hub_id[s] for s in train if s in hub_id})
+    scored_on = [hub_id.get(s) for s in evaluation]
     metrics = {HUB_METRIC[k]: v for k, v in record.get("metrics", {}).items() if k in HUB_METRIC}
     results = [
         EvalResult("text-generation", scored_on[0], scored_on[0], name, round(value, 6))

@@ -14,7 +14,7 @@ from lora_ft.config.schema import AdapterConfig
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.methods import tensor_files
 from lora_ft.methods.lora.files import WEIGHTS
-from lora_ft.methods.trained import Trained
+from lora_ft.methods.trained import Saved, Trained
 from lora_ft.nn.virtual_tokens import VirtualTokens
 
 KEY = "prompt_embeddings"
@@ -46,9 +46,7 @@ def insert(model: PreTrainedModel, start: Tensor) -> None:
     model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), start))
 
 
-def save(
-    model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], dict]:
+def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:
     """Write the virtual tokens' vectors (n, width), and PEFT's config."""
     prompt, config = model.get_input_embeddings().prompt, model.config.get_text_config()
     peft_config = {
@@ -86,9 +84,9 @@ def bare(model: PreTrainedModel) -> AbstractContextManager[None]:
 
 def read(trained: Trained) -> Tensor:
     """The trained vectors (n, width), float32, of lora-ft's or PEFT's files; ModelError if they are not prompt tuning's."""
-    config, tensors = tensor_files.read(trained)
+    tensors, n = tensor_files.read(trained), trained.adapter_config.get("num_virtual_tokens")
     prompt = tensors.get(KEY)
-    if prompt is None or len(tensors) > 1 or prompt.dim() != 2 or len(prompt) != config.get("num_virtual_tokens"):
+    if prompt is None or len(tensors) > 1 or prompt.dim() != 2 or len(prompt) != n:
         raise ModelError(f"{trained.folder / WEIGHTS}: must have {KEY} alone, one row for each of num_virtual_tokens.")
     return prompt
 

@@ -24,8 +24,8 @@ def write(folder: Path, base_name: str, tensors: Mapping[str, Tensor], config: d
     return [WEIGHTS, CONFIG]
 
 
-def read(trained: Trained) -> tuple[dict, dict[str, Tensor]]:
-    """The config, and name -> tensor, float32.
+def read(trained: Trained) -> dict[str, Tensor]:
+    """Name -> tensor, float32.
 
     Raises:
         ModelError: the tensors' file is missing or damaged, or a tensor is not floating-point or not finite.
@@ -35,7 +35,7 @@ def read(trained: Trained) -> tuple[dict, dict[str, Tensor]]:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not is_finite(tensor):
             raise ModelError(f"{path}: {name} ({tensor.dtype}) is not floating-point, or contains NaN or inf.")
-    return trained.adapter_config, {name: tensor.float() for name, tensor in tensors.items()}
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

@@ -26,6 +26,10 @@ from lora_ft.methods.lora.peft_config import CONFIG
 from lora_ft.model.files import Base, digest, resolve
 from lora_ft.model.load import tokenizer_hash
 
+Saved = tuple[
+    list[str], dict[str, Any]
+]  # the names of the files that were saved, and what the record must contain for them
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -72,7 +76,7 @@ class Trained:
 
     @property
     def base_name(self) -> str | None:
-        """The base that the folder names, a hub id or a local folder."""
+        """The base that the folder names, a hub id or a local folder; None if it names none."""
         return self._recorded_base.get("name") or self.adapter_config.get("base_model_name_or_path")
 
     def base(self, name: str | None = None, trust: Trust = NO_TRUST, revision: str | None = None) -> Base:
@@ -95,12 +99,9 @@ class Trained:
     def check(
         self, base: Base, tokenizer: PreTrainedTokenizerBase | None, other_base: bool, name: str | None = None
     ) -> None:
-        """Check that this is the base, and the tokenizer, of the training.
+        """Check that this is the base, and the tokenizer (None: has none), of the training; `other_base` only warns.
 
-        Args:
-            tokenizer: None for a base without one.
-            other_base: warn instead of refusing.
-            name: for messages, where there are several adapters.
+        Messages name one of several adapters with `name`.
 
         Raises:
             ModelError: the weights (both fingerprints are named) or the tokenizer are different.

@@ -33,10 +33,7 @@ def fuse_gelu(model: PreTrainedModel) -> None:
 def keep_gate_and_up(model: nn.Module) -> int:
     """Make the gated MLPs of `model` keep only gate(x) and up(x), in place; outputs stay the same to the bit.
 
-    Gradient checkpointing keeps neither, and needs no such change.
-
-    Returns:
-        The number of MLPs changed.
+    Gradient checkpointing keeps neither, and needs no such change. Returns the number of MLPs changed.
     """
     mlps = [(mlp, names) for mlp in model.modules() if (names := _gated(mlp))]
     for mlp, names in mlps:

@@ -15,10 +15,7 @@ from lora_ft.nn.lora import dimensions
 
 
 def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear | Conv1D]:
-    """Check that the adapter's modules and shapes fit `model`, which may be on the meta device.
-
-    Returns:
-        Path -> module, for all linear modules of the base.
+    """Check that the adapter fits `model`, which may be on meta. Returns path -> module of all linear modules of the base.
 
     Raises:
         ModelError: modules are missing or unexpected (with both lists), or a tensor has the wrong shape (with both shapes).

@@ -117,9 +117,8 @@ def apply_adapter(
     if name is not None and trainable:
         raise ValueError("adapters by name are for inference: load the one to train without a name")
     if lora_layers(model) or (name is None and adapter_names(model)):
-        raise ModelError(
-            "the model has an adapter already: load the base again, or merge the adapter, or load every adapter by name"
-        )
+        way_out = "load the base again, or merge the adapter, or load every adapter by name"
+        raise ModelError(f"the model has an adapter already: {way_out}")
     linear = check_against(model, adapter)
     check_copies(model, adapter)
     model.requires_grad_(False)
@@ -160,10 +159,8 @@ def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
             theirs = f"rank {parts.rank}, parts {', '.join(parts.rows)}" if parts else f"rank {A.shape[0]}"
             undivided = ALL_ROWS not in layer.rows and (not parts or ALL_ROWS in parts.rows)
             way_out = _undivided_hint(module) if undivided else "Make rank and targets the same."
-            raise ModelError(
-                f"{path}: {module} has {theirs}; this run adapts it with rank {layer.rank}, "
-                f"parts {', '.join(layer.rows)}. {way_out}"
-            )
+            ours_in_words = f"rank {layer.rank}, parts {', '.join(layer.rows)}"
+            raise ModelError(f"{path}: {module} has {theirs}; this run adapts it with {ours_in_words}. {way_out}")
     for module, (A, B) in adapter.tensors.items():
         layer = layers[module]
         from_peft_matrices(layer, A, B, path, module)

@@ -30,7 +30,7 @@ def inject_lora(
     layers: Sequence[int] | None = None,
     seed: int | None = None,
 ) -> list[str]:
-    """Freeze `model` and replace the modules that `find_targets` finds by LoRA layers, in place.
+    """Freeze `model` and replace modules by LoRA layers, in place. Returns the paths of the adapted modules.
 
     B is zero, so the model's outputs do not change.
 
@@ -41,9 +41,6 @@ def inject_lora(
         alpha: s is alpha / rank, or alpha / sqrt(rank) with `rslora`.
         dropout: the probability of dropping an input of A in training; in [0, 1).
         seed: determines A, whatever the global random state; None draws from it.
-
-    Returns:
-        The paths of the adapted modules.
 
     Raises:
         ConfigError, ModelError: see `find_targets`.

@@ -50,14 +50,12 @@ def merge_adapter(
 ) -> dict:
     """Write base + adapter as a plain model to `output` and verify it; after a failure or a kill there is no `output`.
 
-    Dtypes, sharding, tokenizer and generation config stay. An adapter on a tied head unties it (with a message).
+    Dtypes, sharding, tokenizer and generation config stay. An adapter on a tied head unties it (with a message). Returns
+    modules, dtype, matrix_error, logits (a dict, or None), untied, bytes, seconds, peak_memory_mb.
 
     Args:
         verify: compare logits, for which complete models are loaded one after the other; the record tells.
         other_base: allow a base that the adapter was not trained on.
-
-    Returns:
-        modules, dtype, matrix_error, logits (a dict, or None), untied, bytes, seconds, peak_memory_mb.
 
     Raises:
         ModelError: adapter or base is damaged, they don't fit each other, or the verification fails.

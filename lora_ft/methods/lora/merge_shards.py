@@ -47,13 +47,9 @@ def check_stored_copies(
 def write_shards(
     shards: list[Path], staged: Path, edits: list[Edit], adapter: AdapterFile, progress: bool
 ) -> tuple[dict[str, float], dict[str, torch.dtype]]:
-    """Write each shard with its edited tensors, and the index if there is one.
+    """Write each shard with its edited tensors, and the index if there is one; see `merged` and `finite` for errors.
 
-    Returns:
-        Module -> largest error of its products (see `matrix_error`), and module -> stored dtype.
-
-    Raises:
-        ModelError: a tensor can't be merged (see `merged`), or contains NaN or inf.
+    Returns module -> largest error of its products (see `matrix_error`), and module -> stored dtype.
     """
     by_source: dict[str, list[Edit]] = {}
     for edit in edits:

@@ -8,14 +8,12 @@ from lora_ft.config.schema import AdapterConfig
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS, apply_adapter, initialize_from, parts_record, save_adapter
 from lora_ft.methods.lora.inject import bare, inject_lora
 from lora_ft.methods.lora.peft import read_adapter
-from lora_ft.methods.trained import Trained
+from lora_ft.methods.trained import Saved, Trained
 
 __all__ = ["bare", "inject", "load", "load_into", "save"]
 
 
-def inject(
-    model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None
-) -> str:
+def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: object) -> str:
     """Add LoRA layers; see `inject_lora`."""
     adapted = inject_lora(
         model,
@@ -31,9 +29,7 @@ def inject(
     return f"{len(adapted)} modules"
 
 
-def save(
-    model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], dict]:
+def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:
     """Write PEFT's two files; the record gets the parts of each module."""
     save_adapter(model, folder, base_name)
     return [WEIGHTS, CONFIG], {"slices": parts_record(model)}

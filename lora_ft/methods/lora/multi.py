@@ -37,9 +37,8 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     layers = shared_layers(model)
     for path, layer in layers.items():
         if "experts" in path.split(".") and not layer.adapters.keys().isdisjoint(names):
-            raise ModelError(
-                f"{path}: an expert's input is tokens without their rows, so a batch can't mix adapters there"
-            )
+            reason = "an expert's input is tokens without their rows, so a batch can't mix adapters there"
+            raise ModelError(f"{path}: {reason}")
     try:
         for layer in layers.values():
             layer.mix(names)

@@ -23,6 +23,8 @@ from lora_ft.nn.lora import RowBlocks, scaling
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+REFUSED = {r"\.lora_embedding_": "LoRA on an embedding", r"\.lora_magnitude_vector": "DoRA"}
+REFUSED |= {r"\.lora_[AB]\.bias$": "trained biases (lora_bias)"}
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,8 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tenso
     for key in sorted(tensors):
         if match := KEY.fullmatch(key):
             pairs.setdefault(match[1], {})[match[2]] = tensors[key]
-        elif ".lora_embedding_" in key:
-            raise ModelError(f"{path}: {key}: LoRA on an embedding can't be applied here. Merge it with PEFT.")
-        elif ".lora_magnitude_vector" in key:
-            raise ModelError(f"{path}: {key}: DoRA can't be applied here. Merge it with PEFT.")
-        elif re.search(r"\.lora_[AB]\.bias$", key):
-            raise ModelError(f"{path}: {key}: trained biases (lora_bias) can't be applied here. Merge it with PEFT.")
+        elif kind := next((words for pattern, words in REFUSED.items() if re.search(pattern, key)), None):
+            raise ModelError(f"{path}: {key}: {kind} can't be applied here. Merge it with PEFT.")
         elif key.startswith(PREFIX) and ".lora_" not in key:
             copies[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensors[key]
         else:
@@ -151,13 +149,11 @@ def _read_parts(path: Path, record: dict, tensors: dict, scalings: dict[str, flo
             rank, s = entry["rank"], float(entry["scaling"])
             rows = {part: RowBlocks(*map(int, numbers)) for part, numbers in entry["parts"].items()}
             parts[module] = Parts(int(rank), rows)
-            fits = all(
-                min(r) >= 0 and r.blocks * r.width == B.shape[0] and 0 < r.length <= r.width - r.start
-                for r in rows.values()
-            )
+            inside = [min(r) >= 0 and 0 < r.length <= r.width - r.start for r in rows.values()]
+            fits = all(inside) and {r.blocks * r.width for r in rows.values()} == {B.shape[0]}
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise ModelError(f"{path}: slices of {module} can't be read ({e!r}).") from e
-        if not fits or not rows or not 1 <= parts[module].rank <= A.shape[0] // len(rows):
+        if not fits or not 1 <= parts[module].rank <= A.shape[0] // len(rows):
             raise ModelError(f"{path}: slices of {module} don't fit A {tuple(A.shape)} and B {tuple(B.shape)}.")
         if not math.isclose(s, scalings[module], rel_tol=1e-6):
             raise ModelError(f"{path}: {module} has scaling {s} here and {scalings[module]} in {CONFIG}.")

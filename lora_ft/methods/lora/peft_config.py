@@ -40,9 +40,8 @@ def check_config(path: Path, config: dict) -> None:
         if config.get(key):
             raise ModelError(f"{path}: the adapter uses {what}, which can't be applied here. Merge it with PEFT.")
     if config.get("bias") not in (None, "none"):
-        raise ModelError(
-            f"{path}: bias is {config['bias']!r}: trained biases can't be applied here. Merge it with PEFT."
-        )
+        bias = f"bias is {config['bias']!r}: trained biases"
+        raise ModelError(f"{path}: {bias} can't be applied here. Merge it with PEFT.")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise ModelError(f"{path}: task_type is {config['task_type']!r}; only CAUSAL_LM is supported.")
     init = config.get("init_lora_weights")
@@ -58,13 +57,13 @@ def check_config(path: Path, config: dict) -> None:
             raise ModelError(f"{path}: {key} must be a table of patterns.")
         for pattern, value in (config.get(key) or {}).items():
             check(path, f"{key}[{pattern!r}]", value)
-    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+    text, number = (str, "string"), (int, "number")
+    kinds = {"target_modules": text, "exclude_modules": text, "layers_pattern": text, "layers_to_transform": number}
+    for key, (kind, name) in kinds.items():
         value = config.get(key)
-        if not (value is None or isinstance(value, str) or _all(value, str)):
-            raise ModelError(f"{path}: {key} must be a string or a list of strings.")
-    value = config.get("layers_to_transform")
-    if not (value is None or isinstance(value, int) or _all(value, int)):
-        raise ModelError(f"{path}: layers_to_transform must be a number or a list of numbers.")
+        values = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(v, kind) for v in values):
+            raise ModelError(f"{path}: {key} must be a {name} or a list of {name}s.")
     # A method of a later PEFT is switched on by true or a table; a number or a name is a setting of one that is off.
     known = {"auto_mapping", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"}
     known |= {"rank_pattern", "alpha_pattern", "use_rslora", "inference_mode", "fan_in_fan_out", "init_lora_weights"}
@@ -72,10 +71,6 @@ def check_config(path: Path, config: dict) -> None:
     for key in sorted(config.keys() - known):
         if config[key] is True or (isinstance(config[key], dict) and config[key]):
             raise ModelError(f"{path}: unknown setting {key}: {config[key]!r}; it may change what the adapter does.")
-
-
-def _all(value: object, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(v, kind) for v in value)
 
 
 def file_rank(parts: dict[str, dict]) -> int:

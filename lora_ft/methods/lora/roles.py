@@ -39,17 +39,15 @@ class Architecture(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        layers: the path of the list of layers.
-        modules: a role, or the roles that one module computes ("q k v") -> the module's path within a layer.
-        fused: config -> the rows of each role that shares its module.
-    """
-
-    layers: str
-    modules: dict[str, str]
-    fused: Callable[[PretrainedConfig], dict[str, RowBlocks]] = lambda config: {}
+    layers: str  # the path of the list of layers
+    modules: dict[
+        str, str
+    ]  # a role, or the roles that one module computes ("q k v") -> the module's path within a layer
+    fused: Callable[[PretrainedConfig], dict[str, RowBlocks]] = (
+        lambda config: {}
+    )  # -> rows of roles that share a module
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:

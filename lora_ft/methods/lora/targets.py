@@ -45,10 +45,8 @@ def find_targets(
     for path in by_name(model, linear, modules, layers):
         whole = RowBlocks.all(outputs(linear[path]))
         if whole not in parts.setdefault(path, {ALL_ROWS: whole}).values():
-            roles = ", ".join(parts[path])
-            raise ModelError(
-                f"modules: {path} is adapted by `targets` already (its {roles} rows): remove one of the two"
-            )
+            rows = f"{', '.join(parts[path])} rows"
+            raise ModelError(f"modules: {path} is adapted by `targets` already (its {rows}): remove one of the two")
     if not parts:
         raise ModelError("nothing to adapt: `targets` and `modules` are both empty, or `layers` is")
     for path in parts:

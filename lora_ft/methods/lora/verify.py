@@ -72,9 +72,7 @@ def compare_logits(
     eps of the largest one; a correct merge meets the first condition with a difference of 0, and one that lacks the adapter
     of a single matrix of 60 (B normal, std 0.02) exceeds it 7 to 19 times.
 
-    Args:
-        dtypes: module -> the dtype that its merged weight is stored in.
-        rows: token ids.
+    dtypes: module -> the dtype that its merged weight is stored in. rows: token ids.
 
     Raises:
         ModelError: a condition does not hold; with the difference, the limit and the position.
