@@ -26,9 +26,8 @@ from lora_ft.methods.lora.peft_config import CONFIG
 from lora_ft.model.files import Base, digest, resolve
 from lora_ft.model.load import tokenizer_hash
 
-Saved = tuple[
-    list[str], dict[str, Any]
-]  # the names of the files that were saved, and what the record must contain for them
+# What a method's `save` returns: the names of the files, and what the record must contain for them
+Saved = tuple[list[str], dict[str, Any]]
 
 
 @dataclass(frozen=True)

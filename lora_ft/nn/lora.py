@@ -181,7 +181,8 @@ class InputDropout:
     """Dropout on the input of A, with one mask for all layers that read the same tensor.
 
     q, k and v of a layer read one x, as do gate and up: they share this object and with it a mask, which is drawn once. (PEFT
-    draws a mask for each; the expectation is the same.) p: the probability of dropping an element. readers: their number.
+    draws a mask for each; the expectation is the same.) `p`: the probability of dropping an element; `readers`: the number of
+    layers that share this object.
     """
 
     def __init__(self, p: float):

@@ -153,6 +153,7 @@ def merged_record(adapter: AdapterFile, base: Base, other_base: bool, report: di
     trained = adapter.trained.record
     trained_on = (trained.get("base") or {}).get("fingerprint")
     kept = ("config", "tokenizer", "data", "seed", "trainable_parameters")
+    verified = ["matrices", "logits"] if report["logits"] else ["matrices"]
     return {
         "format": 1,
         "kind": "merged",
@@ -160,7 +161,6 @@ def merged_record(adapter: AdapterFile, base: Base, other_base: bool, report: di
         "base": {key: getattr(base, key) for key in ("name", "revision", "fingerprint")} | {"dtype": report["dtype"]},
         "other_base": other_base and trained_on not in (None, base.fingerprint),
         "adapter": {"name": adapter.folder.resolve().name, "sha256": storage.sha256(adapter.folder / WEIGHTS)},
-        "merge": report
-        | {"matrix_errors": errors, "verified": ["matrices", *(["logits"] if report["logits"] else [])]},
+        "merge": report | {"matrix_errors": errors, "verified": verified},
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
     }

@@ -39,15 +39,11 @@ class Architecture(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A row of the table."""
+    """A row of the table: the path of the list of layers, the modules in a layer, the rows of roles that share a module."""
 
-    layers: str  # the path of the list of layers
-    modules: dict[
-        str, str
-    ]  # a role, or the roles that one module computes ("q k v") -> the module's path within a layer
-    fused: Callable[[PretrainedConfig], dict[str, RowBlocks]] = (
-        lambda config: {}
-    )  # -> rows of roles that share a module
+    layers: str
+    modules: dict[str, str]  # a role, or the roles of one module ("q k v") -> the module's path
+    fused: Callable[[PretrainedConfig], dict[str, RowBlocks]] = lambda config: {}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
