@@ -329,9 +329,11 @@ def running(tmp_path):
     folder = write_run(tmp_path, config=LONG)
     command = [sys.executable, "-m", "lora_ft", "train", "config.yaml", "--processes", "2"]
     launcher = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while not (folder / "out/log.jsonl").exists():
-        assert time.monotonic() < until and launcher.poll() is None, launcher.communicate()
+        if time.monotonic() > until or launcher.poll() is not None:
+            launcher.kill()  # else reading its output would wait for its end
+            raise AssertionError(launcher.communicate())
         time.sleep(0.05)
     yield launcher, children(launcher.pid), folder
     launcher.kill()
