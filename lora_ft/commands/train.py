@@ -21,10 +21,8 @@ from lora_ft.evaluation.evaluate import evaluator
 from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.model.device import prepare_device
-from lora_ft.nn.attention import Isolation
 from lora_ft.report.write import write_report
 from lora_ft.training import resume as resuming
-from lora_ft.training.checkpoint import State
 from lora_ft.training.output import append_log, clear, locked
 from lora_ft.training.progress import trackers
 from lora_ft.training.saving import Saver
@@ -40,11 +38,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         Stopped: a signal came; what was done is saved.
     """
     output, started, is_main = Path(config.output), time.perf_counter(), processes.is_main()
-    with (
-        processes.silence_other_ranks(),
-        Stopper() as stopper,
-        locked(output) if is_main else nullcontext(),
-    ):
+    with processes.silence_other_ranks(), Stopper() as stopper, locked(output) if is_main else nullcontext():
         # ---- open: the processes, and what the output holds ----
         stopper.hint = resume_hint(started="--overwrite" not in sys.argv)
         config = with_accelerate_settings(config)
@@ -63,14 +57,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
             check_installed(config.generation.metrics)
         with processes.local_main_first():
             setup.read_files()
-        for name, examples in {"data": setup.train_set, **_titled(setup.eval_sets)}.items():
-            info(f"{name}: {examples.report.summary()}")
         model, plan, state = setup.model, setup.plan, setup.state
-        trainable, total = setup.parameters
-        share = f"{trainable:,} trainable parameters ({trainable / total:.2%} of the model)"
-        info(f"{config.adapter.method}: {setup.dry_run[1]}, {share}")
-        if setup.isolation is Isolation.ONE_PER_ROW:
-            info("this model's RoPE depends on the longest position, so examples cannot share a row (slower)")
+        setup.print_summary()
         evaluate = evaluator(
             model, setup.tokenizer, setup.eval_sets, config, setup.isolation, setup.row_tokens, setup.shard
         )
@@ -83,27 +71,15 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         elif is_main:
             clear(output)  # with --overwrite a run; else at most the log of one killed before its first checkpoint
         stopper.hint = resume_hint(started=True)
-        saver = Saver(output, model, setup.tokenizer, record, config.train.save_total_limit)
-        if state and is_main:
-            saver.continue_from(state)
-
-        def evaluation(step: int) -> dict:
-            saver.evaluations[step] = evaluate(stopper.check)
-            return saver.evaluations[step]
-
-        def save(state: State, best_step: int | None) -> None:
-            if is_main:
-                state.values["micro_batch_tokens"] = setup.row_tokens
-                saver.save(state, best_step)
-
+        saver = Saver(output, setup, record, partial(evaluate, stopper.check))
         args.max_steps = len(plan)
         trainer = LoRATrainer(
             model=model,
             args=args,
             plan=plan,
             isolation=setup.isolation,
-            evaluation=evaluation if setup.eval_sets else None,
-            save=save,
+            evaluation=saver.evaluate if setup.eval_sets else None,
+            save=saver.save,
             log_line=lambda line: append_log(output, line) if is_main else None,
             patience=config.train.early_stopping_patience,
             stopper=stopper,
@@ -164,7 +140,3 @@ def _samples(setup: RunSetup, seconds: float) -> Callable[[], list[dict]] | None
         return None
     template = template_of(setup.config.data).chat_template
     return partial(generate_samples, setup.model, setup.tokenizer, first, seconds, template)
-
-
-def _titled(eval_sets: dict) -> dict:
-    return {f"eval {name}".strip(): examples for name, examples in eval_sets.items()}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from lora_ft.core.errors import FilesError
-from lora_ft.core.storage import read_json, read_tensors, write_json, write_tensors
+from lora_ft.core.run_folder import RECORD
+from lora_ft.core.storage import read_json, read_tensors, verify_manifest, write_json, write_tensors
 from lora_ft.methods.lora.inject import trainable
 
 TENSORS, JSON = "state.safetensors", "state.json"
@@ -164,3 +165,12 @@ class State:
 
 def _inner(optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether all files of a checkpoint match its manifest."""
+    try:
+        verify_manifest(folder, read_json(folder / RECORD, FilesError)["files"], FilesError)
+    except (FilesError, KeyError):
+        return False
+    return True

@@ -9,9 +9,8 @@ from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
 from lora_ft.core.messages import info, warn
 from lora_ft.data.examples import Examples
 from lora_ft.methods.trained import is_trained, read_record
-from lora_ft.training.checkpoint import State
+from lora_ft.training.checkpoint import State, is_intact
 from lora_ft.training.output import check_foreign, check_removable, truncate_log
-from lora_ft.training.saving import is_intact
 
 
 def find_starting_point(output: Path, config: Config, resume: bool, overwrite: bool) -> Path | None:

@@ -1,48 +1,61 @@
 """Writing a run to disk: its checkpoints, and the adapter at its end."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError
 from lora_ft.core.messages import warn
-from lora_ft.core.storage import atomic_folder, read_json, require_space, verify_manifest, write_file
+from lora_ft.core.storage import atomic_folder, require_space, write_file
+from lora_ft.distributed import processes
 from lora_ft.methods.interface import METHODS
 from lora_ft.methods.lora.files import write_record
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.methods.model_card import CARD, model_card
 from lora_ft.methods.trained import Trained
 from lora_ft.training import checkpoint
+from lora_ft.training.checkpoint import is_intact
 from lora_ft.training.output import log_size, rotate
+from lora_ft.training.setup import RunSetup
 
 SMALL_FILES = 2**20  # bytes at most for record, card and configs
 
 
-@dataclass
 class Saver:
-    """Writes checkpoints and the final adapter of a run.
+    """Writes checkpoints and the final adapter of a run, and keeps the metrics that belong to them.
 
-    Attributes:
-        evaluations: step -> metrics; of earlier processes only those of the best step.
+    Args:
+        output: the run's folder.
+        setup: the run.
+        record: its record before the first step.
+        evaluate: returns the metrics of the model as it is.
     """
 
-    output: Path
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    record: dict
-    save_total_limit: int | None
-    evaluations: dict[int, dict] = field(default_factory=dict)
+    def __init__(self, output: Path, setup: RunSetup, record: dict, evaluate: Callable[[], dict]):
+        self.output, self.record, self.compute_metrics = output, record, evaluate
+        self.model, self.tokenizer, self.row_tokens = setup.model, setup.tokenizer, setup.row_tokens
+        self.save_total_limit = setup.config.train.save_total_limit
+        self.evaluations: dict[int, dict] = {}  # step -> metrics; of earlier processes only those of the best step
+        if setup.state:
+            if best := setup.state.values.get("best"):
+                self.evaluations[best["step"]] = best["metrics"]
+            if processes.is_main():  # a rotation may have been interrupted
+                self.rotate(setup.state.step, setup.state.values["trainer"]["best_global_step"])
+
+    def evaluate(self, step: int) -> dict:
+        """The metrics of the model after a step, which its checkpoint will have."""
+        self.evaluations[step] = self.compute_metrics()
+        return self.evaluations[step]
 
     def save(self, state: checkpoint.State, best_step: int | None) -> None:
-        """Write the checkpoint of a step, verify it by reading it back, then remove older ones.
+        """Write the checkpoint of a step (on the main process), verify it by reading it back, then remove older ones.
 
         Raises:
             FilesError: no space, or what was written reads back differently.
         """
+        if not processes.is_main():
+            return
         folder = run_folder.checkpoint_of(self.output, state.step)
         if folder.exists():
             if is_intact(folder):
@@ -53,7 +66,7 @@ class Saver:
         )
         if best_step in self.evaluations:
             state.values["best"] = {"step": best_step, "metrics": self.evaluations[best_step]}
-        state.values["log_size"] = log_size(self.output)
+        state.values |= {"log_size": log_size(self.output), "micro_batch_tokens": self.row_tokens}
         facts = {"kind": "checkpoint", "step": state.step, "metrics": self.evaluations.get(state.step, {})}
         with atomic_folder(folder) as staged:
             state.write(staged)
@@ -63,12 +76,6 @@ class Saver:
                 f"{folder}: what was written reads back differently; is the disk failing? Older checkpoints were kept."
             )
         self.rotate(state.step, best_step)
-
-    def continue_from(self, state: checkpoint.State) -> None:
-        """Take over the best evaluation of a resumed run, and finish a rotation that was interrupted."""
-        if best := state.values.get("best"):
-            self.evaluations[best["step"]] = best["metrics"]
-        self.rotate(state.step, state.values["trainer"]["best_global_step"])
 
     def rotate(self, step: int, best_step: int | None) -> None:
         """Remove the oldest checkpoints beyond the limit, but never the best one or those from `step` on."""
@@ -103,12 +110,3 @@ def set_aside(checkpoint: Path) -> Path:
             checkpoint.rename(aside)
             return aside
     raise AssertionError
-
-
-def is_intact(folder: Path) -> bool:
-    """Whether all files of a checkpoint match its manifest."""
-    try:
-        verify_manifest(folder, read_json(folder / run_folder.RECORD, FilesError)["files"], FilesError)
-    except (FilesError, KeyError):
-        return False
-    return True

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError
+from lora_ft.core.messages import info
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.batches import RowPacking, Shard, StepPlan
 from lora_ft.data.examples import Examples, largest_id
@@ -224,6 +225,16 @@ class RunSetup:
         """(trainable, all) parameters of the adapted model."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+    def print_summary(self) -> None:
+        """Print the data's counts, what is adapted, and how rows are made if not as usual."""
+        for name, examples in {"data": self.train_set, **{f"eval {n}": e for n, e in self.eval_sets.items()}}.items():
+            info(f"{name.strip()}: {examples.report.summary()}")
+        trainable, total = self.parameters
+        share = f"{trainable:,} trainable parameters ({trainable / total:.2%} of the model)"
+        info(f"{self.config.adapter.method}: {self.dry_run[1]}, {share}")
+        if self.isolation is Isolation.ONE_PER_ROW:
+            info("this model's RoPE depends on the longest position, so examples cannot share a row (slower)")
 
     @cached_property
     def record(self) -> dict:

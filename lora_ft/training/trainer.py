@@ -63,13 +63,8 @@ class LoRATrainer(SeamTrainer):
         patience: int | None = None,
         stopper: Stopper | None = None,
     ):
-        self.plan, self.isolation, self.evaluation, self.save, self.log_line = (
-            plan,
-            isolation,
-            evaluation,
-            save,
-            log_line,
-        )
+        self.plan, self.isolation, self.evaluation = plan, isolation, evaluation
+        self.save, self.log_line = save, log_line
         self.stopper = stopper or Stopper()
         self.patience, self.evaluations_since_best = patience or math.inf, 0
         self.totals = LogTotals()
@@ -107,13 +102,7 @@ class LoRATrainer(SeamTrainer):
             torch.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) * 65_537 + processes.rank())
         self.generators_before = RandomState.current()
         model.train()
-        loss = add_gradients(
-            self.model,
-            self.isolation,
-            inputs,
-            self.plan.shard,
-            self.stopper.check,
-        )
+        loss = add_gradients(self.model, self.isolation, inputs, self.plan.shard, self.stopper.check)
         check_finite(self.state.global_step + 1, inputs, loss, list(trainable(self.model).values()))
         self.totals.add(float(loss), inputs["total"], inputs["tokens"])
         return loss / max(1, inputs["total"])

@@ -187,7 +187,7 @@ def ask_for_code(base, **more) -> None:
 
 def test_code_of_the_bases_own_is_not_run(fresh):
     ask_for_code(fresh / "base", model_type="own")
-    refused_untouched(fresh, 4, "code of its own", "--trust-remote-code")
+    refused_untouched(fresh, 4, "its own Python code", "--trust-remote-code")
 
 
 def test_transformers_own_class_is_taken_where_there_is_one(fresh):
@@ -279,8 +279,8 @@ def test_a_chat_template_that_changed(fresh):
     template.write_text(text.replace(": ", " says "))
     for command in (EVAL, MERGE):
         ended = cli(fresh, *command)
-        assert ended.code == 0 and "warning" in ended.err and "chat template changed" in ended.err
+        assert ended.code == 0 and "warning" in ended.err and "chat template has changed" in ended.err
     longer = [*training("train.num_train_epochs=2"), "--resume"]
-    refused_untouched(fresh, 4, "chat template changed", command=longer)
+    refused_untouched(fresh, 4, "chat template has changed", command=longer)
     template.write_text(text)
     assert cli(fresh, *longer).code == 0

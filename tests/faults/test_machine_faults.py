@@ -19,7 +19,7 @@ import lora_ft.evaluation.evaluate
 import lora_ft.training.setup
 import lora_ft.training.step
 from lora_ft.core import run_folder
-from lora_ft.training.saving import is_intact
+from lora_ft.training.checkpoint import is_intact
 from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, settings, train
 
 MERGE = ("merge", "--adapter", "out")

@@ -23,8 +23,8 @@ import lora_ft.training.setup
 import lora_ft.training.step
 import lora_ft.training.trainer
 from lora_ft.core import run_folder
-from lora_ft.training.checkpoint import State
-from lora_ft.training.saving import Saver, is_intact
+from lora_ft.training.checkpoint import State, is_intact
+from lora_ft.training.saving import Saver
 from tests.helpers.command import TRAIN, cli, files, start
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
