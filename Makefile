@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One process per core; each test process uses one torch thread (tests/conftest.py).
 PYTEST_ARGS ?= -n auto
 
-.PHONY: install assets quickstart notebook test kill-test bench format lint type
+.PHONY: install assets quickstart notebook test test-oldest kill-test bench format lint type
 .DELETE_ON_ERROR:
 
 install: .venv/.installed
@@ -28,6 +28,16 @@ notebook: assets
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Run the tests with the oldest versions that pyproject.toml allows, in an environment of their own.
+OLDEST := .venv-oldest/bin
+test-oldest: .venv-oldest/.installed
+	$(OLDEST)/python -m pytest $(PYTEST_ARGS)
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	@$(OLDEST)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	@touch $@
 
 # Kill and resume a run N times and compare it with an uninterrupted run.
 N ?= 200

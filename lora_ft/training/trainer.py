@@ -63,18 +63,21 @@ class LoRATrainer(SeamTrainer):
         patience: int | None = None,
         stopper: Stopper | None = None,
     ):
-        self.plan, self.isolation, self.evaluation = plan, isolation, evaluation
-        self.save, self.log_line = save, log_line
-        self.stopper = stopper or Stopper()
+        self.plan, self.isolation, self.evaluation, self.save = plan, isolation, evaluation, save
+        self.log_line, self.stopper = log_line, stopper or Stopper()
         self.patience, self.evaluations_since_best = patience or math.inf, 0
         self.totals = LogTotals()
-        self.started = self.line_started = time.perf_counter()  # line_started: shifted by evaluating and saving
+        self.started = self.line_started = time.perf_counter()  # line_started: moved on by evaluating and saving
         self.resumed: State | None = None
         if not args.activation_checkpointing:
             keep_gate_and_up(model)
-        eval_dataset = plan if evaluation else None  # only `evaluate` reads eval data, but the Trainer wants a dataset
-        callbacks = [_Events(self), ProgressBar()]
-        super().__init__(model=model, args=args, train_dataset=plan, eval_dataset=eval_dataset, callbacks=callbacks)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=plan,
+            eval_dataset=plan if evaluation else None,  # never read, but the Trainer requires one
+            callbacks=[_Events(self), ProgressBar()],
+        )
         for unwanted in (PrinterCallback, ProgressCallback):
             self.remove_callback(unwanted)
 
@@ -135,10 +138,8 @@ class LoRATrainer(SeamTrainer):
             return
         now = time.perf_counter()
         if "loss" in logs:
-            logs |= self.totals.flush(now - self.line_started) | {
-                "peak_memory_mb": peak_memory_mb(self.args.device.type)
-            }
-            self.line_started = now
+            logs |= self.totals.flush(now - self.line_started)
+            logs["peak_memory_mb"], self.line_started = peak_memory_mb(self.args.device.type), now
         logs |= {"seconds": round(now - self.started, 3), "epoch": round(self.state.epoch, 6)}
         self.log_line({"step": self.state.global_step, **logs})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
@@ -148,9 +149,8 @@ class LoRATrainer(SeamTrainer):
     def save_checkpoint(self, generators: RandomState | None = None) -> None:
         """Save the state after the last complete step; `generators` are those of the next one, by default the current."""
         started = time.perf_counter()
-        state = State.take(
-            self.model, self.optimizer, self.lr_scheduler, self.state, generators or RandomState.current()
-        )
+        generators = generators or RandomState.current()
+        state = State.take(self.model, self.optimizer, self.lr_scheduler, self.state, generators)
         state.values |= {
             "counts": asdict(self.totals),
             "seconds": started - self.started,
