@@ -31,15 +31,7 @@ from lora_ft.training.resume import check_data
 
 
 class RunSetup:
-    """The parts of a run, each made when it is first used.
-
-    Args:
-        config: the run's config.
-        device: "cpu" or "cuda".
-        trust: what the command line allows.
-        checkpoint: the checkpoint to resume from.
-        before: the record of that checkpoint.
-    """
+    """The parts of a run, each made when it is first used; `before` is the record of the `checkpoint` to resume from."""
 
     def __init__(
         self,
@@ -163,11 +155,11 @@ class RunSetup:
         return METHODS[adapter.method].inject(model, adapter, seed, self.tokenizer)
 
     def check_vocabulary(self, model: PreTrainedModel) -> None:
-        """Raises ModelError as `model.load.check_vocabulary`."""
+        """Check that the model has an embedding for every id in the data. Raises ModelError."""
         check_vocabulary(model, self.base, max(map(largest_id, [self.train_set, *self.eval_sets.values()])))
 
     def check_length(self, model: PreTrainedModel) -> None:
-        """Raises ConfigError as `model.load.check_length`."""
+        """Check that the model supports the longest example. Raises ConfigError."""
         check_length(model, self.base, self.longest(model))
 
     def longest(self, model: PreTrainedModel) -> int:
