@@ -17,6 +17,7 @@ import lora_ft.data.encode
 import lora_ft.evaluation.scoring
 import lora_ft.methods.lora.merge
 import lora_ft.methods.lora.merge_shards
+import lora_ft.methods.lora.method
 import lora_ft.model.load
 import lora_ft.training.saving
 import lora_ft.training.setup
@@ -61,7 +62,7 @@ BEFORE_THE_FIRST_STEP = {
     "tokenizer": (lora_ft.training.setup, "load_tokenizer", 1),
     "encoding": (lora_ft.data.encode, "encode_pairs", 1),
     "loading": (lora_ft.model.load.AutoModelForCausalLM, "from_pretrained", 1),
-    "adapting": (lora_ft.training.setup, "inject", 1),
+    "adapting": (lora_ft.methods.lora.method, "inject", 1),
     "the first step": (lora_ft.training.step, "supervised_loss", 1),
 }
 AFTER_IT = {
@@ -115,7 +116,7 @@ def test_after_it_the_last_whole_step_is_saved_and_going_on_is_exact(prepared, f
 
 
 def test_with_overwrite_the_hint_is_resume_only_once_the_old_run_is_gone(folder):
-    ended = cli(folder, *TRAIN, "--overwrite", before=at(lora_ft.training.setup, "inject", 1, signal.SIGTERM))
+    ended = cli(folder, *TRAIN, "--overwrite", before=at(lora_ft.methods.lora.method, "inject", 1, signal.SIGTERM))
     assert ended.code == 143 and ended.err.rstrip().endswith("lora-ft train config.yaml --overwrite")
     assert is_intact(folder / "out")
     ended = cli(folder, *TRAIN, "--overwrite", before=at(State, "write", 2, signal.SIGTERM))
