@@ -1,14 +1,13 @@
 """The architecture: which package may import which, without circles; small files; a light command line."""
 
 import ast
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import lora_ft
+from tests.helpers.tiny import python
 
 ROOT = Path(lora_ft.__file__).parent
 # A package imports packages of the lines before its own. Inside a package imports have no circles.
@@ -88,7 +87,4 @@ def test_training_imports_nothing_unneeded():
 
 def imported_by(*modules: str) -> set[str]:
     """All modules in a new process after it imported these."""
-    code = f"import sys, {', '.join(modules)}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return set(python(f"import sys, {', '.join(modules)}\nprint(*sys.modules)").split())

@@ -13,6 +13,7 @@ from lora_ft import cli
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import silence_libraries
 from lora_ft.core.trust import NO_TRUST
+from tests.helpers.tiny import python
 
 GOOD = 'model: {name: gpt2}\ndata: {train: reviews.jsonl, text: "{review}"}\n'
 
@@ -68,8 +69,7 @@ def test_a_config_error_and_help_import_no_torch():
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'rich'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    python(program)
 
 
 def in_command(monkeypatch, capsys, error: BaseException, *arguments: str) -> tuple[int, str]:
@@ -197,8 +197,8 @@ def test_the_python_api_is_lazy():
     program = (
         "import sys, lora_ft; assert 'torch' not in sys.modules; print(lora_ft.inject_lora.__name__, dir(lora_ft))"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.startswith("inject_lora ") and "'merge'" in result.stdout
+    printed = python(program)
+    assert printed.startswith("inject_lora ") and "'merge'" in printed
     with pytest.raises(AttributeError, match="injekt"):
         _ = lora_ft.injekt
 
@@ -217,5 +217,4 @@ def test_commands_start_without_the_modules_of_unix():
         "result = CliRunner().invoke(cli.app.app, ['--help'])\n"
         "assert result.exit_code == 0 and 'train' in result.output, result.output\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    python(program)

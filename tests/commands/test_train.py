@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora_ft.methods.lora.files import load_adapter
-from tests.helpers.tiny import lora_ft, write_base, write_run
+from tests.helpers.tiny import RUN_FILES, lora_ft, write_base, write_run
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +33,7 @@ def record(folder) -> dict:
 
 def test_what_a_run_leaves(folder):
     names = {p.name for p in (folder / "out").iterdir()}
-    assert names == {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "README.md",
-        "lora_ft.json",
-        "log.jsonl",
-        "report.html",
-        "curves.svg",
-        "checkpoints",
-    }
+    assert names == RUN_FILES | {"curves.svg"}
     for checkpoint in (folder / "out/checkpoints").iterdir():
         assert {p.name for p in checkpoint.iterdir()} == {
             "adapter_model.safetensors", "adapter_config.json", "README.md", "lora_ft.json", "state.safetensors", "state.json",

@@ -1,12 +1,12 @@
 """Cores and memory: the tightest of the machine's, the process's and the container's limits."""
 
-import subprocess
 import sys
 
 import psutil
 import pytest
 
 from lora_ft.core import machine
+from tests.helpers.tiny import python
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_without_limits_the_machines_memory_is_free(groups, monkeypatch):
     assert 0 < 0.9 * machine.resident_memory() <= machine.peak_memory()  # the kernel counts the first in coarser steps
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v works on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to the limit of a process's memory (ulimit -v)")
 def test_ulimit_counts_what_the_process_has(groups):
     program = (
         "import resource, sys\n"
@@ -76,5 +76,4 @@ def test_ulimit_counts_what_the_process_has(groups):
         "free = free_memory()\n"
         "assert 0 < free.size < 2**29 and free.where.endswith('(ulimit -v) of 512 MiB'), free\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python(program)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -341,28 +342,17 @@ def running(tmp_path):
 
 def children(pid: int) -> list[int]:
     """The processes of a run, in the order of their ranks."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            environment = (path / "environ").read_bytes().split(b"\0")
-            command = (path / "cmdline").read_bytes()
-        except (OSError, ValueError):
-            continue
-        if parent == pid and b"spawn_main" in command:
-            found[int(path.name)] = environment
-    return sorted(found)
+    return sorted(p.pid for p in psutil.Process(pid).children() if any("spawn_main" in word for word in p.cmdline()))
 
 
 def end(launcher: subprocess.Popen, pids: list[int], seconds: float = 30) -> tuple[int, str]:
     """Its exit code and stderr; it must end in time, and leave no process behind."""
     _, said = launcher.communicate(timeout=seconds)
     time.sleep(0.2)
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "an orphan"
+    assert not [pid for pid in pids if psutil.pid_exists(pid)], "an orphan"
     return launcher.returncode, said
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 class TestAllEndTogether:
     @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_a_signal_to_the_launcher(self, running, signum, code):
@@ -390,7 +380,7 @@ class TestAllEndTogether:
         launcher, pids, _ = running
         launcher.kill()
         until = time.monotonic() + 15
-        while [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        while [pid for pid in pids if psutil.pid_exists(pid)]:
             assert time.monotonic() < until, "an orphan"
             time.sleep(0.1)
 

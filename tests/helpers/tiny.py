@@ -77,7 +77,26 @@ def write_run(folder: Path, family: str = "llama", config: str = CONFIG) -> Path
     return folder
 
 
+# What a run leaves in its output; beside these curves.svg, if it logged more than one step.
+RUN_FILES = {
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "README.md",
+    "lora_ft.json",
+    "log.jsonl",
+    "report.html",
+}
+RUN_FILES |= {"checkpoints"}
+
+
 def lora_ft(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess:
     """The command line as a user types it, in a process of its own."""
     command = [sys.executable, "-m", "lora_ft", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+def python(program: str, cwd: Path | None = None) -> str:
+    """What a Python program prints in a process of its own, where nothing is imported yet; it must end well."""
+    result = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

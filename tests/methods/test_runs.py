@@ -16,7 +16,7 @@ from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, ModelError, UserError
 from lora_ft.core.signals import Stopped
 from tests.helpers import ranks
-from tests.helpers.tiny import CONFIG, write_base, write_run
+from tests.helpers.tiny import CONFIG, RUN_FILES, write_base, write_run
 from tests.training.test_resume import log, stop_at
 
 METHODS = {
@@ -150,15 +150,7 @@ def test_a_run_over_another_methods_leaves_nothing_of_it(ran, monkeypatch):
     monkeypatch.chdir(folder)
     train(load_config("lora.yaml", ["output=over", "train.max_steps=1"]), overwrite=True)
     kept = {p.name for p in (folder / "over").iterdir()}
-    assert kept == {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "README.md",
-        "lora_ft.json",
-        "log.jsonl",
-        "report.html",
-        "checkpoints",
-    }
+    assert kept == RUN_FILES
 
 
 def test_check_counts_what_will_train(ran, capsys, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -27,7 +26,7 @@ from lora_ft.model.load import load_base, load_tokenizer
 from lora_ft.report.runs import read_run_data
 from lora_ft.report.write import report_command
 from tests.helpers.tiny import lora_ft as command_line
-from tests.helpers.tiny import write_run
+from tests.helpers.tiny import python, write_run
 
 HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror=z>"\'&amp;'
 CLASSES = ["data.label_names={label: [negative, '" + HOSTILE.replace("'", "''") + "']}", "train.logging_steps=1"]
@@ -238,8 +237,7 @@ def test_an_interrupted_run_has_a_report_that_can_be_regenerated(folder, monkeyp
     (folder / "out/report.html").unlink()
     code = "import sys, lora_ft.cli; sys.argv = ['lora-ft', 'report', 'out']\ntry: lora_ft.cli.main()\n"
     code += "except SystemExit as e: assert not e.code\nassert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "out/report.html\n", done.stderr
+    assert python(code, folder) == "out/report.html\n"
     again = Page(folder / "out/report.html")
     harmless(again)
     assert "Not finished" in again.text and "base" in again.text
