@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from lora_ft.config.load import NOT_TRAINING, load_config, parse_config
+from lora_ft.config.rules import FORMS
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import info
@@ -17,7 +17,7 @@ from lora_ft.evaluation.evaluate import evaluate_set
 from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.tables import EvalResult, print_result, save_texts
 from lora_ft.evaluation.texts import check_installed
-from lora_ft.methods.interface import METHODS, bare, virtual_ids
+from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import use
 from lora_ft.methods.lora.peft import read_adapter
@@ -41,14 +41,12 @@ def evaluate_command(
 ) -> None:
     """Print the scores of a folder, or of several adapters of one base: as tables, or with `as_json` as one object.
 
-    Several adapters are scored on the same examples: those of the command line, else the eval data and template of the
-    first.
+    Several adapters are scored on the same examples: those of the command line, else the first's eval data and template.
 
     Raises:
         UserError: nothing trained there, no eval data, or the wrong base.
     """
-    folder = folders[0]
-    trained = open_all(folders, base)  # empty for a complete model
+    folder, trained = folders[0], open_all(folders, base)
     record = trained[0].record if trained else read_record(folder) or {}
     model_name = base or (None if config_path else trained[0].base_name) if trained else str(folder)
     config = settings(folder, record, config_path, data, model_name, overrides)
@@ -59,35 +57,31 @@ def evaluate_command(
     check_installed(config.generation.metrics)
     device = prepare_device(config.trainer.use_cpu)
 
-    model_config = config.model
-    if trained:
-        files = trained[0].base(model_config.name, trust, model_config.revision)
-    else:
-        files = resolve(model_config.name, model_config.revision, trust)
+    name, revision = config.model.name, config.model.revision
+    files = trained[0].base(name, trust, revision) if trained else resolve(name, revision, trust)
     tokenizer = load_tokenizer(files)
     several = len(trained) > 1
-    for entry in trained:
-        entry.check(files, tokenizer, trust.other_base, str(entry.folder) if entry is not trained[0] else None)
+    for i, entry in enumerate(trained):
+        entry.check(files, tokenizer, trust.other_base, str(entry.folder) if i else None)
     for entry in trained[1:]:
         note_other_template(entry, config)
     sets = prepare_eval_sets(config.data, tokenizer, config.train.seed)
     for name, examples in sets.items():
         info(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
-    model = load_base(files, model_config.dtype, device)
+    model = load_base(files, config.model.dtype, device)
     check_vocabulary(model, files, max(map(largest_id, sets.values())))
     if several:
         for entry in trained:
             apply_adapter(model, read_adapter(entry), str(entry.folder))
     elif trained:
         METHODS[trained[0].method].load(model, trained[0])
-    prefix = virtual_ids(model)
-    longest = max(examples.report.longest for examples in sets.values()) + len(prefix)
+    longest = max(examples.report.longest for examples in sets.values()) + len(virtual_ids(model))
     check_length(model, files, longest)
 
     isolation = Isolation.detect(model, longest)
     at_most = micro_batch_tokens(config.train.micro_batch_tokens, device)
-    is_adapter = bool(trained) and trained[0].method != "full"
-    own = [str(entry.folder) for entry in trained] if several else ["adapter" if is_adapter else "model"]
+    own = ["adapter" if trained and trained[0].method != "full" else "model"]
+    own = [str(entry.folder) for entry in trained] if several else own
     results = []
     for name, examples in sets.items():
         prompts = eval_prompts(model, tokenizer, examples, config) if config.generation.metrics else None
@@ -95,11 +89,9 @@ def evaluate_command(
         for who in ["base", *own] if trained else own:
             if several:
                 use(model, None if who == "base" else who)
-            ids = [] if who == "base" else prefix
-            inputs = examples.with_prefix(ids), prompts and prompts.with_prefix(ids)
-            with bare(model) if who == "base" else nullcontext():
-                scored = evaluate_set(model, tokenizer, *inputs, config, isolation, at_most)
-            result.scores[who], result.texts[who] = scored
+            result.scores[who], result.texts[who] = evaluate_set(
+                model, tokenizer, examples, prompts, config, isolation, at_most, base=who == "base"
+            )
         results.append(result)
     if as_json:
         by_name = {result.name: result.as_dict(several=several) for result in results}
@@ -121,30 +113,28 @@ def open_all(folders: Sequence[Path], base: str | None) -> list[Trained]:
     for i, folder in enumerate(folders):
         if folder in folders[:i]:
             raise ConfigError(f"{folder}: named twice")
-        if is_model(folder) and len(folders) > 1:
-            raise ConfigError(
-                f"{folder}: a complete model. Several folders must be adapters of one base; score it alone."
-            )
-        if is_model(folder) and base:
-            raise ConfigError(
-                f"--base: {folder} is a complete model, not an adapter, and is scored as it is. Leave --base out."
-            )
-        if is_model(folder):
-            return []
+        if not is_model(folder):
+            continue
+        if len(folders) > 1:
+            problem = "a complete model. Several folders must be adapters of one base; score it alone."
+            raise ConfigError(f"{folder}: {problem}")
+        if base:
+            problem = "is a complete model, not an adapter, and is scored as it is. Leave --base out."
+            raise ConfigError(f"--base: {folder} {problem}")
+        return []
     trained = [Trained.open(folder) for folder in folders]
     for entry in trained if len(trained) > 1 else ():
         if entry.method != "lora":
-            raise ConfigError(
-                f"{entry.folder}: of method {entry.method}. Several folders must be LoRA adapters; score it alone."
-            )
+            problem = f"of method {entry.method}. Several folders must be LoRA adapters; score it alone."
+            raise ConfigError(f"{entry.folder}: {problem}")
     return trained
 
 
 def note_other_template(trained: Trained, config: Config) -> None:
     """Print a note where an adapter is scored on a template that it was not trained with."""
     own, used = (trained.record.get("config") or {}).get("data") or {}, config.data.model_dump(mode="json")
-    names = [s for s in ("prompt", "completion", "text", "messages", "chat_template", "label_names") if s in own]
-    if different := [name for name in names if own[name] != used[name]]:
+    names = (*FORMS, "chat_template", "label_names")
+    if different := [name for name in names if name in own and own[name] != used[name]]:
         info(f"note: {trained.folder} was trained with another {', '.join(f'data.{name}' for name in different)}")
 
 
@@ -164,7 +154,7 @@ def settings(
         return load_config(config_path, changes)
     if "config" in record:
         return parse_config(record["config"], changes)
-    forms = ("data.prompt", "data.completion", "data.text", "data.messages", "data=")
+    forms = ("data=", *(f"data.{form}" for form in FORMS))
     if not (model and data and any(change.startswith(forms) for change in overrides)):
         raise ConfigError(
             f"{folder}: has no {RECORD}, so its template is unknown. Add --config FILE, or "

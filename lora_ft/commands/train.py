@@ -134,9 +134,9 @@ def _base_scores(setup: RunSetup, evaluate: Callable[..., dict]) -> dict:
 
 
 def _samples(setup: RunSetup, seconds: float) -> Callable[[], list[dict]] | None:
-    """Makes samples of base and adapter; None where a confusion table says more, or the base can't be recovered."""
+    """Makes samples of base and adapter; None where a confusion table says more, or the base is not kept (full)."""
     first = next(iter(setup.eval_sets.values()), None)
-    if not first or first.label_words or setup.is_sharded or setup.config.adapter.method != "lora":
+    if not first or first.label_words or setup.is_sharded or setup.config.adapter.method == "full":
         return None
     template = template_of(setup.config.data).chat_template
     return partial(generate_samples, setup.model, setup.tokenizer, first, seconds, template)

@@ -26,15 +26,18 @@ def evaluate_set(
     micro_batch_tokens: int,
     check: Callable[[], None] = lambda: None,
     shard: Shard = UNSHARDED,
+    base: bool = False,
 ) -> tuple[dict, list[str]]:
-    """One set's metrics by key, and the texts generated for `prompts` ([] if None).
+    """One set's metrics by key, and the texts generated for `prompts` ([] if None); see `score`.
 
-    examples, prompts: with the model's virtual tokens, if it has any. The remaining arguments are those of `score`.
+    base: evaluate the bare base, which gets no virtual tokens.
     """
-    metrics = score(model, examples.dataset, isolation, micro_batch_tokens, check, shard).metrics()
-    if not prompts:
-        return metrics, []
-    texts = generate_texts(model, tokenizer, prompts, config, check, shard)
+    ids = [] if base else virtual_ids(model)
+    with bare(model) if base else nullcontext():
+        metrics = score(model, examples.with_prefix(ids).dataset, isolation, micro_batch_tokens, check, shard).metrics()
+        if not prompts:
+            return metrics, []
+        texts = generate_texts(model, tokenizer, prompts.with_prefix(ids), config, check, shard)
     return metrics | text_metrics(config.generation.metrics, texts, prompts.references), texts
 
 
@@ -50,23 +53,18 @@ def evaluator(
     """The evaluation of a training run: a function that returns all sets' current metrics by the keys of the log.
 
     It takes an optional `check`, see `score`; with base=True it scores the base, in a model that was injected into but
-    not trained: every method starts as its base, apart from virtual tokens, which the base does not get.
+    not trained: every method starts as its base.
     """
-    prefix = virtual_ids(model)
     prompts = {
         name: eval_prompts(model, tokenizer, examples, config) if config.train.predict_with_generate else None
         for name, examples in eval_sets.items()
     }
 
     def metrics(check: Callable[[], None] = lambda: None, base: bool = False) -> dict:
-        ids = [] if base else prefix
         result: dict = {}
-        with bare(model) if base else nullcontext():
-            for name, examples in eval_sets.items():
-                own = prompts[name]
-                inputs = examples.with_prefix(ids), own and own.with_prefix(ids)
-                scores, _ = evaluate_set(model, tokenizer, *inputs, config, isolation, micro_batch_tokens, check, shard)
-                result |= add_set_name(name, scores)
+        for name, examples in eval_sets.items():
+            arguments = examples, prompts[name], config, isolation, micro_batch_tokens, check, shard, base
+            result |= add_set_name(name, evaluate_set(model, tokenizer, *arguments)[0])
         return result
 
     return metrics

@@ -19,7 +19,7 @@ from lora_ft.model.generate import position_limit
 
 @dataclass(frozen=True)
 class EvalPrompts:
-    """Parallel lists: texts of the prompts, their ids, the references of each. cut: how many prompts were truncated."""
+    """Parallel lists: prompts, their ids, the references of each. cut: how many prompts were truncated."""
 
     texts: list[str]
     ids: list[Ids]

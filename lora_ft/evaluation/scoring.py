@@ -24,11 +24,7 @@ from lora_ft.nn.loss import logits_in_chunks
 
 @dataclass
 class Scores:
-    """Sums over examples.
-
-    loss_sum: cross-entropy in nats over `tokens` supervised tokens. confusion[true][predicted]: a classification's examples;
-    empty for other data.
-    """
+    """loss_sum: cross-entropy in nats over all supervised `tokens`. confusion[true][predicted]: a classification's examples."""
 
     examples: int = 0
     loss_sum: float = 0.0
@@ -123,9 +119,8 @@ def score(
             check()
             for query, logprobs in _log_probabilities(model, isolation, [sequences[i] for i in row]):
                 if not all(map(math.isfinite, logprobs)):
-                    where = examples[query.example].get("where") or f"row {examples[query.example]['row']}"
                     problem = "the model's log-probabilities are not finite, so scores mean nothing"
-                    raise NumbersError(f"{where}: {problem}.")
+                    raise NumbersError(f"{examples[query.example]['where']}: {problem}.")
                 if query.choice < 0:
                     scores.loss_sum -= sum(logprobs)
                     scores.tokens += len(logprobs)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lora_ft.core.errors import NumbersError
+from lora_ft.data.batches import Shard
+from lora_ft.distributed import processes
 from lora_ft.evaluation.scoring import Scores, macro_f1, score, wilson_interval
 from lora_ft.nn import loss
 from lora_ft.nn.attention import Isolation
@@ -26,6 +28,7 @@ def classification(choices: list[list[int]], n: int = 13) -> datasets.Dataset:
                 "input_ids": prompt + answer,
                 "labels": [-100] * len(prompt) + answer,
                 "row": i,
+                "where": f"rows.jsonl:{i + 1}",
                 "prompt_length": len(prompt),
                 "choices": choices,
                 "label": label,
@@ -80,6 +83,20 @@ def test_text_has_only_loss_and_perplexity():
     assert set(got.metrics()) == {"loss", "perplexity"}
 
 
+def test_a_padded_row_without_supervised_tokens_changes_no_score(monkeypatch):
+    """A rank with fewer rows than another computes empty ones, so that all take part in the collectives of a sharded base."""
+    model, dataset, rows = build("llama"), classification([[5], [6]]), []
+    monkeypatch.setattr(processes, "all_reduce_max", lambda count: count + 2)  # another rank has two rows more
+    hook = model.register_forward_pre_hook(lambda _, args, inputs: rows.append(inputs["input_ids"]), with_kwargs=True)
+    try:
+        padded = score(model, dataset, Isolation.ATTENTION, 64, shard=Shard(padded=True))
+        count = len(rows)
+        assert padded == score(model, dataset, Isolation.ATTENTION, 64)
+    finally:
+        hook.remove()
+    assert count == len(rows) - count + 2 and all(row.tolist() == [[0]] for row in rows[count - 2 : count])
+
+
 def test_scoring_restores_the_mode():
     model = build("gpt2")
     model.train()
@@ -116,5 +133,5 @@ def test_a_huge_loss_gives_a_finite_perplexity():
 def test_scores_that_are_not_finite_are_an_error():
     model = tiny_model("llama")
     model.get_output_embeddings().weight.data[7] = float("nan")
-    with pytest.raises(NumbersError, match="finite"):
+    with pytest.raises(NumbersError, match=r"rows\.jsonl:\d+: .*finite"):
         score(model, classification([[5], [6]]), Isolation.ATTENTION, 64)
