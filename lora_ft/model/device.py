@@ -10,11 +10,8 @@ MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # the values of `auto`: consta
 
 
 def prepare_device(use_cpu: bool = False) -> str:
-    """Choose "cuda" (the current GPU) if there is one and `use_cpu` is false, else "cpu", and set torch up for it.
-
-    On a CPU denormal numbers are flushed to zero, in all threads that torch starts after this call.
-    """
-    torch.set_flush_denormal(True)
+    """Choose "cuda" (the current GPU) if there is one and `use_cpu` is false, else "cpu", and set torch up for it."""
+    torch.set_flush_denormal(True)  # on a CPU, in all threads that torch starts after this call
     machine.keep_freed_memory()
     limit_threads()
     torch.set_float32_matmul_precision("high")  # TF32 for float32 bases on GPUs that have it; no effect on a CPU

@@ -72,11 +72,7 @@ def resolve(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> 
     Raises:
         ModelError: no such folder, no model in it, or a hub that can't be reached or refuses.
     """
-    if is_local(name):
-        base = _local(name)
-    else:
-        folder = _hub_folder(name, revision, trust.pickles)
-        base = Base(name, folder, revision=folder.name)
+    base = _local(name) if is_local(name) else _hub(name, revision, trust.pickles)
     unpickle = trust.pickles and not base.gguf and not _has_safetensors(base.folder)
     pickles = tuple(_listed(base.folder, PICKLE_INDEX, PICKLE)) if unpickle else ()
     return replace(base, pickles=pickles, trusted_code=trust.remote_code)
@@ -97,14 +93,14 @@ def _local(name: str) -> Base:
     return Base(name, path)
 
 
-def _hub_folder(name: str, revision: str | None, pickles: bool) -> Path:
-    """The folder in the hub's cache that holds the model, downloaded if necessary; it is named by the commit."""
+def _hub(name: str, revision: str | None, pickles: bool) -> Base:
+    """The model in the hub's cache, downloaded if necessary."""
     folder = cached_commit(name, revision, WANTED)
     if folder is None or not _is_complete(folder):
         folder = snapshot(name, revision, WANTED)
         if pickles and not _has_safetensors(folder):
             folder = snapshot(name, revision, [*WANTED, f"{PICKLE.removesuffix('.bin')}*.bin"])
-    return folder
+    return Base(name, folder, revision=folder.name)  # the cache names folders by commits
 
 
 def _is_complete(folder: Path) -> bool:
@@ -127,8 +123,7 @@ def weight_files(base: Base) -> list[Path]:
     Raises:
         ModelError: there are none (pickles don't count), or one is missing, damaged or outside the folder.
     """
-    files = _listed(base.folder, INDEX, SINGLE)
-    if not files:
+    if not (files := _listed(base.folder, INDEX, SINGLE)):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in base.folder.glob(pattern))
         why = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no safetensors"
         raise ModelError(
@@ -176,7 +171,7 @@ def digest(obj: object) -> str:
 
 
 def _sample(path: Path, start: int, size: int, pieces: int = 64, piece: int = 64) -> str:
-    """Hash of `pieces` evenly spread pieces of `piece` bytes (of all bytes if there are few); the last one is included."""
+    """Hash of evenly spread pieces of `piece` bytes, the last one included (of all bytes if there are few)."""
     if size <= pieces * piece:
         pieces, piece = 1, size
     sha256 = hashlib.sha256()
@@ -208,6 +203,5 @@ def _unpickled(path: Path) -> dict:
     except Exception as e:
         if is_out_of_memory(e):
             raise
-        # damaged zips, unknown opcodes, classes outside torch
         why = f"torch's weights_only loader refuses it, so it is damaged or unsafe ({first_line(e)})"
-        raise ModelError(f"{path}: {why}.") from e
+        raise ModelError(f"{path}: {why}.") from e  # a damaged zip, an unknown opcode, a class outside torch

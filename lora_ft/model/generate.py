@@ -21,12 +21,10 @@ class Generated(NamedTuple):
 def end_tokens(
     tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, chat_template: str | None = None
 ) -> set[int]:
-    """The ids that end an answer.
+    """The ids that end an answer: end of sequence (the tokenizer's, the generation config's), and the end of a chat turn.
 
-    They are the tokenizer's end-of-sequence token, those of the base's generation config, and the token that closes an
-    assistant's turn in the chat template: a model trained on turns that end in <|im_end|> writes that token, even if the
-    tokenizer's end of sequence is another one. chat_template: the text of a run's own template; None for the
-    tokenizer's, if it has one; "" for none at all.
+    A model trained on turns that end in <|im_end|> writes that token, even if the tokenizer's end of sequence is another
+    one. chat_template: the text of a run's own template; None for the tokenizer's, if it has one; "" for none at all.
     """
     listed = config.eos_token_id
     ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
@@ -41,10 +39,9 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> 
     words = "@@turn@@"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
     try:
-        text = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False)
+        text = str(tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))
     except Exception:  # a template is a program, which may fail in any way
         return ""
-    assert isinstance(text, str)
     return text.rpartition(words)[2].lstrip() if words in text else ""
 
 
@@ -69,15 +66,13 @@ def generate(
     on_token: Callable[[list[Generated]], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> list[Generated]:
-    """Continue a batch of prompts with transformers' `generate`.
+    """Continue a batch of prompts, at least one, with transformers' `generate`; the model's own generation config is not used.
 
     The batch is padded on the left and masked, so that new tokens directly follow every prompt; transformers takes
-    positions from the mask. A row stops at its first end token, the batch when all rows have stopped. `model` is in eval
-    mode meanwhile, and its own generation config is not used.
+    positions from the mask. A row stops at its first end token (`ends`, see `end_tokens`).
 
-    prompts: the ids of each prompt, at least one. config: beams, sampling and limits; `max_new_tokens` is required. ends:
-    ids that end a row, see `end_tokens`. on_token: called after each step with all rows so far; not with beams, which may
-    still change their start. check: called after each step; an exception in it stops the generation.
+    config: beams, sampling and limits; `max_new_tokens` is required. on_token: called after each step with all rows so far;
+    not with beams, which may still change their start. check: called after each step; an exception in it stops all.
     """
     config = copy.deepcopy(config)
     config.eos_token_id, config.max_length = sorted(ends) or None, None

@@ -28,10 +28,9 @@ OFFLINE_HINT = (
 
 
 def why_unreachable(repo: str, kind: str, revision: str | None = None) -> str | None:
-    """Why the hub can't be reached, or None if it responds, even with a refusal.
+    """Why the hub can't be reached, or None if it responds, even with a refusal. kind: "model" or "dataset".
 
     One request with a short timeout: the hub's own libraries retry for half a minute or longer before they use their caches.
-    kind: "model" or "dataset".
     """
     try:
         HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=HUB_TIMEOUT_SECONDS)
@@ -70,14 +69,13 @@ def snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return _files(name, revision, patterns, local_only=why is not None)
     except GatedRepoError as e:
-        page = f"https://huggingface.co/{name}"
-        raise ModelError(f"model {name}: gated. Request access on {page}, then run `hf auth login`.") from e
+        way = f"Request access on https://huggingface.co/{name}, then run `hf auth login`."
+        raise ModelError(f"model {name}: gated. {way}") from e
     except RevisionNotFoundError as e:
         raise ModelError(f"model {name}: has no revision {revision!r}.") from e
     except RepositoryNotFoundError as e:
-        raise ModelError(
-            f"model {name}: not a local folder and not a public model on the hub. If it is private, run `hf auth login`."
-        ) from e
+        problem = "not a local folder and not a public model on the hub. If it is private, run `hf auth login`."
+        raise ModelError(f"model {name}: {problem}") from e
     except HFValidationError as e:
         raise ModelError(f"model {name}: no such folder, and not a valid hub id.") from e
     except Exception as e:  # not cached, or a network error during the download: errors of many classes
@@ -86,10 +84,8 @@ def snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         if why is None:
             with suppress(OSError, ValueError):  # not cached
                 return _files(name, revision, patterns, local_only=True)
-        raise ModelError(
-            f"model {name}: not a local folder, not cached, and the hub can't be reached ({why or first_line(e)}). "
-            + OFFLINE_HINT
-        ) from e
+        problem = f"not a local folder, not cached, and the hub can't be reached ({why or first_line(e)})."
+        raise ModelError(f"model {name}: {problem} {OFFLINE_HINT}") from e
 
 
 def _files(name: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:

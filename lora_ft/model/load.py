@@ -30,11 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model_config(base: Base) -> PretrainedConfig:
-    """The base's transformers config.
-
-    Raises:
-        ModelError: it is damaged, or not the config of a causal language model that transformers knows.
-    """
+    """The base's transformers config. Raises ModelError if it is damaged, or of no causal language model."""
     for path in (base.folder / name for name in CONFIGS):  # transformers ignores a damaged generation_config.json
         if not base.gguf and path.is_file() and (problem := _damage(path)):
             raise ModelError(f"{path}: {problem}. Copy the file again.")
@@ -48,10 +44,8 @@ def load_model_config(base: Base) -> PretrainedConfig:
 def skeleton(base: Base, *, device: str = "meta", dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model without weights: its modules, shapes and configs on the meta device, at no cost in memory.
 
-    device: another one only under FakeTensorMode, where tensors have no values. dtype: None for that in the config.
-
-    Raises:
-        ModelError: as `load_model_config`; or transformers can't build the model.
+    device: another one only under FakeTensorMode, where tensors have no values. dtype: None for that in the config. Raises
+    ModelError as `load_model_config`, or if transformers can't build the model.
     """
     config = load_model_config(base)
     with _as_model_error(base, "can't be built"):
@@ -89,7 +83,7 @@ def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTraine
     """
     config = load_model_config(base)
     with _as_model_error(base, "can't be loaded"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             base.folder,
             config=None if base.gguf else config,
             dtype=dtype_of(base, dtype, device),
@@ -98,9 +92,9 @@ def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTraine
             ignore_mismatched_sizes=True,  # named below
             **_options(base),
         )
-    missing = sorted(info["missing_keys"])
-    misshapen = [f"{n} is {tuple(a)}, its config says {tuple(b)}" for n, a, b in sorted(info["mismatched_keys"])]
-    for problem, names in (("weights are missing", missing), ("weights have another shape", misshapen)):
+    shapes = [f"{n} is {tuple(a)}, its config says {tuple(b)}" for n, a, b in sorted(loading["mismatched_keys"])]
+    missing = sorted(loading["missing_keys"])
+    for problem, names in (("weights are missing", missing), ("weights have another shape", shapes)):
         if names:
             listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ModelError(f"model {base.name}: {problem}: {listed}. Copy the model again.")
@@ -115,11 +109,7 @@ def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTraine
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The base's fast tokenizer.
-
-    Raises:
-        ModelError: there is none, or only a slow one (masking chats needs character offsets).
-    """
+    """The base's fast tokenizer. Raises ModelError if there is none, or only a slow one, which has no character offsets."""
     with _as_model_error(base, "its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(base.folder, **_options(base))
     if not tokenizer.is_fast:
@@ -138,12 +128,9 @@ def check_vocabulary(model: PreTrainedModel, base: Base, largest_id: int) -> Non
 
 
 def check_length(model: PreTrainedModel, base: Base, longest: int) -> None:
-    """Check the longest example, in tokens, against the positions that the model supports.
+    """Raise ConfigError if the model's table of positions (GPT-2, OPT, GPT-J) ends before the longest example, in tokens.
 
     Where positions are computed (RoPE), going beyond what the base was trained for is only a note.
-
-    Raises:
-        ConfigError: the model has a table of positions (GPT-2, OPT, GPT-J), and it ends before.
     """
     known = position_limit(model)
     if known is None or longest <= known:
@@ -158,11 +145,8 @@ def check_length(model: PreTrainedModel, base: Base, longest: int) -> None:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what turns text into ids: vocabulary, merges, normalization and special tokens, not the chat template.
-
-    Computed once per tokenizer: a large vocabulary takes a second.
-    """
-    if tokenizer not in _hashes:
+    """SHA-256 of what turns text into ids: vocabulary, merges, normalization and special tokens, not the chat template."""
+    if tokenizer not in _hashes:  # a large vocabulary takes a second
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         backend["truncation"] = backend["padding"] = None  # every call sets them
         _hashes[tokenizer] = digest([backend, sorted(map(str, tokenizer.all_special_tokens))])

@@ -15,7 +15,6 @@ from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.messages import printable
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.sources import SourceRow
-from lora_ft.data.template import BadRow
 from lora_ft.methods.trained import Trained, is_model
 
 
@@ -49,9 +48,7 @@ def generate_command(
     named, base = find_adapters(folders, adapters, base)
     rows = list(read_prompts(prompts)) if prompts is not None else []  # before loading: a bad file fails early
     served = load(named, base, raw=raw, trust=trust)
-    override(
-        served.sampling, greedy=greedy, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
-    )
+    override(served.sampling, greedy, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
     if seed is not None:
         torch.manual_seed(seed)
     first = next(iter(served.names), None)
@@ -87,8 +84,8 @@ def find_adapters(
         trained = None if is_model(folder) else Trained.open(folder)
         if trained is None or trained.method == "full":
             if len(pairs) > 1 or base:
-                text = "a complete model, not an adapter. Give it alone, or as the --base of adapters."
-                raise ConfigError(f"{folder}: {text}")
+                problem = "a complete model, not an adapter. Give it alone, or as the --base of adapters."
+                raise ConfigError(f"{folder}: {problem}")
             return {}, str(folder)
         if name in found or name == BASE:
             raise ConfigError(f"two adapters named {printable(name)}: give names with --adapter NAME=DIR")
@@ -106,18 +103,13 @@ def prompts_of(served: Served, rows: Sequence[SourceRow], source: str, default: 
     prompts = []
     for where, columns, problem in rows:
         name = columns.get("adapter", default)
+        if problem or not isinstance(name, str | None):
+            raise DataError(f"{where}: {problem or 'its adapter is not a name'}.")
         try:
-            if problem:
-                raise BadRow(problem)
-            if not isinstance(name, str | None):
-                raise BadRow("its adapter is not a name")
             adapter = served.find_adapter(name)
-            prompts.append(Prompt(adapter, *served.formats[adapter].from_row(columns), where))
-        except BadRow as e:
-            raise DataError(f"{where}: {e}.") from e
         except ModelError as e:
             raise ModelError(f"{where}: {e}") from e
-        served.check_length(prompts[-1])
+        prompts.append(served.prompt(adapter, columns, where))
     if not prompts:
         raise DataError(f"{printable(source)}: contains no prompts.")
     return prompts

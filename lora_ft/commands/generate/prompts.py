@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.config.schema import DataConfig
+from lora_ft.config.schema import Config
 from lora_ft.core.errors import DataError, ModelError
 from lora_ft.core.messages import printable
 from lora_ft.core.names import template_columns
@@ -41,11 +41,7 @@ class PromptFormat:
     encoder: TextEncoder
 
     def from_text(self, text: str, turns: Sequence[Turn] = ()) -> tuple[str, list[int]]:
-        """The prompt for a text, in a chat after its previous `turns`.
-
-        Raises:
-            BadRow: the template does not have exactly one column.
-        """
+        """The prompt for a text, in a chat after its previous `turns`; a BadRow if the template has not exactly one column."""
         if self.is_chat:
             return self.from_turns([*turns, {"role": USER, "content": text}])
         if self.template.prompt is None:
@@ -64,11 +60,7 @@ class PromptFormat:
         return self._encode(renderer("prompt", self.template.prompt, self.template.label_names or {})(columns))
 
     def from_turns(self, turns: list[Turn]) -> tuple[str, list[int]]:
-        """The prompt for a chat, up to the start of the assistant's turn.
-
-        Raises:
-            BadRow: there is no chat template, or it refuses the turns.
-        """
+        """The prompt for a chat, up to the start of the assistant's turn; a BadRow if the chat template refuses the turns."""
         if self.chat is None:
             raise BadRow("the model has no chat template for messages: give a prompt")
         text = self.chat.render(turns, generation_prompt=True)
@@ -111,14 +103,14 @@ class PromptFormat:
         return text, self.encoder.encode_prompts([text])[0]
 
 
-def prompt_format(data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, raw: bool) -> PromptFormat:
-    """The prompt format of a run's `data` section; None for a base or an adapter without one.
+def prompt_format(config: Config | None, tokenizer: PreTrainedTokenizerBase, raw: bool) -> PromptFormat:
+    """The prompt format of a run's config; None for a base or an adapter without one.
 
     Raises:
         ConfigError: the file of the run's chat template does not exist.
         ModelError: the run was trained on chats, but there is no chat template.
     """
-    template = template_of(data) if data else Template()
+    template = template_of(config.data) if config else Template()
     if raw:
         template = Template(chat_template=template.chat_template)
     try:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,7 +26,6 @@ from lora_ft.model.generate import Generated, end_tokens, generate, position_lim
 from lora_ft.model.load import load_base, load_tokenizer
 
 BASE = "base"  # the bare base's name among the adapters'
-NO_DATA = {"train": "nothing", "text": "{text}"}  # for a config of which only the model and the device count
 
 
 class Prompt(NamedTuple):
@@ -81,27 +80,26 @@ class Served:
         check_names(self.model, [name])
         return name
 
-    def prompt(self, adapter: str | None, text: str, where: str, turns: Sequence[Turn] = ()) -> Prompt:
-        """Put a text into an adapter's prompt format, after the chat's previous `turns`.
+    def prompt(
+        self, adapter: str | None, content: str | dict[str, Any], where: str, turns: Sequence[Turn] = ()
+    ) -> Prompt:
+        """Put a text, after the chat's previous `turns`, or a row's columns into an adapter's prompt format.
 
         Raises:
-            DataError: the format does not take a text, or the prompt is too long.
+            DataError: the format does not take it, or prompt and answer do not fit into the model's positions.
         """
+        form = self.formats[adapter]
         try:
-            prompt = Prompt(adapter, *self.formats[adapter].from_text(text, turns), where)
+            text, ids = form.from_text(content, turns) if isinstance(content, str) else form.from_row(content)
         except BadRow as e:
             raise DataError(f"{where}: {e}.") from e
-        self.check_length(prompt)
-        return prompt
-
-    def check_length(self, prompt: Prompt) -> None:
-        """Check that prompt and answer fit into the model's positions; a DataError if they don't."""
         positions, new = position_limit(self.model), self.sampling.max_new_tokens
-        if positions and len(prompt.ids) + new > positions:
+        if positions and len(ids) + new > positions:
             raise DataError(
-                f"{prompt.where}: the prompt's {len(prompt.ids)} tokens and {new} new ones exceed the model's {positions} "
-                "positions. Shorten the prompt, or lower --max-new-tokens."
+                f"{where}: the prompt's {len(ids)} tokens and {new} new ones exceed the model's {positions} positions. "
+                "Shorten the prompt, or lower --max-new-tokens."
             )
+        return Prompt(adapter, text, ids, where)
 
     def answer(self, prompts: Sequence[Prompt], on_text: Callable[[list[str]], None] | None = None) -> list[Answer]:
         """Generate the answers to a batch of prompts, each with its own adapter.
@@ -132,30 +130,29 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     """
     for trained in adapters.values():
         if trained.method != "lora":
-            other = f"of method {trained.method}; only LoRA adapters and complete models are served."
-            raise ModelError(f"{trained.folder}: {other}")
+            problem = f"of method {trained.method}; only LoRA adapters and complete models are served."
+            raise ModelError(f"{trained.folder}: {problem}")
     first = next(iter(adapters.values()), None)
     base_name = base_name or (first.base_name if first else None)
     if not base_name:
         raise ConfigError("no base: the adapter does not name one. Add --base NAME.")
-    own = read_record(Path(base_name)) if Path(base_name).is_dir() else None  # a merged model has the record of its run
-    settings = ((first.record if first else own) or {}).get("config") or {"model": {}, "data": NO_DATA}
-    config = parse_config({**settings, "model": {**settings["model"], "name": base_name}})
-    device = prepare_device(config.trainer.use_cpu)
+    own = read_record(Path(base_name).expanduser()) or {}  # a merged model has the record of its run
+    own_config = parse_config(own["config"]) if "config" in own else None
+    config = first.config if first else own_config
+    device = prepare_device(config.trainer.use_cpu if config else False)
     base = first.base(base_name, trust) if first else resolve(base_name, trust=trust)
     tokenizer = load_tokenizer(base)
     for name, trained in adapters.items():
         trained.check(base, tokenizer, trust.other_base, name)
-    model = load_base(base, config.model.dtype, device)
-    own_data = parse_config(own["config"]).data if own and "config" in own else None
-    formats: dict[str | None, PromptFormat] = {None: prompt_format(own_data, tokenizer, raw)}
+    model = load_base(base, config.model.dtype if config else "auto", device)
+    formats: dict[str | None, PromptFormat] = {None: prompt_format(own_config, tokenizer, raw)}
     for name, trained in adapters.items():
-        formats[name] = prompt_format(trained.config.data if trained.config else None, tokenizer, raw)
+        formats[name] = prompt_format(trained.config, tokenizer, raw)
         apply_adapter(model, read_adapter(trained), name)
     return Served(model, tokenizer, formats)
 
 
-def override(config: GenerationConfig, *, greedy: bool, max_new_tokens: int | None, **sampling: float | None) -> None:
+def override(config: GenerationConfig, greedy: bool, max_new_tokens: int | None, **sampling: float | None) -> None:
     """Apply the command line's options: any sampling setting switches sampling on, `greedy` off; both are a ConfigError."""
     if max_new_tokens is not None:
         config.max_new_tokens = max_new_tokens

@@ -55,8 +55,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A task of TASKS and its settings, suggested by `rows` rows; partial: the source has more. length: characters of an
-    example, 95th percentile."""
+    """A task of TASKS with its settings. rows: examined; partial: there are more. length: an example's characters (95%)."""
 
     task: str
     data: DataSettings
@@ -94,8 +93,7 @@ def _detect_chat(rows: list[Columns]) -> DataSettings | None:
 
 
 def _is_chat(value: Any) -> bool:
-    keys = ({"role", "content"}, {"from", "value"})
-    turns = value if isinstance(value, list) else []
+    keys, turns = ({"role", "content"}, {"from", "value"}), value if isinstance(value, list) else []
     return bool(turns) and all(isinstance(t, dict) and any(k <= t.keys() for k in keys) for t in turns)
 
 
@@ -116,7 +114,8 @@ def _detect_classification(rows: list[Columns]) -> DataSettings | None:
     if not labels or not texts:
         return None
     label, text = _pick(labels, LABEL_NAMES), _pick(texts, TEXT_NAMES)
-    settings = _pair(rows, f"{_title(text)}: {{{text}}}\n{_title(label)}:", f" {{{label}}}", label)
+    text_title, label_title = (name.replace("_", " ").strip().capitalize() for name in (text, label))
+    settings = _pair(rows, f"{text_title}: {{{text}}}\n{label_title}:", f" {{{label}}}", label)
     words, note = _class_words(rows, label)
     if words:
         return DataSettings(settings | {"label_names": {label: words}}, {"label_names": note})
@@ -243,7 +242,3 @@ def _length(rows: list[Columns], data: DataSettings) -> int:
 def _pick(names: list[str], preferred: tuple[str, ...]) -> str:
     """The first of `preferred` that occurs in `names` (in any case), or else the first name."""
     return next((name for wanted in preferred for name in names if name.lower() == wanted), names[0])
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ").strip().capitalize()
