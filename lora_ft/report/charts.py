@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 428, 12, 216  # of the plot area
@@ -26,10 +27,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart in pixels, WIDTH x HEIGHT.
-
-    x_ticks, y_ticks: (position, label). lines: (name, look, SVG path, dots as (x, y, tooltip)). log: whether y is logarithmic.
-    """
+    """Pixels. Ticks: (position, label). lines: (name, look, SVG path, dots as (x, y, tooltip)). log: y is logarithmic."""
 
     title: str
     x_label: str
@@ -62,8 +60,7 @@ def chart(
 ) -> Chart | None:
     """A chart of `lines`; None if there is nothing to draw: no line, or a single x.
 
-    y starts at 0 with `from_zero`. With `auto_log` it is logarithmic if it spans more than a factor of 20; with `log_x`, x is
-    if it is positive throughout.
+    from_zero: y starts at 0. auto_log: y is logarithmic if it spans more than a factor of 20. log_x: x is if it is positive.
     """
     lines = [Line(line.name, downsample(line.points), line.look, line.dots) for line in lines if line.points]
     xs, ys = ([point[axis] for line in lines for point in line.points] for axis in (0, 1))
@@ -104,19 +101,14 @@ def downsample(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
     """At most MAX_POINTS points: neighbours are averaged; the last x stays."""
     size = max(1, math.ceil(len(points) / MAX_POINTS))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+    return [(group[-1][0], fmean(y for _, y in group)) for group in groups]
 
 
 def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Each point averaged with its neighbours, over a twentieth of the line; [] if the line is too short for that."""
     half = len(points) // 40
-    if half < 1:
-        return []
-    means = []
-    for i, (x, _) in enumerate(points):
-        near = points[max(0, i - half) : i + half + 1]
-        means.append((x, sum(y for _, y in near) / len(near)))
-    return means
+    near = [points[max(0, i - half) : i + half + 1] for i in range(len(points))] if half else []
+    return [(x, fmean(y for _, y in some)) for (x, _), some in zip(points, near, strict=False)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -129,7 +121,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Values whose log10 is within [low, high]: 1, 2 and 5 times powers of ten; powers alone over more than three decades."""
+    """Values whose log10 is within [low, high]: 1, 2 and 5 times powers of ten; powers alone over more than three decades.
+
+    If fewer than two of these are within, round values.
+    """
     steps = (1, 2, 5) if high - low <= 3 else (1,)
     values = [m * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for m in steps]
-    return [value for value in values if low <= math.log10(value) <= high]
+    values = [value for value in values if low <= math.log10(value) <= high]
+    return values if len(values) > 1 else ticks(10**low, 10**high)

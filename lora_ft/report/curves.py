@@ -8,56 +8,57 @@ from lora_ft.report.charts import Chart, Line, chart, run_look, running_mean
 from lora_ft.report.runs import RunData
 
 MAX_METRIC_CHARTS = 8
+COUNT = "{:,.0f}".format
 
 
 def run_charts(run: RunData) -> list[Chart]:
     """The charts of one run: losses, metrics beside the base's, learning rate, gradient norm, speed, memory."""
-    loss = [
-        *_with_mean(_series(run, "loss"), "training"),
-        *_base_line(run, "loss"),
-        Line("eval loss", _series(run, "eval_loss"), "eval", dots=True),
-    ]
+    training, held_out = _with_mean(_series(run, "loss"), "training"), _series(run, "eval_loss")
+    loss = [*training, *_base_line(run, "eval_loss"), Line("eval loss", held_out, "eval", dots=True)]
+    unit, seconds = _time_unit([run])
+    speed, memory = (_series(run, name, "seconds", seconds) for name in ("tokens_per_second", "peak_memory_mb"))
     charts = [
         chart("Loss", loss, auto_log=True),
         chart("Learning rate", [Line("", _series(run, "learning_rate"), "mean")], from_zero=True),
-    ]
-    for name in [name for name in _eval_keys([run]) if name != "eval_loss"]:
-        key = name.removeprefix("eval_")
-        lines = [*_base_line(run, key), Line("adapter", _series(run, name), "eval", dots=True)]
-        charts.append(chart(f"Eval {metric_of(key).title}", lines, y_format=partial(format_metric, key)))
-    unit, seconds = _time_unit([run])
-    speed, memory = (_series(run, name, "seconds", seconds) for name in ("tokens_per_second", "peak_memory_mb"))
-    charts += [
+        *(
+            _eval_chart(name, [*_base_line(run, name), Line("adapter", _series(run, name), "eval", dots=True)])
+            for name in _eval_keys([run])
+            if name != "eval_loss"
+        ),
         chart("Gradient norm", _with_mean(_series(run, "grad_norm"), "norm"), auto_log=True),
-        chart("Tokens per second", _with_mean(speed, "tokens/s"), unit, from_zero=True),
-        chart("Peak memory so far, MiB", [Line("", memory, "mean")], unit, from_zero=True, y_format="{:,.0f}".format),
+        chart("Tokens per second", _with_mean(speed, "tokens/s"), unit, from_zero=True, y_format=COUNT),
+        chart("Peak memory so far, MiB", [Line("", memory, "mean")], unit, from_zero=True, y_format=COUNT),
     ]
     return [c for c in charts if c]
 
 
 def comparison_charts(runs: Sequence[RunData], names: Sequence[str]) -> list[Chart]:
     """The charts that compare runs: one line per run in each."""
+    unit, seconds = _time_unit(runs)
 
-    def lines(y: str, dots: bool = False, mean: bool = False, per: float | None = None) -> list[Line]:
-        """per: seconds in the unit of time, for a chart over time instead of steps."""
+    def lines(y: str, x: str = "step", dots: bool = False, mean: bool = False) -> list[Line]:
         drawn = []
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-            points = _series(run, y, "seconds", per) if per else _series(run, y)
+            points = _series(run, y, x, seconds if x == "seconds" else 1.0)
             drawn.append(Line(name, (running_mean(points) if mean else []) or points, run_look(i), dots))
         return drawn
 
-    unit, seconds = _time_unit(runs)
-    charts = [chart("Training loss", lines("loss", mean=True), auto_log=True)]
-    for name in _eval_keys(runs):
-        key = name.removeprefix("eval_")
-        title, log = f"Eval {metric_of(key).title}", name.endswith("loss")
-        charts.append(chart(title, lines(name, dots=True), y_format=partial(format_metric, key), auto_log=log))
-    charts += [
+    speed, memory = lines("tokens_per_second", "seconds", mean=True), lines("peak_memory_mb", "seconds")
+    charts = [
+        chart("Training loss", lines("loss", mean=True), auto_log=True),
+        *(_eval_chart(name, lines(name, dots=True)) for name in _eval_keys(runs)),
         chart("Learning rate", lines("learning_rate"), from_zero=True),
-        chart("Tokens per second", lines("tokens_per_second", mean=True, per=seconds), unit, from_zero=True),
-        chart("Peak memory so far, MiB", lines("peak_memory_mb", per=seconds), unit, from_zero=True),
+        chart("Tokens per second", speed, unit, from_zero=True, y_format=COUNT),
+        chart("Peak memory so far, MiB", memory, unit, from_zero=True, y_format=COUNT),
     ]
     return [c for c in charts if c]
+
+
+def _eval_chart(name: str, lines: Sequence[Line]) -> Chart | None:
+    """The chart of a metric by its key in the log, such as `eval_dev_accuracy`."""
+    key = name.removeprefix("eval_")
+    y_format, is_loss = partial(format_metric, key), key.endswith("loss")
+    return chart(f"Eval {metric_of(key).title}", lines, y_format=y_format, auto_log=is_loss)
 
 
 def _series(run: RunData, y: str, x: str = "step", per: float = 1.0) -> list[tuple[float, float]]:
@@ -71,15 +72,14 @@ def _with_mean(points: Sequence[tuple[float, float]], name: str) -> list[Line]:
     return [Line(name, points, "mean")]
 
 
-def _base_line(run: RunData, key: str) -> list[Line]:
-    """The base's value of a metric as a horizontal line over all steps."""
-    metrics: dict[str, float] = {}
-    for name, of_set in run.base_metrics.items():
-        metrics |= add_set_name(name, scalars(of_set))
+def _base_line(run: RunData, name: str) -> list[Line]:
+    """The base's value of a metric, by its key in the log, as a horizontal line over all steps."""
+    metrics = [add_set_name(set_name, scalars(of_set)) for set_name, of_set in run.base_metrics.items()]
+    value = next((of[key] for of in metrics if (key := name.removeprefix("eval_")) in of), None)
     steps = [line["step"] for line in run.log]
-    if key not in metrics or not steps:
+    if value is None or not steps:
         return []
-    return [Line("base", [(step, metrics[key]) for step in (min(steps), max(steps))], "base")]
+    return [Line("base", [(min(steps), value), (max(steps), value)], "base")]
 
 
 def _eval_keys(runs: Sequence[RunData]) -> list[str]:

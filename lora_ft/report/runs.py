@@ -15,12 +15,9 @@ from lora_ft.core.storage import read_json
 class RunData:
     """The data of a run's report.
 
-    Attributes:
-        record: the content of lora_ft.json; of an unfinished run, the newest checkpoint's.
-        step: the step that `metrics` belong to. last_step: the last one that was trained, as far as the files show.
-        finished: whether the folder holds the run's adapter.
-        stop_reason: why the run ended early, if it has just done so.
-        metrics, base_metrics: eval set -> metric -> value; a single set without a name is "".
+    record: the content of lora_ft.json; of an unfinished run, the newest checkpoint's. step: the step that `metrics` belong
+    to. last_step: the last one that was trained, as far as the files show. finished: the folder holds the run's adapter.
+    stop_reason: why the run has just ended early. metrics, base_metrics: eval set -> metric -> value; an unnamed set is "".
     """
 
     folder: Path

@@ -30,18 +30,15 @@ def write_report(
         if samples:
             content = {"made_by": "lora-ft", "step": record.get("step"), "samples": samples()}
             write_json(output / run_folder.SAMPLES, content)
-        write_run_report(read_run_data(output, record, stop_reason))
+        run = read_run_data(output, record, stop_reason)
+        if run.finished or run.last_step:
+            write_run_report(run)
     except Exception as e:
         warn(f"no report ({type(e).__name__}: {e})")
 
 
-def write_run_report(run: RunData, page: Path | None = None) -> Path | None:
-    """Write a run's report into its folder, with curves.svg, or as `page` alone. Raises as `write_page`.
-
-    Returns the path of the page; None if the run has neither a log nor a result.
-    """
-    if not run.log and not run.finished:
-        return None
+def write_run_report(run: RunData, page: Path | None = None) -> Path:
+    """Write a run's report into its folder, with curves.svg, or as `page` alone; returns its path. Raises as `write_page`."""
     path = page or run.folder / run_folder.REPORT
     write_page(path, report_page(run))
     if page is None and (charts := run_charts(run)):

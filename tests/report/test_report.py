@@ -1,6 +1,7 @@
 """report.html, curves.svg, `lora-ft report`: what they show, that they are harmless, and that no run fails by them."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,7 +24,9 @@ from lora_ft.data.prepare import prepare_eval_sets
 from lora_ft.evaluation.scoring import Scores
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
-from lora_ft.report.runs import read_run_data
+from lora_ft.report.charts import log_ticks
+from lora_ft.report.curves import comparison_charts, run_charts
+from lora_ft.report.runs import RunData, read_run_data
 from lora_ft.report.write import report_command
 from tests.helpers.tiny import lora_ft as command_line
 from tests.helpers.tiny import python, write_run
@@ -245,6 +248,16 @@ def test_an_interrupted_run_has_a_report_that_can_be_regenerated(folder, monkeyp
     assert "Not finished" not in Page(folder / "out/report.html").text
 
 
+def test_a_run_that_has_a_checkpoint_but_no_log_has_a_report(folder, monkeypatch, capsys):
+    stopped(folder, monkeypatch, 30, *CLASSES)
+    for name in ("report.html", "log.jsonl"):
+        (folder / "out" / name).unlink()
+    capsys.readouterr()
+    report_command([folder / "out"], None)
+    assert capsys.readouterr().out == f"{folder / 'out/report.html'}\n"
+    assert "Not finished" in Page(folder / "out/report.html").text
+
+
 def test_a_run_that_stopped_at_nan_has_a_report(folder, monkeypatch):
     loss, calls = lora_ft.training.step.supervised_loss, []
 
@@ -326,6 +339,26 @@ def test_a_log_with_a_cut_line_and_nan_is_read(classified, tmp_path):
     assert lines[-1] == {"step": 13, "grad_norm": 1.0}
     report_command([tmp_path / "out"], tmp_path / "page.html")
     assert (tmp_path / "page.html").exists()
+
+
+# ---- charts ----
+
+
+def test_large_numbers_have_no_exponent_in_any_chart(tmp_path):
+    lines = [
+        {"step": i, "seconds": i, "tokens_per_second": 12345.0, "peak_memory_mb": 40960.0 + i} for i in range(1, 9)
+    ]
+    data = RunData(tmp_path, {}, lines, 8, 8, True, None, {}, {}, [])
+    for charts in (run_charts(data), comparison_charts([data, data], ["a", "b"])):
+        labels = {chart.title: [label for _, label in chart.y_ticks] for chart in charts}
+        assert labels["Tokens per second"][-1] == "10,000" and labels["Peak memory so far, MiB"][-1] == "40,000"
+
+
+def test_a_narrow_logarithmic_axis_has_ticks():
+    for low, high in ((1.2e6, 1.9e6), (8, 16), (2.1, 4.9)):
+        found = log_ticks(math.log10(low), math.log10(high))
+        assert len(found) > 1 and all(low <= value <= high for value in found)
+    assert log_ticks(0, 2) == [1, 2, 5, 10, 20, 50, 100] and log_ticks(0, 4) == [1, 10, 100, 1000, 10000]
 
 
 # ---- in a browser ----

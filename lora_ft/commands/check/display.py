@@ -105,10 +105,3 @@ def size(number: float) -> str:
     if number >= 10 * 2**30:
         return f"{number / 2**30:,.1f} GiB"
     return f"{number / 2**20:,.0f} MiB" if number >= 100 * 2**20 else f"{number / 2**20:,.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in readable units: 3 h 20 min, 12 min, 45 s."""
-    if seconds >= 3600:
-        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

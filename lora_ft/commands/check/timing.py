@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from lora_ft.commands.check.display import duration
 from lora_ft.evaluation.scoring import score
 from lora_ft.methods.interface import virtual_ids
 from lora_ft.model.device import peak_memory_mb
+from lora_ft.report.figures import format_duration
 from lora_ft.training.arguments import arguments
 from lora_ft.training.setup import RunSetup
 from lora_ft.training.trainer import LoRATrainer
@@ -32,8 +32,8 @@ class Timing:
 
     def lines(self) -> list[str]:
         """For people."""
-        evaluating = f" and {duration(self.seconds_evaluating)} for {self.evaluations} evaluations"
-        training = f"about {duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens per second"
+        evaluating = f" and {format_duration(self.seconds_evaluating)} for {self.evaluations} evaluations"
+        training = f"about {format_duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens per second"
         memory = f"measured peak memory of these {WARM_UP + TIMED} steps: {self.peak_memory_mb:,.0f} MiB"
         return [training + (evaluating if self.evaluations else ""), memory]
 
