@@ -143,8 +143,7 @@ def settings(
 ) -> Config:
     """The config to score with: the config file, else the record, with the command line's model and data.
 
-    Raises:
-        ConfigError: it is invalid; or neither exists and the command line does not say enough.
+    Raises ConfigError if it is invalid, or if neither exists and the command line does not say enough.
     """
     changes = [*NOT_TRAINING, *([f"model.name={model}"] if model else [])]
     if data:  # all of it, unless the command line asks for a sample

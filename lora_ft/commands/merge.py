@@ -36,8 +36,8 @@ def merge_command(
         raise ModelError(f"{folder}: {WHY_NOT[trained.method]}")
     adapter, files = read_adapter(trained), trained.base(base, trust)
     output = output or sibling(folder, "-merged")
-    options = {"other_base": trust.other_base, "progress": sys.stderr.isatty()}
-    report = merge_adapter(files, adapter, output, verify=verify, **options)
+    progress = sys.stderr.isatty()
+    report = merge_adapter(files, adapter, output, verify=verify, other_base=trust.other_base, progress=progress)
     print(f"merged {folder} into {files.name}: {output}")
     print(f"  {report['modules']} matrices, stored as {report['dtype']}; largest error {report['matrix_error']:.3g}")
     if logits := report["logits"]:

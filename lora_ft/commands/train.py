@@ -120,11 +120,9 @@ def resume_hint(started: bool) -> str:
 
 def _base_scores(setup: RunSetup, evaluate: Callable[..., dict]) -> dict:
     """The record's scores of the base: those of the resumed run, or new ones if `train.evaluate_base` asks for them."""
-    if not setup.eval_sets:
-        return {}
     if setup.before and "base_metrics" in setup.before:
         return {key: setup.before[key] for key in ("base_metrics", "base_seconds")}
-    if not setup.config.train.evaluate_base:
+    if not setup.eval_sets or not setup.config.train.evaluate_base:
         return {}
     started = time.perf_counter()
     metrics = evaluate(base=True)

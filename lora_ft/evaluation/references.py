@@ -36,20 +36,16 @@ def eval_prompts(
 ) -> EvalPrompts:
     """The prompts of one eval set as the config's `generation` section wants them.
 
-    A prompt leaves room for virtual tokens and generation.max_new_tokens within the model's positions.
-
-    Raises:
-        ConfigError: there is no room for a prompt; or rouge_l can't read any reference.
+    A prompt leaves room for virtual tokens and generation.max_new_tokens within the model's positions. Raises ConfigError if
+    there is none for a prompt, or if rouge_l can't read any reference.
     """
     data, generation = config.data, config.generation
     max_tokens, positions = data.max_length, position_limit(model)
     if positions is not None:
         max_tokens = min(max_tokens, positions - generation.max_new_tokens - len(virtual_ids(model)))
     if max_tokens < 1:
-        raise ConfigError(
-            f"generation.max_new_tokens: {generation.max_new_tokens} leaves no room for a prompt in the model's "
-            f"{positions} positions."
-        )
+        problem = f"{generation.max_new_tokens} leaves no room for a prompt in the model's {positions} positions."
+        raise ConfigError(f"generation.max_new_tokens: {problem}")
     most, seed = generation.max_prompts, config.train.seed
     prompts = group_by_prompt(
         examples, template_of(data), tokenizer, max_tokens=max_tokens, max_prompts=most, seed=seed
@@ -58,10 +54,8 @@ def eval_prompts(
     if "rouge_l" in generation.metrics and not readable:
         raise ConfigError("generation.metrics: rouge_l reads the letters a to z and digits, and no reference has any.")
     if prompts.cut:
-        info(
-            f"generation: {prompts.cut:,} of {len(prompts.ids):,} prompts are longer than {max_tokens} tokens and are cut "
-            "at the start"
-        )
+        longer = f"{prompts.cut:,} of {len(prompts.ids):,} prompts are longer than {max_tokens} tokens"
+        info(f"generation: {longer} and are cut at the start")
     return prompts
 
 

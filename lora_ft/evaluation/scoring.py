@@ -95,9 +95,7 @@ def score(
 
     micro_batch_tokens: tokens in one row at most; a longer example gets a row of its own. check: called before each row; an
     exception in it stops the scoring. shard: this rank's part of the examples; the scores returned are those of all ranks.
-
-    Raises:
-        NumbersError: a log-probability is NaN or infinite.
+    Raises NumbersError if a log-probability is NaN or infinite.
     """
     packing = RowPacking(micro_batch_tokens, isolation is Isolation.ONE_PER_ROW)
     choices = len(dataset[0]["choices"]) if len(dataset) else 0

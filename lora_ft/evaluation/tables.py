@@ -17,10 +17,9 @@ from lora_ft.evaluation.references import EvalPrompts
 
 @dataclass
 class EvalResult:
-    """One eval set's results, by model: "base", "adapter" or "model", or the folders of several adapters.
+    """One eval set's metrics and generated texts by model: "base", "adapter" or "model", or the folders of several adapters.
 
-    name: of the set, "" for a single one. scores: metrics by model. texts: the generated texts by model, as many as
-    `prompts` has.
+    name: of the set, "" for a single one. texts: one for each of `prompts`.
     """
 
     name: str
@@ -57,15 +56,16 @@ def print_result(result: EvalResult) -> None:
             counts = [list(map(str, row)) for row in metrics["confusion"]]
             rows = dict(zip(result.label_words, counts, strict=True))
             console.print(table(result.label_words, rows, no_wrap=False))
-    if result.prompts:
-        _print_first_texts(result.prompts, result.texts, console)
+    if prompts := result.prompts:
+        references = sum(map(len, prompts.references))
+        console.print(f"\n{len(prompts.texts):,} prompts with {references:,} references. The first:")
+        first = {"prompt": prompts.texts[0], "reference": prompts.references[0][0]}
+        for name, text in [*first.items(), *((model, texts[0]) for model, texts in result.texts.items())]:
+            console.print(Text(f"  {printable(name):10} {printable(text.strip(), 1000)}"), soft_wrap=True)
 
 
 def table(headings: Sequence[str], rows: Mapping[str, Sequence[str]], no_wrap: bool = True) -> Table:
-    """A table with a name before each row, folded where it is too long, and right-aligned cells.
-
-    no_wrap: cells and headings are never broken into lines.
-    """
+    """A table with a name before each row, right-aligned. no_wrap: cells and headings are never broken into lines."""
     made = Table()
     made.add_column("", overflow="fold")
     for heading in headings:
@@ -79,14 +79,6 @@ def with_interval(key: str, metrics: dict) -> str:
     """A metric with its 95% interval, if it has one: `85.4% (81.3% to 88.7%)`."""
     value, ends = format_metric(key, metrics[key]), interval(key, metrics)
     return f"{value} ({' to '.join(format_metric(key, end) for end in ends)})" if ends else value
-
-
-def _print_first_texts(prompts: EvalPrompts, texts: Mapping[str, list[str]], console: Console) -> None:
-    references = sum(map(len, prompts.references))
-    console.print(f"\n{len(prompts.texts):,} prompts with {references:,} references. The first:")
-    first = {"prompt": prompts.texts[0], "reference": prompts.references[0][0]}
-    for name, text in [*first.items(), *((model, generated[0]) for model, generated in texts.items())]:
-        console.print(Text(f"  {name:10} {printable(text.strip(), 1000)}"), soft_wrap=True)
 
 
 def save_texts(path: Path, results: Sequence[EvalResult]) -> None:

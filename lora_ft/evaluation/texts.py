@@ -23,9 +23,8 @@ LIBRARIES = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}  # metric -> import 
 
 def check_installed(metrics: Sequence[str]) -> None:
     """Raise ConfigError unless the libraries of `metrics` are installed, before any time is spent."""
-    needs = {metric: LIBRARIES[metric] for metric in metrics if metric in LIBRARIES}
-    missing = [f"{metric} needs {name}" for metric, name in needs.items() if not importlib.util.find_spec(name)]
-    if missing:
+    needed = [(metric, name) for metric, name in LIBRARIES.items() if metric in metrics]
+    if missing := [f"{metric} needs {name}" for metric, name in needed if not importlib.util.find_spec(name)]:
         way = "pip install 'lora-ft[generation]'"
         raise ConfigError(f"generation.metrics: {', '.join(missing)}, which is not installed: {way}")
 
@@ -68,13 +67,11 @@ def generate_texts(
     check: Callable[[], None] | None = None,
     shard: Shard = UNSHARDED,
 ) -> list[str]:
-    """Generate a text for each prompt as the config's `generation` section says.
+    """Generate a text for each prompt as the config's `generation` section says; every rank returns the texts of all.
 
-    Each rank generates its part of the prompts and returns the texts of all. Where the base is sharded, all ranks compute
-    every token together, so each generates all prompts.
+    Each rank generates its part of them, or all where the base is sharded: there all ranks compute every token together.
     """
-    settings = config.generation
-    names = ["max_new_tokens", "num_beams", "no_repeat_ngram_size", "do_sample"]
+    settings, names = config.generation, ["max_new_tokens", "num_beams", "no_repeat_ngram_size", "do_sample"]
     # transformers warns of settings that a kind of decoding doesn't use
     names += ["length_penalty"] if settings.num_beams > 1 else []
     names += ["temperature", "top_k", "top_p"] if settings.do_sample else []

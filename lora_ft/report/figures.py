@@ -100,10 +100,11 @@ def differing_settings(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
             settings |= {f"{section}.{key}".rstrip("."): v for key, v in inner.items()}
         configs.append(settings)
     names = dict.fromkeys(name for settings in configs for name in settings)
-    values = {name: [_yaml(settings.get(name)) for settings in configs] for name in names}
+    values = {name: [yaml_value(settings.get(name)) for settings in configs] for name in names}
     return [(name, texts) for name, texts in values.items() if len(set(texts)) > 1]
 
 
-def _yaml(value: object) -> str:
+def yaml_value(value: object) -> str:
+    """A value as YAML on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -23,11 +23,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_page(path: Path, content: str) -> None:
-    """Write a page or drawing.
-
-    Raises:
-        FilesError: another tool's file has that name, or the page can't be written.
-    """
+    """Write a page or drawing. Raises FilesError if another tool's file has that name, or if it can't be written."""
     if path.exists() and not run_folder.is_own_report(path):
         raise FilesError(f"{path}: exists and is not from lora-ft. Move it, or give another name: --output FILE.")
     write_file(path, content)

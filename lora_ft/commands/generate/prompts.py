@@ -68,12 +68,9 @@ class PromptFormat:
         return text, self.encoder.encode_bare(text)
 
     def from_row(self, columns: dict[str, Any]) -> tuple[str, list[int]]:
-        """The prompt for a row: its columns through the run's template, or its turns, or its `prompt`.
+        """The prompt for a row: its columns through the run's template, or its turns, or its `prompt`; else a BadRow.
 
         A final turn of the assistant is the expected answer and is left out.
-
-        Raises:
-            BadRow: the row has none of them.
         """
         needed = template_columns(self.template.prompt) if self.template.prompt is not None else ()
         if needed and all(column in columns for column in needed):

@@ -13,6 +13,7 @@ from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, FilesError
 from lora_ft.core.messages import format_value
 from lora_ft.core.storage import write_file
+from lora_ft.report import figures
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NOTES = {
@@ -32,8 +33,8 @@ def create_config(
     """Write a config to `path`, and the schema for editors beside it. A missing model or data is asked for on a terminal.
 
     Raises:
-        ConfigError: an option is missing and there is no terminal, an unknown task, or data that suits no task.
-        DataError: the data cannot be read.
+        ConfigError: an option is missing and there is no terminal, or an unknown task; or as `suggest`.
+        DataError: as `suggest`.
         FilesError: the file exists, or cannot be written.
     """
     if path.exists() and not overwrite:
@@ -57,8 +58,7 @@ def create_config(
     schema = path.parent / docs.FILE
     if not schema.exists() or schema.read_text() != docs.schema_text():
         write_file(schema, docs.schema_text())
-    more = " or more" if suggestion.partial else ""
-    print(f"{path}: {suggestion.task}, from {suggestion.rows:,}{more} rows of {data}")
+    print(f"{path}: {suggestion.task}, from {suggestion.rows:,}{' or more' * suggestion.partial} rows of {data}")
     for name, value in suggestion.data.settings.items():
         note = suggestion.data.notes.get(name)
         print(f"  {name}: {yaml_value(value)}" + (f"   ({note})" if note else ""))
@@ -70,11 +70,11 @@ def config_text(model: str, data: str, suggestion: Suggestion, output: str) -> s
     hold_out = suggestion.rows >= 20
     small = suggestion.rows < 1000 and not suggestion.partial
     length = next((n for n in LENGTHS if n * 3 >= suggestion.length), LENGTHS[-1])  # 3 characters per token or more
-    settings, notes = suggestion.data.settings, suggestion.data.notes
+    settings, notes = suggestion.data.settings, NOTES | suggestion.data.notes
     data_lines = [_line("train", data)]
     if hold_out:
         data_lines.append(_line("eval", 0.1, "a tenth is held out; or name another file"))
-    data_lines += [_line(name, value, notes.get(name) or NOTES.get(name, "")) for name, value in settings.items()]
+    data_lines += [_line(name, value, notes.get(name, "")) for name, value in settings.items()]
     data_lines.append(_line("max_length", length, "tokens; longer examples are truncated"))
     if suggestion.task == "text":
         data_lines.append(_line("long_text", "split", "longer texts become several examples"))
@@ -109,8 +109,7 @@ def yaml_value(value: Any) -> str:
     """A value as YAML on one line; text with line ends, braces or outer spaces is in double quotes."""
     if isinstance(value, str) and ("\n" in value or "{" in value or value != value.strip()):
         return yaml.safe_dump(value, default_style='"', width=10**6, allow_unicode=True).strip()
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
-    return text.removesuffix("...\n").strip()
+    return figures.yaml_value(value)
 
 
 def _ask(question: str, default: str | None = None, valid: Callable[[str], bool] = bool) -> str:
