@@ -104,12 +104,7 @@ def evaluate_command(
 
 
 def open_all(folders: Sequence[Path], base: str | None) -> list[Trained]:
-    """The trained folders, in order; [] for a single folder that is a complete model.
-
-    Raises:
-        ConfigError: a complete model beside others or with --base, a folder named twice, or several that are not LoRA.
-        ModelError: nothing trained in one of them.
-    """
+    """The trained folders; [] for a complete model. Raises ConfigError if they can't be scored together; as `Trained.open`."""
     for i, folder in enumerate(folders):
         if folder in folders[:i]:
             raise ConfigError(f"{folder}: named twice")
@@ -141,10 +136,7 @@ def note_other_template(trained: Trained, config: Config) -> None:
 def settings(
     folder: Path, record: dict, config_path: Path | None, data: str | None, model: str | None, overrides: Sequence[str]
 ) -> Config:
-    """The config to score with: the config file, else the record, with the command line's model and data.
-
-    Raises ConfigError if it is invalid, or if neither exists and the command line does not say enough.
-    """
+    """The config file, else the record's, with the command line's model and data. Raises ConfigError if they say too little."""
     changes = [*NOT_TRAINING, *([f"model.name={model}"] if model else [])]
     if data:  # all of it, unless the command line asks for a sample
         changes += [f"data.eval={json.dumps(data, ensure_ascii=False)}", "data.max_eval_examples=null"]

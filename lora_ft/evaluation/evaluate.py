@@ -28,10 +28,7 @@ def evaluate_set(
     shard: Shard = UNSHARDED,
     base: bool = False,
 ) -> tuple[dict, list[str]]:
-    """One set's metrics by key, and the texts generated for `prompts` ([] if None); see `score`.
-
-    base: evaluate the bare base, which gets no virtual tokens.
-    """
+    """One set's metrics by key, of the bare base if `base`, and the texts generated for `prompts` ([] if None); see `score`."""
     ids = [] if base else virtual_ids(model)
     with bare(model) if base else nullcontext():
         metrics = score(model, examples.with_prefix(ids).dataset, isolation, micro_batch_tokens, check, shard).metrics()

@@ -147,14 +147,11 @@ def _log_probabilities(
     """The queries of one row of sequences (queries of the same sequence are grouped), each with its log-probabilities."""
     lengths = [len(queries[0].ids) for queries in row]
     starts = itertools.accumulate(lengths[:-1], initial=0)
-    wanted = [
-        start + i for start, queries in zip(starts, row, strict=True) for query in queries for i in query.positions
-    ]
+    queries = [(start, query) for start, same in zip(starts, row, strict=True) for query in same]
+    wanted = [(start + i, target) for start, q in queries for i, target in zip(q.positions, q.targets, strict=True)]
     inputs = flat_row([queries[0].ids for queries in row], model.device)
-    positions = torch.tensor(wanted, dtype=torch.long, device=model.device)
+    positions, targets = torch.tensor(wanted, dtype=torch.long, device=model.device).view(-1, 2).unbind(-1)  # (wanted,)
     keep, kept_rows = positions.unique(return_inverse=True)  # (kept,), (wanted,)
-    following = [target for queries in row for query in queries for target in query.targets]
-    targets = torch.tensor(following, dtype=torch.long, device=model.device)  # (wanted,)
     logprobs, start = torch.empty(len(wanted), device=model.device), 0
     with isolation.row(model, lengths):
         for logits in logits_in_chunks(model, **inputs, keep=keep):  # (chunk, vocabulary)
@@ -163,4 +160,4 @@ def _log_probabilities(
             logprobs[here] = logits[at, targets[here]].float() - logits.float().logsumexp(-1)[at]
             start += len(logits)
     values = iter(logprobs.tolist())
-    yield from ((query, [next(values) for _ in query.positions]) for queries in row for query in queries)
+    yield from ((query, list(itertools.islice(values, len(query.targets)))) for _, query in queries)

@@ -113,10 +113,7 @@ def generate_in_batches(
     seed: int = 0,
     check: Callable[[], None] | None = None,
 ) -> list[Generated]:
-    """`generate` for any number of prompts, `batch_size` of similar length at a time; returned in the prompts' order.
-
-    seed: for sampling; torch's random state is restored afterwards.
-    """
+    """`generate` for any number of prompts, `batch_size` of similar length at a time. Leaves torch's random state as it was."""
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # running out of memory shows at once
     generated: dict[int, Generated] = {}
     gpus = [model.device] if model.device.type == "cuda" else []

@@ -77,7 +77,6 @@ def config_text(config: dict) -> str:
 def provenance(run: RunData) -> list[tuple[str, str]]:
     """Base, tokenizer, seed and versions: what is needed to repeat the run. Each as (title, text)."""
     record, base = run.record, run.record["base"]
-    versions = ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items())
     facts = [
         ("base", base.get("name")),
         ("revision", base.get("revision")),
@@ -85,7 +84,7 @@ def provenance(run: RunData) -> list[tuple[str, str]]:
         ("computed in", base.get("dtype")),
         ("tokenizer", record.get("tokenizer")),
         ("seed", record.get("seed")),
-        ("versions", versions),
+        ("versions", ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items())),
     ]
     return [(title, str(value)) for title, value in facts if value not in (None, "")]
 

@@ -67,9 +67,7 @@ def find_adapters(
 ) -> tuple[dict[str, Trained], str | None]:
     """The adapters by name (that of their folder, unless NAME=DIR gives another), and the base if one is named.
 
-    Raises:
-        ConfigError: a name given twice, an option that is not NAME=DIR, or a complete model beside adapters.
-        ModelError: nothing trained in a folder.
+    Raises ConfigError if they don't go together; ModelError as `Trained.open`.
     """
     found: dict[str, Trained] = {}
     if not folders and not adapters and not base:
@@ -96,9 +94,7 @@ def find_adapters(
 def prompts_of(served: Served, rows: Sequence[SourceRow], source: str, default: str | None) -> list[Prompt]:
     """The prompts of a file's rows, each for the adapter that the row names, else for `default`.
 
-    Raises:
-        DataError: a row that can't be made a prompt, with its line; or there are none.
-        ModelError: a row names an unknown adapter.
+    Raises DataError if there are none. It names the line of a row that can't be one, ModelError that of an unknown adapter.
     """
     prompts = []
     for where, columns, problem in rows:

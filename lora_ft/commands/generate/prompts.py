@@ -103,9 +103,7 @@ class PromptFormat:
 def prompt_format(config: Config | None, tokenizer: PreTrainedTokenizerBase, raw: bool) -> PromptFormat:
     """The prompt format of a run's config; None for a base or an adapter without one.
 
-    Raises:
-        ConfigError: the file of the run's chat template does not exist.
-        ModelError: the run was trained on chats, but there is no chat template.
+    Raises ConfigError as `template_of`; ModelError if the run was trained on chats, but there is no chat template.
     """
     template = template_of(config.data) if config else Template()
     if raw:

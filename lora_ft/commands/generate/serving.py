@@ -102,10 +102,7 @@ class Served:
         return Prompt(adapter, text, ids, where)
 
     def answer(self, prompts: Sequence[Prompt], on_text: Callable[[list[str]], None] | None = None) -> list[Answer]:
-        """Generate the answers to a batch of prompts, each with its own adapter.
-
-        on_text: called after every token with all texts so far.
-        """
+        """Generate the answers to a batch of prompts, each by its adapter. on_text: called after every token with all texts."""
 
         def on_token(rows: list[Generated]) -> None:
             assert on_text

@@ -33,8 +33,7 @@ def create_config(
     """Write a config to `path`, and the schema for editors beside it. A missing model or data is asked for on a terminal.
 
     Raises:
-        ConfigError: an option is missing and there is no terminal, or an unknown task; or as `suggest`.
-        DataError: as `suggest`.
+        ConfigError, DataError: as `suggest`; an option is missing and there is no terminal, or the task is unknown.
         FilesError: the file exists, or cannot be written.
     """
     if path.exists() and not overwrite:
@@ -55,9 +54,7 @@ def create_config(
     output = output or (_ask("Output: the folder for the adapter", "out") if missing else "out")
     write_file(path, config_text(model, data, suggestion, output))
     load_config(path)
-    schema = path.parent / docs.FILE
-    if not schema.exists() or schema.read_text() != docs.schema_text():
-        write_file(schema, docs.schema_text())
+    write_file(path.parent / docs.FILE, docs.schema_text())
     print(f"{path}: {suggestion.task}, from {suggestion.rows:,}{' or more' * suggestion.partial} rows of {data}")
     for name, value in suggestion.data.settings.items():
         note = suggestion.data.notes.get(name)

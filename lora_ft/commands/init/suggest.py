@@ -1,7 +1,6 @@
 """Guess from the columns of a data file how to train on it: as chats, classification, prompts and completions, or text."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -117,9 +116,9 @@ def _detect_classification(rows: list[Columns]) -> DataSettings | None:
     text_title, label_title = (name.replace("_", " ").strip().capitalize() for name in (text, label))
     settings = _pair(rows, f"{text_title}: {{{text}}}\n{label_title}:", f" {{{label}}}", label)
     words, note = _class_words(rows, label)
-    if words:
-        return DataSettings(settings | {"label_names": {label: words}}, {"label_names": note})
-    return DataSettings(settings, {"completion": note})
+    if not words:
+        return DataSettings(settings, {"completion": note})
+    return DataSettings(settings | {"label_names": {label: words}}, {"label_names": note})
 
 
 def _detect_two_texts(rows: list[Columns]) -> DataSettings | None:
@@ -135,7 +134,7 @@ def _detect_text(rows: list[Columns]) -> DataSettings | None:
     return DataSettings({"text": f"{{{_pick(texts, TEXT_NAMES)}}}"}) if texts else None
 
 
-DETECTORS: tuple[tuple[str, Callable[[list[Columns]], DataSettings | None]], ...] = (
+DETECTORS = (
     ("chat", _detect_chat),
     ("completion", _detect_known_pair),
     ("classification", _detect_classification),
