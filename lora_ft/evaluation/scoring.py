@@ -35,19 +35,16 @@ class Scores:
         """loss, perplexity; of a classification also accuracy with its 95% interval (Wilson), macro-F1 and confusion."""
         loss = self.loss_sum / self.tokens
         metrics: dict = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-        if self.confusion:
-            correct = sum(row[i] for i, row in enumerate(self.confusion))
-            metrics["accuracy"] = correct / self.examples
-            metrics["accuracy_ci95"] = list(wilson_interval(correct, self.examples))
-            metrics["macro_f1"] = macro_f1(self.confusion)
-            metrics["confusion"] = self.confusion
-        return metrics
+        if not self.confusion:
+            return metrics
+        correct = sum(row[i] for i, row in enumerate(self.confusion))
+        metrics |= {"accuracy": correct / self.examples, "accuracy_ci95": list(wilson_interval(correct, self.examples))}
+        return metrics | {"macro_f1": macro_f1(self.confusion), "confusion": self.confusion}
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson 1927): within [0, 1] even for small n and extreme proportions."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = successes / n
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95% score interval of a proportion (Wilson 1927): within [0, 1] even for small n and extreme proportions."""
+    z, share = NormalDist().inv_cdf(0.975), successes / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)

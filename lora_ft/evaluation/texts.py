@@ -75,11 +75,11 @@ def generate_texts(
     # transformers warns of settings that a kind of decoding doesn't use
     names += ["length_penalty"] if settings.num_beams > 1 else []
     names += ["temperature", "top_k", "top_p"] if settings.do_sample else []
-    split = shard.world_size > 1 and not shard.padded
-    parts = split_evenly(list(map(len, prompts.ids)), shard.world_size) if split else [list(range(len(prompts.ids)))]
+    ranks = 1 if shard.padded else shard.world_size  # that generate different prompts
+    parts = split_evenly(list(map(len, prompts.ids)), ranks)
     generated = generate_in_batches(
         model,
-        [prompts.ids[i] for i in parts[shard.rank if split else 0]],
+        [prompts.ids[i] for i in parts[shard.rank % ranks]],
         GenerationConfig(**{name: getattr(settings, name) for name in names}),
         end_tokens(tokenizer, model.generation_config, template_of(config.data).chat_template),
         batch_size=settings.batch_size,
@@ -87,6 +87,6 @@ def generate_texts(
         check=check,
     )
     own = [to_text(tokenizer, row.ids).strip() for row in generated]
-    texts = itertools.chain.from_iterable(processes.all_gather(own) if split else [own])
+    texts = itertools.chain.from_iterable(processes.all_gather(own) if ranks > 1 else [own])
     by_prompt = dict(zip(itertools.chain.from_iterable(parts), texts, strict=True))
     return [by_prompt[i] for i in range(len(prompts.ids))]
