@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lora_ft.commands.evaluate import evaluate_command
 from lora_ft.commands.generate import serving
 from lora_ft.commands.generate.command import generate_command
+from lora_ft.commands.merge import merge_command
 from lora_ft.commands.train import train
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
@@ -162,6 +163,13 @@ def test_the_bare_base_and_a_checkpoint(here, capsys):
     assert rows(capsys, "base", prompt=GOOD, max_new_tokens=12) == [row]
     (row,) = rows(capsys, "talk/checkpoints/step-24", prompt="is it a good movie")
     assert (row["adapter"], row["answer"].strip()) == ("step-24", "great")
+
+
+def test_a_merged_model_in_the_home_folder_keeps_the_template_of_its_run(here, tmp_path, monkeypatch, capsys):
+    merge_command(Path("reviews"), output=tmp_path / "merged", verify=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (row,) = rows(capsys, base="~/merged", prompt=GOOD)
+    assert row["prompt"] == reviewed(GOOD) and row["answer"] == " positive"
 
 
 def test_gpt2_without_a_padding_token(tmp_path, capsys):
