@@ -25,11 +25,7 @@ SMALL_FILES = 2**20  # bytes at most for record, card and configs
 class Saver:
     """Writes checkpoints and the final adapter of a run, and keeps the metrics that belong to them.
 
-    Args:
-        output: the run's folder.
-        setup: the run.
-        record: its record before the first step.
-        evaluate: returns the metrics of the model as it is.
+    record: the run's before the first step. evaluate: returns the metrics of the model as it is.
     """
 
     def __init__(self, output: Path, setup: RunSetup, record: dict, evaluate: Callable[[], dict]):
@@ -104,9 +100,5 @@ class Saver:
 
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, so that a new one can have its name. Returns the new path."""
-    for n in itertools.count(1):
-        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{n}")
-        if not aside.exists():
-            checkpoint.rename(aside)
-            return aside
-    raise AssertionError
+    names = (checkpoint.with_name(f"{checkpoint.name}.damaged-{n}") for n in itertools.count(1))
+    return checkpoint.rename(next(path for path in names if not path.exists()))

@@ -86,6 +86,12 @@ def test_a_file_system_that_cannot_lock_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_forged_record_is_refused(tmp_path):
+    (tmp_path / "lora_ft.json").write_text('{"files": 5}')
+    with pytest.raises(FilesError, match="not a table of files"):
+        writing.check_foreign(tmp_path)
+
+
 # ---- removal ----
 
 

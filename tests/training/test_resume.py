@@ -108,6 +108,16 @@ def test_stopped_within_a_step_or_an_evaluation(folder, whole, monkeypatch, chec
     same(folder / "out", whole)
 
 
+def test_an_evaluation_on_start_is_not_repeated(folder, monkeypatch):
+    run(folder, "trainer.eval_on_start=true", "output=straight")
+    stop_at(monkeypatch, 60)
+    with pytest.raises(Stopped):
+        run(folder, "trainer.eval_on_start=true")
+    monkeypatch.undo()
+    run(folder, "trainer.eval_on_start=true", resume=True)
+    same(folder / "out", folder / "straight")
+
+
 def test_killed_after_a_checkpoint_it_repeats_what_came_after(folder, whole, monkeypatch):
     """As after kill -9: the log and nothing else is ahead of the newest checkpoint."""
     stop_at(monkeypatch, 60)
