@@ -307,8 +307,10 @@ def test_unconnected_processes_are_refused(monkeypatch, environment, word):
         processes.init_process_group("cpu", 60)
 
 
-def test_the_settings_of_accelerate_follow_the_rules_of_a_config(folder, monkeypatch):
-    config = load_config(folder / "config.yaml")
+def test_the_settings_of_accelerate_follow_the_rules_of_a_config(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "full.yaml").write_text(CONFIG.replace("rank: 4, alpha: 8", "method: full"))
+    config = load_config(tmp_path / "config.yaml")
     assert with_accelerate_settings(config) is config
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -316,7 +318,7 @@ def test_the_settings_of_accelerate_follow_the_rules_of_a_config(folder, monkeyp
     assert trainer.bf16 and trainer.fsdp and "ACCELERATE_USE_FSDP" not in os.environ
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="accelerate's config: trainer.fsdp: shards a frozen base"):
-        with_accelerate_settings(load_config(folder / "config.yaml", ["adapter.method=full"]))
+        with_accelerate_settings(load_config(tmp_path / "full.yaml"))
 
 
 def test_the_number_of_processes_to_start(monkeypatch):
