@@ -61,7 +61,6 @@ class RandomState:
     @classmethod
     def current(cls) -> "RandomState":
         """Read the states; changes nothing."""
-        version, words, gauss = random.getstate()
         numpy_state: Any = np.random.get_state()
         tensors = {
             "random.torch": torch.get_rng_state(),
@@ -69,7 +68,7 @@ class RandomState:
         }
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        return cls(tensors, {"python": [version, list(words), gauss], "numpy": list(numpy_state[2:])})
+        return cls(tensors, {"python": random.getstate(), "numpy": numpy_state[2:]})
 
     def restore(self) -> None:
         """Set the generators to these states."""

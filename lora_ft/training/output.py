@@ -141,8 +141,8 @@ def truncate_log(output: Path, size: int) -> None:
 def clear(output: Path) -> None:
     """Remove an earlier run: what its manifests list, its checkpoints and its log. Other files stay."""
     for checkpoint in checkpoints(output):
-        if not (output / RECORD).is_file():  # killed while it wrote a complete model
-            for name in set(manifest_names(checkpoint)).intersection(MODEL_FILES):
+        if not (output / RECORD).is_file():  # killed while it wrote what was trained; a README may be anyone's
+            for name in set(manifest_names(checkpoint)) & {*ADAPTER_FILES, *MODEL_FILES} - {"README.md"}:
                 (output / name).unlink(missing_ok=True)
         remove_checkpoint(checkpoint)
     _remove_if_empty(output / "checkpoints")

@@ -81,7 +81,7 @@ def read_run(folder: Path) -> dict | None:
 
 
 def announce_resume(before: dict, record: dict, state: State | None, steps: int, output: Path) -> None:
-    """Print where the run resumes and what a new length means, and cut the log back to that step.
+    """Print where the run resumes, warn of a new length, versions or machine, and cut the log back to that step.
 
     Raises ConfigError if the run would become shorter.
     """
@@ -97,7 +97,13 @@ def announce_resume(before: dict, record: dict, state: State | None, steps: int,
             f"the run is longer now, {steps} steps instead of {before['planned_steps']}: the learning rate follows the new "
             "schedule from here, so the result differs from a run that had this length from the start"
         )
-    check_surroundings(before, record)
+    for name in ("versions", "machine"):
+        old, new = before.get(name) or {}, record.get(name) or {}
+        different = [
+            f"{k} {old.get(k)} is now {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+        ]
+        if different:
+            warn(f"{', '.join(different)}: the result may differ by rounding.")
     truncate_log(output, state.values["log_size"])
 
 
@@ -134,17 +140,6 @@ def check_settings(record: dict, config: Config) -> None:
         warn(f"{line}. Only rounding and dropout masks change.")
 
 
-def check_surroundings(record: dict, here: dict) -> None:
-    """Warn of what else may change rounding: versions, device, threads."""
-    for name in ("versions", "machine"):
-        old, new = record.get(name) or {}, here.get(name) or {}
-        different = [
-            f"{k} {old.get(k)} is now {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
-        ]
-        if different:
-            warn(f"{', '.join(different)}: the result may differ by rounding.")
-
-
 def check_data(record: dict, tokenizer_hash: str, train_set: Examples, eval_sets: dict[str, Examples]) -> None:
     """Check that data, tokenizer and chat template are those that the run started with.
 
@@ -156,7 +151,7 @@ def check_data(record: dict, tokenizer_hash: str, train_set: Examples, eval_sets
         raise ModelError(
             "--resume: the tokenizer has changed since the run started. Restore it, or start over with --overwrite."
         )
-    evals = record["data"]["eval"] or {}
+    evals = record["data"].get("eval") or {}
     sources = [("train", train_set, record["data"]["train"])]
     sources += [
         (f"eval.{name}" if name else "eval", e, evals.get(name) if name else evals) for name, e in eval_sets.items()

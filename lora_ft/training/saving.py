@@ -57,9 +57,8 @@ class Saver:
             if is_intact(folder):
                 return  # an interruption wrote it, and the run reached the same step again: the same bits
             warn(f"checkpoint {folder} is damaged; renamed to {set_aside(folder)}")
-        require_space(
-            self.output, state.bytes + 4 * sum(p.numel() for p in trainable(self.model).values()) + SMALL_FILES
-        )
+        trained = 4 * sum(p.numel() for p in trainable(self.model).values())
+        require_space(self.output, state.bytes + trained + SMALL_FILES)
         if best_step in self.evaluations:
             state.values["best"] = {"step": best_step, "metrics": self.evaluations[best_step]}
         state.values |= {"log_size": log_size(self.output), "micro_batch_tokens": self.row_tokens}

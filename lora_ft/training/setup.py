@@ -89,10 +89,7 @@ class RunSetup:
 
     @cached_property
     def dry_run(self) -> tuple[PreTrainedModel, str]:
-        """The adapted model on the meta device, and a description of what is adapted, such as "60 modules".
-
-        Raises ModelError for targets that don't exist, or an `adapter.init_from` that doesn't fit.
-        """
+        """The adapted model on the meta device, with `adapter.init_from` if it fits, and what is adapted: "60 modules"."""
         model = skeleton(self.base)
         with torch.device("meta"):
             adapted = self._inject(model)
@@ -237,9 +234,5 @@ class RunSetup:
             "trainable_parameters": trainable,
             "parameters": total,
             "planned_steps": len(self.plan),
-            "machine": {
-                "device": self.device,
-                "threads": torch.get_num_threads(),
-                "processes": processes.world_size(),
-            },
+            "machine": {"device": self.device, "threads": torch.get_num_threads(), "processes": processes.world_size()},
         }

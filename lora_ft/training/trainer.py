@@ -40,9 +40,7 @@ class LoRATrainer(SeamTrainer):
 
     Args:
         model: on its device, with the adapter's parameters requiring gradients.
-        args: the Trainer's settings; max_steps is the plan's length.
-        plan: the steps.
-        isolation: how the model keeps the examples of a row apart.
+        args: max_steps is the plan's length.
         evaluation: returns the metrics after a step, without the prefix "eval_"; None without eval data.
         save: saves a checkpoint, given the state and the best step so far.
         log_line: appends a line to the log.

@@ -128,6 +128,18 @@ def test_a_file_of_anyone_else_stays_where_it_was(tmp_path):
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
 
 
+def test_what_a_run_wrote_that_was_killed_at_its_end_is_removed_with_it(tmp_path):
+    """Else its adapter_config.json would lie beside a complete model that is trained next."""
+    folder, names = checkpoint(tmp_path, 1), ["adapter_config.json", "adapter_model.safetensors", "README.md"]
+    for name in names:
+        (folder / name).touch()
+        (tmp_path / name).touch()
+    (folder / "lora_ft.json").write_text(json.dumps({"files": manifest(folder, ["state.json", *names])}))
+    (tmp_path / "tokenizer.json").touch()  # not of this run
+    writing.clear(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "tokenizer.json"]
+
+
 def test_rotation_keeps_what_is_newer_than_the_run(tmp_path):
     """A damaged newest checkpoint, which the run did not resume from, is left for the user to inspect."""
     for step in (1, 2, 3, 4):
