@@ -12,18 +12,20 @@ from lora_ft.config.schema import Config
 from lora_ft.core.errors import NumbersError
 from lora_ft.core.messages import info
 from lora_ft.core.metrics import format_metrics
+from lora_ft.core.run_folder import LOG
 from lora_ft.core.signals import Stopped, Stopper
+from lora_ft.core.storage import append_line
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.prepare import template_of
 from lora_ft.distributed import processes
-from lora_ft.distributed.environment import join, with_accelerate_settings
+from lora_ft.distributed.environment import with_accelerate_settings
 from lora_ft.evaluation.evaluate import evaluator
 from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.model.device import prepare_device
 from lora_ft.report.write import write_report
 from lora_ft.training import resume as resuming
-from lora_ft.training.output import append_log, clear, locked
+from lora_ft.training.output import clear, locked
 from lora_ft.training.progress import trackers
 from lora_ft.training.saving import Saver
 from lora_ft.training.setup import RunSetup
@@ -43,7 +45,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         stopper.hint = resume_hint(started="--overwrite" not in sys.argv)
         config = with_accelerate_settings(config)
         device = prepare_device(config.trainer.use_cpu)
-        join(config, device)
+        processes.init_process_group(device, config.trainer.ddp_timeout, config.trainer.ddp_backend)
         checkpoint = processes.broadcast(lambda: resuming.find_starting_point(output, config, resume, overwrite))
         before = processes.broadcast(lambda: resuming.read_run(checkpoint) if checkpoint else None)
         if before and before["kind"] == "adapter":
@@ -80,7 +82,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
             isolation=setup.isolation,
             evaluation=saver.evaluate if setup.eval_sets else None,
             save=saver.save,
-            log_line=lambda line: append_log(output, line) if is_main else None,
+            log_line=lambda line: append_line(output / LOG, line) if is_main else None,
             patience=config.train.early_stopping_patience,
             stopper=stopper,
         )

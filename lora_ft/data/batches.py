@@ -117,12 +117,6 @@ def micro_batch(examples: Sequence[dict]) -> MicroBatch:
     return MicroBatch(**flat_row(ids), **indices, lengths=list(map(len, ids)))  # type: ignore[typeddict-item]
 
 
-def on_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on `device`; copies from pinned memory are asynchronous."""
-    moved = {key: x.to(device, non_blocking=True) for key, x in micro.items() if isinstance(x, Tensor)}
-    return micro | moved  # type: ignore[return-value]
-
-
 class StepPlan(Dataset):
     """The optimizer steps of a run: each epoch's shuffled examples, batch_size per step; an epoch's last may have fewer.
 

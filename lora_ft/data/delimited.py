@@ -25,15 +25,14 @@ def text_lines(path: Path) -> Iterator[str]:
         for number, raw in enumerate(file, 1):
             skipped = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
             try:
-                line = raw[skipped:].decode()
-                bad = line.find("\0")
+                line, bad = raw[skipped:].decode(), raw.find(b"\0")
             except UnicodeDecodeError as e:
-                bad = e.start
+                bad = skipped + e.start
             if bad >= 0:
                 encoding = "UTF-16" if b"\0" in raw else "LATIN1"
                 raise DataError(
-                    f"{printable(str(path))}:{number}: byte {bad + skipped + 1} of the line (0x{raw[bad + skipped]:02x}) is "
-                    f"not UTF-8 text. Save the file as UTF-8; if it is {encoding}: iconv -f {encoding} -t UTF-8 < OLD > NEW."
+                    f"{printable(str(path))}:{number}: byte {bad + 1} of the line (0x{raw[bad]:02x}) is not UTF-8 text. "
+                    f"Save the file as UTF-8; if it is {encoding}: iconv -f {encoding} -t UTF-8 < OLD > NEW."
                 )
             yield line
 

@@ -13,11 +13,6 @@ from lora_ft.core.messages import first_line
 from lora_ft.core.names import parse_hub_data
 from lora_ft.model.hub import why_unreachable
 
-OFFLINE_HINT = (
-    "Point HF_HOME at a cache that contains it, or use a local file: --set data.train=FILE "
-    "(likewise data.eval; --data FILE for eval)."
-)
-
 
 def load_split(source: str) -> datasets.Dataset:
     """The split named by `id[:config][@split]`, memory-mapped from the cache of `datasets`.
@@ -41,7 +36,8 @@ def load_split(source: str) -> datasets.Dataset:
             if isinstance(e, ConnectionError):
                 raise DataError(
                     f"data {source}: not a local file, the hub cannot be reached ({why or first_line(e)}) and no local cache "
-                    f"contains it. {OFFLINE_HINT}"
+                    "contains it. Point HF_HOME at a cache that contains it, or use a local file: --set data.train=FILE "
+                    "(likewise data.eval; --data FILE for eval)."
                 ) from e
             raise DataError(
                 f"data {source}: neither a local file nor a public data set on the hub. If it is private, run "

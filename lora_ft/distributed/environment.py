@@ -1,28 +1,17 @@
-"""What a launcher set in the environment: accelerate's settings, and the other processes of the run."""
+"""The settings that `accelerate launch` leaves in the environment."""
 
 import os
 
-from lora_ft.config.schema import Config, TrainerConfig
+from lora_ft.config.load import parse_config
+from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
-from lora_ft.distributed import processes
-
-TIMEOUT_SECONDS = 4 * 3600  # default of trainer.ddp_timeout: one process may encode the data while the others wait
-
-
-def join(config: Config, device: str) -> None:
-    """Connect to the other processes of this run, if there are any.
-
-    Raises:
-        ConfigError: as `processes.init_process_group`.
-    """
-    processes.init_process_group(device, config.trainer.ddp_timeout or TIMEOUT_SECONDS, config.trainer.ddp_backend)
 
 
 def with_accelerate_settings(config: Config) -> Config:
     """`config` with the settings of `accelerate launch` and its config file, wherever it has none of its own.
 
     Raises:
-        ConfigError: accelerate asks for something that lora-ft does not support.
+        ConfigError: accelerate asks for something that lora-ft does not support, or not with these settings.
     """
     asked = {name.removeprefix("ACCELERATE_"): value for name, value in os.environ.items() if "ACCELERATE_" in name}
     on = {name for name, value in asked.items() if value.lower() in ("true", "1")}
@@ -36,5 +25,8 @@ def with_accelerate_settings(config: Config) -> Config:
         )
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # lora_ft.distributed.sharding shards the base, not accelerate
     defaults = {"use_cpu": "USE_CPU" in on, "fsdp": "USE_FSDP" in on, "bf16": precision == "bf16"}
-    settings = {name: value for name, value in defaults.items() if value} | config.trainer.model_dump()
-    return config.model_copy(update={"trainer": TrainerConfig(**settings)})
+    settings = {name: True for name, value in defaults.items() if value}
+    if not settings:
+        return config
+    settings |= config.trainer.model_dump(mode="json")
+    return parse_config(config.model_dump(mode="json") | {"trainer": settings}, source="accelerate's config")

@@ -35,10 +35,8 @@ def processes_to_start(requested: int | None, on_gpus: bool) -> int:
 def launch(processes: int, arguments: list[str], entry_point: Callable[[], None]) -> int:
     """Run `lora-ft ARGUMENTS` in several processes that find each other; returns their exit code.
 
-    A signal to this process is forwarded to all of them. When one fails, the others are stopped.
-
-    Args:
-        entry_point: a module-level function (it is pickled) that runs the command line in sys.argv.
+    A signal to this process is forwarded to all of them. When one fails, the others are stopped. entry_point: a
+    module-level function (it is pickled) that runs the command line in sys.argv.
     """
     logging.disable(logging.CRITICAL)  # the elastic agent's; the processes and the code below report what happened
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))

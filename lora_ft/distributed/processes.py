@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from typing import TypeVar
 
@@ -25,9 +25,8 @@ from lora_ft.core.signals import Stopped
 
 T = TypeVar("T")
 BUCKET_SIZE = 2**23  # numbers per all-reduce: an adapter's gradient fits one bucket, a full model's takes many
-MAIN_ERROR_SECONDS = (
-    3  # a shared error ends rank 0, and with it the others, within this time; a later one is not shared
-)
+MAIN_ERROR_SECONDS = 3  # an error of all ranks ends rank 0, and with it the others, within this time
+TIMEOUT_SECONDS = 4 * 3600  # default of trainer.ddp_timeout: one process may encode the data while the others wait
 # The process counts of launchers that do not connect their processes (SLURM: of the step, not of the job).
 OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -47,13 +46,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def init_process_group(device: str, timeout_seconds: float, backend: str | None = None) -> None:
-    """Connect to the other processes.
+def init_process_group(device: str, timeout_seconds: float | None = None, backend: str | None = None) -> None:
+    """Connect to the other processes of this run, if there are any.
 
-    Args:
-        device: "cpu", or "cuda": then each process uses a GPU of its own.
-        timeout_seconds: how long a process waits for the others before it fails.
-        backend: of torch.distributed; by default the one for the device.
+    device: "cpu", or "cuda": then each process uses a GPU of its own. timeout_seconds: how long a process waits for the
+    others before it fails. backend: of torch.distributed; by default the one for the device.
 
     Raises:
         ConfigError: the processes were started in a way that would make each train alone.
@@ -84,7 +81,8 @@ def init_process_group(device: str, timeout_seconds: float, backend: str | None 
         )
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate sets it, with a warning
     settings = {"backend": backend} if backend else {}
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(seconds=timeout_seconds), **settings)
+    timeout = timedelta(seconds=timeout_seconds or TIMEOUT_SECONDS)
+    state = PartialState(cpu=device == "cpu", timeout=timeout, **settings)
     if state.num_processes != world_size():
         raise ConfigError(
             f"{world_size()} processes were started but {state.num_processes} connected: each would train alone."
@@ -120,12 +118,8 @@ def silence_other_ranks() -> Iterator[None]:
 @contextmanager
 def local_main_first() -> Iterator[None]:
     """Let one process per machine run the body before the others, which then find its downloads and encoded data."""
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if not first:
-        _wait()
-    yield
-    if first:
-        _wait()
+    with collective(), PartialState().local_main_process_first() if world_size() > 1 else nullcontext():
+        yield
 
 
 def broadcast(make: Callable[[], T]) -> T:
@@ -172,28 +166,12 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
             bucket = []
 
 
-def all_reduce_max(number: int) -> int:
-    """The largest of the processes' numbers, on every rank."""
-    if world_size() == 1:
-        return number
-    value = torch.tensor(number, device=PartialState().device)
-    with collective():
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-    return int(value)
-
-
 def all_reduce_gradients(parameters: Sequence[Parameter], loss: Tensor) -> None:
     """Sum the gradients, and the loss with them, over the processes; a rank without a part of the step adds zeros."""
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     all_reduce_sum([*(p.grad for p in parameters if p.grad is not None), loss])
-
-
-def _wait() -> None:
-    if world_size() > 1:
-        with collective():
-            dist.barrier()
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def score(
         for example, values in zip(examples, choice_logprobs, strict=True):
             if values:
                 scores.confusion[example["label"]][max(range(len(values)), key=values.__getitem__)] += 1
-        for _ in range(processes.all_reduce_max(len(rows)) - len(rows) if shard.padded else 0):
+        for _ in range(max(processes.all_gather(len(rows))) - len(rows) if shard.padded else 0):
             list(_log_probabilities(model, isolation, [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]]))
         bar.update(len(lengths))
     bar.close()

@@ -50,7 +50,7 @@ def export_card(kind: str, base_name: str, file: str) -> str:
 
 
 def model_card(record: dict) -> str:
-    """The card of what was trained, from its record (training/record.py), as Markdown with a YAML head."""
+    """The card of what was trained, from its record (`RunSetup.record`), as Markdown with a YAML head."""
     base = portable_name(record["base"]["name"])
     local = "" if is_hub(record) else "a local copy of "
     sources = ", ".join(Path(s).name if is_local(s) else s for s in record["config"]["data"]["train"])

@@ -11,6 +11,11 @@ from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import first_line
 from lora_ft.core.metrics import metric_of
 
+SAME_NAME = {  # settings of `train` that the Trainer has too
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("seed", "logging_steps", "eval_steps", "save_steps"),
+}
+
 
 def arguments(config: Config, device: str) -> TrainingArguments:
     """The Trainer's settings, except max_steps. What the step plan and our own files replace is switched off.
@@ -33,24 +38,15 @@ def arguments(config: Config, device: str) -> TrainingArguments:
         gradient_accumulation_steps=1,
         max_steps=1,  # of the plan, once there is one
         remove_unused_columns=False,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
         activation_checkpointing=train.gradient_checkpointing,
-        seed=train.seed,
-        logging_steps=train.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=train.eval_steps,
         save_strategy="steps",
-        save_steps=train.save_steps,
         metric_for_best_model=f"eval_{metric}" if evaluates else None,
         greater_is_better=not metric_of(metric).lower_is_better,
         report_to=list(train.report_to),
         disable_tqdm=True,  # the bar is ours
-    )
+    ) | train.model_dump(include=SAME_NAME)
     try:
         args = TrainingArguments(**settings | config.trainer.model_dump(exclude={"fsdp"}))
         if args.n_gpu > 1:

@@ -4,7 +4,7 @@ Tensors go to state.safetensors and everything else to state.json; no pickles.
 """
 
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,6 @@ class RandomState:
     @classmethod
     def current(cls) -> "RandomState":
         """Read the states; changes nothing."""
-        version, words, gauss = random.getstate()
         numpy_state: Any = np.random.get_state()
         tensors = {
             "random.torch": torch.get_rng_state(),
@@ -69,7 +68,7 @@ class RandomState:
         }
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        return cls(tensors, {"python": [version, list(words), gauss], "numpy": list(numpy_state[2:])})
+        return cls(tensors, {"python": random.getstate(), "numpy": numpy_state[2:]})
 
     def restore(self) -> None:
         """Set the generators to these states."""
@@ -84,22 +83,18 @@ class RandomState:
 
 @dataclass
 class State:
-    """The state of a run after a complete step.
+    """The state of a run after `step` complete steps.
 
-    Attributes:
-        step: steps done.
-        tensors: `optimizer.<parameter>.<moment>` and `random.<generator>`, on the CPU.
-        values: for JSON: step, trainer (TrainerState), groups (optimizer settings), scheduler, random, and the caller's.
+    tensors: `optimizer.<parameter>.<moment>` and `random.<generator>`, on the CPU. values: for JSON: step, trainer
+    (TrainerState), groups (optimizer settings), scheduler, random, and the caller's.
     """
 
     step: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
 
     @classmethod
-    def take(
-        cls, model: nn.Module, optimizer, scheduler, trainer_state: TrainerState, generators: RandomState
-    ) -> "State":
+    def take(cls, model: nn.Module, optimizer, scheduler, trainer: TrainerState, generators: RandomState) -> "State":
         """Copy the state of the objects that the Trainer holds."""
         names = {id(p): name for name, p in trainable(model).items()}
         tensors, groups = dict(generators.tensors), []
@@ -109,15 +104,13 @@ class State:
                 for key, value in _inner(optimizer).state[p].items():
                     tensors[f"optimizer.{names[id(p)]}.{key}"] = torch.as_tensor(value).detach().cpu()
         values = {
-            "step": trainer_state.global_step,
-            "trainer": {
-                k: v for k, v in asdict(trainer_state).items() if k not in ("log_history", "stateful_callbacks")
-            },
+            "step": trainer.global_step,
+            "trainer": {k: v for k, v in asdict(trainer).items() if k not in ("log_history", "stateful_callbacks")},
             "groups": groups,
             "scheduler": scheduler.state_dict(),
             "random": generators.values,
         }
-        return cls(trainer_state.global_step, tensors, values)
+        return cls(trainer.global_step, tensors, values)
 
     @property
     def bytes(self) -> int:
@@ -131,11 +124,7 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> "State":
-        """Read the state of a checkpoint folder whose manifest has been verified.
-
-        Raises:
-            FilesError: the files are not the state of a run.
-        """
+        """Read the state of a checkpoint folder whose manifest has been verified; FilesError if it is not a run's state."""
         values = read_json(folder / JSON, FilesError)
         if not isinstance(values.get("step"), int):
             raise FilesError(f"{folder / JSON}: has no step, so it is not the state of a run.")
@@ -153,7 +142,6 @@ class State:
                 # the 0-dim `step` belongs on the CPU, except in a fused optimizer on a GPU
                 fused = bool(group.get("fused")) and p.is_cuda
                 inner.state[p] = {k: v.to(p.device) if v.dim() or fused else v.clone() for k, v in moments.items()}
-
         scheduler.load_state_dict(self.values["scheduler"])
         for group, peak, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = peak * factor(scheduler.last_epoch)  # unchanged, unless the run is longer now

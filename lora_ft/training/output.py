@@ -24,7 +24,7 @@ from lora_ft.core.run_folder import (
     manifest_names,
     step_of,
 )
-from lora_ft.core.storage import append_line, read_json
+from lora_ft.core.storage import read_json
 
 LOCK, HOLDER = ".lock", ".lock.pid"
 ANOTHER = "another folder: --set output=FOLDER."
@@ -34,11 +34,7 @@ ANOTHER = "another folder: --set output=FOLDER."
 
 
 def check_writable(output: Path) -> None:
-    """Check that `output` can be created or written; nothing is created.
-
-    Raises:
-        FilesError: it is a file, or the system denies writing.
-    """
+    """Raise FilesError unless `output` can be created or written; nothing is created."""
     _check_not_a_file(output)
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -54,7 +50,7 @@ def check_foreign(output: Path) -> None:
         FilesError: a merged model, another tool's adapter, or a user's file with one of the names of a run.
     """
     record = read_json(output / RECORD, FilesError) if (output / RECORD).is_file() else {}
-    files = record.get("files") or {}
+    files = manifest_names(output) if record else []
     if (output / "config.json").exists():  # transformers would load an adapter beside it as part of that model
         fully_tuned = record.get("kind") == "adapter" and "config.json" in files
         if not fully_tuned and not any("config.json" in manifest_names(c) for c in checkpoints(output)):
@@ -71,11 +67,7 @@ def check_foreign(output: Path) -> None:
 
 
 def check_removable(output: Path) -> None:
-    """Check that an earlier run can be removed completely, before any part of it is.
-
-    Raises:
-        FilesError: a record of the run or of a checkpoint can't be read, or lists files outside of its folder.
-    """
+    """Check that an earlier run can be removed completely, before any part of it is. Raises as `manifest_names`."""
     for folder in (*checkpoints(output), *([output] if (output / RECORD).is_file() else [])):
         manifest_names(folder)
 
@@ -110,8 +102,8 @@ def locked(output: Path) -> Iterator[None]:
             _remove_lock(output)  # before the release, after which a file of that name may be another run's
             lock.release()
     finally:
-        if created and output.is_dir() and not os.listdir(output):
-            output.rmdir()
+        if created:
+            _remove_if_empty(output)
 
 
 def _remove_lock(output: Path) -> None:
@@ -127,15 +119,6 @@ def _check_not_a_file(output: Path) -> None:
 # ---- log.jsonl ----
 
 
-def append_log(output: Path, line: dict) -> None:
-    """Append a line to the run's log.
-
-    Raises:
-        FilesError: the disk is full or can't be written.
-    """
-    append_line(output / LOG, line)
-
-
 def log_size(output: Path) -> int:
     """Bytes of the log, synced to the disk first, so that a checkpoint can rely on them."""
     log = output / LOG
@@ -148,23 +131,18 @@ def log_size(output: Path) -> int:
 
 def truncate_log(output: Path, size: int) -> None:
     """Cut the log back to `size` bytes, its length at a checkpoint."""
-    log = output / LOG
-    if log.exists() and log.stat().st_size > size:
-        os.truncate(log, size)
+    if (output / LOG).exists() and (output / LOG).stat().st_size > size:
+        os.truncate(output / LOG, size)
 
 
 # ---- removal ----
 
 
 def clear(output: Path) -> None:
-    """Remove an earlier run: what its manifests list, its checkpoints and its log. Other files stay.
-
-    Raises:
-        FilesError: as `remove_listed`.
-    """
+    """Remove an earlier run: what its manifests list, its checkpoints and its log. Other files stay."""
     for checkpoint in checkpoints(output):
-        if not (output / RECORD).is_file():  # killed while it wrote a complete model
-            for name in set(manifest_names(checkpoint)).intersection(MODEL_FILES):
+        if not (output / RECORD).is_file():  # killed while it wrote what was trained; a README may be anyone's
+            for name in set(manifest_names(checkpoint)) & {*ADAPTER_FILES, *MODEL_FILES} - {"README.md"}:
                 (output / name).unlink(missing_ok=True)
         remove_checkpoint(checkpoint)
     _remove_if_empty(output / "checkpoints")
@@ -186,11 +164,7 @@ def rotate(output: Path, limit: int | None, keep: set[int]) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint; its folder stays if it contains files of anyone else.
-
-    Raises:
-        FilesError: as `remove_listed`.
-    """
+    """Remove a checkpoint; its folder stays if it contains files of anyone else. Raises as `remove_listed`."""
     if {p.name for p in checkpoint.iterdir()} <= {RECORD, *manifest_names(checkpoint)}:
         # under this name `_remove_leftovers` finds it if the process is killed halfway
         checkpoint = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.partial-{os.getpid()}"))

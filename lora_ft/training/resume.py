@@ -1,6 +1,7 @@
 """Resuming a run: from which checkpoint, and whether it is still the same run."""
 
 from pathlib import Path
+from typing import Any
 
 from lora_ft.config.load import changes
 from lora_ft.config.schema import Config
@@ -11,6 +12,10 @@ from lora_ft.data.examples import Examples
 from lora_ft.methods.trained import is_trained, read_record
 from lora_ft.training.checkpoint import State, is_intact
 from lora_ft.training.output import check_foreign, check_removable, truncate_log
+
+# What a record contains that resuming reads, and its type
+NEEDED: dict[str, Any] = {"config": dict, "planned_steps": int, "base.fingerprint": str, "tokenizer": str}
+NEEDED |= {"data.train": dict, "data.eval": dict | None, "versions": dict | None, "machine": dict | None}
 
 
 def find_starting_point(output: Path, config: Config, resume: bool, overwrite: bool) -> Path | None:
@@ -59,20 +64,14 @@ def read_run(folder: Path) -> dict | None:
         raise FilesError(
             f"{folder}: its {run_folder.RECORD} does not belong to a run. Name another folder: --set output=FOLDER."
         )
-    base, data = record.get("base") or {}, record.get("data") or {}
-    needed = {
-        "config": (record.get("config"), dict),
-        "planned_steps": (record.get("planned_steps"), int),
-        "base": (base, dict),
-        "base.fingerprint": (base.get("fingerprint") if isinstance(base, dict) else None, str),
-        "tokenizer": (record.get("tokenizer"), str),
-        "data": (data, dict),
-        "data.train": (data.get("train") if isinstance(data, dict) else None, dict),
-        "data.eval": ((data.get("eval") if isinstance(data, dict) else None) or {}, dict),
-        "versions": (record.get("versions") or {}, dict),
-        "machine": (record.get("machine") or {}, dict),
-    }
-    damaged = [name for name, (value, kind) in needed.items() if not isinstance(value, kind)]
+
+    def entry(name: str) -> Any:
+        value: Any = record
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    damaged = [name for name, kind in NEEDED.items() if not isinstance(entry(name), kind)]
     if damaged:
         raise FilesError(
             f"{folder / run_folder.RECORD}: damaged: {', '.join(damaged)} missing or of the wrong type. Restore it from "
@@ -82,10 +81,9 @@ def read_run(folder: Path) -> dict | None:
 
 
 def announce_resume(before: dict, record: dict, state: State | None, steps: int, output: Path) -> None:
-    """Print where the run resumes and what a new length means, and cut the log back to that step.
+    """Print where the run resumes, warn of a new length, versions or machine, and cut the log back to that step.
 
-    Raises:
-        ConfigError: the run would become shorter.
+    Raises ConfigError if the run would become shorter.
     """
     assert state is not None
     if steps < before["planned_steps"]:
@@ -99,7 +97,13 @@ def announce_resume(before: dict, record: dict, state: State | None, steps: int,
             f"the run is longer now, {steps} steps instead of {before['planned_steps']}: the learning rate follows the new "
             "schedule from here, so the result differs from a run that had this length from the start"
         )
-    check_surroundings(before, record)
+    for name in ("versions", "machine"):
+        old, new = before.get(name) or {}, record.get(name) or {}
+        different = [
+            f"{k} {old.get(k)} is now {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+        ]
+        if different:
+            warn(f"{', '.join(different)}: the result may differ by rounding.")
     truncate_log(output, state.values["log_size"])
 
 
@@ -124,11 +128,7 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 
 def check_settings(record: dict, config: Config) -> None:
-    """Refuse settings that would change the result; warn of those that change only rounding.
-
-    Raises:
-        ConfigError: with each setting that differs.
-    """
+    """Refuse settings that would change the result (ConfigError); warn of those that change only rounding."""
     found = changes(record["config"], config)
     if found["result"]:
         lines = "\n".join(f"  {line}" for line in found["result"])
@@ -138,17 +138,6 @@ def check_settings(record: dict, config: Config) -> None:
         )
     for line in found["rounding"]:
         warn(f"{line}. Only rounding and dropout masks change.")
-
-
-def check_surroundings(record: dict, here: dict) -> None:
-    """Warn of what else may change rounding: versions, device, threads."""
-    for name in ("versions", "machine"):
-        old, new = record.get(name) or {}, here.get(name) or {}
-        different = [
-            f"{k} {old.get(k)} is now {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
-        ]
-        if different:
-            warn(f"{', '.join(different)}: the result may differ by rounding.")
 
 
 def check_data(record: dict, tokenizer_hash: str, train_set: Examples, eval_sets: dict[str, Examples]) -> None:
@@ -162,7 +151,7 @@ def check_data(record: dict, tokenizer_hash: str, train_set: Examples, eval_sets
         raise ModelError(
             "--resume: the tokenizer has changed since the run started. Restore it, or start over with --overwrite."
         )
-    evals = record["data"]["eval"] or {}
+    evals = record["data"].get("eval") or {}
     sources = [("train", train_set, record["data"]["train"])]
     sources += [
         (f"eval.{name}" if name else "eval", e, evals.get(name) if name else evals) for name, e in eval_sets.items()

@@ -25,11 +25,7 @@ SMALL_FILES = 2**20  # bytes at most for record, card and configs
 class Saver:
     """Writes checkpoints and the final adapter of a run, and keeps the metrics that belong to them.
 
-    Args:
-        output: the run's folder.
-        setup: the run.
-        record: its record before the first step.
-        evaluate: returns the metrics of the model as it is.
+    record: the run's before the first step. evaluate: returns the metrics of the model as it is.
     """
 
     def __init__(self, output: Path, setup: RunSetup, record: dict, evaluate: Callable[[], dict]):
@@ -61,9 +57,8 @@ class Saver:
             if is_intact(folder):
                 return  # an interruption wrote it, and the run reached the same step again: the same bits
             warn(f"checkpoint {folder} is damaged; renamed to {set_aside(folder)}")
-        require_space(
-            self.output, state.bytes + 4 * sum(p.numel() for p in trainable(self.model).values()) + SMALL_FILES
-        )
+        trained = 4 * sum(p.numel() for p in trainable(self.model).values())
+        require_space(self.output, state.bytes + trained + SMALL_FILES)
         if best_step in self.evaluations:
             state.values["best"] = {"step": best_step, "metrics": self.evaluations[best_step]}
         state.values |= {"log_size": log_size(self.output), "micro_batch_tokens": self.row_tokens}
@@ -104,9 +99,5 @@ class Saver:
 
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, so that a new one can have its name. Returns the new path."""
-    for n in itertools.count(1):
-        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{n}")
-        if not aside.exists():
-            checkpoint.rename(aside)
-            return aside
-    raise AssertionError
+    names = (checkpoint.with_name(f"{checkpoint.name}.damaged-{n}") for n in itertools.count(1))
+    return checkpoint.rename(next(path for path in names if not path.exists()))

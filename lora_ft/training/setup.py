@@ -3,7 +3,10 @@
 `train` uses the parts in order; `check` uses the same parts one by one, so that it refuses what training would refuse.
 """
 
+import platform
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -14,49 +17,43 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import info
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.batches import RowPacking, Shard, StepPlan
-from lora_ft.data.examples import Examples, largest_id
+from lora_ft.data.examples import Examples, largest_id, reports
 from lora_ft.data.prepare import prepare
 from lora_ft.distributed import processes
 from lora_ft.distributed.sharding import load_sharded
 from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.model.device import micro_batch_tokens
-from lora_ft.model.files import Base, resolve
+from lora_ft.model.files import Base, digest, resolve
 from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer, skeleton, tokenizer_hash
 from lora_ft.nn.attention import Isolation
 from lora_ft.training.arguments import arguments
 from lora_ft.training.checkpoint import State
-from lora_ft.training.record import describe
 from lora_ft.training.resume import check_data
 
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")  # versions in the record
 
+
+@dataclass
 class RunSetup:
     """The parts of a run, each made when it is first used; `before` is the record of the `checkpoint` to resume from."""
 
-    def __init__(
-        self,
-        config: Config,
-        device: str,
-        trust: Trust = NO_TRUST,
-        checkpoint: Path | None = None,
-        before: dict | None = None,
-    ):
-        self.config, self.device, self.trust, self.checkpoint, self.before = config, device, trust, checkpoint, before
+    config: Config
+    device: str
+    trust: Trust = NO_TRUST
+    checkpoint: Path | None = None
+    before: dict | None = None
 
     @cached_property
     def arguments(self) -> TrainingArguments:
-        """The Trainer's settings. Raises ConfigError as `training.arguments.arguments`."""
+        """The Trainer's settings."""
         return arguments(self.config, self.device)
 
     # ---- files and data ----
 
     @cached_property
     def base(self) -> Base:
-        """The base's files.
-
-        Raises:
-            ModelError: they can't be found; or they are not those of the run that is resumed.
-        """
+        """The base's files. Raises ModelError if they are not those of the run that is resumed."""
         model = self.config.model
         base = resolve(model.name, model.revision, self.trust)
         if self.before:
@@ -65,7 +62,7 @@ class RunSetup:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer. Raises ModelError as `load_tokenizer`."""
+        """The base's tokenizer."""
         return load_tokenizer(self.base)
 
     @cached_property
@@ -92,11 +89,7 @@ class RunSetup:
 
     @cached_property
     def dry_run(self) -> tuple[PreTrainedModel, str]:
-        """The adapted model on the meta device, and a description of what is adapted, such as "60 modules".
-
-        Raises:
-            ModelError: targets that don't exist, or an `adapter.init_from` that doesn't fit.
-        """
+        """The adapted model on the meta device, with `adapter.init_from` if it fits, and what is adapted: "60 modules"."""
         model = skeleton(self.base)
         with torch.device("meta"):
             adapted = self._inject(model)
@@ -105,12 +98,7 @@ class RunSetup:
 
     @cached_property
     def data(self) -> tuple[Examples, dict[str, Examples]]:
-        """The training examples, and the eval sets by name.
-
-        Raises:
-            DataError: a bad row, or other data than that of the run that is resumed.
-            ModelError: another tokenizer or chat template than that of the run that is resumed.
-        """
+        """The training examples, and the eval sets by name. Raises as `prepare`, and as `check_data` for a resumed run."""
         train_set, eval_sets = prepare(self.config.data, self.tokenizer, self.config.train.seed)
         if self.before:
             check_data(self.before, tokenizer_hash(self.tokenizer), train_set, eval_sets)
@@ -137,12 +125,7 @@ class RunSetup:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The base on its device, adapted: what trains requires gradients.
-
-        Raises:
-            ModelError: as `load_base`; or tokenizer and weights do not belong together.
-            ConfigError: examples are longer than the model supports.
-        """
+        """The base on its device, adapted: what trains requires gradients. It fits tokenizer and examples."""
         load = load_sharded if self.is_sharded else load_base
         model = load(self.base, self.config.model.dtype, self.device)
         self.check_vocabulary(model)
@@ -178,9 +161,8 @@ class RunSetup:
 
     @cached_property
     def state(self) -> State | None:
-        """The checkpoint's state, on every process. Raises FilesError as `State.read`."""
-        checkpoint = self.checkpoint
-        return processes.broadcast(lambda: State.read(checkpoint) if checkpoint else None)
+        """The checkpoint's state, on every process."""
+        return processes.broadcast(lambda: State.read(self.checkpoint) if self.checkpoint else None)
 
     @cached_property
     def row_tokens(self) -> int:
@@ -230,15 +212,27 @@ class RunSetup:
 
     @cached_property
     def record(self) -> dict:
-        """The run's record as far as it is known before the first step."""
+        """The run's record, lora_ft.json, as far as it is known before the first step: what its adapter is used with later."""
+        data, base = self.config.data, self.base
+        own_template = digest(self.tokenizer.chat_template) if data.messages and not data.chat_template else None
+        versions = {"python": platform.python_version(), "lora_ft": version("lora-ft")}
         trainable, total = self.parameters
-        return describe(self.config, self.base, self.tokenizer, self.model, *self.data) | {
+        return {
+            "format": 1,
+            "config": self.config.model_dump(mode="json"),
+            "base": {
+                "name": base.name,
+                "revision": base.revision,
+                "fingerprint": base.fingerprint,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+            },
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "chat_template": own_template,
+            "data": {"train": asdict(self.train_set.report), "eval": reports(self.eval_sets)},
+            "seed": self.config.train.seed,
+            "versions": versions | {name: version(name) for name in PACKAGES},
             "trainable_parameters": trainable,
             "parameters": total,
             "planned_steps": len(self.plan),
-            "machine": {
-                "device": self.device,
-                "threads": torch.get_num_threads(),
-                "processes": processes.world_size(),
-            },
+            "machine": {"device": self.device, "threads": torch.get_num_threads(), "processes": processes.world_size()},
         }

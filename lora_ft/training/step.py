@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_ft.core.errors import NumbersError
-from lora_ft.data.batches import Shard, Step, on_device
+from lora_ft.data.batches import Shard, Step
 from lora_ft.distributed import processes
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.nn.attention import Isolation
@@ -35,9 +35,10 @@ def add_gradients(
         check()
         if not len(micro["keep"]) and not shard.padded:
             continue
-        micro = on_device(micro, model.device)
+        # copies from pinned memory are asynchronous
+        inputs = {key: x.to(model.device, non_blocking=True) for key, x in micro.items() if isinstance(x, Tensor)}
         with isolation.row(model, micro["lengths"]):  # open during the backward too: checkpointing recomputes
-            loss = supervised_loss(model, micro["input_ids"], micro["position_ids"], micro["keep"], micro["targets"])
+            loss = supervised_loss(model, **inputs)
             (loss / max(1, step["total"])).backward()
         total += loss.detach()
     check()

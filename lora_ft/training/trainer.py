@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from lora_ft.core.metrics import scalars
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.data.batches import Step, StepPlan
 from lora_ft.distributed import processes
@@ -39,9 +40,7 @@ class LoRATrainer(SeamTrainer):
 
     Args:
         model: on its device, with the adapter's parameters requiring gradients.
-        args: the Trainer's settings; max_steps is the plan's length.
-        plan: the steps.
-        isolation: how the model keeps the examples of a row apart.
+        args: max_steps is the plan's length.
         evaluation: returns the metrics after a step, without the prefix "eval_"; None without eval data.
         save: saves a checkpoint, given the state and the best step so far.
         log_line: appends a line to the log.
@@ -102,7 +101,8 @@ class LoRATrainer(SeamTrainer):
             NumbersError: loss or gradient is NaN or infinite.
         """
         if processes.world_size() > 1:  # a function of the step, so that a checkpoint needs only the main process
-            torch.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) * 65_537 + processes.rank())
+            seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_537 + processes.rank()
+            torch.manual_seed(seed % 2**64)  # the largest that torch takes
         self.generators_before = RandomState.current()
         model.train()
         loss = add_gradients(self.model, self.isolation, inputs, self.plan.shard, self.stopper.check)
@@ -118,7 +118,7 @@ class LoRATrainer(SeamTrainer):
         started = time.perf_counter()
         metrics = {f"eval_{key}": value for key, value in self.evaluation(self.state.global_step).items()}
         self.line_started += time.perf_counter() - started
-        self.log({key: value for key, value in metrics.items() if isinstance(value, int | float)})
+        self.log(scalars(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
 
         sign = 1 if self.args.greater_is_better else -1
@@ -197,6 +197,7 @@ class LoRATrainer(SeamTrainer):
             setattr(self.state, name, values["trainer"][name])
         self.resumed.restore_optimizer(self.model, self.optimizer, self.lr_scheduler)
         self.resumed.generators().restore()
+        self.args.eval_on_start = False  # done at the start of the run
         self.totals = LogTotals(**values["counts"])
         self.started -= values["seconds"]
         self.evaluations_since_best = values["patience_used"]

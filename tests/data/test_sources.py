@@ -42,6 +42,7 @@ def test_jsonl(write):
         (b'\xef\xbb\xbf{"a": "\xe9"}\n', ":1: byte 11 of the line (0xe9) is not UTF-8"),
         ('{"a": "x"}\n'.encode("utf-16"), ":1: byte 1 of the line (0xff)"),
         ('{"a": "\0"}\n', ":1: byte 8 of the line (0x00)"),
+        ('\ufeff{"a": "\u00e9\0"}\n', ":1: byte 13 of the line (0x00)"),
     ],
 )
 def test_messages_locate_broken_lines(write, content, message):

@@ -19,6 +19,7 @@ from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError
 from lora_ft.data.batches import RowPacking, Shard, StepPlan, split_evenly
 from lora_ft.distributed import launch, processes
+from lora_ft.distributed.environment import with_accelerate_settings
 from lora_ft.distributed.sharding import load_sharded
 from lora_ft.evaluation.references import EvalPrompts
 from lora_ft.evaluation.texts import generate_texts
@@ -304,6 +305,20 @@ def test_unconnected_processes_are_refused(monkeypatch, environment, word):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=word):
         processes.init_process_group("cpu", 60)
+
+
+def test_the_settings_of_accelerate_follow_the_rules_of_a_config(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "full.yaml").write_text(CONFIG.replace("rank: 4, alpha: 8", "method: full"))
+    config = load_config(tmp_path / "config.yaml")
+    assert with_accelerate_settings(config) is config
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    trainer = with_accelerate_settings(config).trainer
+    assert trainer.bf16 and trainer.fsdp and "ACCELERATE_USE_FSDP" not in os.environ
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="accelerate's config: trainer.fsdp: shards a frozen base"):
+        with_accelerate_settings(load_config(tmp_path / "full.yaml"))
 
 
 def test_the_number_of_processes_to_start(monkeypatch):

@@ -86,6 +86,12 @@ def test_a_file_system_that_cannot_lock_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_forged_record_is_refused(tmp_path):
+    (tmp_path / "lora_ft.json").write_text('{"files": 5}')
+    with pytest.raises(FilesError, match="not a table of files"):
+        writing.check_foreign(tmp_path)
+
+
 # ---- removal ----
 
 
@@ -120,6 +126,18 @@ def test_a_file_of_anyone_else_stays_where_it_was(tmp_path):
     (folder / "notes.txt").touch()
     writing.remove_checkpoint(folder)
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+def test_what_a_run_wrote_that_was_killed_at_its_end_is_removed_with_it(tmp_path):
+    """Else its adapter_config.json would lie beside a complete model that is trained next."""
+    folder, names = checkpoint(tmp_path, 1), ["adapter_config.json", "adapter_model.safetensors", "README.md"]
+    for name in names:
+        (folder / name).touch()
+        (tmp_path / name).touch()
+    (folder / "lora_ft.json").write_text(json.dumps({"files": manifest(folder, ["state.json", *names])}))
+    (tmp_path / "tokenizer.json").touch()  # not of this run
+    writing.clear(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "tokenizer.json"]
 
 
 def test_rotation_keeps_what_is_newer_than_the_run(tmp_path):

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from lora_ft.commands.train import train
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
 from lora_ft.core.signals import Stopped, Stopper
+from lora_ft.training.resume import check_data
 from tests.helpers.tiny import write_base, write_reviews, write_run
 
 TIMES = {"seconds", "tokens_per_second", "peak_memory_mb"}
@@ -108,6 +110,16 @@ def test_stopped_within_a_step_or_an_evaluation(folder, whole, monkeypatch, chec
     same(folder / "out", whole)
 
 
+def test_an_evaluation_on_start_is_not_repeated(folder, monkeypatch):
+    run(folder, "trainer.eval_on_start=true", "output=straight")
+    stop_at(monkeypatch, 60)
+    with pytest.raises(Stopped):
+        run(folder, "trainer.eval_on_start=true")
+    monkeypatch.undo()
+    run(folder, "trainer.eval_on_start=true", resume=True)
+    same(folder / "out", folder / "straight")
+
+
 def test_killed_after_a_checkpoint_it_repeats_what_came_after(folder, whole, monkeypatch):
     """As after kill -9: the log and nothing else is ahead of the newest checkpoint."""
     stop_at(monkeypatch, 60)
@@ -190,6 +202,13 @@ def test_other_content_is_refused(stopped):
     write_reviews(stopped / "train.jsonl", 47)
     with pytest.raises(DataError, match="data.train"):
         run(stopped, resume=True)
+
+
+def test_eval_data_that_the_record_lacks_is_refused():
+    examples = SimpleNamespace(report=SimpleNamespace(content="c", sha256="s"))
+    record = {"tokenizer": "t", "data": {"train": {"content": "c", "sha256": "s"}}}
+    with pytest.raises(DataError, match="data.eval has changed"):
+        check_data(record, "t", examples, {"": examples})
 
 
 def test_another_base_is_refused(stopped):

@@ -116,6 +116,11 @@ def test_same_seed_same_bits_with_dropout_and_other_seed_other_bits(tmp_path):
     assert [line["loss"] for line in first] != [line["loss"] for line in other]
 
 
+def test_the_largest_seed_fits_torch_in_a_run_of_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_ft.distributed.processes.world_size", lambda: 2)
+    assert len(run(adapted(), tmp_path, max_steps=2, seed=2**32 - 1)) == 2
+
+
 def test_only_the_adapter_moves(tmp_path):
     model = adapted()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
