@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from lora_ft.commands.export import hub
 from lora_ft.commands.export.gguf_adapter import write_adapter_gguf
-from lora_ft.commands.export.gguf_layout import FAMILIES
+from lora_ft.commands.export.gguf_format import FAMILIES
 from lora_ft.commands.export.gguf_model import verify_gguf, write_model_gguf
 from lora_ft.commands.export.portable import write_portable
 from lora_ft.commands.merge import merge_command

@@ -1,13 +1,11 @@
 """Write an adapter as the GGUF that llama.cpp loads with a base's (`--lora FILE`), like its convert_lora_to_gguf.py."""
 
-import re
 from pathlib import Path
 
 import gguf
 from transformers import PreTrainedModel
 
-from lora_ft.commands.export.gguf_file import Weight, write_gguf
-from lora_ft.commands.export.gguf_layout import gguf_name, layout, reordered
+from lora_ft.commands.export.gguf_format import Weight, by_number, gguf_name, layout, reordered, write_gguf
 from lora_ft.commands.export.portable import portable_tensors
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.files import portable_name
@@ -33,21 +31,13 @@ def write_adapter_gguf(adapter: AdapterFile, model: PreTrainedModel, path: Path,
                 f"{adapter.folder}: adapts the head, which is tied to the embedding; llama.cpp can't load such an adapter. "
                 "Export the merged model instead: add --merged."
             )
-        name = gguf_name(order, f"{module}.weight")
-        A, B = padded[module]
+        name, (A, B) = gguf_name(order, f"{module}.weight"), padded[module]
         B = reordered(order, f"{module}.weight", B)
         weights += [Weight(f"{name}.lora_{x}", tuple(M.shape), M.clone) for x, M in (("a", A), ("b", B))]
-
-    def write_metadata(writer: gguf.GGUFWriter) -> None:
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(R))
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, Path(portable_name(base_name)).name)
-
-    return write_gguf(path, order.architecture, write_metadata, weights, dtype)
-
-
-def by_number(name: str) -> list:
-    """A sort key that puts layers.2 before layers.10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    writer = gguf.GGUFWriter(path, order.architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(R))
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, Path(portable_name(base_name)).name)
+    return write_gguf(writer, weights, dtype)
