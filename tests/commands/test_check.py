@@ -158,8 +158,6 @@ def test_timing_measures_and_writes_nothing(made):
     timing = facts["timing"]
     assert timing["tokens_per_second"] > 0 and timing["evaluations"] == 5 and timing["seconds_training"] > 0
     assert not (made / "out").exists()
-    facts, _ = checked(made, "--time", train__max_steps=1)  # no step to spare for the warm-up
-    assert facts["timing"]["tokens_per_second"] > 0
 
 
 def test_weights_of_nan_are_told_with_the_rest(tmp_path):

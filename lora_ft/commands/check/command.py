@@ -56,7 +56,7 @@ def as_dict(result: Inspection) -> dict:
     if result.model:
         facts |= sizes(result.model, setup.config.adapter.method)
         facts["targets"] = {path: list(layer.rows) for path, layer in lora_layers(result.model).items()}
-    facts["memory"] = result.memory.as_dict() if result.memory else None
+    facts["memory"] = asdict(result.memory) if result.memory else None
     if result.timing:
         facts["timing"] = asdict(result.timing)
     errors = [{"exit_code": e.exit_code, "message": str(e)} for e in result.errors]
@@ -91,7 +91,8 @@ def show(result: Inspection) -> None:
         display.section(out, f"{config.adapter.method}: {result.adapted}", lines)
     if result.memory:
         where = "in this GPU's allocator" if setup.device == "cuda" else "on this CPU"
-        display.section(out, f"memory that training needs, {where}", display.memory_lines(result.memory))
+        lines = [f"  {part:<12}{display.size(value):>12}" for part, value in asdict(result.memory).items()]
+        display.section(out, f"memory that training needs, {where}", lines)
     if result.plan:
         steps = f"steps: {len(result.plan):,} of {config.train.batch_size} examples"
         if result.timing:

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.commands.check.memory import Memory
 from lora_ft.core.messages import printable
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear
 
@@ -92,11 +91,6 @@ def spans(numbers: Sequence[int]) -> str:
     groups = itertools.groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
     runs = [[n for _, n in run] for _, run in groups]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def memory_lines(memory: Memory) -> list[str]:
-    """A line for each part of a memory estimate."""
-    return [f"  {name:<12}{size(value):>12}" for name, value in memory.as_dict().items()]
 
 
 def size(number: float) -> str:

@@ -10,7 +10,7 @@ They come from everything a layer allocates, kept or recomputed, so checkpointin
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -54,22 +54,11 @@ class Memory:
     activations: int  # all other tensors of a step
     logits: int  # tensors over the vocabulary, for one chunk of tokens at a time
     heap: int  # freed memory that the C library keeps (0 on a GPU)
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return sum(asdict(self).values())
-
-    def as_dict(self) -> dict[str, int]:
-        """The parts by name, and their total."""
-        return asdict(self) | {"total": self.total}
+    total: int
 
 
 def largest_rows(plan: StepPlan, virtual: int = 0) -> list[Row]:
-    """The rows that may need the most memory: that with the most tokens and that with the most supervised tokens.
-
-    virtual: the number of virtual tokens before each example.
-    """
+    """The rows with the most tokens and with the most supervised tokens; virtual: virtual tokens before each example."""
     sizes = plan.dataset.select_columns(["tokens", "supervised"]).with_format("numpy")[:]
     rows = []
     for step in range(min(len(plan), SEARCHED_STEPS)):
@@ -108,7 +97,7 @@ def estimate(
         with FakeTensorMode():
             model = build()
             trained = [p for p in model.parameters() if p.requires_grad]
-            total = bytes_of([*model.parameters(), *model.buffers()])
+            held = bytes_of([*model.parameters(), *model.buffers()])
             if not checkpointing:
                 keep_gate_and_up(model)
             peak = _largest_step(model, rows, autocast)
@@ -122,14 +111,9 @@ def estimate(
         why = printable(first_line(e), 120)
         text = f"memory: can't be estimated: torch can't run this model's step without values ({why})."
         raise ModelError(text) from e
-    return Memory(
-        runtime=runtime,
-        weights=total - bytes_of(trained),
-        adapter=2 * bytes_of(trained),
-        optimizer=moments * sum(4 * p.numel() for p in trained),
-        **peak,
-        heap=heap,
-    )
+    parts = {"runtime": runtime, "weights": held - bytes_of(trained), "adapter": 2 * bytes_of(trained)}
+    parts |= {"optimizer": moments * sum(4 * p.numel() for p in trained), **peak, "heap": heap}
+    return Memory(**parts, total=sum(parts.values()))
 
 
 def _largest_step(model: PreTrainedModel, rows: Sequence[Row], autocast: torch.dtype | None) -> dict[str, int]:

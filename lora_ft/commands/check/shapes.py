@@ -5,6 +5,7 @@ Nothing is loaded or allocated, so GPT-3 175B fits on a laptop.
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,10 +36,7 @@ SHAPES: dict[str, dict] = {
 
 
 def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Trust = NO_TRUST) -> None:
-    """Print what training a model of this shape needs, with the config's adapter and with full fine-tuning.
-
-    Args:
-        shape: a name in SHAPES, a config.json, or a folder that has one.
+    """Print what training a model of this shape (see `shape_config`) needs, with the config's adapter and in full.
 
     Raises:
         ConfigError: the method is not lora.
@@ -48,7 +46,10 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
         raise ConfigError(f"adapter.method: {config.adapter.method}; --shape compares lora with full fine-tuning only.")
     model_config = shape_config(shape, trust)
     stored = DTYPES.get(config.model.dtype) or getattr(model_config, "dtype", None) or torch.float32
-    row = row_of(config)
+    # a row filled to micro_batch_tokens (for `auto` with one example of max_length), every token supervised
+    setting, length = config.train.micro_batch_tokens, config.data.max_length
+    examples = 1 if setting == "auto" else max(1, setting // length)
+    row = Row((length,) * examples, examples * (length - 1))
 
     def with_lora(device: str = "cpu") -> PreTrainedModel:
         with torch.device(device):
@@ -61,7 +62,7 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
 
     adapted, checkpointing = with_lora("meta"), config.train.gradient_checkpointing
     makers: dict[str, Callable[[], PreTrainedModel]] = {"lora": with_lora, "full": full}
-    memory = {name: estimate(make, [row], checkpointing=checkpointing).as_dict() for name, make in makers.items()}
+    memory = {name: asdict(estimate(make, [row], checkpointing=checkpointing)) for name, make in makers.items()}
     facts = {"shape": shape, "dtype": str(stored).removeprefix("torch."), **sizes(adapted, "lora")}
     facts |= {"row_tokens": sum(row.lengths), "memory": memory}
     if as_json:
@@ -80,13 +81,6 @@ def shape_config(shape: str, trust: Trust) -> PretrainedConfig:
         names = ", ".join(SHAPES)
         raise ModelError(f"--shape {shape}: not a config.json, not a folder that has one, and not one of {names}.")
     return load_model_config(Base(shape, folder, trusted_code=trust.remote_code))
-
-
-def row_of(config: Config) -> Row:
-    """A row filled to train.micro_batch_tokens (for `auto` with one example of max_length), every token supervised."""
-    setting, length = config.train.micro_batch_tokens, config.data.max_length
-    examples = 1 if setting == "auto" else max(1, setting // length)
-    return Row((length,) * examples, examples * (length - 1))
 
 
 def show(facts: dict, adapted: PreTrainedModel, rank: int) -> None:

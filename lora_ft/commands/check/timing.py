@@ -40,7 +40,8 @@ def time_steps(setup: RunSetup) -> Timing:
     """Load the model and time the run's first steps and part of an evaluation. Raises as `RunSetup.model` and training do."""
     config, model, isolation, prefix = setup.config, setup.model, setup.isolation, virtual_ids(setup.model)
     complete, timed = setup.plan, setup.make_plan(isolation, prefix, WARM_UP + TIMED)
-    settings, warm_up = config.train, min(WARM_UP, len(timed) - 1)
+    settings = config.train
+    clock: list[float] = []  # the time after each step
     with tempfile.TemporaryDirectory() as folder:
         train = settings.model_copy(update={"report_to": (), "logging_steps": 1})
         args = arguments(config.model_copy(update={"output": folder, "train": train}), setup.device)
@@ -54,9 +55,8 @@ def time_steps(setup: RunSetup) -> Timing:
             save=lambda state, best: None,
             log_line=lambda line: clock.append(time.perf_counter()),
         )
-        clock = [time.perf_counter()]  # and the time after each step
         trainer.train_from(None)
-    speed = sum(timed[i]["tokens"] for i in range(warm_up, len(timed))) / (clock[-1] - clock[warm_up])
+    speed = sum(timed[i]["tokens"] for i in range(WARM_UP, len(timed))) / (clock[-1] - clock[WARM_UP - 1])
     evaluations, evaluating = 0, 0.0
     if setup.eval_sets:
         every = settings.eval_steps if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * len(complete))

@@ -16,18 +16,9 @@ from lora_ft.training.setup import RunSetup
 FEW_LABELS = 20  # at most so many distinct completions count as the labels of a classification
 
 
-def lists(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists as (all values, the start of each list and, last, the end)."""
-    values = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
-    lengths = values.value_lengths().to_numpy(zero_copy_only=False)
-    return values.flatten().to_numpy(zero_copy_only=False), np.concatenate([[0], np.cumsum(lengths)])
-
-
-def ends_learned(examples: Examples, ends: Iterable[int]) -> int:
+def ends_learned(examples: Examples, ends: set[int]) -> int:
     """How many examples have an end token as their last supervised token, and so teach generation to stop."""
-    labels, starts = lists(examples.dataset, "labels")
-    last = np.maximum.reduceat(np.where(labels >= 0, np.arange(len(labels)), -1), starts[:-1])
-    return int(np.isin(labels[last], list(ends)).sum())
+    return sum(not ends.isdisjoint(labels[labels >= 0][-1:].tolist()) for labels in _rows(examples.dataset, "labels"))
 
 
 def in_common(train: Examples, evaluation: Examples) -> int:
@@ -37,8 +28,10 @@ def in_common(train: Examples, evaluation: Examples) -> int:
 
 
 def _rows(dataset: datasets.Dataset, column: str) -> Iterable[np.ndarray]:
-    values, starts = lists(dataset, column)
-    return (values[a:b] for a, b in itertools.pairwise(starts))
+    """The lists of a column, as views of one array."""
+    lists = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    values, lengths = (array.to_numpy(zero_copy_only=False) for array in (lists.flatten(), lists.value_lengths()))
+    return np.split(values, np.cumsum(lengths)[:-1])
 
 
 def labels_sharing_a_first_token(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:

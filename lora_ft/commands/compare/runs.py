@@ -51,14 +51,18 @@ class Runner:
 
         Raises:
             RunFailed: the variant does not fit the model or the memory, or its numbers overflow.
-            ConfigError: the output holds a run with other settings.
+            ConfigError: the output holds a run with other settings, which are listed.
             SystemExit: the run failed otherwise, or was stopped; with its exit code.
         """
         self.started += 1
         info(f"compare: run {self.started} of {self.total}: {title}")
         output = Path(config.output)
         if record := newest_record(output):
-            check_settings(output, record, config)
+            differences = changes(record["config"], config)
+            if lines := differences["result"] + differences["longer"]:
+                settings = "".join(f"\n  {line}" for line in lines)
+                way_out = "Restore them, or give another folder: --output DIR."
+                raise ConfigError(f"{output}: holds a run with other settings:{settings}\n{way_out}")
             if record["kind"] == "adapter":
                 return record
         # kept, so that the run can be repeated by hand
@@ -75,16 +79,6 @@ class Runner:
         record = newest_record(output)
         assert record is not None, "a finished run has a record"
         return record
-
-
-def check_settings(output: Path, record: dict, config: Config) -> None:
-    """Check that resuming the run of `record` would give that of `config`; else a ConfigError names each setting."""
-    differences = changes(record["config"], config)
-    if lines := differences["result"] + differences["longer"]:
-        settings = "\n".join(f"  {line}" for line in lines)
-        raise ConfigError(
-            f"{output}: holds a run with other settings:\n{settings}\nRestore them, or give another folder: --output DIR."
-        )
 
 
 def run_and_stream(command: list[str]) -> tuple[int, str]:

@@ -93,6 +93,7 @@ def write_gguf(writer: gguf.GGUFWriter, weights: Sequence[Weight], dtype: str) -
 
     Raises:
         FilesError: the disk does not have enough space (checked before anything is written).
+        OSError: it can't be written, for `storage.atomic_file` to translate.
     """
     kind, file_type = KINDS[dtype]
     F32 = gguf.GGMLQuantizationType.F32
@@ -108,8 +109,12 @@ def write_gguf(writer: gguf.GGUFWriter, weights: Sequence[Weight], dtype: str) -
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for weight, stored in zip(weights, kinds, strict=True):
-            writer.write_tensor_data(_stored(weight.read(), stored))
+        assert writer.fout is not None, "opened for the header"
+        file = writer.fout[0]
+        for weight, stored, size in zip(weights, kinds, sizes, strict=True):
+            writer.write_padding(file, file.tell())
+            file.write(_stored(weight.read(), stored).data)  # the writer uses numpy's tofile, which misses a full disk
+            writer.write_padding(file, size)
     finally:
         writer.close()
     return writer.path.stat().st_size

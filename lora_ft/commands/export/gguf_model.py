@@ -108,11 +108,11 @@ def rope_frequencies(config: PretrainedConfig) -> Tensor | None:
     return plain / scaled
 
 
-def verify_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None = None) -> dict | str:
+def verify_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None = None) -> str:
     """Load the file with transformers and compare its logits with those of base (and adapter), in float32.
 
-    One model is in memory at a time. Returns difference, allowed, largest_logit and positions; or the reason why nothing was
-    compared: transformers does not read everything from a GGUF that llama.cpp does.
+    One model is in memory at a time. Returns the result in words: the difference, or why nothing was compared, since
+    transformers does not read everything from a GGUF that llama.cpp does.
 
     Raises:
         ModelError: the logits differ by more than rounding can explain.
@@ -120,7 +120,7 @@ def verify_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None 
     written, stored = Base(path.name, path.parent, gguf=path), str(stored_dtype(base)).removeprefix("torch.")
     config, config_read = load_model_config(base), load_model_config(written)
     if lost := [name for name in COMPARED if _setting(config, name) != _setting(config_read, name)]:
-        return f"transformers does not read {', '.join(lost)} from a GGUF"
+        return f"logits were not compared (transformers does not read {', '.join(lost)} from a GGUF)"
     rows = sample_rows(adapter.trained.record if adapter else {}, load_tokenizer(base), config.vocab_size)
     model = load_base(base, "float32")
     if adapter is not None:
@@ -138,7 +138,7 @@ def verify_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None 
             f"the GGUF failed its verification: logits differ by {difference:.3g} in sample row {row}, position {position}, "
             f"where {allowed:.3g} is allowed (largest logit {scale:.3g}). The output was not kept."
         )
-    return {"difference": difference, "allowed": allowed, "largest_logit": scale, "positions": sum(map(len, rows))}
+    return f"logits, read back by transformers: {difference:.3g} off at most ({allowed:.3g} allowed)"
 
 
 def _setting(config: PretrainedConfig, name: str):

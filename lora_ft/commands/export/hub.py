@@ -24,10 +24,10 @@ def check(repo: str) -> None:
     """
     try:
         validate_repo_id(repo)
+        if "/" not in repo:  # valid for a model of the hub's own, to which nobody can push
+            raise HFValidationError("The owner is missing.")
     except HFValidationError as e:
         raise ConfigError(f"--push {repo}: not a valid repository name; it is owner/name. {first_line(e)}") from e
-    if "/" not in repo:  # valid for a model of the hub's own, to which nobody can push
-        raise ConfigError(f"--push {repo}: not a valid repository name; it is owner/name.")
     if is_offline_mode():
         raise ModelError(f"--push {repo}: HF_HUB_OFFLINE is set, so the hub can't be used. Unset it.")
     if not get_token():
