@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_ft.commands.compare.command import compare_command, parse_seeds
-from lora_ft.commands.compare.display import page
+from lora_ft.commands.compare.display import page, show
 from lora_ft.commands.compare.results import mean_interval, metrics_over_seeds
 from lora_ft.commands.compare.variants import final_config, make_variants, parse_axes, ranking_metric, tuning_config
 from lora_ft.config.load import parse_config
@@ -169,6 +169,16 @@ def test_compares_methods_from_a_config(compared):
     assert "experts" in bottleneck["refused"] and "metrics" not in bottleneck
     for word in ("lora", "skipped: ", "3e-2", "base"):
         assert word in done.stdout
+
+
+def test_brackets_in_names_are_printed(capsys):
+    names = {"targets=[q]": "", "targets=[q,v]": "no [k] in [/base]"}  # rich would take them for its own markup
+    variants = [
+        {"name": n, "settings": {}, "tuned": {}, "tried": []} | ({"refused": r} if r else {}) for n, r in names.items()
+    ]
+    show({"variants": variants, "seeds": [0], "tuned": {}, "base": {}, "varied": {}})
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in (*names, "no [k] in [/base]"))
 
 
 def test_runs_of_a_comparison_are_ordinary_runs(compared):

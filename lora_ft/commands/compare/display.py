@@ -23,7 +23,7 @@ COSTS = {  # key -> (title, format)
 
 def show(result: dict) -> None:
     """Print the tables on stdout, and which variants were skipped."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     scores = [(f"{t.title}: {_seeds(result)}" if t.title else _seeds(result), t) for t in score_tables(result)]
     latency = [("latency (times the base's)", table) for table in latency_tables(result)]
     for title, table in [*scores, ("cost", cost_table(result)), *latency]:
