@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lora_ft.commands.check import display
 from tests.helpers.command import cli, settings
@@ -156,6 +158,15 @@ def test_timing_measures_and_writes_nothing(made):
     timing = facts["timing"]
     assert timing["tokens_per_second"] > 0 and timing["evaluations"] == 5 and timing["seconds_training"] > 0
     assert not (made / "out").exists()
+
+
+def test_weights_of_nan_are_told_with_the_rest(tmp_path):
+    folder = write_run(tmp_path)
+    weights = load_file(folder / "base/model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)
+    save_file(weights, folder / "base/model.safetensors", {"format": "pt"})
+    facts, err = checked(folder, "--time", code=4)
+    assert "holds NaN or inf" in err and facts["errors"][0]["exit_code"] == 4 and facts["steps"] == 12
 
 
 def test_gpt3_has_the_papers_numbers(tmp_path):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft.commands.compare.command import parse_seeds
-from lora_ft.commands.compare.display import page
+from lora_ft.commands.compare.command import compare_command, parse_seeds
+from lora_ft.commands.compare.display import page, show
 from lora_ft.commands.compare.results import mean_interval, metrics_over_seeds
-from lora_ft.commands.compare.variants import final_config, make_variants, parse_axis, ranking_metric, tuning_config
+from lora_ft.commands.compare.variants import final_config, make_variants, parse_axes, ranking_metric, tuning_config
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.storage import sha256
@@ -34,19 +34,30 @@ def config(tmp_path) -> Path:
 
 
 def named(path: Path, *vary: str) -> list[str]:
-    return [variant.name for variant in make_variants(path, [], [parse_axis("--vary", text) for text in vary])]
+    return [variant.name for variant in make_variants(path, [], parse_axes("--vary", vary))]
 
 
 def test_values_are_split_where_yaml_would():
-    assert parse_axis("--vary", "adapter.targets=[q],[q, v],all").values == ("[q]", "[q, v]", "all")
-    assert parse_axis("--vary", "data.prompt='a, b','{x}: '").values == ("a, b", "{x}: ")
-    assert parse_axis("--vary", "train.learning_rate=1e-4,1e-3").values == ("1e-4", "1e-3")
+    assert parse_axes("--vary", ["adapter.targets=[q],[q, v],all"]) == {"adapter.targets": ["[q]", "[q, v]", "all"]}
+    assert parse_axes("--vary", ["data.prompt='a, b','{x}: '"]) == {"data.prompt": ["a, b", "{x}: "]}
+    assert parse_axes("--vary", ["train.learning_rate=1e-4,1e-3"]) == {"train.learning_rate": ["1e-4", "1e-3"]}
 
 
 @pytest.mark.parametrize("text", ["adapter.rank", "adapter.rank=", "=1,2", "adapter.rank=[1,2", "adapter.rank=1,1"])
 def test_a_malformed_axis_is_refused(text):
     with pytest.raises(ConfigError, match="--vary"):
-        parse_axis("--vary", text)
+        parse_axes("--vary", [text])
+
+
+def test_a_setting_to_tune_is_given_once():
+    with pytest.raises(ConfigError, match="given twice"):
+        parse_axes("--tune", ["train.learning_rate=1e-4,1e-3", "train.learning_rate=1e-2"])
+
+
+def test_an_eval_set_cannot_be_the_one_to_tune_on(config):
+    options = {"vary": [], "tune": ["train.learning_rate=1e-4,1e-3"], "overrides": ["data.eval={tuning: 0.2}"]}
+    with pytest.raises(ConfigError, match="another name"):
+        compare_command(config, **options)
 
 
 def test_the_variants_are_the_product(config):
@@ -61,7 +72,7 @@ def test_the_variants_are_the_product(config):
 
 def test_settings_apply_only_to_their_own_methods(config):
     assert named(config, "adapter.method=lora,full", "adapter.rank=1,2") == ["lora, rank=1", "lora, rank=2", "full"]
-    full = make_variants(config, [], [parse_axis("--vary", "adapter.method=full")])[0].config
+    full = make_variants(config, [], {"adapter.method": ["full"]})[0].config
     assert full.adapter.model_dump() == {"method": "full"}  # the config's rank and alpha are LoRA's
 
 
@@ -84,7 +95,7 @@ def test_an_invalid_variation_is_refused_before_the_first_run(config, vary):
 
 def test_eval_data_is_required(config):
     with pytest.raises(ConfigError, match="eval"):
-        make_variants(config, ["data.eval=null"], [])
+        make_variants(config, ["data.eval=null"], {})
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "1,1", "-1", "1.5"])
@@ -94,7 +105,7 @@ def test_seeds_are_whole_numbers(seeds):
 
 
 def test_nothing_is_selected_on_the_eval_data(config):
-    variant = make_variants(config, ["train.early_stopping_patience=2"], [])[0]
+    variant = make_variants(config, ["train.early_stopping_patience=2"], {})[0]
     run = final_config(variant, {"train.learning_rate": "1e-2"}, 3, Path("out"), evaluate_base=False)
     assert (run.train.learning_rate, run.train.seed) == (1e-2, 3)
     assert not run.train.load_best_model_at_end and run.train.early_stopping_patience is None
@@ -104,12 +115,12 @@ def test_nothing_is_selected_on_the_eval_data(config):
 
 
 def test_tuning_data_excludes_eval_rows_held_out_of_train(config):
-    variant = make_variants(config, ["data.eval={a: 0.2, b: eval.jsonl}"], [])[0]
+    variant = make_variants(config, ["data.eval={a: 0.2, b: eval.jsonl}"], {})[0]
     assert tuning_config(variant, {}, 0, Path("out")).data.eval == {"a": 0.2, "tuning": 0.1}
 
 
 def test_the_ranking_metric(config):
-    base = make_variants(config, [], [])[0].config
+    base = make_variants(config, [], {})[0].config
     assert ranking_metric(base) == ("", "loss")
     data = base.model_dump(mode="json")
     data["data"] |= {"text": None, "prompt": "{a}", "completion": "{b}", "eval": {"dev": "d.jsonl"}}
@@ -158,6 +169,16 @@ def test_compares_methods_from_a_config(compared):
     assert "experts" in bottleneck["refused"] and "metrics" not in bottleneck
     for word in ("lora", "skipped: ", "3e-2", "base"):
         assert word in done.stdout
+
+
+def test_brackets_in_names_are_printed(capsys):
+    names = {"targets=[q]": "", "targets=[q,v]": "no [k] in [/base]"}  # rich would take them for its own markup
+    variants = [
+        {"name": n, "settings": {}, "tuned": {}, "tried": []} | ({"refused": r} if r else {}) for n, r in names.items()
+    ]
+    show({"variants": variants, "seeds": [0], "tuned": {}, "base": {}, "varied": {}})
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in (*names, "no [k] in [/base]"))
 
 
 def test_runs_of_a_comparison_are_ordinary_runs(compared):

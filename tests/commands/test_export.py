@@ -165,8 +165,9 @@ def test_no_push_without_being_asked(fake, adapter):
 
 def test_a_push_that_cannot_work_is_told_before_any_work(fake, adapter, monkeypatch, tmp_path):
     fake()
-    with pytest.raises(ConfigError, match="owner/name"):
-        export_command(adapter, "peft", push="a/b/c")
+    for name in ("a/b/c", "mine"):
+        with pytest.raises(ConfigError, match="owner/name"):
+            export_command(adapter, "peft", push=name)
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(ModelError, match="hf auth login"):
         export_command(adapter, "peft", push="me/mine")

@@ -303,6 +303,24 @@ def test_a_wrong_file_fails_its_verification_and_is_not_kept(tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_disk_without_room_for_the_last_tensor_is_told(tmp_path, merged):
+    resource = pytest.importorskip("resource")
+    case(tmp_path, "llama")
+    target = tmp_path / "x.gguf"
+    export_command(tmp_path / "out", "gguf", output=target, merged=merged)
+    size = target.stat().st_size
+    target.unlink()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 8, limit[1]))
+    try:
+        with pytest.raises(FilesError, match="can't be written"):
+            export_command(tmp_path / "out", "gguf", output=target, merged=merged, verify=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
 def test_another_base_is_refused(tmp_path):
     case(tmp_path, "llama")
     write_model(tmp_path / "other", "llama", rms_norm_eps=1e-4)

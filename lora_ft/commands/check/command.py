@@ -56,7 +56,7 @@ def as_dict(result: Inspection) -> dict:
     if result.model:
         facts |= sizes(result.model, setup.config.adapter.method)
         facts["targets"] = {path: list(layer.rows) for path, layer in lora_layers(result.model).items()}
-    facts["memory"] = result.memory.as_dict() if result.memory else None
+    facts["memory"] = asdict(result.memory) if result.memory else None
     if result.timing:
         facts["timing"] = asdict(result.timing)
     errors = [{"exit_code": e.exit_code, "message": str(e)} for e in result.errors]
@@ -84,23 +84,21 @@ def show(result: Inspection) -> None:
         show_data(result, out)
     if result.model:
         numbers = sizes(result.model, config.adapter.method)
-        display.heading(out, f"{config.adapter.method}: {result.adapted}")
-        for line in display.target_lines(lora_layers(result.model)):
-            out.print(line)
         parts = f"{numbers['trainable_parameters']:,} of {numbers['base_parameters']:,} parameters"
         share, file = numbers["trainable_share"], display.size(numbers["adapter_bytes"])
-        out.print(f"  trainable: {parts} ({share:.2%}); {file} on disk")
+        trained = f"  trainable: {parts} ({share:.2%}); {file} on disk"
+        lines = [*display.target_lines(lora_layers(result.model)), trained]
+        display.section(out, f"{config.adapter.method}: {result.adapted}", lines)
     if result.memory:
         where = "in this GPU's allocator" if setup.device == "cuda" else "on this CPU"
-        display.heading(out, f"memory that training needs, {where}")
-        for line in display.memory_lines(result.memory):
-            out.print(line)
+        lines = [f"  {part:<12}{display.size(value):>12}" for part, value in asdict(result.memory).items()]
+        display.section(out, f"memory that training needs, {where}", lines)
     if result.plan:
         steps = f"steps: {len(result.plan):,} of {config.train.batch_size} examples"
-        display.heading(out, steps if result.timing else f"{steps} (--time: how long they take)")
-    if result.timing:
-        for line in result.timing.lines():
-            out.print(f"  {line}")
+        if result.timing:
+            display.section(out, steps, result.timing.lines())
+        else:
+            display.section(out, f"{steps} (--time: how long they take)")
     if result.warnings:
         out.print()
     for warning in result.warnings:
@@ -110,22 +108,19 @@ def show(result: Inspection) -> None:
 def show_data(result: Inspection, out: Console) -> None:
     """Print the counts, the lengths and a few examples as the model sees them."""
     setup, train, max_length = result.setup, result.setup.train_set, result.setup.config.data.max_length
-    display.heading(out, "data")
+    display.section(out, "data")
     for name, examples in {"train": train, **{f"eval {n}".strip(): e for n, e in setup.eval_sets.items()}}.items():
         display.paragraph(out, f"  {name}: {examples.report.summary()}")
     out.print(
         f"  supervised: {train.report.supervised / train.report.tokens:.1%} of the tokens; an end token is learned in "
         f"{result.ends_learned:,} of {len(train.dataset):,}"
     )
-    display.heading(out, f"tokens per example, before truncation to max_length {max_length}")
-    for line in display.histogram_lines(display.histogram(warnings.lengths(train), max_length), out.encoding):
-        out.print(line)
-    indices = list(range(min(EXAMPLES_SHOWN, len(train.dataset))))
-    truncated = next((i for i, t in enumerate(train.dataset["truncated"]) if t and i not in indices), None)
-    left, right = display.marks(out.encoding)
-    for i in [*indices, *([truncated] if truncated is not None else [])]:
+    bars = display.histogram_lines(display.histogram(warnings.lengths(train), max_length), out.encoding)
+    display.section(out, f"tokens per example, before truncation to max_length {max_length}", bars)
+    truncated = [i for i, is_truncated in enumerate(train.dataset["truncated"]) if is_truncated and i >= EXAMPLES_SHOWN]
+    marks = "".join(display.marks(out.encoding))
+    for i in [*range(min(EXAMPLES_SHOWN, len(train.dataset))), *truncated[:1]]:
         example = train.dataset[i]
-        suffix = ", truncated" if example["truncated"] else ""
-        tokens = f"{example['tokens']} tokens{suffix}"
-        display.heading(out, f"{example['where']}: {tokens}; supervised between {left}{right}")
-        out.print(display.highlight_supervised(example, setup.tokenizer, out.encoding))
+        tokens = f"{example['tokens']} tokens{', truncated' if example['truncated'] else ''}"
+        text = display.highlight_supervised(example, setup.tokenizer, out.encoding)
+        display.section(out, f"{example['where']}: {tokens}; supervised between {marks}", [text])

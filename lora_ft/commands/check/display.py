@@ -3,16 +3,15 @@
 import itertools
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.commands.check.memory import Memory
 from lora_ft.core.messages import printable
-from lora_ft.nn.lora import LoRALinear
+from lora_ft.nn.lora import ALL_ROWS, LoRALinear
 
 WIDTH, BINS = 79, 8
 
@@ -22,9 +21,11 @@ def console() -> Console:
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def heading(out: Console, text: str) -> None:
-    """Print a bold line after an empty one."""
-    out.print(f"\n{text}", style="bold")
+def section(out: Console, title: str, lines: Iterable[str | Text] = ()) -> None:
+    """Print a bold title after an empty line, and the lines below it."""
+    out.print(f"\n{title}", style="bold")
+    for line in lines:
+        out.print(line)
 
 
 def paragraph(out: Console, text: str, style: str = "") -> None:
@@ -72,20 +73,17 @@ def highlight_supervised(example: Mapping, tokenizer: PreTrainedTokenizerBase, e
 
 def target_lines(layers: Mapping[str, LoRALinear]) -> list[str]:
     """A line for the modules that are adapted in the same way in several layers: name, parts, shape, layers, parameters."""
-    groups: dict[tuple, list[int | None]] = {}
+    groups: dict[tuple, list[int]] = {}
     for path, layer in layers.items():
-        number = re.search(r"\.(\d+)\.", path)
-        name = path[number.end() :] if number else path
-        numbers = sum(p.numel() for n, p in layer.named_parameters() if not n.startswith("base."))
-        key = (name, "+".join(layer.rows), f"{layer.in_features} -> {layer.out_features}", numbers)
-        groups.setdefault(key, []).append(int(number[1]) if number else None)
-    lines = []
-    for (name, parts, shape, numbers), where in groups.items():
-        at = [n for n in where if n is not None]
-        placed = f"layers {spans(at)}" if at else "outside the layers"
-        role = "" if parts == "all" else f" ({parts})"
-        lines.append(f"  {name}{role}, {shape}: {placed}; {numbers:,} each")
-    return lines
+        *number, name = re.split(r"\.(\d+)\.", path, maxsplit=1)[-2:]
+        parameters = sum(p.numel() for n, p in layer.named_parameters() if not n.startswith("base."))
+        role = "" if list(layer.rows) == [ALL_ROWS] else f" ({'+'.join(layer.rows)})"
+        what = f"{name}{role}, {layer.in_features} -> {layer.out_features}"
+        groups.setdefault((what, parameters), []).extend(map(int, number))
+    return [
+        f"  {what}: {f'layers {spans(at)}' if at else 'outside the layers'}; {parameters:,} each"
+        for (what, parameters), at in groups.items()
+    ]
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -93,11 +91,6 @@ def spans(numbers: Sequence[int]) -> str:
     groups = itertools.groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
     runs = [[n for _, n in run] for _, run in groups]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def memory_lines(memory: Memory) -> list[str]:
-    """A line for each part of a memory estimate."""
-    return [f"  {name:<12}{size(value):>12}" for name, value in memory.as_dict().items()]
 
 
 def size(number: float) -> str:

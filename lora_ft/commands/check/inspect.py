@@ -16,13 +16,11 @@ from lora_ft.core.errors import ModelError, UserError
 from lora_ft.core.machine import resident_memory
 from lora_ft.core.trust import Trust
 from lora_ft.data.batches import StepPlan
-from lora_ft.data.prepare import template_of
 from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.model.device import free_memory, prepare_device
 from lora_ft.model.files import weight_files
-from lora_ft.model.generate import end_tokens
 from lora_ft.model.load import dtype_of, skeleton
 from lora_ft.nn.attention import Isolation
 from lora_ft.training import resume
@@ -81,7 +79,8 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
         _ = setup.data
         result.has_data = True
     if result.has_data:
-        _inspect_data(result)
+        own = result.model.generation_config if result.model else GenerationConfig()
+        result.ends_learned, result.in_common, result.warnings = warnings.examine_data(setup, own)
         isolation = Isolation.ATTENTION
         if result.model:
             isolation = Isolation.guess_from_config(result.model, setup.longest(result.model))
@@ -97,21 +96,9 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
         if "arguments" in vars(setup):
             _inspect_memory(result, result.model, result.plan)
         if time and not result.errors:
-            result.timing = time_steps(setup)
+            with result.collect_errors():  # such as weights of NaN
+                result.timing = time_steps(setup)
     return result
-
-
-def _inspect_data(result: Inspection) -> None:
-    setup = result.setup
-    own = result.model.generation_config if result.model else GenerationConfig()
-    ends = end_tokens(setup.tokenizer, own, template_of(setup.config.data).chat_template)
-    base_ends = end_tokens(setup.tokenizer, own, chat_template="")
-    result.ends_learned = warnings.ends_learned(setup.train_set, ends)
-    result.in_common = {name: warnings.in_common(setup.train_set, e) for name, e in setup.eval_sets.items()}
-    counts = ends, base_ends, result.ends_learned, result.in_common
-    result.warnings += warnings.data_warnings(
-        setup.config.data, setup.train_set, setup.eval_sets, *counts, setup.tokenizer
-    )
 
 
 def _inspect_memory(result: Inspection, model: PreTrainedModel, plan: StepPlan) -> None:

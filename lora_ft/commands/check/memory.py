@@ -1,19 +1,16 @@
 """The memory that training will need, from running the real step on tensors that have shapes but no values.
 
-torch's FakeTensorMode computes shapes, dtypes and devices and allocates nothing, so one forward and backward of the real
-code (flat rows, fused LoRA, chunked logits, checkpointing) shows every tensor and its lifetime; the largest sum is the
-peak. Any family, method or setting is counted by what it does, and no constant is fitted. What interpreter and libraries
-take is read from the system.
+torch's FakeTensorMode allocates nothing, so one forward and backward of the real code (flat rows, fused LoRA, chunked
+logits, checkpointing) shows every tensor and its lifetime for any family and setting; the largest sum is the peak.
 
 One part can't be seen this way: on a CPU, freed memory returns to the C library's heap, and its fragments stay resident.
-They come from everything a layer allocates, whether kept for the backward or recomputed there, so checkpointing has as
-many. HEAP is their measured share.
+They come from everything a layer allocates, kept or recomputed, so checkpointing has as many. HEAP is their measured share.
 """
 
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,7 +21,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from lora_ft.core.errors import ModelError
-from lora_ft.core.messages import printable
+from lora_ft.core.messages import first_line, printable
 from lora_ft.data.batches import StepPlan
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.loss import supervised_loss
@@ -57,22 +54,11 @@ class Memory:
     activations: int  # all other tensors of a step
     logits: int  # tensors over the vocabulary, for one chunk of tokens at a time
     heap: int  # freed memory that the C library keeps (0 on a GPU)
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return sum(asdict(self).values())
-
-    def as_dict(self) -> dict[str, int]:
-        """The parts by name, and their total."""
-        return asdict(self) | {"total": self.total}
+    total: int
 
 
 def largest_rows(plan: StepPlan, virtual: int = 0) -> list[Row]:
-    """The rows that may need the most memory: that with the most tokens and that with the most supervised tokens.
-
-    virtual: the number of virtual tokens before each example.
-    """
+    """The rows with the most tokens and with the most supervised tokens; virtual: virtual tokens before each example."""
     sizes = plan.dataset.select_columns(["tokens", "supervised"]).with_format("numpy")[:]
     rows = []
     for step in range(min(len(plan), SEARCHED_STEPS)):
@@ -90,7 +76,6 @@ def estimate(
     build: Callable[[], PreTrainedModel],
     rows: Sequence[Row],
     *,
-    isolation: Isolation | None = None,
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
     moments: int = 2,
@@ -99,10 +84,7 @@ def estimate(
     """The memory that training needs on the most expensive of `rows`.
 
     Args:
-        build: makes the model on the device and in the dtype of the run; what trains requires gradients. It is called
-            under FakeTensorMode.
-        isolation: how examples are kept apart; None guesses from the architecture.
-        checkpointing: whether activations are recomputed in the backward.
+        build: makes the model on the device and in the dtype of the run, under FakeTensorMode; what trains requires gradients.
         autocast: the dtype of mixed precision.
         moments: numbers that the optimizer keeps for each trained one (2 for AdamW).
         runtime: bytes that the process has before the model is loaded; 0, as on a GPU, leaves out the heap too.
@@ -115,30 +97,30 @@ def estimate(
         with FakeTensorMode():
             model = build()
             trained = [p for p in model.parameters() if p.requires_grad]
-            total = bytes_of([*model.parameters(), *model.buffers()])
+            held = bytes_of([*model.parameters(), *model.buffers()])
             if not checkpointing:
                 keep_gate_and_up(model)
-            way = isolation or Isolation.guess_from_config(model, max(max(row.lengths) for row in rows))
-            peaks = [_step(model, row.with_fewer(), way, autocast) for row in rows]
-            heap = int(HEAP * max(sum(peak.values()) for peak in peaks)) if runtime else 0
+            peak = _largest_step(model, rows, autocast)
+            heap = int(HEAP * sum(peak.values())) if runtime else 0
             if checkpointing:
                 model.activation_checkpointing_enable()
-                peaks = [_step(model, row.with_fewer(), way, autocast) for row in rows]
+                peak = _largest_step(model, rows, autocast)
     except ModelError:
         raise
     except Exception as e:  # models that need values, and kernels that need memory, raise many classes
-        why = printable((str(e) or type(e).__name__).splitlines()[0], 120)
+        why = printable(first_line(e), 120)
         text = f"memory: can't be estimated: torch can't run this model's step without values ({why})."
         raise ModelError(text) from e
-    growth = max(peaks, key=lambda peak: sum(peak.values()))
-    return Memory(
-        runtime=runtime,
-        weights=total - bytes_of(trained),
-        adapter=2 * bytes_of(trained),
-        optimizer=moments * sum(4 * p.numel() for p in trained),
-        **growth,
-        heap=heap,
-    )
+    parts = {"runtime": runtime, "weights": held - bytes_of(trained), "adapter": 2 * bytes_of(trained)}
+    parts |= {"optimizer": moments * sum(4 * p.numel() for p in trained), **peak, "heap": heap}
+    return Memory(**parts, total=sum(parts.values()))
+
+
+def _largest_step(model: PreTrainedModel, rows: Sequence[Row], autocast: torch.dtype | None) -> dict[str, int]:
+    """`_step` of the row for which that is most."""
+    isolation = Isolation.guess_from_config(model, max(max(row.lengths) for row in rows))
+    peaks = [_step(model, row.with_fewer(), isolation, autocast) for row in rows]
+    return max(peaks, key=lambda kinds: sum(kinds.values()))
 
 
 def _step(model: PreTrainedModel, row: Row, isolation: Isolation, autocast: torch.dtype | None) -> dict[str, int]:
@@ -167,27 +149,23 @@ class _Live(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.known = {_storage(t) for tensor in known for t in (tensor, tensor.grad) if t is not None}
         self.live = {"activations": 0, "logits": 0}
-        self.at_peak, self.peak = dict(self.live), 0
+        self.at_peak = dict(self.live)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and _storage(tensor) not in self.known:
-                self.add(tensor)
+                kind = "logits" if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "activations"
+                key, storage = _storage(tensor), tensor.untyped_storage()
+                self.known.add(key)
+                self.live[kind] += storage.nbytes()
+                weakref.finalize(storage, self.drop, key, kind, storage.nbytes())
+        if sum(self.live.values()) > sum(self.at_peak.values()):
+            self.at_peak = dict(self.live)
         return out
 
-    def add(self, tensor: Tensor) -> None:
-        """Count a new tensor's storage until it is freed."""
-        key, storage = _storage(tensor), tensor.untyped_storage()
-        kind = "logits" if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "activations"
-        self.known.add(key)
-        self.live[kind] += storage.nbytes()
-        weakref.finalize(storage, self.drop, key, kind, storage.nbytes())
-        if sum(self.live.values()) > self.peak:
-            self.at_peak, self.peak = dict(self.live), sum(self.live.values())
-
     def drop(self, key: int, kind: str, size: int) -> None:
-        """Stop counting a storage."""
+        """Stop counting a storage that was freed."""
         self.known.discard(key)
         self.live[kind] -= size
 

@@ -4,6 +4,8 @@ Nothing is loaded or allocated, so GPT-3 175B fits on a laptop.
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,13 +13,13 @@ from rich.table import Table
 from transformers import GPT2Config, PretrainedConfig, PreTrainedModel
 
 from lora_ft.commands.check import display
-from lora_ft.commands.check.memory import Memory, Row, estimate
+from lora_ft.commands.check.command import sizes
+from lora_ft.commands.check.memory import Row, estimate
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora import method as lora
-from lora_ft.methods.lora.files import bytes_on_disk
-from lora_ft.methods.lora.inject import lora_layers, trainable
+from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.model.files import Base
 from lora_ft.model.load import DTYPES, build, load_model_config
 
@@ -34,10 +36,7 @@ SHAPES: dict[str, dict] = {
 
 
 def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Trust = NO_TRUST) -> None:
-    """Print what training a model of this shape needs, with the config's adapter and with full fine-tuning.
-
-    Args:
-        shape: a name in SHAPES, a config.json, or a folder that has one.
+    """Print what training a model of this shape (see `shape_config`) needs, with the config's adapter and in full.
 
     Raises:
         ConfigError: the method is not lora.
@@ -47,37 +46,29 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
         raise ConfigError(f"adapter.method: {config.adapter.method}; --shape compares lora with full fine-tuning only.")
     model_config = shape_config(shape, trust)
     stored = DTYPES.get(config.model.dtype) or getattr(model_config, "dtype", None) or torch.float32
-    row = row_of(config)
+    # a row filled to micro_batch_tokens (for `auto` with one example of max_length), every token supervised
+    setting, length = config.train.micro_batch_tokens, config.data.max_length
+    examples = 1 if setting == "auto" else max(1, setting // length)
+    row = Row((length,) * examples, examples * (length - 1))
 
-    def with_lora() -> PreTrainedModel:
-        model = build(model_config, "cpu", stored, trust.remote_code)
-        lora.inject(model, config.adapter, config.train.seed, None)
+    def with_lora(device: str = "cpu") -> PreTrainedModel:
+        with torch.device(device):
+            model = build(model_config, device, stored, trust.remote_code)
+            lora.inject(model, config.adapter, config.train.seed, None)
         return model
 
     def full() -> PreTrainedModel:
         return build(model_config, "cpu", torch.float32, trust.remote_code).requires_grad_(True)
 
-    with torch.device("meta"):
-        adapted = build(model_config, "meta", stored, trust.remote_code)
-        lora.inject(adapted, config.adapter, config.train.seed, None)
-    parameters = sum(p.numel() for p in trainable(adapted).values())
-    base = sum(p.numel() for p in adapted.parameters()) - parameters
-    makers, checkpointing = {"lora": with_lora, "full": full}, config.train.gradient_checkpointing
-    memory = {name: estimate(make, [row], checkpointing=checkpointing) for name, make in makers.items()}
-    facts = {
-        "shape": shape,
-        "dtype": str(stored).removeprefix("torch."),
-        "base_parameters": base,
-        "trainable_parameters": parameters,
-        "trainable_share": parameters / base,
-        "adapter_bytes": bytes_on_disk(adapted),
-        "row_tokens": sum(row.lengths),
-        "memory": {name: peak.as_dict() for name, peak in memory.items()},
-    }
+    adapted, checkpointing = with_lora("meta"), config.train.gradient_checkpointing
+    makers: dict[str, Callable[[], PreTrainedModel]] = {"lora": with_lora, "full": full}
+    memory = {name: asdict(estimate(make, [row], checkpointing=checkpointing)) for name, make in makers.items()}
+    facts = {"shape": shape, "dtype": str(stored).removeprefix("torch."), **sizes(adapted, "lora")}
+    facts |= {"row_tokens": sum(row.lengths), "memory": memory}
     if as_json:
         print(json.dumps(facts))
     else:
-        show(facts, memory, adapted, config)
+        show(facts, adapted, config.adapter.rank)
 
 
 def shape_config(shape: str, trust: Trust) -> PretrainedConfig:
@@ -92,28 +83,20 @@ def shape_config(shape: str, trust: Trust) -> PretrainedConfig:
     return load_model_config(Base(shape, folder, trusted_code=trust.remote_code))
 
 
-def row_of(config: Config) -> Row:
-    """A row filled to train.micro_batch_tokens (for `auto` with one example of max_length), every token supervised."""
-    setting, length = config.train.micro_batch_tokens, config.data.max_length
-    examples = 1 if setting == "auto" else max(1, setting // length)
-    return Row((length,) * examples, examples * (length - 1))
-
-
-def show(facts: dict, memory: dict[str, Memory], adapted: PreTrainedModel, config: Config) -> None:
+def show(facts: dict, adapted: PreTrainedModel, rank: int) -> None:
     """Print the facts for people, LoRA and full fine-tuning side by side."""
     out = display.console()
-    display.heading(out, f"{facts['shape']}: {facts['base_parameters']:,} parameters, {facts['dtype']}")
-    for line in display.target_lines(lora_layers(adapted)):
-        out.print(line)
     trained = f"{facts['trainable_parameters']:,} trainable ({facts['trainable_share']:.4%})"
-    out.print(f"  rank {config.adapter.rank}: {trained}, {display.size(facts['adapter_bytes'])} on disk")
+    ranks = f"  rank {rank}: {trained}, {display.size(facts['adapter_bytes'])} on disk"
+    title = f"{facts['shape']}: {facts['base_parameters']:,} parameters, {facts['dtype']}"
+    display.section(out, title, [*display.target_lines(lora_layers(adapted)), ranks])
     title = f"GPU memory, rows of {facts['row_tokens']:,} tokens, Adam"
     table = Table("", title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("LoRA", "full fine-tuning"):
         table.add_column(column, justify="right")
     names = {"adapter": "trained weights and gradients", "weights": "frozen weights"}
-    for name, value in memory["lora"].as_dict().items():
-        full_value = memory["full"].as_dict()[name]
+    for name, value in facts["memory"]["lora"].items():
+        full_value = facts["memory"]["full"][name]
         if value or full_value:
             table.add_row(names.get(name, name), display.size(value), display.size(full_value))
     out.print()

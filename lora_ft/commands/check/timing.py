@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from transformers import TrainerCallback
 
 from lora_ft.evaluation.scoring import score
 from lora_ft.methods.interface import virtual_ids
@@ -35,32 +33,18 @@ class Timing:
         evaluating = f" and {format_duration(self.seconds_evaluating)} for {self.evaluations} evaluations"
         training = f"about {format_duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens per second"
         memory = f"measured peak memory of these {WARM_UP + TIMED} steps: {self.peak_memory_mb:,.0f} MiB"
-        return [training + (evaluating if self.evaluations else ""), memory]
-
-
-class Clock(TrainerCallback):
-    """Measures the seconds of each step."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **_):
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **_):
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.started)
+        return [f"  {training}{evaluating if self.evaluations else ''}", f"  {memory}"]
 
 
 def time_steps(setup: RunSetup) -> Timing:
     """Load the model and time the run's first steps and part of an evaluation. Raises as `RunSetup.model` and training do."""
     config, model, isolation, prefix = setup.config, setup.model, setup.isolation, virtual_ids(setup.model)
     complete, timed = setup.plan, setup.make_plan(isolation, prefix, WARM_UP + TIMED)
-    clock, settings = Clock(), config.train
+    settings = config.train
+    clock: list[float] = []  # the time after each step
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"output": folder, "train": settings.model_copy(update={"report_to": ()})}
-        args = arguments(config.model_copy(update=quiet), setup.device)
+        train = settings.model_copy(update={"report_to": (), "logging_steps": 1})
+        args = arguments(config.model_copy(update={"output": folder, "train": train}), setup.device)
         args.max_steps, args.save_strategy, args.eval_strategy = len(timed), "no", "no"
         trainer = LoRATrainer(
             model=model,
@@ -69,12 +53,10 @@ def time_steps(setup: RunSetup) -> Timing:
             isolation=isolation,
             evaluation=None,
             save=lambda state, best: None,
-            log_line=lambda line: None,
+            log_line=lambda line: clock.append(time.perf_counter()),
         )
-        trainer.add_callback(clock)
         trainer.train_from(None)
-    tokens = [timed[i]["tokens"] for i in range(len(timed))]
-    speed = sum(tokens[WARM_UP:]) / sum(clock.seconds[WARM_UP:])
+    speed = sum(timed[i]["tokens"] for i in range(WARM_UP, len(timed))) / (clock[-1] - clock[WARM_UP - 1])
     evaluations, evaluating = 0, 0.0
     if setup.eval_sets:
         every = settings.eval_steps if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * len(complete))

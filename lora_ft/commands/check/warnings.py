@@ -1,45 +1,37 @@
-"""What looks wrong with a run's data: the counts, and a sentence for each with what to do about it.
-
-Nothing is refused here: what training refuses is an error, raised where training raises it.
-"""
+"""What looks wrong with a run's data, though training accepts it: the counts, and for each a sentence with what to do."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import datasets
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_ft.config.schema import DataConfig
 from lora_ft.core.messages import printable
 from lora_ft.data.examples import Examples, column_array
+from lora_ft.data.prepare import template_of
+from lora_ft.model.generate import end_tokens
+from lora_ft.training.setup import RunSetup
 
 FEW_LABELS = 20  # at most so many distinct completions count as the labels of a classification
 
 
-def lists(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists as (all values, the start of each list and, last, the end)."""
-    values = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
-    lengths = values.value_lengths().to_numpy(zero_copy_only=False)
-    return values.flatten().to_numpy(zero_copy_only=False), np.concatenate([[0], np.cumsum(lengths)])
-
-
-def ends_learned(examples: Examples, ends: Iterable[int]) -> int:
+def ends_learned(examples: Examples, ends: set[int]) -> int:
     """How many examples have an end token as their last supervised token, and so teach generation to stop."""
-    labels, starts = lists(examples.dataset, "labels")
-    last = np.maximum.reduceat(np.where(labels >= 0, np.arange(len(labels)), -1), starts[:-1])
-    return int(np.isin(labels[last], list(ends)).sum())
+    return sum(not ends.isdisjoint(labels[labels >= 0][-1:].tolist()) for labels in _rows(examples.dataset, "labels"))
 
 
 def in_common(train: Examples, evaluation: Examples) -> int:
     """How many eval examples have exactly the tokens of a training example."""
-    seen = set(_rows(train.dataset))
-    return sum(row in seen for row in _rows(evaluation.dataset))
+    seen = {ids.tobytes() for ids in _rows(train.dataset, "input_ids")}
+    return sum(ids.tobytes() in seen for ids in _rows(evaluation.dataset, "input_ids"))
 
 
-def _rows(dataset: datasets.Dataset) -> Iterable[bytes]:
-    ids, starts = lists(dataset, "input_ids")
-    return (ids[a:b].tobytes() for a, b in zip(starts[:-1], starts[1:], strict=True))
+def _rows(dataset: datasets.Dataset, column: str) -> Iterable[np.ndarray]:
+    """The lists of a column, as views of one array."""
+    lists = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    values, lengths = (array.to_numpy(zero_copy_only=False) for array in (lists.flatten(), lists.value_lengths()))
+    return np.split(values, np.cumsum(lengths)[:-1])
 
 
 def labels_sharing_a_first_token(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
@@ -47,11 +39,9 @@ def labels_sharing_a_first_token(examples: Examples, tokenizer: PreTrainedTokeni
     if examples.label_words:
         answers = {tuple(choice) for choice in examples.dataset[0]["choices"]}
     else:
-        labels, starts = lists(examples.dataset, "labels")
         answers = set()
-        for a, b in zip(starts[:-1], starts[1:], strict=True):
-            row = labels[a:b]
-            answers.add(tuple(row[row >= 0].tolist()))
+        for labels in _rows(examples.dataset, "labels"):
+            answers.add(tuple(labels[labels >= 0].tolist()))
             if len(answers) > FEW_LABELS:
                 return []
         if 4 * len(answers) > len(examples.dataset):
@@ -65,24 +55,14 @@ def lengths(examples: Examples) -> np.ndarray:
     return column_array(examples.dataset, "full_length")
 
 
-def data_warnings(
-    data: DataConfig,
-    train: Examples,
-    evals: Mapping[str, Examples],
-    ends: set[int],
-    base_ends: set[int],
-    learned: int,
-    common: Mapping[str, int],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[str]:
-    """Warnings about the data, each with what to do about it.
-
-    Args:
-        ends: ids of the tokens that end an answer. base_ends: those that the base declares, whatever the chat template.
-        learned: the result of `ends_learned`. common: eval set -> the result of `in_common`.
-    """
-    result, total = [], len(train.dataset)
-    named = {f"eval.{name}".rstrip("."): examples for name, examples in evals.items()}
+def examine_data(setup: RunSetup, generation: GenerationConfig) -> tuple[int, dict[str, int], list[str]]:
+    """`ends_learned` in train, eval set -> `in_common` with train, and warnings. generation: the base's settings."""
+    data, train, tokenizer, result = setup.config.data, setup.train_set, setup.tokenizer, []
+    ends = end_tokens(tokenizer, generation, template_of(data).chat_template)
+    base_ends = end_tokens(tokenizer, generation, chat_template="")
+    learned, total = ends_learned(train, ends), len(train.dataset)
+    common = {name: in_common(train, examples) for name, examples in setup.eval_sets.items()}
+    named = {f"eval.{name}".rstrip("."): examples for name, examples in setup.eval_sets.items()}
     for which, examples in {"train": train, **named}.items():
         report = examples.report
         if report.truncated:
@@ -135,4 +115,4 @@ def data_warnings(
             f'data.completion: the labels "{first}" and "{second}" share a first token{more}. eval compares complete '
             "words, but tools that look at the first token only can't tell them apart. Choose other words if you can."
         )
-    return [" ".join(sentence.split()) for sentence in result]
+    return learned, common, [sentence.strip() for sentence in result]

@@ -1,7 +1,8 @@
 """`lora-ft compare`: tune each variant, train it on every seed, and compare scores and costs. Imports no torch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lora_ft.commands.compare.display import page, show
@@ -9,16 +10,16 @@ from lora_ft.commands.compare.results import VariantResult, base_metrics
 from lora_ft.commands.compare.runs import RunFailed, Runner
 from lora_ft.commands.compare.variants import (
     TUNING_SET,
-    Axis,
     final_config,
     folder_name,
     grid_points,
     make_variants,
-    parse_axis,
+    parse_axes,
     ranking_metric,
     tuning_config,
     tuning_metric,
 )
+from lora_ft.config.schema import eval_sets
 from lora_ft.core.errors import ConfigError, FilesError, NumbersError
 from lora_ft.core.messages import info
 from lora_ft.core.metrics import metric_of
@@ -49,15 +50,17 @@ def compare_command(
         UserError: the config or a variant of it is wrong.
         SystemExit: a run failed or was stopped, or no variant could be trained; with the run's exit code.
     """
-    axes, grid = [parse_axis("--vary", text) for text in vary], [parse_axis("--tune", text) for text in tune]
-    if both := {axis.key for axis in axes} & {axis.key for axis in grid}:
+    varied, tuned = parse_axes("--vary", vary), parse_axes("--tune", tune)
+    if both := varied.keys() & tuned.keys():
         raise ConfigError(f"--tune {both.pop()}: is varied too; a setting is varied or tuned, not both")
     seed_list = parse_seeds(seeds)
-    variants = make_variants(path, overrides, axes)
+    variants, grid = make_variants(path, overrides, varied), grid_points(tuned)
     config = variants[0].config
+    if tuned and TUNING_SET in eval_sets(config.data.eval):
+        raise ConfigError(f"data.eval.{TUNING_SET}: is what --tune holds out of train; give the eval set another name")
     folder = output or Path(f"{config.output.rstrip('/')}-compare")
     for variant in variants:  # all config errors come before the first run
-        for point in grid_points(grid):
+        for point in grid:
             tuning_config(variant, point, seed_list[0], folder, tune_steps)
             final_config(variant, point, seed_list[0], folder, evaluate_base=False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,8 +69,8 @@ def compare_command(
     settings = {
         "made_by": "lora-ft",
         "config": config.model_dump(mode="json"),
-        "varied": {axis.key: list(axis.values) for axis in axes},
-        "tuned": {axis.key: list(axis.values) for axis in grid},
+        "varied": varied,
+        "tuned": tuned,
         "tune_steps": tune_steps,
         "seeds": seed_list,
         "metric": list(ranking_metric(config)),
@@ -81,18 +84,19 @@ def compare_command(
         return result
 
     options = ["--trust-remote-code"] * trust.remote_code + ["--allow-pickle"] * trust.pickles
-    tuning_runs = len(list(grid_points(grid))) if grid else 0
-    runner = Runner(folder, options, len(variants) * (tuning_runs + len(seed_list)))
-    for result in results if grid else ():
-        tune_variant(result, grid, tune_steps, seed_list[0], runner)
+    runner = Runner(folder, options, len(variants) * ((len(grid) if tuned else 0) + len(seed_list)))
+    for result in results if tuned else ():
+        with skip_if_refused(result):
+            tune_variant(result, grid, tune_steps, seed_list[0], runner)
         write()
     for result in results:
-        if not result.skip_reason:
-            train_seeds(result, seed_list, runner, with_base=not base_metrics(results))
+        if not result.failure:
+            with skip_if_refused(result):
+                train_seeds(result, seed_list, runner, with_base=not base_metrics(results))
             result.latency = latency.get(result.weights_hash, {})
             write()
-    if not any(result.records for result in results):
-        raise SystemExit(results[0].exit_code)  # each reason has been printed
+    if (failure := results[0].failure) and not any(result.records for result in results):
+        raise SystemExit(failure.exit_code)  # each reason has been printed
     if as_json:
         print(json.dumps(write()))
     else:
@@ -111,19 +115,18 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def tune_variant(result: VariantResult, grid: Sequence[Axis], steps: int | None, seed: int, runner: Runner) -> None:
+def tune_variant(result: VariantResult, grid: Sequence[dict], steps: int | None, seed: int, runner: Runner) -> None:
     """Train with each point of the grid on nine tenths of train; `result` gets the best by its score on the last tenth."""
-    metric = tuning_metric(result.variant.config)
-    for point in grid_points(grid):
+    metric, overflow = tuning_metric(result.variant.config), None
+    for point in grid:
         name = folder_name(point)
         output = runner.folder / "tuning" / f"{result.variant.folder},{name}"
         config = tuning_config(result.variant, point, seed, output, steps)
         try:
             record = runner.train(f"{result.variant.name}, tuning {name}", config)
         except RunFailed as failure:
-            if failure.exit_code != NumbersError.exit_code:  # another learning rate, say, would not help
-                mark_skipped(result, failure)
-                return
+            if failure.exit_code != NumbersError.exit_code:
+                raise  # another learning rate, say, would not help
             score, overflow = None, failure
         else:
             score = record["metrics"][f"{TUNING_SET}_{metric}"]
@@ -131,11 +134,10 @@ def tune_variant(result: VariantResult, grid: Sequence[Axis], steps: int | None,
                 remove_checkpoint(checkpoint)
         result.tried.append({"settings": point, "score": score})
     scored = [tried for tried in result.tried if tried["score"] is not None]
-    if scored:
-        best = min if metric_of(metric).lower_is_better else max
-        result.tuned = best(scored, key=lambda tried: tried["score"])["settings"]
-    else:
-        mark_skipped(result, overflow)
+    if overflow and not scored:
+        raise overflow
+    best = min if metric_of(metric).lower_is_better else max
+    result.tuned = best(scored, key=lambda tried: tried["score"])["settings"]
 
 
 def train_seeds(result: VariantResult, seeds: Sequence[int], runner: Runner, with_base: bool) -> None:
@@ -144,17 +146,17 @@ def train_seeds(result: VariantResult, seeds: Sequence[int], runner: Runner, wit
     for seed in seeds:
         output = runner.folder / "runs" / f"{name},seed={seed}"
         config = final_config(result.variant, result.tuned, seed, output, with_base and not result.records)
-        try:
-            result.records[seed] = runner.train(f"{result.variant.name}, seed {seed}", config)
-        except RunFailed as failure:
-            mark_skipped(result, failure)
-            return
+        result.records[seed] = runner.train(f"{result.variant.name}, seed {seed}", config)
 
 
-def mark_skipped(result: VariantResult, failure: RunFailed) -> None:
-    """Leave a variant out of the comparison, with the reason."""
-    result.skip_reason, result.exit_code = str(failure), failure.exit_code
-    info(f"compare: {result.variant.name}: skipped: {result.skip_reason}")
+@contextmanager
+def skip_if_refused(result: VariantResult) -> Iterator[None]:
+    """Leave the variant out of the comparison, with the reason, if a run within fails."""
+    try:
+        yield
+    except RunFailed as failure:
+        result.failure = failure
+        info(f"compare: {result.variant.name}: skipped: {failure}")
 
 
 def _measured_latency(path: Path) -> dict[str, dict]:

@@ -11,19 +11,19 @@ from lora_ft.report.charts import Chart, Line, chart, run_look
 from lora_ft.report.comparison import Row, Section, Table, comparison_page
 from lora_ft.report.figures import config_text
 
-COSTS = {  # key -> (title, format, unit)
-    "trainable_parameters": ("trained", "{:,}", 1),
-    "trainable_share": ("share", "{:.3%}", 1),
-    "bytes_on_disk": ("disk, MiB", "{:,.2f}", 2**20),
-    "peak_memory_mb": ("peak, MiB", "{:,.0f}", 1),
-    "seconds_per_step": ("s/step", "{:.3f}", 1),
-    "tokens_per_second": ("tokens/s", "{:,.0f}", 1),
+COSTS = {  # key -> (title, format)
+    "trainable_parameters": ("trained", "{:,}".format),
+    "trainable_share": ("share", "{:.3%}".format),
+    "bytes_on_disk": ("disk, MiB", lambda size: f"{size / 2**20:,.2f}"),
+    "peak_memory_mb": ("peak, MiB", "{:,.0f}".format),
+    "seconds_per_step": ("s/step", "{:.3f}".format),
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
 }
 
 
 def show(result: dict) -> None:
     """Print the tables on stdout, and which variants were skipped."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     scores = [(f"{t.title}: {_seeds(result)}" if t.title else _seeds(result), t) for t in score_tables(result)]
     latency = [("latency (times the base's)", table) for table in latency_tables(result)]
     for title, table in [*scores, ("cost", cost_table(result)), *latency]:
@@ -86,21 +86,21 @@ def cost_table(result: dict) -> Table:
     """Parameters, bytes, memory and speed of the variants."""
     rows = []
     for i, variant in enumerate(result["variants"]):
-        values = [(variant.get(key), text, unit) for key, (_, text, unit) in COSTS.items()]
-        cells = ["" if v is None else text.format(v / unit if unit > 1 else v) for v, text, unit in values]
+        cells = [as_text(variant[key]) if key in variant else "" for key, (_, as_text) in COSTS.items()]
         rows.append(Row(variant["name"], cells, run_look(i)))
-    return Table([title for title, *_ in COSTS.values()], rows)
+    return Table([title for title, _ in COSTS.values()], rows)
 
 
 def latency_tables(result: dict) -> list[Table]:
     """Latency of a prompt and of a new token, as adapter and merged; [] unless benchmarks/latency.py has measured it."""
     rows, tokens = [], 0
     for variant in result["variants"]:
-        latency = variant.get("latency") or {}
-        for form in [form for form in ("adapter", "merged") if form in latency]:
-            of, tokens = latency[form], latency["prompt_tokens"]
-            cells = [f"{of[f'{part}_ms']:.1f} ({of[f'{part}_ratio']:.3f}x)" for part in ("prompt", "token")]
-            rows.append(Row(variant["name"] + (", merged" if form == "merged" else ""), cells))
+        latency = variant.get("latency", {})
+        for form, suffix in (("adapter", ""), ("merged", ", merged")):
+            if of := latency.get(form):
+                tokens = latency["prompt_tokens"]
+                cells = [f"{of[f'{part}_ms']:.1f} ({of[f'{part}_ratio']:.3f}x)" for part in ("prompt", "token")]
+                rows.append(Row(variant["name"] + suffix, cells))
     return [Table([f"prompt of {tokens} tokens, ms", "new token, ms"], rows)] if rows else []
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_ft.commands.compare.runs import RunFailed
 from lora_ft.commands.compare.variants import Variant
 from lora_ft.core.metrics import scalars, split_set_name
 from lora_ft.report.runs import eval_set_names, read_log
@@ -19,16 +20,15 @@ class VariantResult:
     """The results of a variant so far.
 
     tuned: the settings chosen by tuning. tried: {"settings": ..., "score": ...} of each point of the tuning grid; the score is
-    None where the run failed. records: seed -> the record of each finished run. skip_reason: why the variant can't be trained
-    here; exit_code: of the run that failed so. latency: as benchmarks/latency.py has measured its first run's weights.
+    None where the run failed. records: seed -> the record of each finished run. failure: why the variant can't be trained
+    here. latency: as benchmarks/latency.py has measured its first run's weights.
     """
 
     variant: Variant
     tuned: dict[str, str] = field(default_factory=dict)
     tried: list[dict] = field(default_factory=list)
     records: dict[int, dict] = field(default_factory=dict)
-    skip_reason: str = ""
-    exit_code: int = 0
+    failure: RunFailed | None = None
     latency: dict = field(default_factory=dict)
 
     @property
@@ -41,8 +41,8 @@ class VariantResult:
         """For compare.json; the keys of `metrics` are eval sets, "" for a single one without a name."""
         variant = self.variant
         entry: dict = {"name": variant.name, "settings": variant.settings, "tuned": self.tuned, "tried": self.tried}
-        if self.skip_reason:
-            entry["refused"] = self.skip_reason
+        if self.failure:
+            entry["refused"] = str(self.failure)
         if records := list(self.records.values()):
             entry |= costs(records) | {"metrics": metrics_over_seeds(records)}
             entry["runs"] = {str(seed): record["config"]["output"] for seed, record in self.records.items()}
@@ -71,20 +71,19 @@ def mean_interval(values: Sequence[float]) -> dict:
 
 
 def costs(records: Sequence[dict]) -> dict:
-    """Parameters, bytes, speed, seconds per step and peak memory (MiB) of a variant: medians over its runs, but the highest
-    peak."""
+    """Parameters, bytes, speed and seconds per step (medians over a variant's runs) and peak memory (MiB, the highest)."""
     record, outputs = records[0], [Path(record["config"]["output"]) for record in records]
     logs = [[line for line in read_log(output) if "tokens_per_second" in line] for output in outputs]
-    speeds = [statistics.median(line["tokens_per_second"] for line in log) for log in logs if log]
-    tokens_per_step = [log[-1]["tokens"] / log[-1]["step"] for log in logs if log]
+    logs = [log for log in logs if log]
     weights = [name for name in record.get("files") or {} if name.endswith(".safetensors")]
     entry = {
         "trainable_parameters": record["trainable_parameters"],
         "trainable_share": record["trainable_parameters"] / record["parameters"],
         "bytes_on_disk": sum((outputs[0] / name).stat().st_size for name in weights),
     }
-    if speeds:
-        seconds = [tokens / speed for tokens, speed in zip(tokens_per_step, speeds, strict=True)]
+    if logs:
+        speeds = [statistics.median(line["tokens_per_second"] for line in log) for log in logs]
+        seconds = [log[-1]["tokens"] / log[-1]["step"] / speed for log, speed in zip(logs, speeds, strict=True)]
         entry |= {
             "tokens_per_second": round(statistics.median(speeds), 1),
             "seconds_per_step": round(statistics.median(seconds), 4),

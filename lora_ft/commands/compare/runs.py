@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from lora_ft.config.load import changes
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import EXIT_OUT_OF_MEMORY, ConfigError, FilesError, ModelError, NumbersError
@@ -19,6 +17,7 @@ from lora_ft.core.messages import info
 from lora_ft.core.run_folder import RECORD, checkpoints
 from lora_ft.core.signals import Stopped
 from lora_ft.core.storage import read_json, write_file
+from lora_ft.report.figures import config_text
 
 # The variant does not fit the model, its numbers overflow, or it needs too much memory: it is left out of the comparison.
 SKIPPED_EXIT_CODES = (ModelError.exit_code, NumbersError.exit_code, EXIT_OUT_OF_MEMORY)
@@ -34,10 +33,8 @@ class RunFailed(Exception):
 
 def newest_record(output: Path) -> dict | None:
     """The record of a finished run, else of its newest checkpoint, as its `kind` says; None if there is neither."""
-    for folder in (output, *reversed(checkpoints(output))):
-        if (folder / RECORD).is_file():
-            return read_json(folder / RECORD, FilesError)
-    return None
+    folders = [folder for folder in (*checkpoints(output), output) if (folder / RECORD).is_file()]
+    return read_json(folders[-1] / RECORD, FilesError) if folders else None
 
 
 @dataclass
@@ -54,20 +51,24 @@ class Runner:
 
         Raises:
             RunFailed: the variant does not fit the model or the memory, or its numbers overflow.
-            ConfigError: the output holds a run with other settings.
+            ConfigError: the output holds a run with other settings, which are listed.
             SystemExit: the run failed otherwise, or was stopped; with its exit code.
         """
         self.started += 1
         info(f"compare: run {self.started} of {self.total}: {title}")
         output = Path(config.output)
         if record := newest_record(output):
-            check_settings(output, record, config)
+            differences = changes(record["config"], config)
+            if lines := differences["result"] + differences["longer"]:
+                settings = "".join(f"\n  {line}" for line in lines)
+                way_out = "Restore them, or give another folder: --output DIR."
+                raise ConfigError(f"{output}: holds a run with other settings:{settings}\n{way_out}")
             if record["kind"] == "adapter":
                 return record
         # kept, so that the run can be repeated by hand
         path = self.folder / "configs" / f"{output.relative_to(self.folder).as_posix().replace('/', '-')}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        write_file(path, config_text(config.model_dump(mode="json")))
         command = [sys.executable, "-m", "lora_ft", "train", str(path), "--resume", *self.options]
         exit_code, last_line = run_and_stream(command)
         if exit_code in SKIPPED_EXIT_CODES:
@@ -78,16 +79,6 @@ class Runner:
         record = newest_record(output)
         assert record is not None, "a finished run has a record"
         return record
-
-
-def check_settings(output: Path, record: dict, config: Config) -> None:
-    """Check that resuming the run of `record` would give that of `config`; else a ConfigError names each setting."""
-    differences = changes(record["config"], config)
-    if lines := differences["result"] + differences["longer"]:
-        settings = "\n".join(f"  {line}" for line in lines)
-        raise ConfigError(
-            f"{output}: holds a run with other settings:\n{settings}\nRestore them, or give another folder: --output DIR."
-        )
 
 
 def run_and_stream(command: list[str]) -> tuple[int, str]:

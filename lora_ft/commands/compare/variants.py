@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,6 @@ from lora_ft.core.metrics import TEXT_METRICS, selection_metric
 TUNING_SET, TUNING_SHARE = "tuning", 0.1  # the eval set for tuning, and its share of train
 MAX_TUNING_EXAMPLES = 500  # unless data.max_eval_examples is set
 NEVER = 2**31  # steps between evaluations; the last step is always evaluated
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A setting and its values, as `--set` would take them."""
-
-    key: str
-    values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -46,19 +38,24 @@ class Variant:
         return folder_name(self.settings) or "as-configured"
 
 
-def parse_axis(option: str, text: str) -> Axis:
-    """The axis in `KEY=V1,V2,...`, with values in YAML's flow style: `adapter.targets=[q],[q,v],all`.
+def parse_axes(option: str, texts: Sequence[str]) -> dict[str, list[str]]:
+    """Setting -> values, from options `KEY=V1,V2,...` in YAML's flow style: `adapter.targets=[q],[q,v],all`.
 
     Raises:
-        ConfigError: key or values are missing, or a value is given twice.
+        ConfigError: key or values are missing, or one of them is given twice.
     """
-    key, _, items = text.partition("=")
-    values = _flow_items(f"[{items}]") if key.strip() and items.strip() else []
-    if not values:
-        raise ConfigError(f"{option} {printable(text)}: give KEY=V1,V2,..., as in {option} adapter.rank=1,4,16")
-    if twice := next((value for value in values if values.count(value) > 1), None):
-        raise ConfigError(f"{option} {printable(text)}: {printable(twice)} is given twice")
-    return Axis(key.strip(), tuple(values))
+    axes: dict[str, list[str]] = {}
+    for text in texts:
+        key, _, items = text.partition("=")
+        key, values = key.strip(), _flow_items(f"[{items}]") if items.strip() else []
+        if not key or not values:
+            raise ConfigError(f"{option} {printable(text)}: give KEY=V1,V2,..., as in {option} adapter.rank=1,4,16")
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise ConfigError(f"{option} {printable(text)}: {printable(twice)} is given twice")
+        if key in axes:
+            raise ConfigError(f"{option} {printable(key)}: given twice; give all its values at once")
+        axes[key] = values
+    return axes
 
 
 def _flow_items(flow: str) -> list[str]:
@@ -75,7 +72,7 @@ def _flow_items(flow: str) -> list[str]:
     ]
 
 
-def make_variants(path: Path, overrides: Sequence[str], axes: Sequence[Axis]) -> list[Variant]:
+def make_variants(path: Path, overrides: Sequence[str], axes: Mapping[str, Sequence[str]]) -> list[Variant]:
     """The product of the axes, each variant once: settings that do not apply to a variant's method are dropped.
 
     Raises:
@@ -85,11 +82,8 @@ def make_variants(path: Path, overrides: Sequence[str], axes: Sequence[Axis]) ->
     if base.data.eval is None:
         sources = "a source, or a fraction of train to hold out (0.1)"
         raise ConfigError(f"{path}: data.eval: compare needs eval data: {sources}")
-    keys = [axis.key for axis in axes]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise ConfigError(f"--vary {twice}: given twice; give all its values at once")
     for key, option in (("output", "--output"), ("train.seed", "--seeds")):
-        if key in keys:
+        if key in axes:
             raise ConfigError(f"--vary {key}: use {option} instead")
     variants: list[Variant] = []
     for point in grid_points(axes):
@@ -97,7 +91,7 @@ def make_variants(path: Path, overrides: Sequence[str], axes: Sequence[Axis]) ->
         settings = {key: value for key, value in point.items() if applies_to(key, method)}
         if settings not in [variant.settings for variant in variants]:
             variants.append(Variant(settings, with_settings(base, settings)))
-    if unused := next((key for key in keys if not any(key in variant.settings for variant in variants)), None):
+    if unused := next((key for key in axes if not any(key in variant.settings for variant in variants)), None):
         raise ConfigError(f"--vary {unused}: applies to none of these methods")
     folders = [variant.folder for variant in variants]
     if shared := next((name for name in folders if folders.count(name) > 1), None):
@@ -123,9 +117,8 @@ def with_settings(config: Config, settings: dict[str, str]) -> Config:
 def final_config(variant: Variant, tuned: dict[str, str], seed: int, output: Path, evaluate_base: bool) -> Config:
     """The config of a run whose scores are reported: nothing in it is selected on the eval data."""
     config = with_settings(variant.config, tuned)
-    train = _without_selection(config.train.metric_for_best_model, seed)
-    train |= {"evaluate_base": evaluate_base, "predict_with_generate": bool(config.generation.metrics)}
-    return _with(config, output, train=train)
+    train = {"evaluate_base": evaluate_base, "predict_with_generate": bool(config.generation.metrics)}
+    return _run_config(config, output, seed, train)
 
 
 def tuning_config(variant: Variant, tuned: dict[str, str], seed: int, output: Path, steps: int | None = None) -> Config:
@@ -137,10 +130,18 @@ def tuning_config(variant: Variant, tuned: dict[str, str], seed: int, output: Pa
     sets = eval_sets(config.data.eval)  # amounts of train to hold out, and sources
     held_out = {name or "eval": amount for name, amount in sets.items() if not isinstance(amount, tuple)}
     most = config.data.max_eval_examples or MAX_TUNING_EXAMPLES
-    data = {"eval": held_out | {TUNING_SET: TUNING_SHARE}, "max_eval_examples": most}
-    train = _without_selection(f"{TUNING_SET}_{tuning_metric(config)}", seed)
-    train |= {"evaluate_base": False, "predict_with_generate": False}
-    return _with(config, output, data=data, train=train | ({"max_steps": steps} if steps else {}))
+    train: dict = {"evaluate_base": False, "predict_with_generate": False, "max_steps": steps or config.train.max_steps}
+    train |= {"metric_for_best_model": f"{TUNING_SET}_{tuning_metric(config)}"}
+    return _run_config(config, output, seed, train, eval=held_out | {TUNING_SET: TUNING_SHARE}, max_eval_examples=most)
+
+
+def _run_config(config: Config, output: Path, seed: int, train: dict, **data: object) -> Config:
+    """The config of a run that ends with its last step, the only one that is evaluated."""
+    values = config.model_dump(mode="json") | {"output": str(output)}
+    no_selection = {"load_best_model_at_end": False, "early_stopping_patience": None, "eval_steps": NEVER}
+    values["train"] |= no_selection | {"seed": seed, "save_total_limit": 1} | train
+    values["data"] |= data
+    return parse_config(values)
 
 
 def tuning_metric(config: Config) -> str:
@@ -163,17 +164,6 @@ def _selection(config: Config) -> tuple[str, str]:
     return selection
 
 
-def _without_selection(metric: str, seed: int) -> dict:
-    """Train settings of a run that ends with its last step, the only one that is evaluated."""
-    no_selection = {"load_best_model_at_end": False, "early_stopping_patience": None, "metric_for_best_model": metric}
-    return no_selection | {"seed": seed, "eval_steps": NEVER, "save_total_limit": 1}
-
-
-def _with(config: Config, output: Path, **sections: dict) -> Config:
-    data = config.model_dump(mode="json") | {"output": str(output)}
-    return parse_config(data | {name: data[name] | section for name, section in sections.items()})
-
-
 def folder_name(settings: dict[str, str]) -> str:
     """A folder name for settings: `rank=4,targets=q-v`."""
     return ",".join(
@@ -182,7 +172,6 @@ def folder_name(settings: dict[str, str]) -> str:
     )
 
 
-def grid_points(axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
+def grid_points(axes: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     """The product of the axes, each point as settings (key -> text)."""
-    for values in itertools.product(*(axis.values for axis in axes)):
-        yield dict(zip([axis.key for axis in axes], values, strict=True))
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

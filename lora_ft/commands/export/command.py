@@ -5,10 +5,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from lora_ft.commands.export import hub
-from lora_ft.commands.export.gguf_adapter import write_adapter_gguf
-from lora_ft.commands.export.gguf_layout import FAMILIES
+from lora_ft.commands.export.adapter_files import write_adapter_gguf, write_portable
+from lora_ft.commands.export.gguf_format import FAMILIES
 from lora_ft.commands.export.gguf_model import verify_gguf, write_model_gguf
-from lora_ft.commands.export.portable import write_portable
 from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
@@ -40,11 +39,9 @@ def export_command(
     """Write `folder`, an adapter or for gguf also a complete model, in another form, and print what can load it.
 
     Args:
-        to: peft, merged or gguf.
+        to: peft, merged or gguf. push: a hub repository to upload to. verify: compare the logits of a complete model.
         merged: for gguf: base and adapter in one file.
         dtype: for gguf: of the matrices; "auto" is float32 for an adapter and the stored dtype for a model.
-        verify: compare the logits of a complete model.
-        push: a hub repository to upload to.
 
     Raises:
         ConfigError: options that don't go together.
@@ -109,8 +106,7 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
 def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str) -> None:
     """Write the adapter alone as a GGUF."""
     model = _checked_model(adapter, base)
-    size = sum(4 * (A.numel() + B.numel()) for A, B in adapter.tensors.values())
-    with storage.atomic_file(target, size) as temporary:
+    with storage.atomic_file(target, 0) as temporary:
         size = write_adapter_gguf(adapter, model, temporary, "float32" if dtype == "auto" else dtype, base.name)
     any_base = f"any GGUF of {portable_name(base.name)}, quantized too"
     print(f"{target}: the adapter of {len(adapter.tensors)} modules, {size / 2**20:.1f} MiB")
@@ -120,21 +116,16 @@ def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str)
 def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile | None, verify: bool) -> None:
     """Write a complete model, merged with the adapter if there is one, as a GGUF, and verify it."""
     if base.gguf or base.pickles:
-        raise ModelError(
-            f"base {base.name}: no safetensors. Merge first: --to merged, then export that folder --to gguf."
-        )
+        way_out = "Merge first: --to merged, then export that folder --to gguf."
+        raise ModelError(f"base {base.name}: no safetensors. {way_out}")
     dtype = str(stored_dtype(base)).removeprefix("torch.") if dtype == "auto" else dtype
     with storage.atomic_file(target, 0) as temporary:
         size = write_model_gguf(base, temporary, dtype, adapter)
-        comparison = verify_gguf(temporary, dtype, base, adapter) if verify else "--no-verify"
+        verified = verify_gguf(temporary, dtype, base, adapter) if verify else "logits were not compared (--no-verify)"
     print(f"{target}: {portable_name(base.name)}{' + adapter' if adapter else ''}, {dtype}, {size / 2**20:.1f} MiB")
     if window := getattr(load_model_config(base), "sliding_window", None):
         print(f"  note: the model attends to the last {window:,} positions; llama.cpp, in this architecture, to all")
-    if isinstance(comparison, str):
-        print(f"  logits were not compared ({comparison})")
-    else:
-        difference, allowed = comparison["difference"], comparison["allowed"]
-        print(f"  logits, read back by transformers: {difference:.3g} off at most ({allowed:.3g} allowed)")
+    print(f"  {verified}")
     print(f"  llama.cpp  llama-cli -m {target}; smaller: llama-quantize {target} small.gguf Q4_K_M")
 
 

@@ -10,9 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lora_ft.commands.export.gguf_adapter import by_number
-from lora_ft.commands.export.gguf_file import Weight, write_gguf
-from lora_ft.commands.export.gguf_layout import Layout, gguf_name, layout, reordered
+from lora_ft.commands.export.gguf_format import Weight, by_number, gguf_name, layout, reordered, write_gguf
 from lora_ft.commands.export.gguf_vocabulary import write_vocabulary
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.compatibility import check_against
@@ -41,13 +39,26 @@ def write_model_gguf(base: Base, path: Path, dtype: str, adapter: AdapterFile | 
         ModelError: the family or the tokenizer is not supported; a weight is quantized or missing.
     """
     model, tokenizer, shards = skeleton(base), load_tokenizer(base), weight_files(base)
-    order, on_disk = layout(model.config), stored_names(model, stored_keys(shards))
+    shard_of = {key: shard for shard in shards for key in stored_keys([shard])}
+    order, on_disk = layout(model.config), stored_names(model, shard_of)
     edits: dict[str, Edit] = {}
     if adapter is not None:
         check_against(model, adapter)
         check_stored_copies(model, adapter, shards, on_disk)
         planned, _ = plan_edits(model, on_disk, adapter.tensors)
         edits = {f"{edit.module}.weight": edit for edit in planned if edit.module is not None}
+
+    def read(name: str, source: str) -> Tensor:
+        """The weight `name`, stored as `source`, merged with the adapter if it is adapted, in llama.cpp's row order."""
+        shard = shard_of[source]
+        with opened(shard) as file:
+            tensor = finite(file, source, shard)
+            if tensor.dtype not in DTYPES:
+                raise ModelError(f"{shard}: {source} is {tensor.dtype}: quantized weights can't be exported.")
+            if adapter is not None and name in edits:
+                tensor, _ = merged(tensor, edits[name], adapter, shard)
+            return reordered(order, name, tensor)
+
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = []
     # A tied head is a separate tensor only if it is adapted.
@@ -55,34 +66,15 @@ def write_model_gguf(base: Base, path: Path, dtype: str, adapter: AdapterFile | 
         source = source_of(model, on_disk, name)
         if source is None:
             raise ModelError(f"model {base.name}: its files have no separate tensor for {name}. Copy the model again.")
-        read = partial(_read, order, name, source, shards, edits.get(name), adapter)
-        weights.append(Weight(gguf_name(order, name), shapes[name], read))
+        weights.append(Weight(gguf_name(order, name), shapes[name], partial(read, name, source)))
     if (frequencies := rope_frequencies(model.config)) is not None:
         weights.append(Weight("rope_freqs.weight", tuple(frequencies.shape), frequencies.clone))
-
-    def write_metadata(writer: gguf.GGUFWriter) -> None:
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(Path(portable_name(base.name)).name)
-        write_hyperparameters(writer, model.config)
-        write_vocabulary(writer, tokenizer, model.config.vocab_size)
-
-    return write_gguf(path, order.architecture, write_metadata, weights, dtype)
-
-
-def _read(
-    order: Layout, name: str, source: str, shards: list[Path], edit: Edit | None, adapter: AdapterFile | None
-) -> Tensor:
-    """The weight `name`, stored as `source`, merged with the adapter if there is an edit, in llama.cpp's row order."""
-    for shard in shards:
-        with opened(shard) as file:
-            if source in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                tensor = finite(file, source, shard)
-                if tensor.dtype not in DTYPES:
-                    raise ModelError(f"{shard}: {source} is {tensor.dtype}: quantized weights can't be exported.")
-                if edit is not None and adapter is not None:
-                    tensor, _ = merged(tensor, edit, adapter, shard)
-                return reordered(order, name, tensor)
-    raise AssertionError(source)
+    writer = gguf.GGUFWriter(path, order.architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(Path(portable_name(base.name)).name)
+    write_hyperparameters(writer, model.config)
+    write_vocabulary(writer, tokenizer, model.config.vocab_size)
+    return write_gguf(writer, weights, dtype)
 
 
 def write_hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
@@ -116,11 +108,11 @@ def rope_frequencies(config: PretrainedConfig) -> Tensor | None:
     return plain / scaled
 
 
-def verify_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None = None) -> dict | str:
+def verify_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None = None) -> str:
     """Load the file with transformers and compare its logits with those of base (and adapter), in float32.
 
-    One model is in memory at a time. Returns difference, allowed, largest_logit and positions; or the reason why nothing was
-    compared: transformers does not read everything from a GGUF that llama.cpp does.
+    One model is in memory at a time. Returns the result in words: the difference, or why nothing was compared, since
+    transformers does not read everything from a GGUF that llama.cpp does.
 
     Raises:
         ModelError: the logits differ by more than rounding can explain.
@@ -128,7 +120,7 @@ def verify_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None 
     written, stored = Base(path.name, path.parent, gguf=path), str(stored_dtype(base)).removeprefix("torch.")
     config, config_read = load_model_config(base), load_model_config(written)
     if lost := [name for name in COMPARED if _setting(config, name) != _setting(config_read, name)]:
-        return f"transformers does not read {', '.join(lost)} from a GGUF"
+        return f"logits were not compared (transformers does not read {', '.join(lost)} from a GGUF)"
     rows = sample_rows(adapter.trained.record if adapter else {}, load_tokenizer(base), config.vocab_size)
     model = load_base(base, "float32")
     if adapter is not None:
@@ -146,7 +138,7 @@ def verify_gguf(path: Path, dtype: str, base: Base, adapter: AdapterFile | None 
             f"the GGUF failed its verification: logits differ by {difference:.3g} in sample row {row}, position {position}, "
             f"where {allowed:.3g} is allowed (largest logit {scale:.3g}). The output was not kept."
         )
-    return {"difference": difference, "allowed": allowed, "largest_logit": scale, "positions": sum(map(len, rows))}
+    return f"logits, read back by transformers: {difference:.3g} off at most ({allowed:.3g} allowed)"
 
 
 def _setting(config: PretrainedConfig, name: str):

@@ -83,8 +83,8 @@ def _kind(i: int, token: str, pieces: dict[int, str], added: dict[int, dict], sp
 
 def _split_name(state: dict[str, Any]) -> str:
     """llama.cpp's name for the way in which a byte-level tokenizer splits text; a ModelError if it has none."""
-    split = SPLITS.get(tuple(map(_step, _sequence(state["pre_tokenizer"], "pretokenizers"))))
-    normalizers = [step["type"] for step in _sequence(state["normalizer"], "normalizers")]
+    split = SPLITS.get(tuple(map(_step, _steps(state["pre_tokenizer"]))))
+    normalizers = [step["type"] for step in _steps(state["normalizer"])]
     if split is None or normalizers not in ([], ["NFC"]) or bool(state["model"].get("ignore_merges")) != split[1]:
         known = ", ".join(name for name, _ in SPLITS.values())
         raise ModelError(f"GGUF: the tokenizer splits text in none of llama.cpp's ways ({known}). {ALTERNATIVE}")
@@ -108,8 +108,7 @@ def _step(step: dict[str, Any]) -> str:
 def _prepends_space(state: dict[str, Any]) -> bool:
     """Whether a sentencepiece-like tokenizer puts a space before the text; a ModelError if llama.cpp lacks a step of it."""
     prepends = False
-    normalizers = _sequence(state["normalizer"], "normalizers")
-    for step in normalizers + _sequence(state["pre_tokenizer"], "pretokenizers"):
+    for step in _steps(state["normalizer"]) + _steps(state["pre_tokenizer"]):
         match step:
             case {"type": "Prepend", "prepend": "▁"} | {"type": "Metaspace", "prepend_scheme": "first" | "always"}:
                 prepends = True
@@ -120,8 +119,8 @@ def _prepends_space(state: dict[str, Any]) -> bool:
     return prepends
 
 
-def _sequence(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    """The steps of a Sequence, which it has under `name`; a single step, or none, as a list."""
+def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a Sequence of normalizers or pre-tokenizers; a single step, or none, as a list."""
     if step is None:
         return []
-    return list(step[name]) if step["type"] == "Sequence" else [step]
+    return list(step.get("normalizers") or step["pretokenizers"]) if step["type"] == "Sequence" else [step]

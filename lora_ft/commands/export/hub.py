@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.core.messages import first_line
 from lora_ft.core.run_folder import RECORD
 from lora_ft.methods.model_card import CARD, export_card
 
@@ -23,9 +24,10 @@ def check(repo: str) -> None:
     """
     try:
         validate_repo_id(repo)
+        if "/" not in repo:  # valid for a model of the hub's own, to which nobody can push
+            raise HFValidationError("The owner is missing.")
     except HFValidationError as e:
-        why = str(e).splitlines()[0]
-        raise ConfigError(f"--push {repo}: not a valid repository name; it is owner/name. {why}") from e
+        raise ConfigError(f"--push {repo}: not a valid repository name; it is owner/name. {first_line(e)}") from e
     if is_offline_mode():
         raise ModelError(f"--push {repo}: HF_HUB_OFFLINE is set, so the hub can't be used. Unset it.")
     if not get_token():
@@ -55,10 +57,10 @@ def push(repo: str, files: dict[str, Path | bytes], public: bool) -> str:
     except HfHubHTTPError as e:
         status = getattr(e.response, "status_code", None)
         hint = LOGIN if status in (401, 403) else "Nothing else was changed; the exported files are kept."
-        raise ModelError(f"--push {repo}: the hub refused the upload ({str(e).splitlines()[0]}). {hint}") from e
+        raise ModelError(f"--push {repo}: the hub refused the upload ({first_line(e)}). {hint}") from e
     except Exception as e:  # network errors have many classes
         if isinstance(e, OSError | RuntimeError | ValueError) or type(e).__module__.startswith(("httpx", "requests")):
-            why = f"the hub can't be reached ({(str(e).strip() or type(e).__name__).splitlines()[0]})"
+            why = f"the hub can't be reached ({first_line(e)})"
             raise ModelError(f"--push {repo}: {why}. The exported files are kept; try again.") from e
         raise
     return str(url)
