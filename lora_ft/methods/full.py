@@ -56,7 +56,7 @@ def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTra
 
 
 def load(model: PreTrainedModel, trained: Trained) -> None:
-    """Copy the trained weights into the base, and keep the base's own for `bare`."""
+    """Copy the trained weights into the base, and keep the base's own for `base_weights`."""
     model.float()
     base = [parameter.detach().clone() for parameter in model.parameters()]
     load_into(model, trained)
@@ -64,7 +64,7 @@ def load(model: PreTrainedModel, trained: Trained) -> None:
 
 
 @contextmanager
-def bare(model: PreTrainedModel) -> Iterator[None]:
+def base_weights(model: PreTrainedModel) -> Iterator[None]:
     """Within it a model that `load` changed has its base's weights. The tensors are exchanged, not copied."""
 
     def exchange() -> None:

@@ -79,11 +79,7 @@ class Trained:
         return self._recorded_base.get("name") or self.adapter_config.get("base_model_name_or_path")
 
     def base(self, name: str | None = None, trust: Trust = NO_TRUST, revision: str | None = None) -> Base:
-        """The files of the base: the recorded one at the recorded revision, unless another `name` is given.
-
-        Raises:
-            ModelError: neither names a base, or it isn't there.
-        """
+        """The files of the base: the recorded one at the recorded revision, unless another `name` is given."""
         name = name or self.base_name
         if not name:
             raise ModelError(f"{self.folder}: does not name the base it was trained on. Name it with --base.")
@@ -98,12 +94,9 @@ class Trained:
     def check(
         self, base: Base, tokenizer: PreTrainedTokenizerBase | None, other_base: bool, name: str | None = None
     ) -> None:
-        """Check that this is the base, and the tokenizer (None: has none), of the training; `other_base` only warns.
+        """Check that this is the base, and the tokenizer (None: has none), of the training; else raise ModelError.
 
-        Messages name one of several adapters with `name`.
-
-        Raises:
-            ModelError: the weights (both fingerprints are named) or the tokenizer are different.
+        other_base: only warn. name: of one of several adapters, for messages.
         """
         prefix = f"adapter {printable(name)}: " if name else ""
         check_base(self.record, base, other_base, prefix)

@@ -116,5 +116,7 @@ def test_a_huge_loss_gives_a_finite_perplexity():
 def test_scores_that_are_not_finite_are_an_error():
     model = tiny_model("llama")
     model.get_output_embeddings().weight.data[7] = float("nan")
+    model.train()
     with pytest.raises(NumbersError, match="finite"):
         score(model, classification([[5], [6]]), Isolation.ATTENTION, 64)
+    assert model.training, "left in eval mode"

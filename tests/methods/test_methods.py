@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -250,3 +251,15 @@ def test_another_models_folder_is_refused(method, tmp_path):
     with pytest.raises(ModelError, match="other|another|shape|tensors"):
         trained = Trained(tmp_path, "full", {}, {}) if method == "full" else Trained.open(tmp_path)
         METHODS[method].load(tiny_model("gpt_neo"), trained)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_float8_files_are_read_or_refused_for_nan(value, tmp_path):
+    """torch cannot search float8 tensors for NaN, so they are converted first."""
+    METHODS["prompt"].save(injected("prompt"), tmp_path, "base", TOKENIZER)
+    vectors = torch.full((N, 32), value).to(torch.float8_e4m3fn)
+    write_tensors(tmp_path / "adapter_model.safetensors", {"prompt_embeddings": vectors})
+    ours, expected = tiny_model("gpt2"), pytest.raises(ModelError, match="NaN") if value != value else nullcontext()
+    with expected:
+        METHODS["prompt"].load(ours, Trained.open(tmp_path))
+        assert torch.equal(ours.get_input_embeddings().prompt, torch.ones(N, 32))

@@ -30,9 +30,6 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str, *, record: dict
 
     The same adapter gives the same bytes. Of an absolute path `base_name` only the last part is written, so that the files do
     not show where a user keeps models.
-
-    Raises:
-        ModelError: the model has no LoRA layers.
     """
     layers = lora_layers(model)
     if not layers:
@@ -97,10 +94,7 @@ def load_adapter(
 
     lora-ft's comes back in the parts it was trained in, bit for bit; PEFT's as one part of rank r per module. Without a `name`
     it is the model's only adapter, active at once, to train further or to merge. With a name it is one of several that share
-    the base; `use(model, name)` or `mixed(model, names)` activates it.
-
-    Raises:
-        ModelError: see `Trained.open`, `read_adapter` and `apply_adapter`.
+    the base; `use(model, name)` or `mixed(model, names)` activates it. Raises as `read_adapter` and `apply_adapter`.
     """
     return apply_adapter(model, read_adapter(Trained.open(Path(folder))), name, trainable=trainable)
 
@@ -140,12 +134,9 @@ def apply_adapter(
 
 
 def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
-    """Copy an adapter's weights into the LoRA layers that `model` has, which must cover the same rows at the same rank.
+    """Copy an adapter's weights into the LoRA layers that `model` has; ModelError unless modules, rows and ranks are the same.
 
     Where the scalings differ, B is multiplied by their ratio, so that the model computes what the files define.
-
-    Raises:
-        ModelError: modules, rows, ranks or copies of base weights differ.
     """
     layers, path = lora_layers(model), adapter.folder / WEIGHTS
     if adapter.tensors.keys() != layers.keys():
@@ -185,8 +176,7 @@ def to_peft_matrices(layer: LoRALinear, R: int) -> tuple[Tensor, Tensor]:
 def from_peft_matrices(layer: LoRALinear, A: Tensor, B: Tensor, path: Path, module: str) -> None:
     """Copy A (R, in) and B (out, R) into the parts of a layer: the inverse of `to_peft_matrices`.
 
-    Raises:
-        ModelError: A or B has nonzero values outside the parts' blocks; the message names `path` and `module`.
+    ModelError, with `path` and `module`, if A or B has nonzero values outside the parts' blocks.
     """
     rest_A, rest_B = A.clone(), B.clone()
     for i, (part, rows) in enumerate(layer.rows.items()):

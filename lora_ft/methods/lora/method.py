@@ -1,4 +1,4 @@
-"""The five functions of method lora (see methods/interface.py)."""
+"""The four functions of method lora (see methods/interface.py)."""
 
 from pathlib import Path
 
@@ -6,11 +6,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.schema import AdapterConfig
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS, apply_adapter, initialize_from, parts_record, save_adapter
-from lora_ft.methods.lora.inject import bare, inject_lora
+from lora_ft.methods.lora.inject import inject_lora
 from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Saved, Trained
-
-__all__ = ["bare", "inject", "load", "load_into", "save"]
 
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: object) -> str:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.files import apply_adapter
-from lora_ft.methods.lora.inject import bare, lora_layers
+from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
+from lora_ft.nn.adapted import bare
 
 SENTENCES = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -61,8 +62,8 @@ def compare_logits(
 ) -> dict:
     """Compare the logits of base + adapter and of the merged model on `rows`, in float32, one model in memory at a time.
 
-    The effect of rounding the merged weights is measured separately, on base + adapter merged and rounded in memory. Two
-    conditions must hold:
+    The effect of rounding the merged weights is measured separately, on base + adapter merged and rounded in memory. ModelError
+    unless both hold:
 
     - the merged model on disk equals that one to 1e-4 of the largest logit (plus 1/16 of the rounding's effect: a sum in
       another order may round a few weights the other way);
@@ -73,9 +74,6 @@ def compare_logits(
     of a single matrix of 60 (B normal, std 0.02) exceeds it 7 to 19 times.
 
     dtypes: module -> the dtype that its merged weight is stored in. rows: token ids.
-
-    Raises:
-        ModelError: a condition does not hold; with the difference, the limit and the position.
     """
     model = load_base(base, "float32")
     apply_adapter(model, adapter)
