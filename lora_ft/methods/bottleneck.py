@@ -27,20 +27,18 @@ PLACES = {"houlsby": ("o", "down"), "pfeiffer": ("down",)}
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """Add a bottleneck behind each projection of `settings.placement`; `seed` determines D."""
     paths = find_targets(model, PLACES[settings.placement], (), settings.layers)
-    insert(model, dict.fromkeys(paths, settings.bottleneck_size), settings.nonlinearity)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in bottlenecks(model).values():
-        layer.start(generator)
+    insert(model, dict.fromkeys(paths, settings.bottleneck_size), settings.nonlinearity, seed)
     return f"{len(paths)} adapter layers"
 
 
-def insert(model: nn.Module, sizes: dict[str, int], nonlinearity: str) -> None:
+def insert(model: nn.Module, sizes: dict[str, int], nonlinearity: str, seed: int = 0) -> None:
     """Freeze `model` and put a bottleneck behind each of these modules. sizes: path -> bottleneck size."""
+    generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for path, size in sizes.items():
         base = model.get_submodule(path)
         assert isinstance(base, nn.Linear | Conv1D)
-        model.set_submodule(path, Bottleneck(base, size, nonlinearity).train(base.training))
+        model.set_submodule(path, Bottleneck(base, size, nonlinearity, generator).train(base.training))
 
 
 def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:

@@ -29,13 +29,8 @@ class Method(Protocol):
     ) -> str:
         """Prepare a bare base for training, in place: only what trains has requires_grad. Returns a text ("60 modules").
 
-        Args:
-            model: on any device; also meta, to see whether it can be done.
-            seed: for the initial values of added parameters.
-            tokenizer: the base's, for the prompt's initial text.
-
-        Raises:
-            ConfigError, ModelError: the method, or a setting of it, does not fit this architecture.
+        model: on any device; also meta, to see whether it can be done. seed: for the initial values of added parameters.
+        tokenizer: the base's, for the prompt's initial text. ConfigError or ModelError if it does not fit the architecture.
         """
 
     def save(self, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:

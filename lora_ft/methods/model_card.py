@@ -76,13 +76,11 @@ def head(record: dict) -> ModelCardData:
     train, evaluation = _sources(data, "train"), _sources(data, "eval")
     hub_id = {s: s.split("@")[0].split(":")[0] for s in train + evaluation if not is_local(s)}
     trained_on = sorted({hub_id[s] for s in train if s in hub_id})
-    scored_on = [hub_id.get(s) for s in evaluation]
+    scored_on = hub_id.get(evaluation[0]) if len(evaluation) == 1 else None
     metrics = {HUB_METRIC[k]: v for k, v in record.get("metrics", {}).items() if k in HUB_METRIC}
-    results = [
-        EvalResult("text-generation", scored_on[0], scored_on[0], name, round(value, 6))
-        for name, value in metrics.items()
-        if len(scored_on) == 1 and scored_on[0]
-    ]
+    results = []
+    if scored_on:
+        results = [EvalResult("text-generation", scored_on, scored_on, k, round(v, 6)) for k, v in metrics.items()]
     return ModelCardData(
         base_model=base if is_hub(record) else None,
         library_name=LIBRARY.get(method_of(record), "lora-ft"),

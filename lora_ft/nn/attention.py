@@ -75,28 +75,18 @@ class Isolation(Enum):
 
 def packed_attention(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
+    query: Tensor,  # (1, heads, tokens, head_dim)
+    key: Tensor,  # (1, kv_heads, tokens, head_dim)
+    value: Tensor,  # (1, kv_heads, tokens, head_dim)
+    attention_mask: Tensor | None,  # ignored
+    scaling: float | None = None,  # factor of the scores; None is head_dim ** -0.5
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,  # query i attends to key j where 0 <= i - j < window
+    softcap: float | None = None,  # c: scores become c tanh(scores / c) (Gemma 2, arXiv:2408.00118, section 2)
+    s_aux: Tensor | None = None,  # (heads,) sinks: one more score per head in the softmax, without a value (GPT-OSS)
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each example of the row: (1, tokens, heads, head_dim), and None for the weights.
-
-    Args:
-        query: (1, heads, tokens, head_dim).
-        key, value: (1, kv_heads, tokens, head_dim).
-        attention_mask: ignored.
-        scaling: factor of the scores; None is head_dim ** -0.5.
-        sliding_window: query i attends to key j where 0 <= i - j < window.
-        softcap: c, with which scores become c tanh(scores / c) (Gemma 2, arXiv:2408.00118, section 2).
-        s_aux: (heads,) attention sinks: one more score per head in the softmax, without a value (GPT-OSS).
-    """
+    """Causal attention within each example of the row: (1, tokens, heads, head_dim), and None for the weights."""
     assert _lengths is not None and sum(_lengths) == query.shape[2], "packed_attention outside of Isolation.row"
     dropout = dropout if module.training else 0.0
     plain = softcap is None and s_aux is None
@@ -111,8 +101,7 @@ def packed_attention(
         length = q.shape[2]
         window = None
         if sliding_window is not None and sliding_window < length:
-            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-            window = (distance >= 0) & (distance < sliding_window)
+            window = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
         if plain:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling

@@ -23,16 +23,13 @@ class Bottleneck(AdaptedLayer):
         nonlinearity: a key of NONLINEARITIES.
     """
 
-    def __init__(self, base: nn.Linear | Conv1D, size: int, nonlinearity: str):
+    def __init__(self, base: nn.Linear | Conv1D, size: int, nonlinearity: str, generator: torch.Generator):
         super().__init__(base)
         self.nonlinearity, width = nonlinearity, self.out_features
         float32 = dict(dtype=torch.float32, device=base.weight.device)
         self.down, self.up = nn.Linear(width, size, **float32), nn.Linear(size, width, **float32)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
-
-    def start(self, generator: torch.Generator | None) -> None:
-        """Draw D as at the start of a training."""
         draw_(self.down.weight, generator)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -142,7 +142,10 @@ class _LoRA(torch.autograd.Function):
         Y = F.linear(X, W.to(X.dtype), None if b is None else b.to(X.dtype))
         S = (X if m is None else X * m) @ A.T
         for r, S_p, B in zip(rows, S.chunk(len(rows), -1), Bs, strict=True):
-            add_product_(Y, r, S_p, B.T, s)
+            if r.blocks == 1:
+                r.of(Y).squeeze(-2).addmm_(S_p, B.T, alpha=s)
+            else:
+                r.of(Y).add_((S_p @ B.T).unflatten(-1, (r.blocks, r.length)), alpha=s)
         ctx.save_for_backward(X, W, m, S, A, *Bs)
         ctx.s, ctx.rows = s, rows
         return Y
@@ -162,14 +165,6 @@ class _LoRA(torch.autograd.Function):
             dX = dY @ W.to(dY.dtype)
             dX = dX.addmm_(dS, A) if m is None else dX.addcmul_(dS @ A, m.to(dX.dtype))
         return dX, None, None, None, None, None, dA, *dBs
-
-
-def add_product_(Y: Tensor, rows: RowBlocks, S: Tensor, Bt: Tensor, s: float) -> None:
-    """Y[:, rows] += s S Bt in place; Y: (tokens, out), S: (tokens, rank), Bt: (rank, rows)."""
-    if rows.blocks == 1:
-        Y.narrow(-1, rows.start, rows.length).addmm_(S, Bt, alpha=s)
-    else:
-        rows.of(Y).add_((S @ Bt).unflatten(-1, (rows.blocks, rows.length)), alpha=s)
 
 
 class InputDropout:

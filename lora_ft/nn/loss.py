@@ -30,12 +30,9 @@ class BodyOutput(ModelOutput):
 def supervised_loss(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, keep: Tensor, targets: Tensor
 ) -> Tensor:
-    """Cross-entropy summed over the supervised tokens, a float32 scalar.
+    """Cross-entropy summed over the supervised tokens of a flat row (1, tokens), a float32 scalar.
 
-    Args:
-        input_ids, position_ids: (1, tokens), a flat row.
-        keep: (supervised,) the positions whose next token is supervised.
-        targets: (supervised,) the ids of these next tokens.
+    keep: (supervised,) the positions whose next token is supervised. targets: (supervised,) the ids of these next tokens.
     """
     if len(keep) <= CHUNK:
         return summed_loss(supervised_logits(model, input_ids, position_ids, keep), targets)

@@ -263,3 +263,23 @@ def test_float8_files_are_read_or_refused_for_nan(value, tmp_path):
     with expected:
         METHODS["prompt"].load(ours, Trained.open(tmp_path))
         assert torch.equal(ours.get_input_embeddings().prompt, torch.ones(N, 32))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (torch.OutOfMemoryError("no"), torch.OutOfMemoryError, "no"),
+        (RuntimeError("can't allocate memory"), RuntimeError, "allocate"),
+        (ValueError(), ModelError, "into this base: ValueError"),
+    ],
+)
+def test_a_full_model_that_can_not_be_loaded(error, kind, words, tmp_path, monkeypatch):
+    model = tiny_model("gpt2")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(type(model), "from_pretrained", fail)
+    with pytest.raises(kind, match=words) as caught:
+        METHODS["full"].load_into(model, Trained(tmp_path, "full", {}, {}))
+    assert type(caught.value) is kind

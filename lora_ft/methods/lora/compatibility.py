@@ -60,10 +60,7 @@ def check_copies(model: nn.Module, adapter: AdapterFile) -> None:
 
 
 def check_equal(adapter: AdapterFile, weights: Mapping[str, Tensor | None]) -> None:
-    """Check that the copies in the adapter's file equal the base's `weights`, or one is the other rounded.
-
-    Rounded because a base can be loaded in another dtype than stored.
-    """
+    """Check the copies against the base's `weights`: equal, or one the other rounded, as by loading in another dtype."""
     for name, copy in adapter.copies.items():
         base = weights[name]
         if base is not None:

@@ -25,8 +25,8 @@ from lora_ft.methods.trained import Trained
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
 
-def save_adapter(model: nn.Module, folder: Path, base_name: str, *, record: dict | None = None) -> None:
-    """Write the adapter of `model` into an existing folder as PEFT's two files, then the record if there is one.
+def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, dict]:
+    """Write the adapter of `model` into an existing folder as PEFT's two files. Returns the record's `slices`.
 
     The same adapter gives the same bytes. Of an absolute path `base_name` only the last part is written, so that the files do
     not show where a user keeps models.
@@ -61,8 +61,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str, *, record: dict
     }
     storage.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     storage.write_json(folder / CONFIG, config)
-    if record is not None:
-        write_record(folder, {**record, "slices": parts}, [WEIGHTS, CONFIG])
+    return parts
 
 
 def bytes_on_disk(model: nn.Module) -> int:
@@ -80,9 +79,9 @@ def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Ite
 def parts_record(model: nn.Module) -> dict[str, dict]:
     """The record's `slices`: module -> rank, scaling (that of the files), parts (part -> blocks, width, start, length)."""
     layers = lora_layers(model)
-    scalings = [layer.scaling for layer in layers.values()]
+    s = next((layer.scaling for layer in layers.values()), None)
     return {
-        module: {"rank": layer.rank, "scaling": scalings[0], "parts": {part: list(r) for part, r in layer.rows.items()}}
+        module: {"rank": layer.rank, "scaling": s, "parts": {part: list(rows) for part, rows in layer.rows.items()}}
         for module, layer in layers.items()
     }
 
@@ -94,7 +93,10 @@ def load_adapter(
 
     lora-ft's comes back in the parts it was trained in, bit for bit; PEFT's as one part of rank r per module. Without a `name`
     it is the model's only adapter, active at once, to train further or to merge. With a name it is one of several that share
-    the base; `use(model, name)` or `mixed(model, names)` activates it. Raises as `read_adapter` and `apply_adapter`.
+    the base; `use(model, name)` or `mixed(model, names)` activates it.
+
+    Raises:
+        ModelError: it is damaged or does not fit, or the model has its only adapter already, or one of this name.
     """
     return apply_adapter(model, read_adapter(Trained.open(Path(folder))), name, trainable=trainable)
 
@@ -102,12 +104,7 @@ def load_adapter(
 def apply_adapter(
     model: nn.Module, adapter: AdapterFile, name: str | None = None, *, trainable: bool = False
 ) -> AdapterFile:
-    """Put an adapter that has been read on `model`; see `load_adapter`.
-
-    Raises:
-        ModelError: it does not fit the model; the model has its only adapter already, or one of this name.
-        ValueError: both `name` and `trainable`.
-    """
+    """Put an adapter that has been read on `model`; see `load_adapter`."""
     if name is not None and trainable:
         raise ValueError("adapters by name are for inference: load the one to train without a name")
     if lora_layers(model) or (name is None and adapter_names(model)):

@@ -45,23 +45,17 @@ def inject_lora(
     adapted = find_targets(model, targets, modules, layers)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
+    dropouts: dict[tuple, InputDropout] = {}  # one for all layers that have the same input
     for path, rows in adapted.items():
         base = model.get_submodule(path)
         layer = LoRALinear(base, rank, scaling(rank, alpha, rslora), rows)
         layer.start(generator)
+        if dropout:
+            group = next((roles for roles in SAME_INPUT if set(rows) <= set(roles)), path)
+            layer.dropout = dropouts.setdefault((path.rpartition(".")[0], group), InputDropout(dropout))
+            layer.dropout.readers += 1
         model.set_submodule(path, layer.train(base.training))
-    if dropout:
-        set_dropout(model, dropout)
     return list(adapted)
-
-
-def set_dropout(model: nn.Module, p: float) -> None:
-    """Put dropout on the input of every LoRA layer, with one mask for the layers that have the same input."""
-    shared: dict[tuple, InputDropout] = {}
-    for path, layer in lora_layers(model).items():
-        group = next((roles for roles in SAME_INPUT if set(layer.rows) <= set(roles)), path)
-        layer.dropout = shared.setdefault((path.rpartition(".")[0], group), InputDropout(p))
-        layer.dropout.readers += 1
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -78,9 +72,6 @@ def merge(model: PreTrainedModel) -> dict[str, LoRALinear]:
     """Replace each LoRA layer by a plain one with W + s B A, in place. Returns path -> removed layer, for `unmerge`.
 
     A merged head is no longer tied to the embedding, which does not change; the config is updated accordingly.
-
-    Raises:
-        ModelError: the model has no LoRA layers.
     """
     layers = lora_layers(model)
     if not layers:

@@ -26,16 +26,8 @@ from lora_ft.model.files import Base, stored_dtype, weight_files
 from lora_ft.model.load import load_base, load_tokenizer, skeleton
 
 # What transformers reads beside the weights. Weights in other formats are left out: they are not merged.
-COPIED = [
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-]
+COPIED = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja"]
+COPIED += ["LICENSE*", "NOTICE*"]
 NOT_COPIED = ("*.index.json", RECORD, "adapter_config.json", "trainer_state.json", "state.json")
 
 
@@ -97,8 +89,8 @@ def merge_adapter(
         names = [p.name for p in staged.iterdir() if p.is_file()]
         write_record(staged, merged_record(adapter, base, other_base, report, errors), names)
         size = sum((staged / n).stat().st_size for n in names)
-    peak = peak_memory() // 2**20
-    return report | {"bytes": size, "seconds": time.perf_counter() - start, "peak_memory_mb": peak}
+    seconds = time.perf_counter() - start
+    return report | {"bytes": size, "seconds": seconds, "peak_memory_mb": peak_memory() // 2**20}
 
 
 def tokenizer_of(base: Base) -> PreTrainedTokenizerBase | None:

@@ -38,21 +38,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as read and checked, not yet applied to a model.
-
-    Attributes:
-        trained: its folder, record and config.
-        tensors: module path -> A (R, in) and B (out, R), float32.
-        scalings: module path -> s of s B A.
-        parts: module path -> its parts; empty for another tool's adapter.
-        copies: name -> base weight that PEFT saved with an adapted head or embedding; must be equal to the base's.
-    """
+    """An adapter as read and checked, not yet applied to a model."""
 
     trained: Trained
-    tensors: dict[str, tuple[Tensor, Tensor]]
-    scalings: dict[str, float]
-    parts: dict[str, Parts]
-    copies: dict[str, Tensor]
+    tensors: dict[str, tuple[Tensor, Tensor]]  # module path -> A (R, in) and B (out, R), float32
+    scalings: dict[str, float]  # module path -> s of s B A
+    parts: dict[str, Parts]  # module path -> its parts; empty for another tool's adapter
+    copies: dict[str, Tensor]  # name -> base weight that PEFT saved with an adapted head; must equal the base's
 
     @property
     def folder(self) -> Path:

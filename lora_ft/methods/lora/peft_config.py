@@ -117,7 +117,7 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
             return name != head
         if not _named(wanted, name):
             return False
-        if not layers or isinstance(wanted, str):
+        if not layers or isinstance(wanted, str) or name in wanted:
             return True
         matches = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns)
         return next((int(match["index"]) in layers for match in matches if match), False)

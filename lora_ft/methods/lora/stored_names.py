@@ -18,15 +18,12 @@ from lora_ft.core.messages import listed
 
 @dataclass(frozen=True)
 class Edit:
-    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or a copy if module is None.
-
-    transposed: whether the file has (in, out) instead of (out, in).
-    """
+    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or a copy if module is None."""
 
     source: str
     target: str
     module: str | None
-    transposed: bool = False
+    transposed: bool = False  # whether the file has (in, out) instead of (out, in)
 
 
 def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

@@ -111,7 +111,11 @@ def by_name(
     def matches(path: str, name: str) -> bool:
         return f".{path}".endswith(f".{name}")
 
-    matched = {name: [p for p in linear if matches(p, name) and in_layers(p, layers)] for name in modules}
+    def in_layers(path: str) -> bool:  # or outside all layers; the first number in a path is its layer
+        index = next((int(part) for part in path.split(".") if part.isdigit()), None)
+        return layers is None or index is None or index in layers
+
+    matched = {name: [p for p in linear if matches(p, name) and in_layers(p)] for name in modules}
     lines = []
     for name in (name for name, paths in matched.items() if not paths):
         if outside := [p for p in linear if matches(p, name)]:
@@ -119,24 +123,14 @@ def by_name(
         elif others := [(p, m) for p, m in model.named_modules() if matches(p, name)]:
             why = f"is {type(others[0][1]).__name__} ({others[0][0]}): only nn.Linear and Conv1D can be adapted"
         else:
-            why = f"matches no module. Near: {', '.join(near_names(name, linear))}"
+            known = {suffix for path in linear for suffix in suffixes(path) if not suffix.split(".")[0].isdigit()}
+            near = difflib.get_close_matches(name, sorted(known), n=3)
+            why = f"matches no module. Near: {', '.join(near or sorted({suffixes(path)[0] for path in linear}))}"
         lines.append(f"modules: {name!r} {why}")
     if lines:
         lines += [f"{name!r} matched {listed(paths, 1)}" for name, paths in matched.items() if paths]
         raise ModelError("\n".join(lines))
     return [path for paths in matched.values() for path in paths]
-
-
-def in_layers(path: str, layers: Sequence[int] | None) -> bool:
-    """Whether a path is in one of `layers`, or outside all layers. The first number in a path is its layer."""
-    index = next((int(part) for part in path.split(".") if part.isdigit()), None)
-    return layers is None or index is None or index in layers
-
-
-def near_names(name: str, linear: dict[str, nn.Module]) -> list[str]:
-    """The suffixes of linear modules that are similar to `name`, or else their last parts."""
-    known = {suffix for path in linear for suffix in suffixes(path) if not suffix.split(".")[0].isdigit()}
-    return difflib.get_close_matches(name, sorted(known), n=3) or sorted({path.rpartition(".")[2] for path in linear})
 
 
 def suffixes(path: str) -> list[str]:

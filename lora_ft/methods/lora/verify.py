@@ -48,9 +48,10 @@ def matrix_error(W: Tensor, merged: Tensor, A: Tensor, B: Tensor, s: float, x: T
     return error.max().item(), quotient.max().item()
 
 
-def sample_rows(record: dict | None, tokenizer, vocabulary: int) -> list[list[int]]:
+def sample_rows(record: dict, tokenizer, vocabulary: int) -> list[list[int]]:
     """Rows of token ids to compare logits on: those in the record, or a few sentences, and always a row of random ids."""
-    rows = [row for row in (record or {}).get("samples") or () if isinstance(row, list) and row]
+    samples = record.get("samples")
+    rows = [row for row in samples if isinstance(row, list) and row] if isinstance(samples, list) else []
     rows = [row[:512] for row in rows if all(type(i) is int and 0 <= i < vocabulary for i in row)][:8]
     if not rows and tokenizer is not None:
         rows = [ids for ids in (tokenizer(text)["input_ids"] for text in SENTENCES) if ids and max(ids) < vocabulary]
@@ -91,7 +92,6 @@ def compare_logits(
     found = logits(model, rows)
     del model
     gc.collect()
-
     scale = max(t.abs().max().item() for t in exact)
     allowed = max(1e-4 if d == torch.float32 else 8 * torch.finfo(d).eps for d in dtypes.values())
     rounding = largest(rounded, exact)[0]
