@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -27,6 +27,11 @@ def warn(message: str) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message, or its class name if it has no message."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0], 300)
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def format_value(value: Any) -> str:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lora_ft.core.errors import NumbersError
 from lora_ft.data.batches import EMPTY_EXAMPLE, UNSHARDED, RowPacking, Shard, split_evenly
 from lora_ft.distributed import processes
+from lora_ft.nn.adapted import eval_mode
 from lora_ft.nn.attention import Isolation, flat_row
 from lora_ft.nn.loss import logits_in_chunks
 
@@ -97,38 +98,35 @@ def score(
     packing = RowPacking(micro_batch_tokens, isolation is Isolation.ONE_PER_ROW)
     choices = len(dataset[0]["choices"]) if len(dataset) else 0
     scores = Scores(len(dataset), confusion=[[0] * choices for _ in range(choices)])
-    was_training = model.training
-    model.eval()
-    bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=None)
     block = 256 * shard.world_size  # examples sorted by length at a time: well-filled rows in constant memory
-    for start in range(0, len(dataset), block):
-        lengths = [len(ids) for ids in dataset[start : start + block]["input_ids"]]
-        examples = [dataset[start + i] for i in split_evenly(lengths, shard.world_size)[shard.rank]]
-        by_sequence: dict[tuple[int, tuple[int, ...]], list[_Query]] = {}
-        for query in itertools.chain.from_iterable(_queries(i, example) for i, example in enumerate(examples)):
-            by_sequence.setdefault((query.example, tuple(query.ids)), []).append(query)
-        sequences = list(by_sequence.values())
-        choice_logprobs = [[0.0] * len(e["choices"]) for e in examples]
-        rows = packing.rows([len(s[0].ids) for s in sequences])
-        for row in rows:
-            check()
-            for query, logprobs in _log_probabilities(model, isolation, [sequences[i] for i in row]):
-                if not all(map(math.isfinite, logprobs)):
-                    problem = "the model's log-probabilities are not finite, so scores mean nothing"
-                    raise NumbersError(f"{examples[query.example]['where']}: {problem}.")
-                if query.choice < 0:
-                    scores.loss_sum -= sum(logprobs)
-                    scores.tokens += len(logprobs)
-                else:
-                    choice_logprobs[query.example][query.choice] = sum(logprobs)
-        for example, values in zip(examples, choice_logprobs, strict=True):
-            if values:
-                scores.confusion[example["label"]][max(range(len(values)), key=values.__getitem__)] += 1
-        for _ in range(max(processes.all_gather(len(rows))) - len(rows) if shard.padded else 0):
-            list(_log_probabilities(model, isolation, [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]]))
-        bar.update(len(lengths))
-    bar.close()
-    model.train(was_training)
+    bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=None)
+    with eval_mode(model), bar:
+        for start in range(0, len(dataset), block):
+            lengths = [len(ids) for ids in dataset[start : start + block]["input_ids"]]
+            examples = [dataset[start + i] for i in split_evenly(lengths, shard.world_size)[shard.rank]]
+            by_sequence: dict[tuple[int, tuple[int, ...]], list[_Query]] = {}
+            for query in itertools.chain.from_iterable(_queries(i, example) for i, example in enumerate(examples)):
+                by_sequence.setdefault((query.example, tuple(query.ids)), []).append(query)
+            sequences = list(by_sequence.values())
+            choice_logprobs = [[0.0] * len(e["choices"]) for e in examples]
+            rows = packing.rows([len(s[0].ids) for s in sequences])
+            for row in rows:
+                check()
+                for query, logprobs in _log_probabilities(model, isolation, [sequences[i] for i in row]):
+                    if not all(map(math.isfinite, logprobs)):
+                        problem = "the model's log-probabilities are not finite, so scores mean nothing"
+                        raise NumbersError(f"{examples[query.example]['where']}: {problem}.")
+                    if query.choice < 0:
+                        scores.loss_sum -= sum(logprobs)
+                        scores.tokens += len(logprobs)
+                    else:
+                        choice_logprobs[query.example][query.choice] = sum(logprobs)
+            for example, values in zip(examples, choice_logprobs, strict=True):
+                if values:
+                    scores.confusion[example["label"]][max(range(len(values)), key=values.__getitem__)] += 1
+            for _ in range(max(processes.all_gather(len(rows))) - len(rows) if shard.padded else 0):
+                list(_log_probabilities(model, isolation, [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]]))
+            bar.update(len(lengths))
     if shard.world_size > 1:
         numbers = [scores.loss_sum, scores.tokens, *(n for row in scores.confusion for n in row)]
         totals = torch.tensor(numbers, dtype=torch.float64, device=model.device)

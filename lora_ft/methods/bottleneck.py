@@ -5,7 +5,6 @@ output is added to the residual stream: both of them (Houlsby et al. 2019, arXiv
 (Pfeiffer et al. 2021, arXiv:2005.00247).
 """
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -17,33 +16,29 @@ from lora_ft.config.schema import AdapterConfig
 from lora_ft.core.errors import ModelError
 from lora_ft.methods import tensor_files
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS
-from lora_ft.methods.lora.inject import disabled
+from lora_ft.methods.lora.inject import trainable
 from lora_ft.methods.lora.targets import find_targets
 from lora_ft.methods.trained import Saved, Trained
 from lora_ft.nn.bottleneck import NONLINEARITIES, Bottleneck
-from lora_ft.nn.lora import dimensions
 
 PLACES = {"houlsby": ("o", "down"), "pfeiffer": ("down",)}
 
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """Add a bottleneck behind each projection of `settings.placement`; `seed` determines D."""
-    paths = [target.module for target in find_targets(model, PLACES[settings.placement], (), settings.layers)]
-    insert(model, dict.fromkeys(paths, settings.bottleneck_size), settings.nonlinearity)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in bottlenecks(model).values():
-        layer.start(generator)
+    paths = find_targets(model, PLACES[settings.placement], (), settings.layers)
+    insert(model, dict.fromkeys(paths, settings.bottleneck_size), settings.nonlinearity, seed)
     return f"{len(paths)} adapter layers"
 
 
-def insert(model: nn.Module, sizes: dict[str, int], nonlinearity: str) -> None:
+def insert(model: nn.Module, sizes: dict[str, int], nonlinearity: str, seed: int = 0) -> None:
     """Freeze `model` and put a bottleneck behind each of these modules. sizes: path -> bottleneck size."""
+    generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for path, size in sizes.items():
         base = model.get_submodule(path)
         assert isinstance(base, nn.Linear | Conv1D)
-        layer = Bottleneck(base, dimensions(base)[1], size, nonlinearity, base.weight.device)
-        model.set_submodule(path, layer.train(base.training))
+        model.set_submodule(path, Bottleneck(base, size, nonlinearity, generator).train(base.training))
 
 
 def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
@@ -51,21 +46,11 @@ def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Bottleneck)}
 
 
-def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name ("path.down.weight" and so on) -> parameter of the bottlenecks, in model order."""
-    return {
-        f"{path}.{name}": parameter
-        for path, layer in bottlenecks(model).items()
-        for name, parameter in layer.named_parameters()
-        if not name.startswith("base.")
-    }
-
-
 def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:
     """Write the bottlenecks' tensors, and a config with their size and nonlinearity."""
     first = next(iter(bottlenecks(model).values()))
     config = {"method": "bottleneck", "bottleneck_size": first.down.out_features, "nonlinearity": first.nonlinearity}
-    return tensor_files.write(folder, base_name, parameters(model), config), {}
+    return tensor_files.write(folder, base_name, trainable(model), config), {}
 
 
 def load(model: PreTrainedModel, trained: Trained) -> None:
@@ -76,7 +61,7 @@ def load(model: PreTrainedModel, trained: Trained) -> None:
     if unknown := sorted(sizes.keys() - linear):
         raise ModelError(f"{path}: {unknown[0]} is not a linear layer of this model. Is it of another model?")
     insert(model, sizes, nonlinearity_of(trained))
-    tensor_files.copy_tensors(path, parameters(model), tensors)
+    tensor_files.copy_tensors(path, trainable(model), tensors)
 
 
 def load_into(model: PreTrainedModel, trained: Trained) -> None:
@@ -85,7 +70,7 @@ def load_into(model: PreTrainedModel, trained: Trained) -> None:
     ours = next(iter(bottlenecks(model).values())).nonlinearity
     if (theirs := nonlinearity_of(trained)) != ours:
         raise ModelError(f"{trained.folder / CONFIG}: its nonlinearity is {theirs}, this run's is {ours}.")
-    tensor_files.copy_tensors(trained.folder / WEIGHTS, parameters(model), tensors)
+    tensor_files.copy_tensors(trained.folder / WEIGHTS, trainable(model), tensors)
 
 
 def nonlinearity_of(trained: Trained) -> str:
@@ -94,8 +79,3 @@ def nonlinearity_of(trained: Trained) -> str:
     if nonlinearity not in NONLINEARITIES:
         raise ModelError(f"{trained.folder / CONFIG}: nonlinearity must be one of {', '.join(NONLINEARITIES)}.")
     return nonlinearity
-
-
-def bare(model: nn.Module) -> AbstractContextManager[None]:
-    """Within it the model computes its bare base."""
-    return disabled(bottlenecks(model).values())

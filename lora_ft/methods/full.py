@@ -18,7 +18,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from lora_ft.config.schema import AdapterConfig
 from lora_ft.core import storage
-from lora_ft.core.errors import ModelError
+from lora_ft.core.errors import ModelError, is_out_of_memory
+from lora_ft.core.messages import first_line
 from lora_ft.methods.tensor_files import copy_tensors
 from lora_ft.methods.trained import Saved, Trained
 from lora_ft.model.files import SINGLE
@@ -56,7 +57,7 @@ def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTra
 
 
 def load(model: PreTrainedModel, trained: Trained) -> None:
-    """Copy the trained weights into the base, and keep the base's own for `bare`."""
+    """Copy the trained weights into the base, and keep the base's own for `base_weights`."""
     model.float()
     base = [parameter.detach().clone() for parameter in model.parameters()]
     load_into(model, trained)
@@ -64,7 +65,7 @@ def load(model: PreTrainedModel, trained: Trained) -> None:
 
 
 @contextmanager
-def bare(model: PreTrainedModel) -> Iterator[None]:
+def base_weights(model: PreTrainedModel) -> Iterator[None]:
     """Within it a model that `load` changed has its base's weights. The tensors are exchanged, not copied."""
 
     def exchange() -> None:
@@ -87,7 +88,9 @@ def load_into(model: PreTrainedModel, trained: Trained) -> None:
             folder, config=copy.deepcopy(model.config), dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as e:
-        raise ModelError(f"{folder / SINGLE}: can't be loaded into this base: {str(e).splitlines()[0]}") from e
+        if is_out_of_memory(e):
+            raise
+        raise ModelError(f"{folder / SINGLE}: can't be loaded into this base: {first_line(e)}") from e
     if info["missing_keys"] or info["unexpected_keys"]:
         raise ModelError(f"{folder / SINGLE}: its tensors are not those of this base. Is it of another model?")
     copy_tensors(folder / SINGLE, dict(model.named_parameters()), dict(saved.named_parameters()))

@@ -1,13 +1,11 @@
-"""The methods by name: METHODS[name] is a module with five functions, described here. Only this module knows all methods.
+"""The methods by name: METHODS[name] is a module with four functions, described here. Only this module knows all methods.
 
-What trains is what has requires_grad after `inject` (`trainable` in methods/lora/inject.py). To add a method, write its
-module and add its name to METHODS, to `adapter.method` in config/schema.py, to `_method` in trained.py (which tells methods
-by their files), and to the words in model_card.py and usage.py; tests/methods/test_methods.py checks every method with
-settings in its SETTINGS.
+What trains is what has requires_grad after `inject` (`trainable` in methods/lora/inject.py). CONTRIBUTING.md lists where a new
+method adds its name.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +16,7 @@ from lora_ft.methods import bottleneck, full, prompt
 from lora_ft.methods.lora import method as lora
 from lora_ft.methods.prompt import virtual_ids
 from lora_ft.methods.trained import Saved, Trained
+from lora_ft.nn import adapted
 
 __all__ = ["METHODS", "bare", "virtual_ids"]
 
@@ -30,34 +29,21 @@ class Method(Protocol):
     ) -> str:
         """Prepare a bare base for training, in place: only what trains has requires_grad. Returns a text ("60 modules").
 
-        Args:
-            model: on any device; also meta, to see whether it can be done.
-            seed: for the initial values of added parameters.
-            tokenizer: the base's, for the prompt's initial text.
-
-        Raises:
-            ConfigError, ModelError: the method, or a setting of it, does not fit this architecture.
+        model: on any device; also meta, to see whether it can be done. seed: for the initial values of added parameters.
+        tokenizer: the base's, for the prompt's initial text. ConfigError or ModelError if it does not fit the architecture.
         """
 
     def save(self, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:
         """Write what was trained into an existing folder; of an absolute path `base_name` only the last part is written."""
 
     def load(self, model: PreTrainedModel, trained: Trained) -> None:
-        """Put what was trained on a bare base, for inference.
-
-        Raises:
-            ModelError: a file is damaged, or of another model.
-        """
+        """Put what was trained on a bare base, for inference; ModelError if a file is damaged, or of another model."""
 
     def load_into(self, model: PreTrainedModel, trained: Trained) -> None:
         """Copy what was trained into a model that `inject` has prepared for the same method, exact to the bit.
 
-        Raises:
-            ModelError: a file is damaged, of another model, or of other settings.
+        ModelError if a file is damaged, of another model, or of other settings.
         """
-
-    def bare(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Within it the model computes its bare base."""
 
 
 METHODS: dict[str, Method] = {"lora": lora, "full": full, "bottleneck": bottleneck, "prompt": prompt}
@@ -69,7 +55,5 @@ def bare(model: PreTrainedModel) -> Iterator[None]:
 
     A base that full fine-tuning changes in training is not kept: there this does nothing.
     """
-    with ExitStack() as stack:
-        for method in METHODS.values():
-            stack.enter_context(method.bare(model))
+    with adapted.bare(model), full.base_weights(model):
         yield

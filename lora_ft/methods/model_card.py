@@ -21,7 +21,9 @@ TITLES = {
 }
 LIBRARY = {"lora": "peft", "prompt": "peft", "full": "transformers"}
 HUB_METRIC = {"accuracy": "accuracy", "macro_f1": "f1", "perplexity": "perplexity"}  # lora-ft's name -> the Hub's
-
+UNNAMED_BASE = """
+The base has no name on the Hub here. Before you publish this, add it to the head of this page: `base_model: OWNER/NAME`.
+"""
 
 EXPORTS = {  # kind of export -> the Hub's library, the relation to the base in the Hub's words, how to use it
     "peft": ("peft", "adapter", "A LoRA adapter: `PeftModel.from_pretrained(base, REPO)`."),
@@ -51,26 +53,18 @@ def export_card(kind: str, base_name: str, file: str) -> str:
 
 def model_card(record: dict) -> str:
     """The card of what was trained, from its record (`RunSetup.record`), as Markdown with a YAML head."""
-    base = portable_name(record["base"]["name"])
-    local = "" if is_hub(record) else "a local copy of "
-    sources = ", ".join(Path(s).name if is_local(s) else s for s in record["config"]["data"]["train"])
+    base, step = code(portable_name(record["base"]["name"])), record["step"]
+    local, unnamed = ("", "") if is_hub(record) else ("a local copy of ", UNNAMED_BASE)
+    sources = code(", ".join(Path(s).name if is_local(s) else s for s in record["config"]["data"]["train"]))
     return f"""---
 {head(record).to_yaml()}
 ---
 
-# {TITLES[method_of(record)]} {code(base)}
+# {TITLES[method_of(record)]} {base}
 
-Trained with lora-ft on {record["data"]["train"]["examples"]:,} examples from {code(sources)}, on {local}{code(base)}:
-{what_it_is(record)}, {record["trainable_parameters"]:,} trainable parameters, seed {record["seed"]}, step {
-        record["step"]
-    }.
-{
-        ""
-        if is_hub(record)
-        else '''
-The base has no name on the Hub here. Before you publish this, add it to the head of this page: `base_model: OWNER/NAME`.
-'''
-    }{scores(record)}
+Trained with lora-ft on {record["data"]["train"]["examples"]:,} examples from {sources}, on {local}{base}:
+{what_it_is(record)}, {record["trainable_parameters"]:,} trainable parameters, seed {record["seed"]}, step {step}.
+{unnamed}{scores(record)}
 ## Use
 
 `ADAPTER` is this folder, or its id on the Hub. {use(record)}"""
@@ -82,13 +76,11 @@ def head(record: dict) -> ModelCardData:
     train, evaluation = _sources(data, "train"), _sources(data, "eval")
     hub_id = {s: s.split("@")[0].split(":")[0] for s in train + evaluation if not is_local(s)}
     trained_on = sorted({hub_id[s] for s in train if s in hub_id})
-    scored_on = [hub_id.get(s) for s in evaluation]
+    scored_on = hub_id.get(evaluation[0]) if len(evaluation) == 1 else None
     metrics = {HUB_METRIC[k]: v for k, v in record.get("metrics", {}).items() if k in HUB_METRIC}
-    results = [
-        EvalResult("text-generation", scored_on[0], scored_on[0], name, round(value, 6))
-        for name, value in metrics.items()
-        if len(scored_on) == 1 and scored_on[0]
-    ]
+    results = []
+    if scored_on:
+        results = [EvalResult("text-generation", scored_on, scored_on, k, round(v, 6)) for k, v in metrics.items()]
     return ModelCardData(
         base_model=base if is_hub(record) else None,
         library_name=LIBRARY.get(method_of(record), "lora-ft"),

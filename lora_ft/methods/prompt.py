@@ -3,7 +3,6 @@
 Lester et al. 2021, arXiv:2104.08691; peft 0.21, PROMPT_TUNING.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,11 +20,7 @@ KEY = "prompt_embeddings"
 
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Add virtual tokens that start as embeddings: of `init_text`, repeated or cut to fit, or of ids drawn by `seed`.
-
-    Raises:
-        ConfigError: `init_text` has no tokens.
-    """
+    """Add virtual tokens that start as embeddings: of `init_text`, repeated or cut to fit, or of ids drawn by `seed`."""
     n, embedding = settings.virtual_tokens, model.get_input_embeddings()
     if settings.init_text is None:
         generator = torch.Generator().manual_seed(seed)
@@ -75,11 +70,6 @@ def load_into(model: PreTrainedModel, trained: Trained) -> None:
     """Copy the trained vectors into the virtual tokens of `model`."""
     ours = {KEY: model.get_input_embeddings().prompt}
     tensor_files.copy_tensors(trained.folder / WEIGHTS, ours, {KEY: read(trained)})
-
-
-def bare(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Nothing to switch off: inputs without the virtual tokens' ids (`virtual_ids`) are computed by the bare base."""
-    return nullcontext()
 
 
 def read(trained: Trained) -> Tensor:

@@ -25,26 +25,18 @@ def write(folder: Path, base_name: str, tensors: Mapping[str, Tensor], config: d
 
 
 def read(trained: Trained) -> dict[str, Tensor]:
-    """Name -> tensor, float32.
-
-    Raises:
-        ModelError: the tensors' file is missing or damaged, or a tensor is not floating-point or not finite.
-    """
-    path = trained.folder / WEIGHTS
-    tensors = storage.read_tensors(path)
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not is_finite(tensor):
+    """Name -> tensor, float32; ModelError if the file is missing or damaged, or a tensor not floating-point or not finite."""
+    path, tensors = trained.folder / WEIGHTS, {}
+    for name, tensor in storage.read_tensors(path).items():
+        tensors[name] = tensor.float()
+        if not tensor.is_floating_point() or not is_finite(tensors[name]):
             raise ModelError(f"{path}: {name} ({tensor.dtype}) is not floating-point, or contains NaN or inf.")
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    return tensors
 
 
 @torch.no_grad()
 def copy_tensors(path: Path, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the parameters of the same names. path: where the tensors come from, for messages.
-
-    Raises:
-        ModelError: names or shapes differ; then nothing is copied.
-    """
+    """Copy tensors, read from `path`, into the parameters of the same names; ModelError, before any, if they don't match."""
     if parameters.keys() != tensors.keys():
         lists = differences(path, parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys())
         raise ModelError(f"{lists} Is it of another model, or of other settings?")

@@ -32,19 +32,12 @@ Saved = tuple[list[str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Trained:
-    """What was trained into a folder, its manifest verified.
+    """What was trained into a folder, its manifest verified."""
 
-    Attributes:
-        folder: as the user named it.
-        method: lora, full, bottleneck or prompt.
-        record: the content of `lora_ft.json`; empty for another tool's adapter.
-        adapter_config: the content of `adapter_config.json`; empty for full fine-tuning.
-    """
-
-    folder: Path
-    method: str
-    record: dict[str, Any]
-    adapter_config: dict[str, Any]
+    folder: Path  # as the user named it
+    method: str  # lora, full, bottleneck or prompt
+    record: dict[str, Any]  # the content of `lora_ft.json`; empty for another tool's adapter
+    adapter_config: dict[str, Any]  # the content of `adapter_config.json`; empty for full fine-tuning
 
     @classmethod
     def open(cls, folder: Path) -> "Trained":
@@ -79,11 +72,7 @@ class Trained:
         return self._recorded_base.get("name") or self.adapter_config.get("base_model_name_or_path")
 
     def base(self, name: str | None = None, trust: Trust = NO_TRUST, revision: str | None = None) -> Base:
-        """The files of the base: the recorded one at the recorded revision, unless another `name` is given.
-
-        Raises:
-            ModelError: neither names a base, or it isn't there.
-        """
+        """The files of the base: the recorded one at the recorded revision, unless another `name` is given."""
         name = name or self.base_name
         if not name:
             raise ModelError(f"{self.folder}: does not name the base it was trained on. Name it with --base.")
@@ -98,12 +87,9 @@ class Trained:
     def check(
         self, base: Base, tokenizer: PreTrainedTokenizerBase | None, other_base: bool, name: str | None = None
     ) -> None:
-        """Check that this is the base, and the tokenizer (None: has none), of the training; `other_base` only warns.
+        """Check that this is the base, and the tokenizer (None: has none), of the training; else raise ModelError.
 
-        Messages name one of several adapters with `name`.
-
-        Raises:
-            ModelError: the weights (both fingerprints are named) or the tokenizer are different.
+        other_base: only warn. name: of one of several adapters, for messages.
         """
         prefix = f"adapter {printable(name)}: " if name else ""
         check_base(self.record, base, other_base, prefix)
@@ -122,12 +108,18 @@ class Trained:
 
     @property
     def _recorded_base(self) -> dict[str, Any]:
-        return self.record.get("base") or {}
+        return self.record.get("base", {})
 
 
 def read_record(folder: Path, error: type[UserError] = ModelError) -> dict[str, Any] | None:
     """The record of a run, a checkpoint or a merged model, not verified; None if there is none. Raises `error` if damaged."""
-    return read_json(folder / RECORD, error) if (folder / RECORD).is_file() else None
+    if not (folder / RECORD).is_file():
+        return None
+    record = read_json(folder / RECORD, error)
+    for key in ("base", "config"):
+        if not isinstance(record.get(key, {}), dict):
+            raise error(f"{folder / RECORD}: damaged: {key} is not an object. Restore it from a backup.")
+    return record
 
 
 def is_trained(folder: Path, error: type[UserError] = ModelError) -> bool:
@@ -137,8 +129,9 @@ def is_trained(folder: Path, error: type[UserError] = ModelError) -> bool:
     if (folder / CONFIG).is_file():
         return True
     record = read_record(folder, error) or {}
-    adapter = (record.get("config") or {}).get("adapter") or {}
-    return record.get("kind") in ("adapter", "checkpoint") and adapter.get("method") == "full"
+    adapter = record.get("config", {}).get("adapter")
+    full = isinstance(adapter, dict) and adapter.get("method") == "full"
+    return full and record.get("kind") in ("adapter", "checkpoint")
 
 
 def is_model(folder: Path) -> bool:
@@ -157,7 +150,7 @@ def unfinished_run(folder: Path) -> str | None:
 
 def check_base(record: dict[str, Any], base: Base, other_base: bool, prefix: str = "") -> None:
     """Check that `base` has the weights that a record was trained on: else raise ModelError, or warn with `other_base`."""
-    trained_on = (record.get("base") or {}).get("fingerprint")
+    trained_on = record.get("base", {}).get("fingerprint")
     if trained_on is None:
         info(f"note: {prefix}cannot verify that {base.name} is its base: the adapter has no fingerprint")
     elif trained_on != base.fingerprint:

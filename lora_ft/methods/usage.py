@@ -39,7 +39,7 @@ def use(record: dict) -> str:
 With transformers alone (peft must be installed):
 
 ```python
-{transformers_snippet(record, "ADAPTER")}
+{_snippet(record, "model.load_adapter('ADAPTER')")}
 ```
 
 {vllm_text(record)}
@@ -50,20 +50,14 @@ Merged into the base, without any cost in inference: `lora-ft merge --adapter AD
 
 def peft_snippet(record: dict, adapter: str) -> str:
     """Python code that loads base and adapter with PEFT and generates from a prompt of the trained form."""
-    return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-{_loading(record)}
-model = PeftModel.from_pretrained(model, {adapter!r})
-{_generation(record)}"""
+    return "from peft import PeftModel\n" + _snippet(record, f"model = PeftModel.from_pretrained(model, {adapter!r})")
 
 
-def transformers_snippet(record: dict, adapter: str) -> str:
-    """The same with transformers alone."""
+def _snippet(record: dict, load_adapter: str) -> str:
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {_loading(record)}
-model.load_adapter({adapter!r})
+{load_adapter}
 {_generation(record)}"""
 
 
@@ -85,13 +79,12 @@ def _loading(record: dict) -> str:
     name, revision = portable_name(record["base"]["name"]), record["base"].get("revision")
     if name.endswith(".gguf"):
         file = Path(name)
-        where, options = str(file.parent), f"gguf_file={file.name!r}"
+        name, arguments = str(file.parent), f"base, gguf_file={file.name!r}"
         comment = "  # the folder of the .gguf file"
     else:
-        where, options = name, f"revision={revision!r}" if revision else ""
+        arguments = f"base, revision={revision!r}" if revision else "base"
         comment = "" if revision else "  # the path of the base on your machine"
-    arguments = f"base, {options}" if options else "base"
-    return f"""base = {where!r}{comment}
+    return f"""base = {name!r}{comment}
 tokenizer = AutoTokenizer.from_pretrained({arguments})
 model = AutoModelForCausalLM.from_pretrained({arguments})"""
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_ft.nn.adapted import eval_mode
+
 
 class Generated(NamedTuple):
     """ids: the new tokens, without the end token. ended: an end token came, not a limit of length or time."""
@@ -131,11 +133,10 @@ def generate_in_batches(
 @contextmanager
 def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """`model` in eval mode with `config` as its own: transformers fills what a config leaves open from the model's."""
-    own, was_training = model.generation_config, model.training
+    own = model.generation_config
     model.generation_config = config
-    model.eval()
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         model.generation_config = own
-        model.train(was_training)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lora_ft.core.errors import ConfigError, ModelError, is_out_of_memory
-from lora_ft.core.messages import info, printable
+from lora_ft.core.messages import info, listed, printable
 from lora_ft.model.files import Base, digest, stored_dtype
 from lora_ft.model.generate import position_limit
 from lora_ft.nn.mlp import fuse_gelu
@@ -96,8 +96,7 @@ def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTraine
     missing = sorted(loading["missing_keys"])
     for problem, names in (("weights are missing", missing), ("weights have another shape", shapes)):
         if names:
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise ModelError(f"model {base.name}: {problem}: {listed}. Copy the model again.")
+            raise ModelError(f"model {base.name}: {problem}: {listed(names, 5)}. Copy the model again.")
     if base.gguf:  # dequantized while loading, so it is an ordinary model from here on
         del model.hf_quantizer, model.config.quantization_config
         model.is_quantized = False

@@ -22,6 +22,8 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import and_masks, eager_mask, packed_sequence_mask_function, sdpa_mask
 
+from lora_ft.nn.adapted import eval_mode
+
 try:
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
 except ImportError:
@@ -73,31 +75,18 @@ class Isolation(Enum):
 
 def packed_attention(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
+    query: Tensor,  # (1, heads, tokens, head_dim)
+    key: Tensor,  # (1, kv_heads, tokens, head_dim)
+    value: Tensor,  # (1, kv_heads, tokens, head_dim)
+    attention_mask: Tensor | None,  # ignored
+    scaling: float | None = None,  # factor of the scores; None is head_dim ** -0.5
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,  # query i attends to key j where 0 <= i - j < window
+    softcap: float | None = None,  # c: scores become c tanh(scores / c) (Gemma 2, arXiv:2408.00118, section 2)
+    s_aux: Tensor | None = None,  # (heads,) sinks: one more score per head in the softmax, without a value (GPT-OSS)
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each example of the row.
-
-    Args:
-        query: (1, heads, tokens, head_dim).
-        key, value: (1, kv_heads, tokens, head_dim).
-        attention_mask: ignored.
-        scaling: factor of the scores; None is head_dim ** -0.5.
-        sliding_window: query i attends to key j where 0 <= i - j < window.
-        softcap: c, with which scores become c tanh(scores / c) (Gemma 2, arXiv:2408.00118, section 2).
-        s_aux: (heads,) attention sinks: one more score per head in the softmax, without a value (GPT-OSS).
-
-    Returns:
-        (1, tokens, heads, head_dim), and None for the attention weights.
-    """
+    """Causal attention within each example of the row: (1, tokens, heads, head_dim), and None for the weights."""
     assert _lengths is not None and sum(_lengths) == query.shape[2], "packed_attention outside of Isolation.row"
     dropout = dropout if module.training else 0.0
     plain = softcap is None and s_aux is None
@@ -112,8 +101,7 @@ def packed_attention(
         length = q.shape[2]
         window = None
         if sliding_window is not None and sliding_window < length:
-            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-            window = (distance >= 0) & (distance < sliding_window)
+            window = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
         if plain:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling
@@ -134,10 +122,8 @@ def _flash_supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _attention_in_one_call(query, key, value, lengths, scaling, sliding_window) -> Tensor:
     """All examples in one call of torch's variable-length flash attention. Shapes as in `packed_attention`."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
-    offsets = _offsets(tuple(lengths), q.device)
+    offsets, longest, gqa = _offsets(tuple(lengths), q.device), max(lengths), q.shape[1] != k.shape[1]
     window = (-1 if sliding_window is None else sliding_window - 1, 0)  # keys before the query, keys after it
-    gqa = q.shape[1] != k.shape[1]
-    longest = max(lengths)
     y = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa)
     return y[None]
 
@@ -199,14 +185,10 @@ def isolates(model: PreTrainedModel, isolation: Isolation) -> bool:
     """Whether three short random examples in one row get the same logits as each alone."""
     generator, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
     examples = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (5, 3, 7)]
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         with isolation.row(model, [len(e) for e in examples]):
             together = model(**flat_row(examples, model.device), use_cache=False).logits[0].float()
         alone = torch.cat([model(**flat_row([e], model.device), use_cache=False).logits[0].float() for e in examples])
-    finally:
-        model.train(was_training)
     tolerance = 1e-3 if model.dtype is torch.float32 and model.device.type == "cpu" else 0.1  # a GPU may use TF32
     return bool((together - alone).abs().max() <= tolerance * alone.abs().max())
 

@@ -7,37 +7,30 @@ so the layer starts as its base (the paper starts near zero); D starts Kaiming-u
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from lora_ft.nn.adapted import AdaptedLayer
 from lora_ft.nn.lora import draw_
 
 NONLINEARITIES = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(AdaptedLayer):
     """A frozen layer followed by a trainable bottleneck with a residual.
 
     Attributes:
-        base: the frozen layer, unchanged, with output (..., width); `weight` and `bias` are the base's.
         down, up: linear layers with D, d and U, u, float32 whatever the base's dtype.
         nonlinearity: a key of NONLINEARITIES.
-        enabled: False computes the base alone.
     """
 
-    def __init__(self, base: nn.Module, width: int, size: int, nonlinearity: str, device: torch.device | str = "cpu"):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.nonlinearity, self.enabled = nonlinearity, True
-        float32 = dict(dtype=torch.float32, device=device)
+    def __init__(self, base: nn.Linear | Conv1D, size: int, nonlinearity: str, generator: torch.Generator):
+        super().__init__(base)
+        self.nonlinearity, width = nonlinearity, self.out_features
+        float32 = dict(dtype=torch.float32, device=base.weight.device)
         self.down, self.up = nn.Linear(width, size, **float32), nn.Linear(size, width, **float32)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
-
-    def start(self, generator: torch.Generator | None) -> None:
-        """Draw D as at the start of a training."""
         draw_(self.down.weight, generator)
-
-    weight = property(lambda self: self.base.weight)
-    bias = property(lambda self: self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> h (..., width), in the dtype of y."""

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_ft.nn.adapted import AdaptedLayer, out_in
+
 ALL_ROWS = "all"  # the name of the part of a module that is adapted as one
 
 
@@ -50,26 +52,22 @@ class RowBlocks(NamedTuple):
         return y.unflatten(-1, (self.blocks, self.width)).narrow(-1, self.start, self.length)
 
 
-class LoRALinear(nn.Module):
-    """A frozen nn.Linear or Hugging Face Conv1D with a trainable low-rank update.
+class LoRALinear(AdaptedLayer):
+    """A frozen layer with a trainable low-rank update.
 
-    A and B are zero until `start`, or until a file's are copied into them. `merged` returns a layer of the base's class.
+    A and B are zero until `start`, or until a file's are copied into them.
 
     Attributes:
-        base: the frozen layer, unchanged; `weight` and `bias` are the base's.
         rows: part -> the rows of the output that this part changes.
         lora_A: part -> A (rank, in), float32 whatever the base's dtype.
         lora_B: part -> B (rows of the part, rank), float32.
         scaling: s.
         dropout: applied to the input of A, or None.
-        enabled: False computes the base alone.
     """
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, scaling: float, rows: dict[str, RowBlocks] | None = None):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.rank, self.scaling, self.enabled = rank, scaling, True
-        self.in_features, self.out_features = dimensions(base)
+        super().__init__(base)
+        self.rank, self.scaling = rank, scaling
         self.rows = rows or {ALL_ROWS: RowBlocks.all(self.out_features)}
         self.dropout: InputDropout | None = None
         zeros = dict(dtype=torch.float32, device=base.weight.device)
@@ -81,9 +79,6 @@ class LoRALinear(nn.Module):
         """Draw A as at the start of a training."""
         for A in self.lora_A.values():
             draw_(A, generator)
-
-    weight = property(lambda self: self.base.weight)
-    bias = property(lambda self: self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> W x + b + s B A x (..., out), in the dtype of x (or of autocast)."""
@@ -114,7 +109,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear | Conv1D:
-        """A plain layer with W + s B A, added in float32 and rounded once to the base's dtype. The base is unchanged."""
+        """A layer of the base's class with W + s B A, added in float32 and rounded once to the base's dtype."""
         weight = (out_in(self.base).float() + self.delta()).to(self.weight.dtype)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
             if isinstance(self.base, Conv1D):
@@ -147,7 +142,10 @@ class _LoRA(torch.autograd.Function):
         Y = F.linear(X, W.to(X.dtype), None if b is None else b.to(X.dtype))
         S = (X if m is None else X * m) @ A.T
         for r, S_p, B in zip(rows, S.chunk(len(rows), -1), Bs, strict=True):
-            add_product_(Y, r, S_p, B.T, s)
+            if r.blocks == 1:
+                r.of(Y).squeeze(-2).addmm_(S_p, B.T, alpha=s)
+            else:
+                r.of(Y).add_((S_p @ B.T).unflatten(-1, (r.blocks, r.length)), alpha=s)
         ctx.save_for_backward(X, W, m, S, A, *Bs)
         ctx.s, ctx.rows = s, rows
         return Y
@@ -169,20 +167,11 @@ class _LoRA(torch.autograd.Function):
         return dX, None, None, None, None, None, dA, *dBs
 
 
-def add_product_(Y: Tensor, rows: RowBlocks, S: Tensor, Bt: Tensor, s: float) -> None:
-    """Y[:, rows] += s S Bt in place; Y: (tokens, out), S: (tokens, rank), Bt: (rank, rows)."""
-    if rows.blocks == 1:
-        Y.narrow(-1, rows.start, rows.length).addmm_(S, Bt, alpha=s)
-    else:
-        rows.of(Y).add_((S @ Bt).unflatten(-1, (rows.blocks, rows.length)), alpha=s)
-
-
 class InputDropout:
     """Dropout on the input of A, with one mask for all layers that read the same tensor.
 
-    q, k and v of a layer read one x, as do gate and up: they share this object and with it a mask, which is drawn once. (PEFT
-    draws a mask for each; the expectation is the same.) `p`: the probability of dropping an element; `readers`: the number of
-    layers that share this object.
+    q, k and v of a layer read one x, as do gate and up: these `readers` share this object. (PEFT draws a mask for each; the
+    expectation is the same.) p: the probability of dropping an element.
     """
 
     def __init__(self, p: float):
@@ -212,14 +201,3 @@ def draw_(weight: Tensor, generator: torch.Generator | None) -> None:
 def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
     """s = alpha / rank, or alpha / sqrt(rank) with `rslora`."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
-def out_in(base: nn.Linear | Conv1D) -> Tensor:
-    """The weight as (out, in), as nn.Linear stores it; for a Conv1D, which stores (in, out), a transposed view."""
-    return base.weight.T if isinstance(base, Conv1D) else base.weight
-
-
-def dimensions(base: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(in, out) of a layer."""
-    out_features, in_features = out_in(base).shape
-    return in_features, out_features

@@ -1,8 +1,7 @@
 """Next-token loss on the supervised tokens of a flat row; no logits are computed for other tokens.
 
-With few supervised tokens the model's forward computes the logits of these alone. With many, the body runs once and the head
-on one chunk of tokens at a time, so that memory does not grow with vocabulary x tokens. In both cases the model's own forward
-applies the head, with its scaling (Cohere, Granite) or capping (Gemma 2) of logits.
+With many supervised tokens the body runs once and the head on one chunk of tokens at a time, so that memory does not grow with
+vocabulary x tokens. The model's own forward always applies the head, with its scaling (Cohere, Granite) or capping (Gemma 2).
 """
 
 from collections.abc import Iterator
@@ -31,21 +30,14 @@ class BodyOutput(ModelOutput):
 def supervised_loss(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, keep: Tensor, targets: Tensor
 ) -> Tensor:
-    """Cross-entropy summed over the supervised tokens, a float32 scalar.
+    """Cross-entropy summed over the supervised tokens of a flat row (1, tokens), a float32 scalar.
 
-    Args:
-        input_ids, position_ids: (1, tokens), a flat row.
-        keep: (supervised,) the positions whose next token is supervised.
-        targets: (supervised,) the ids of these next tokens.
+    keep: (supervised,) the positions whose next token is supervised. targets: (supervised,) the ids of these next tokens.
     """
     if len(keep) <= CHUNK:
         return summed_loss(supervised_logits(model, input_ids, position_ids, keep), targets)
     hidden = supervised_hidden(model, input_ids, position_ids, keep)
     head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-    if not hidden.requires_grad and not head:
-        pairs = zip(chunks(hidden), chunks(targets), strict=True)
-        losses = (summed_loss(head_logits(model, h), t) for h, t in pairs)
-        return sum(losses, hidden.new_zeros((), dtype=torch.float32))
     return _ChunkedLoss.apply(hidden, model, targets, *head)
 
 
@@ -128,8 +120,8 @@ class _SummedLoss(torch.autograd.Function):
 class _ChunkedLoss(torch.autograd.Function):
     """The summed loss of hidden states (tokens, width), with gradients computed chunk by chunk during the forward.
 
-    L is the sum of the chunks' losses, so dL/dh of a chunk depends on this chunk alone. It is computed right after the
-    chunk's loss, and only dL/dh (tokens, width) is kept; the backward multiplies it by the gradient of L, a scalar.
+    L sums over chunks, so dL/dh of a chunk depends on it alone and can be computed right after its loss. Only dL/dh (tokens,
+    width) is kept; the backward multiplies it by the gradient of L, a scalar.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Two changes to a model's MLPs that save memory and time; what the model computes stays the same.
 
-- `fuse_gelu`: the tanh GELU in one kernel. transformers writes "gelu_new" and "gelu_fast" as eight operations on the widest
-  tensors of the model and keeps four of them for the backward; torch's own keeps only its input.
+- `fuse_gelu`: the tanh GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2) in one kernel, which keeps only its input.
+  transformers writes "gelu_new" and "gelu_fast" as eight operations on the model's widest tensors and keeps four of them.
 - `keep_gate_and_up`: the gated MLP down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202) keeps only gate(x) and up(x).
   Autograd also keeps act(gate(x)), and a trained `down` keeps its input: a fifth to a third of a step's memory. Both are
   elementwise products of the other two, cheap to compute again.
@@ -21,19 +21,16 @@ GATED = re.compile(r"(\w+)\(mul\((\w+)\((\w+)\(x\)\), (\w+)\(x\)\)\)")  # down, 
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:
-    """Replace the tanh GELUs of `model` in place by torch's (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2).
-
-    Equal except for float32 rounding.
-    """
+    """Replace the tanh GELUs of `model` by torch's, in place; equal except for float32 rounding."""
     for path, module in list(model.named_modules()):
         if isinstance(module, NewGELUActivation | FastGELUActivation):
             model.set_submodule(path, nn.GELU(approximate="tanh"))
 
 
 def keep_gate_and_up(model: nn.Module) -> int:
-    """Make the gated MLPs of `model` keep only gate(x) and up(x), in place; outputs stay the same to the bit.
+    """Make the gated MLPs of `model` keep only gate(x) and up(x), in place. Returns the number of MLPs changed.
 
-    Gradient checkpointing keeps neither, and needs no such change. Returns the number of MLPs changed.
+    Gradient checkpointing keeps neither, and needs no such change.
     """
     mlps = [(mlp, names) for mlp in model.modules() if (names := _gated(mlp))]
     for mlp, names in mlps:

@@ -12,25 +12,20 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.nn.lora import LoRALinear, RowBlocks, dimensions
+from lora_ft.nn.adapted import AdaptedLayer
+from lora_ft.nn.lora import LoRALinear, RowBlocks
 
 
-class MultiLoRALinear(nn.Module):
+class MultiLoRALinear(AdaptedLayer):
     """A frozen layer and the adapters that share it; computes the bare base until `use` or `mix` is called.
 
-    Attributes:
-        base: the frozen layer, the only submodule, so that an adapter adds the memory of its A and B alone; `weight` and
-            `bias` are the base's.
-        adapters: name -> this adapter's LoRALinear over `base`; adapters that leave this layer unchanged are absent.
-        enabled: False computes the bare base, whatever `use` and `mix` selected.
+    adapters: name -> this adapter's LoRALinear over `base`; adapters that leave this layer unchanged are absent. `base` is
+    the only submodule, so that an adapter adds the memory of its A and B alone.
     """
 
     def __init__(self, base: nn.Linear | Conv1D):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.in_features, self.out_features = dimensions(base)
+        super().__init__(base)
         self.adapters: dict[str, LoRALinear] = {}
-        self.enabled = True
         self.use(None)
 
     def use(self, name: str | None) -> None:
@@ -44,9 +39,6 @@ class MultiLoRALinear(nn.Module):
         self._name = None
         self._batch, self._groups = len(names), groups(self.adapters, names)
 
-    weight = property(lambda self: self.base.weight)
-    bias = property(lambda self: self.base.bias)
-
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out). After `mix` the first dimension is a multiple of the number of names (beams, for one)."""
         if not self.enabled:
@@ -54,13 +46,10 @@ class MultiLoRALinear(nn.Module):
         if self._name in self.adapters:
             return self.adapters[self._name](x)
         y = self.base(x)
-        if self._groups:
-            if x.shape[0] % self._batch:
-                raise ValueError(f"a batch of {x.shape[0]} rows is not a multiple of the {self._batch} adapters named")
-            rows_of_x = x.reshape(self._batch, -1, self.in_features)
-            rows_of_y = y.view(self._batch, -1, self.out_features)
-            for group in self._groups:
-                group.add_(rows_of_y, rows_of_x)
+        if self._groups and x.shape[0] % self._batch:
+            raise ValueError(f"a batch of {x.shape[0]} rows is not a multiple of the {self._batch} adapters named")
+        for group in self._groups:
+            group.add_(y.view(self._batch, -1, self.out_features), x.reshape(self._batch, -1, self.in_features))
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultiLoRALinear":
@@ -75,24 +64,15 @@ class MultiLoRALinear(nn.Module):
 
 
 class Group(NamedTuple):
-    """The adapters of a batch that change the same rows of the output, stacked, and the batch rows that they serve.
+    """The adapters of a batch that change the same rows of the output, stacked, and the batch rows that they serve."""
 
-    Attributes:
-        output: the rows of the output.
-        At: (adapters, in, rank), zero-padded to the largest rank.
-        sBt: (adapters, rank, rows of the output).
-        slots: (adapters * n,) indices of batch rows, grouped by adapter, where n is the most rows of one adapter; an adapter
-            with fewer has its first row repeated.
-        served: (m,) indices of the batch rows that one of the adapters serves.
-        slot: (m,) the position of each of these in `slots`.
-    """
-
-    output: RowBlocks
-    At: Tensor
-    sBt: Tensor
+    output: RowBlocks  # the rows of the output
+    At: Tensor  # (adapters, in, rank), zero-padded to the largest rank
+    sBt: Tensor  # (adapters, rank, rows of the output)
+    # (adapters * n,) batch rows by adapter, where n is the most rows of one; one with fewer has its first row repeated
     slots: Tensor
-    served: Tensor
-    slot: Tensor
+    served: Tensor  # (m,) the batch rows that one of the adapters serves
+    slot: Tensor  # (m,) the position of each of these in `slots`
 
     def add_(self, y: Tensor, x: Tensor) -> None:
         """y_i[output] += s_a B_a A_a x_i in place; y: (batch, tokens, out), x: (batch, tokens, in)."""
@@ -103,10 +83,7 @@ class Group(NamedTuple):
 
 
 def groups(adapters: dict[str, LoRALinear], names: Sequence[str | None]) -> list[Group]:
-    """One group for each set of output rows: the q and v parts of a fused projection make two.
-
-    adapters: name -> this adapter's layer. names: the adapter of each row of the batch.
-    """
+    """One group for each set of output rows: the q and v parts of a fused projection make two; see `MultiLoRALinear.mix`."""
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         if name in adapters:

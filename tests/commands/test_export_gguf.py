@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lora_ft.commands.export.command import export_command
 from lora_ft.commands.export.gguf_vocabulary import LLAMA3, QWEN2, TEKKEN
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
-from lora_ft.methods.lora.files import load_adapter, save_adapter
+from lora_ft.methods.lora.files import load_adapter
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
 from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Trained
 from lora_ft.model.files import resolve
 from tests.helpers.families import COMMON, shake
-from tests.helpers.tiny import TEXT, tiny_tokenizer, write_base
+from tests.helpers.tiny import TEXT, save_with_record, tiny_tokenizer, write_base
 
 HEADS, KV_HEADS, HEAD = 4, 2, 12  # heads * head is not the hidden size
 SHAPE = dict(num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD)
@@ -59,7 +59,7 @@ def write_adapter(folder, base, **settings):
             B.data.normal_(std=0.3, generator=generator)
     folder.mkdir()
     about = {"name": str(base), "revision": None, "fingerprint": files.fingerprint}
-    save_adapter(model, folder, str(base), record={"format": 1, "kind": "adapter", "base": about})
+    save_with_record(model, folder, str(base), base=about)
     return model
 
 

@@ -133,5 +133,7 @@ def test_a_huge_loss_gives_a_finite_perplexity():
 def test_scores_that_are_not_finite_are_an_error():
     model = tiny_model("llama")
     model.get_output_embeddings().weight.data[7] = float("nan")
+    model.train()
     with pytest.raises(NumbersError, match=r"rows\.jsonl:\d+: .*finite"):
         score(model, classification([[5], [6]]), Isolation.ATTENTION, 64)
+    assert model.training, "left in eval mode"

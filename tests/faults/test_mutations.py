@@ -24,7 +24,6 @@ from lora_ft.data.encode import load_examples
 from lora_ft.data.examples import Examples
 from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import Template
-from lora_ft.methods.lora.files import save_adapter
 from lora_ft.methods.lora.inject import inject_lora
 from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Trained, check_base, read_record
@@ -32,7 +31,7 @@ from lora_ft.model.files import resolve
 from lora_ft.training.checkpoint import State
 from lora_ft.training.resume import announce_resume, check_data, find_starting_point, newest_checkpoint
 from tests.helpers.families import tiny_model
-from tests.helpers.tiny import CONFIG, tiny_tokenizer, write_run
+from tests.helpers.tiny import CONFIG, save_with_record, tiny_tokenizer, write_run
 
 KINDS = 32  # tests below
 EACH = -(-int(os.environ.get("MUTATIONS", "640")) // KINDS)
@@ -175,7 +174,7 @@ def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     model = tiny_model("gpt2")
     inject_lora(model, ["q", "v"], rank=2, seed=0)
-    save_adapter(model, folder, "gpt2", record={"format": 1, "kind": "adapter"})
+    save_with_record(model, folder, "gpt2")
     return folder
 
 

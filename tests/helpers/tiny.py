@@ -29,6 +29,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+def save_with_record(model, folder: Path, base_name: str, **record) -> None:
+    """The adapter of a model in an existing folder, with a run's record."""
+    from lora_ft.methods.lora.files import CONFIG, WEIGHTS, save_adapter, write_record
+
+    slices = save_adapter(model, folder, base_name)
+    write_record(folder, {"format": 1, "kind": "adapter"} | record | {"slices": slices}, [WEIGHTS, CONFIG])
+
+
 def write_base(folder: Path, family: str = "llama", seed: int = 0) -> Path:
     """A random model of `family`, its vocabulary the tokenizer's, in `folder`."""
     import torch

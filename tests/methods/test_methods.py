@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -250,3 +251,35 @@ def test_another_models_folder_is_refused(method, tmp_path):
     with pytest.raises(ModelError, match="other|another|shape|tensors"):
         trained = Trained(tmp_path, "full", {}, {}) if method == "full" else Trained.open(tmp_path)
         METHODS[method].load(tiny_model("gpt_neo"), trained)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_float8_files_are_read_or_refused_for_nan(value, tmp_path):
+    """torch cannot search float8 tensors for NaN, so they are converted first."""
+    METHODS["prompt"].save(injected("prompt"), tmp_path, "base", TOKENIZER)
+    vectors = torch.full((N, 32), value).to(torch.float8_e4m3fn)
+    write_tensors(tmp_path / "adapter_model.safetensors", {"prompt_embeddings": vectors})
+    ours, expected = tiny_model("gpt2"), pytest.raises(ModelError, match="NaN") if value != value else nullcontext()
+    with expected:
+        METHODS["prompt"].load(ours, Trained.open(tmp_path))
+        assert torch.equal(ours.get_input_embeddings().prompt, torch.ones(N, 32))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (torch.OutOfMemoryError("no"), torch.OutOfMemoryError, "no"),
+        (RuntimeError("can't allocate memory"), RuntimeError, "allocate"),
+        (ValueError(), ModelError, "into this base: ValueError"),
+    ],
+)
+def test_a_full_model_that_can_not_be_loaded(error, kind, words, tmp_path, monkeypatch):
+    model = tiny_model("gpt2")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(type(model), "from_pretrained", fail)
+    with pytest.raises(kind, match=words) as caught:
+        METHODS["full"].load_into(model, Trained(tmp_path, "full", {}, {}))
+    assert type(caught.value) is kind

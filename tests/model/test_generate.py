@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from lora_ft.methods.lora.inject import bare, inject_lora, trainable
+from lora_ft.methods.lora.inject import inject_lora, trainable
 from lora_ft.model.generate import end_tokens, generate, generate_in_batches, position_limit, to_text
+from lora_ft.nn.adapted import bare
 from tests.data.conftest import build as build_tokenizer
 from tests.helpers.families import build, tiny_model, token_ids
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.nn import lora
+from lora_ft.nn import adapted, lora
 from lora_ft.nn.lora import ALL_ROWS, InputDropout, LoRALinear, RowBlocks
 
 IN, OUT, RANK = 10, 24, 3
@@ -362,7 +362,7 @@ def test_scaling():
 @pytest.mark.parametrize("conv", [False, True], ids=["Linear", "Conv1D"])
 def test_dimensions(conv):
     layer = build(conv=conv)
-    assert (layer.in_features, layer.out_features) == lora.dimensions(layer.base) == (IN, OUT)
+    assert (layer.in_features, layer.out_features) == adapted.dimensions(layer.base) == (IN, OUT)
     assert lora.out_in(layer.base).shape == (OUT, IN)
 
 

@@ -1,6 +1,7 @@
 """Check that an adapter read from files fits a model: its modules, their shapes, and copies of base weights."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,14 +12,13 @@ from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.multi import base_layer, base_modules
 from lora_ft.methods.lora.peft import PREFIX, WEIGHTS, AdapterFile, differences
 from lora_ft.methods.lora.peft_config import targeted
-from lora_ft.nn.lora import dimensions
+from lora_ft.nn.adapted import dimensions
 
 
 def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear | Conv1D]:
     """Check that the adapter fits `model`, which may be on meta. Returns path -> module of all linear modules of the base.
 
-    Raises:
-        ModelError: modules are missing or unexpected (with both lists), or a tensor has the wrong shape (with both shapes).
+    ModelError if modules are missing or unexpected (with both lists), or a tensor has the wrong shape (with both shapes).
     """
     path = adapter.folder / WEIGHTS
     linear = {name: m for name, m in base_modules(model).items() if isinstance(m, nn.Linear | Conv1D)}
@@ -47,25 +47,25 @@ def check_ab_shapes(path: Path, module: str, A: Tensor, B: Tensor, in_features: 
 def check_copies(model: nn.Module, adapter: AdapterFile) -> None:
     """Check that the base weights in the adapter's file (PEFT saves those of an adapted head) are the model's.
 
-    A model on the meta device passes: it has no weights to compare. Raises ModelError if a weight differs.
+    A model on the meta device passes: it has no weights to compare.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if any(p.is_meta for p in parameters.values()):
         return
+    weights = {}
+    for name in adapter.copies:
+        module, _, leaf = name.rpartition(".")
+        weights[name] = parameters.get(name, parameters.get(f"{module}.base.{leaf}"))  # in a LoRA layer
+    check_equal(adapter, weights)
+
+
+def check_equal(adapter: AdapterFile, weights: Mapping[str, Tensor | None]) -> None:
+    """Check the copies against the base's `weights`: equal, or one the other rounded, as by loading in another dtype."""
     for name, copy in adapter.copies.items():
-        module = name.rpartition(".")[0]
-        key = name if name in parameters else name.replace(module, f"{module}.base", 1)  # in a LoRA layer
-        if key not in parameters or not same_weight(parameters[key].detach(), copy):
-            raise ModelError(changed_copy(adapter, name))
-
-
-def same_weight(base: Tensor, copy: Tensor) -> bool:
-    """Whether the weights are equal, or one is the other rounded: a base can be loaded in another dtype than stored."""
-    base = base.cpu()  # torch.equal is False for different shapes
-    return torch.equal(base.to(copy.dtype), copy) or torch.equal(copy.to(base.dtype), base)
-
-
-def changed_copy(adapter: AdapterFile, name: str) -> str:
-    """The error message for a copy of a base weight that differs from the base's."""
-    reason = "fully trained or resized modules can't be applied here. Merge the adapter with PEFT."
-    return f"{adapter.folder / WEIGHTS}: has a weight {name} that differs from the base's: {reason}"
+        base = weights[name]
+        if base is not None:
+            base = base.detach().cpu()  # torch.equal is False for different shapes
+            if torch.equal(base.to(copy.dtype), copy) or torch.equal(copy.to(base.dtype), base):
+                continue
+        reason = "fully trained or resized modules can't be applied here. Merge the adapter with PEFT."
+        raise ModelError(f"{adapter.folder / WEIGHTS}: has a weight {name} that differs from the base's: {reason}")

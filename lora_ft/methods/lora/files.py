@@ -25,14 +25,11 @@ from lora_ft.methods.trained import Trained
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
 
-def save_adapter(model: nn.Module, folder: Path, base_name: str, *, record: dict | None = None) -> None:
-    """Write the adapter of `model` into an existing folder as PEFT's two files, then the record if there is one.
+def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, dict]:
+    """Write the adapter of `model` into an existing folder as PEFT's two files. Returns the record's `slices`.
 
     The same adapter gives the same bytes. Of an absolute path `base_name` only the last part is written, so that the files do
     not show where a user keeps models.
-
-    Raises:
-        ModelError: the model has no LoRA layers.
     """
     layers = lora_layers(model)
     if not layers:
@@ -64,8 +61,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str, *, record: dict
     }
     storage.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     storage.write_json(folder / CONFIG, config)
-    if record is not None:
-        write_record(folder, {**record, "slices": parts}, [WEIGHTS, CONFIG])
+    return parts
 
 
 def bytes_on_disk(model: nn.Module) -> int:
@@ -83,9 +79,9 @@ def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Ite
 def parts_record(model: nn.Module) -> dict[str, dict]:
     """The record's `slices`: module -> rank, scaling (that of the files), parts (part -> blocks, width, start, length)."""
     layers = lora_layers(model)
-    scalings = [layer.scaling for layer in layers.values()]
+    s = next((layer.scaling for layer in layers.values()), None)
     return {
-        module: {"rank": layer.rank, "scaling": scalings[0], "parts": {part: list(r) for part, r in layer.rows.items()}}
+        module: {"rank": layer.rank, "scaling": s, "parts": {part: list(rows) for part, rows in layer.rows.items()}}
         for module, layer in layers.items()
     }
 
@@ -100,7 +96,7 @@ def load_adapter(
     the base; `use(model, name)` or `mixed(model, names)` activates it.
 
     Raises:
-        ModelError: see `Trained.open`, `read_adapter` and `apply_adapter`.
+        ModelError: it is damaged or does not fit, or the model has its only adapter already, or one of this name.
     """
     return apply_adapter(model, read_adapter(Trained.open(Path(folder))), name, trainable=trainable)
 
@@ -108,12 +104,7 @@ def load_adapter(
 def apply_adapter(
     model: nn.Module, adapter: AdapterFile, name: str | None = None, *, trainable: bool = False
 ) -> AdapterFile:
-    """Put an adapter that has been read on `model`; see `load_adapter`.
-
-    Raises:
-        ModelError: it does not fit the model; the model has its only adapter already, or one of this name.
-        ValueError: both `name` and `trainable`.
-    """
+    """Put an adapter that has been read on `model`; see `load_adapter`."""
     if name is not None and trainable:
         raise ValueError("adapters by name are for inference: load the one to train without a name")
     if lora_layers(model) or (name is None and adapter_names(model)):
@@ -140,12 +131,9 @@ def apply_adapter(
 
 
 def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
-    """Copy an adapter's weights into the LoRA layers that `model` has, which must cover the same rows at the same rank.
+    """Copy an adapter's weights into the LoRA layers that `model` has; ModelError unless modules, rows and ranks are the same.
 
     Where the scalings differ, B is multiplied by their ratio, so that the model computes what the files define.
-
-    Raises:
-        ModelError: modules, rows, ranks or copies of base weights differ.
     """
     layers, path = lora_layers(model), adapter.folder / WEIGHTS
     if adapter.tensors.keys() != layers.keys():
@@ -185,8 +173,7 @@ def to_peft_matrices(layer: LoRALinear, R: int) -> tuple[Tensor, Tensor]:
 def from_peft_matrices(layer: LoRALinear, A: Tensor, B: Tensor, path: Path, module: str) -> None:
     """Copy A (R, in) and B (out, R) into the parts of a layer: the inverse of `to_peft_matrices`.
 
-    Raises:
-        ModelError: A or B has nonzero values outside the parts' blocks; the message names `path` and `module`.
+    ModelError, with `path` and `module`, if A or B has nonzero values outside the parts' blocks.
     """
     rest_A, rest_B = A.clone(), B.clone()
     for i, (part, rows) in enumerate(layer.rows.items()):

@@ -1,10 +1,9 @@
-"""Adapt a model with LoRA layers in place; switch them off; merge and unmerge them.
+"""Adapt a model with LoRA layers in place; merge and unmerge them.
 
 Injecting is the only place that decides what trains: it freezes the base, and the layers it adds have requires_grad.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.targets import find_targets
 from lora_ft.nn.lora import InputDropout, LoRALinear, scaling
-from lora_ft.nn.multi_lora import MultiLoRALinear
 
 SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles whose modules in a layer have the same input tensor
 
@@ -36,38 +34,28 @@ def inject_lora(
 
     Args:
         model: a base on any device, also meta.
-        targets, modules, layers: see `find_targets`.
+        targets, modules, layers: see `find_targets`, also for errors.
         rank: of A (rank, in) and B (out, rank); at least 1.
         alpha: s is alpha / rank, or alpha / sqrt(rank) with `rslora`.
         dropout: the probability of dropping an input of A in training; in [0, 1).
         seed: determines A, whatever the global random state; None draws from it.
-
-    Raises:
-        ConfigError, ModelError: see `find_targets`.
-        ValueError: rank or dropout is out of range.
     """
     if rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"rank {rank} must be at least 1, dropout {dropout} at least 0 and below 1")
     adapted = find_targets(model, targets, modules, layers)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
-    for target in adapted:
-        base = model.get_submodule(target.module)
-        layer = LoRALinear(base, rank, scaling(rank, alpha, rslora), target.rows)
+    dropouts: dict[tuple, InputDropout] = {}  # one for all layers that have the same input
+    for path, rows in adapted.items():
+        base = model.get_submodule(path)
+        layer = LoRALinear(base, rank, scaling(rank, alpha, rslora), rows)
         layer.start(generator)
-        model.set_submodule(target.module, layer.train(base.training))
-    if dropout:
-        set_dropout(model, dropout)
-    return [target.module for target in adapted]
-
-
-def set_dropout(model: nn.Module, p: float) -> None:
-    """Put dropout on the input of every LoRA layer, with one mask for the layers that have the same input."""
-    shared: dict[tuple, InputDropout] = {}
-    for path, layer in lora_layers(model).items():
-        group = next((roles for roles in SAME_INPUT if set(layer.rows) <= set(roles)), path)
-        layer.dropout = shared.setdefault((path.rpartition(".")[0], group), InputDropout(p))
-        layer.dropout.readers += 1
+        if dropout:
+            group = next((roles for roles in SAME_INPUT if set(rows) <= set(roles)), path)
+            layer.dropout = dropouts.setdefault((path.rpartition(".")[0], group), InputDropout(dropout))
+            layer.dropout.readers += 1
+        model.set_submodule(path, layer.train(base.training))
+    return list(adapted)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -80,31 +68,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def bare(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within it the model computes its bare base, whether its adapters were injected, loaded, or loaded by name."""
-    return disabled(layer for layer in model.modules() if isinstance(layer, LoRALinear | MultiLoRALinear))
-
-
-@contextlib.contextmanager
-def disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it each of these layers computes its base alone (`enabled` is False); afterwards each is as it was."""
-    before = {layer: layer.enabled for layer in layers}
-    try:
-        for layer in before:
-            layer.enabled = False
-        yield
-    finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
-
-
 def merge(model: PreTrainedModel) -> dict[str, LoRALinear]:
     """Replace each LoRA layer by a plain one with W + s B A, in place. Returns path -> removed layer, for `unmerge`.
 
     A merged head is no longer tied to the embedding, which does not change; the config is updated accordingly.
-
-    Raises:
-        ModelError: the model has no LoRA layers (it was merged already, or never adapted).
     """
     layers = lora_layers(model)
     if not layers:
@@ -131,6 +98,6 @@ def ties_head(model: PreTrainedModel, layers: dict[str, LoRALinear]) -> bool:
 
 
 def set_tied(model: PreTrainedModel, tied: bool) -> None:
-    """Set tie_word_embeddings in the config, and in the text config if it is another object."""
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+    """Set tie_word_embeddings in the config and the text config, which may be the same object."""
+    for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = tied

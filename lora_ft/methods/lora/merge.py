@@ -18,24 +18,16 @@ from lora_ft.core.machine import peak_memory
 from lora_ft.core.messages import info
 from lora_ft.methods.lora.compatibility import check_against
 from lora_ft.methods.lora.files import RECORD, WEIGHTS, write_record
-from lora_ft.methods.lora.merge_shards import check_stored_copies, stored_keys, write_shards
+from lora_ft.methods.lora.merge_shards import check_stored_copies, stored_keys, stored_tensors, write_shards
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, plan_edits, stored_names
 from lora_ft.methods.lora.verify import compare_logits, sample_rows
-from lora_ft.model.files import Base, opened, stored_dtype, weight_files
+from lora_ft.model.files import Base, stored_dtype, weight_files
 from lora_ft.model.load import load_base, load_tokenizer, skeleton
 
 # What transformers reads beside the weights. Weights in other formats are left out: they are not merged.
-COPIED = [
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-]
+COPIED = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja"]
+COPIED += ["LICENSE*", "NOTICE*"]
 NOT_COPIED = ("*.index.json", RECORD, "adapter_config.json", "trainer_state.json", "state.json")
 
 
@@ -56,10 +48,6 @@ def merge_adapter(
     Args:
         verify: compare logits, for which complete models are loaded one after the other; the record tells.
         other_base: allow a base that the adapter was not trained on.
-
-    Raises:
-        ModelError: adapter or base is damaged, they don't fit each other, or the verification fails.
-        FilesError: `output` exists, or the disk is full.
     """
     start = time.perf_counter()
     tokenizer = tokenizer_of(base)
@@ -101,8 +89,8 @@ def merge_adapter(
         names = [p.name for p in staged.iterdir() if p.is_file()]
         write_record(staged, merged_record(adapter, base, other_base, report, errors), names)
         size = sum((staged / n).stat().st_size for n in names)
-    peak = peak_memory() // 2**20
-    return report | {"bytes": size, "seconds": time.perf_counter() - start, "peak_memory_mb": peak}
+    seconds = time.perf_counter() - start
+    return report | {"bytes": size, "seconds": seconds, "peak_memory_mb": peak_memory() // 2**20}
 
 
 def tokenizer_of(base: Base) -> PreTrainedTokenizerBase | None:
@@ -126,11 +114,7 @@ def space_needed(shards: list[Path], edits: list[Edit]) -> int:
     """Bytes that the merged weights need, and some more for the small files."""
     added = {e.source for e in edits if e.target != e.source}
     size = sum(path.stat().st_size for path in shards) + 2**26
-    for shard in shards:
-        with opened(shard) as file:
-            for name in added.intersection(file.keys()):
-                size += file.get_tensor(name).nbytes  # mapped, not read
-    return size
+    return size + sum(tensor.nbytes for tensor in stored_tensors(shards, added).values())
 
 
 def copy_files(base: Base, staged: Path, unties: bool) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.compatibility import changed_copy, same_weight
+from lora_ft.methods.lora.compatibility import check_equal
 from lora_ft.methods.lora.peft import AdapterFile, is_finite
 from lora_ft.methods.lora.stored_names import Edit, source_of
 from lora_ft.methods.lora.verify import matrix_error, random_signs
@@ -30,24 +30,28 @@ def stored_keys(shards: list[Path]) -> list[str]:
     return keys
 
 
+def stored_tensors(shards: list[Path], names: set[str]) -> dict[str, Tensor]:
+    """The tensors in the files that have one of `names`; memory-mapped, not read."""
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        with opened(shard) as file:
+            tensors |= {name: file.get_tensor(name) for name in names.intersection(file.keys())}
+    return tensors
+
+
 def check_stored_copies(
     model: PreTrainedModel, adapter: AdapterFile, shards: list[Path], stored: dict[str, str]
 ) -> None:
     """`check_copies` against the base's files."""
-    left = {name: source_of(model, stored, name) for name in adapter.copies}
-    for shard in shards:
-        with opened(shard) as file:
-            for name in [n for n, key in left.items() if key in file.keys()]:  # noqa: SIM118 (safe_open is not a mapping)
-                if not same_weight(file.get_tensor(left.pop(name)), adapter.copies[name]):
-                    raise ModelError(changed_copy(adapter, name))
-    if left:
-        raise ModelError(changed_copy(adapter, min(left)))
+    sources = {name: source_of(model, stored, name) or "" for name in adapter.copies}  # "": in none of the files
+    tensors = stored_tensors(shards, set(sources.values()))
+    check_equal(adapter, {name: tensors.get(source) for name, source in sources.items()})
 
 
 def write_shards(
     shards: list[Path], staged: Path, edits: list[Edit], adapter: AdapterFile, progress: bool
 ) -> tuple[dict[str, float], dict[str, torch.dtype]]:
-    """Write each shard with its edited tensors, and the index if there is one; see `merged` and `finite` for errors.
+    """Write each shard with its edited tensors, and the index if there is one.
 
     Returns module -> largest error of its products (see `matrix_error`), and module -> stored dtype.
     """
@@ -93,9 +97,6 @@ def merged(W: Tensor, edit: Edit, adapter: AdapterFile, shard: Path) -> tuple[Te
     """W + s B A in the dtype and layout of W, verified on random signs, and the largest error found.
 
     W, the stored weight: (out, in), or (in, out) if `edit.transposed`.
-
-    Raises:
-        ModelError: W is quantized, the result overflows its dtype, or the verification fails.
     """
     if W.dtype not in DTYPES:
         raise ModelError(f"{shard}: {edit.source} is {W.dtype}: an adapter can't be merged into quantized weights.")

@@ -1,38 +1,25 @@
-"""The five functions of method lora (see methods/interface.py)."""
+"""The four functions of method lora (see methods/interface.py)."""
 
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.schema import AdapterConfig
-from lora_ft.methods.lora.files import CONFIG, WEIGHTS, apply_adapter, initialize_from, parts_record, save_adapter
-from lora_ft.methods.lora.inject import bare, inject_lora
+from lora_ft.methods.lora.files import CONFIG, WEIGHTS, apply_adapter, initialize_from, save_adapter
+from lora_ft.methods.lora.inject import inject_lora
 from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Saved, Trained
-
-__all__ = ["bare", "inject", "load", "load_into", "save"]
 
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: object) -> str:
     """Add LoRA layers; see `inject_lora`."""
-    adapted = inject_lora(
-        model,
-        settings.targets,
-        settings.rank,
-        settings.alpha,
-        dropout=settings.dropout,
-        rslora=settings.rslora,
-        modules=settings.modules,
-        layers=settings.layers,
-        seed=seed,
-    )
-    return f"{len(adapted)} modules"
+    shared = settings.model_dump(include={"targets", "rank", "alpha", "dropout", "rslora", "modules", "layers"})
+    return f"{len(inject_lora(model, **shared, seed=seed))} modules"
 
 
 def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:
     """Write PEFT's two files; the record gets the parts of each module."""
-    save_adapter(model, folder, base_name)
-    return [WEIGHTS, CONFIG], {"slices": parts_record(model)}
+    return [WEIGHTS, CONFIG], {"slices": save_adapter(model, folder, base_name)}
 
 
 def load(model: PreTrainedModel, trained: Trained) -> None:

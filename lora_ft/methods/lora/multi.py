@@ -13,11 +13,7 @@ from lora_ft.nn.multi_lora import MultiLoRALinear
 
 
 def use(model: nn.Module, name: str | None) -> None:
-    """Switch `model` to adapter `name`, or to its bare base (None). No weight is moved or changed.
-
-    Raises:
-        ModelError: see `check_names`.
-    """
+    """Switch `model` to adapter `name`, or to its bare base (None). No weight is moved or changed."""
     check_names(model, [name])
     for layer in shared_layers(model).values():
         layer.use(name)
@@ -28,10 +24,7 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within it row i of a batch is computed with adapter `names[i]` (None: the bare base), all in one forward pass.
 
     A batch of n * len(names) rows has n rows for each name, in the order in which transformers' `generate` repeats rows for
-    beams. Afterwards the model computes its bare base.
-
-    Raises:
-        ModelError: there is no adapter of a name; or an expert is adapted, whose input does not show which row a token is of.
+    beams. Afterwards the model computes its bare base. Experts can't be mixed: ModelError.
     """
     check_names(model, names)
     layers = shared_layers(model)
@@ -82,11 +75,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_names(model: nn.Module, names: Sequence[str | None]) -> None:
-    """Check that the model has an adapter of each name that is not None.
-
-    Raises:
-        ModelError: it has none of this name; the message suggests the nearest.
-    """
+    """Raise ModelError, with the nearest name, unless the model has an adapter of each name that is not None."""
     known = adapter_names(model)
     for name in dict.fromkeys(names):
         if name is not None and name not in known:

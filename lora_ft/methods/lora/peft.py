@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
+from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD
 from lora_ft.methods.lora.peft_config import CONFIG, by_pattern, check_config
 from lora_ft.methods.trained import Trained
@@ -37,21 +38,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as read and checked, not yet applied to a model.
-
-    Attributes:
-        trained: its folder, record and config.
-        tensors: module path -> A (R, in) and B (out, R), float32.
-        scalings: module path -> s of s B A.
-        parts: module path -> its parts; empty for another tool's adapter.
-        copies: name -> base weight that PEFT saved with an adapted head or embedding; must be equal to the base's.
-    """
+    """An adapter as read and checked, not yet applied to a model."""
 
     trained: Trained
-    tensors: dict[str, tuple[Tensor, Tensor]]
-    scalings: dict[str, float]
-    parts: dict[str, Parts]
-    copies: dict[str, Tensor]
+    tensors: dict[str, tuple[Tensor, Tensor]]  # module path -> A (R, in) and B (out, R), float32
+    scalings: dict[str, float]  # module path -> s of s B A
+    parts: dict[str, Parts]  # module path -> its parts; empty for another tool's adapter
+    copies: dict[str, Tensor]  # name -> base weight that PEFT saved with an adapted head; must equal the base's
 
     @property
     def folder(self) -> Path:
@@ -62,8 +55,7 @@ class AdapterFile:
 def read_adapter(trained: Trained) -> AdapterFile:
     """Read the adapter of a folder, lora-ft's (also a checkpoint) or PEFT's, with every check that needs no model.
 
-    Raises:
-        ModelError: it is damaged, of another method, contradicts its config, or contains NaN or inf; with file and tensor.
+    ModelError, with file and tensor, if it is damaged, of another method, or contradicts its config.
     """
     folder, config, record = trained.folder, trained.adapter_config, trained.record
     if trained.method == "full":
@@ -88,14 +80,6 @@ def read_adapter(trained: Trained) -> AdapterFile:
                 f"A must be ({rank}, in) and B (out, {rank})."
             )
         scalings[module] = scaling(rank, alpha, config.get("use_rslora") is True)
-    for module, pair in tensors.items():
-        for letter, tensor in zip("AB", pair, strict=True):
-            key = f"{PREFIX}{module}.lora_{letter}.weight"
-            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ModelError(f"{weights}: {key} is {tensor.dtype}, not a floating-point type.")
-            if not is_finite(tensor):
-                raise ModelError(f"{weights}: {key} contains NaN or inf.")
-    tensors = {module: (A.float(), B.float()) for module, (A, B) in tensors.items()}
     parts = _read_parts(folder / RECORD, record, tensors, scalings)
     return AdapterFile(trained, tensors, scalings, parts, copies)
 
@@ -106,16 +90,20 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Sort the file's tensors into A and B by module, and copies of base weights by name."""
+    """Sort the file's tensors into A and B, in float32, by module, and copies of base weights by name."""
     pairs: dict[str, dict[str, Tensor]] = {}
     copies, unexpected = {}, []
-    for key in sorted(tensors):
+    for key, tensor in sorted(tensors.items()):
         if match := KEY.fullmatch(key):
-            pairs.setdefault(match[1], {})[match[2]] = tensors[key]
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ModelError(f"{path}: {key} is {tensor.dtype}, not a floating-point type.")
+            if not is_finite(tensor):
+                raise ModelError(f"{path}: {key} contains NaN or inf.")
+            pairs.setdefault(match[1], {})[match[2]] = tensor.float()
         elif kind := next((words for pattern, words in REFUSED.items() if re.search(pattern, key)), None):
             raise ModelError(f"{path}: {key}: {kind} can't be applied here. Merge it with PEFT.")
         elif key.startswith(PREFIX) and ".lora_" not in key:
-            copies[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensors[key]
+            copies[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
         else:
             unexpected.append(key)
     missing = [f"{PREFIX}{m}.lora_{x}.weight" for m, pair in pairs.items() for x in "AB" if x not in pair]
@@ -126,12 +114,8 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tenso
 
 def differences(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> str:
     """A message with both lists, at most ten names of each."""
-
-    def list_of(names: Iterable[str]) -> str:
-        names = sorted(names)
-        return (", ".join(names[:10]) or "none") + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-    return f"{path}: tensors missing: {list_of(missing)}; unexpected: {list_of(unexpected)}."
+    absent, extra = (listed(sorted(names)) or "none" for names in (missing, unexpected))
+    return f"{path}: tensors missing: {absent}; unexpected: {extra}."
 
 
 def _read_parts(path: Path, record: dict, tensors: dict, scalings: dict[str, float]) -> dict[str, Parts]:

@@ -29,19 +29,14 @@ INITS_OF_A_AND_B = ("gaussian", "eva", "orthogonal")
 
 
 def check_config(path: Path, config: dict) -> None:
-    """Check that an adapter with this config can be applied exactly.
-
-    Raises:
-        ModelError: another method, a setting that changes the computation, or an invalid rank, alpha or pattern.
-    """
+    """Check that an adapter with this config can be applied exactly: else raise ModelError."""
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported.")
     for key, what in REFUSED.items():
         if config.get(key):
             raise ModelError(f"{path}: the adapter uses {what}, which can't be applied here. Merge it with PEFT.")
-    if config.get("bias") not in (None, "none"):
-        bias = f"bias is {config['bias']!r}: trained biases"
-        raise ModelError(f"{path}: {bias} can't be applied here. Merge it with PEFT.")
+    if (bias := config.get("bias")) not in (None, "none"):
+        raise ModelError(f"{path}: bias is {bias!r}: trained biases can't be applied here. Merge it with PEFT.")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise ModelError(f"{path}: task_type is {config['task_type']!r}; only CAUSAL_LM is supported.")
     init = config.get("init_lora_weights")
@@ -53,9 +48,10 @@ def check_config(path: Path, config: dict) -> None:
     _rank(path, "r", config.get("r"))
     _alpha(path, "lora_alpha", config.get("lora_alpha"))
     for key, check in (("rank_pattern", _rank), ("alpha_pattern", _alpha)):
-        if not isinstance(config.get(key) or {}, dict):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
             raise ModelError(f"{path}: {key} must be a table of patterns.")
-        for pattern, value in (config.get(key) or {}).items():
+        for pattern, value in patterns.items():
             check(path, f"{key}[{pattern!r}]", value)
     text, number = (str, "string"), (int, "number")
     kinds = {"target_modules": text, "exclude_modules": text, "layers_pattern": text, "layers_to_transform": number}
@@ -104,7 +100,7 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
     """The modules that PEFT would adapt with this config (its `check_target_module_exists`).
 
     A subset of `names`, the paths of the linear modules, of which `head` is the output head. None if the config leaves the
-    choice to PEFT's table of architectures. ModelError if a pattern is not a valid regular expression.
+    choice to PEFT's table of architectures.
     """
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
     if wanted is None:
@@ -121,7 +117,7 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
             return name != head
         if not _named(wanted, name):
             return False
-        if not layers or isinstance(wanted, str):
+        if not layers or isinstance(wanted, str) or name in wanted:
             return True
         matches = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns)
         return next((int(match["index"]) in layers for match in matches if match), False)

@@ -7,11 +7,9 @@ To add an architecture:
 
 1. Add a row to `TABLE` under its `config.model_type`. If a module computes several projections, the row's `fused` computes
    their rows from the config; `fused()` below describes most layouts in a line.
-2. Add a tiny model to `FAMILIES` in tests/helpers/families.py, one for each layout. Every test that runs on all families
-   then covers it, and tests/methods/lora/test_roles.py checks that a role changes exactly its rows, that this changes the
-   right inputs of the model's attention and activation, and the number of trainable parameters. Where a config does not show
-   what these tests need, they have tables for it: fused layouts (`fused_rows`), the function that receives q, k and v in a
-   model with its own attention code (`SPLITS`, `RECEIVES`, `PRODUCTS`), sizes (`KV_HEADS`, `WIDTH_128`).
+2. Add a tiny model to `FAMILIES` in tests/helpers/families.py, one for each layout, for the tests on all families. Those in
+   tests/methods/lora/test_roles.py have tables for what a config does not show: fused layouts (`fused_rows`), the function
+   that receives q, k and v in own attention code (`SPLITS`, `RECEIVES`, `PRODUCTS`), sizes (`KV_HEADS`, `WIDTH_128`).
 """
 
 from collections.abc import Callable
@@ -47,11 +45,7 @@ class Family(NamedTuple):
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The roles of a model with this config.
-
-    Raises:
-        ModelError: the architecture is not in the table.
-    """
+    """The roles of a model with this config; ModelError if its architecture is not in the table."""
     family = TABLE.get(config.model_type)
     if family is None:
         raise ModelError(
@@ -129,10 +123,10 @@ ATTENTION = attention("self_attn", "o_proj")
 MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 GATE_UP = {"gate up": "mlp.gate_up_proj", "down": "mlp.down_proj"}
 PLAIN_MLP = {"up": "mlp.up_proj", "down": "mlp.down_proj"}
-FFN = {"up": "ffn.up_proj", "down": "ffn.down_proj"}
 FC12 = {"up": "fc1", "down": "fc2"}
 OUT_PROJ = attention("self_attn", "out_proj")
 C_FC = {"up": "mlp.c_fc", "down": "mlp.c_proj"}
+MPT = {"q k v": "attn.Wqkv", "o": "attn.out_proj", "up": "ffn.up_proj", "down": "ffn.down_proj"}
 FC_IN = {"up": "mlp.fc_in", "down": "mlp.fc_out"}
 C_ATTN = {"q k v": "attn.c_attn", "o": "attn.c_proj"} | C_FC
 
@@ -169,7 +163,7 @@ TABLE: dict[str, Family] = {
     "falcon": Family("transformer.h", query_key_value("self_attention"), falcon),
     "persimmon": Family("model.layers", query_key_value("self_attn"), per_head),
     "codegen": Family("transformer.h", {"q k v": "attn.qkv_proj", "o": "attn.out_proj"} | FC_IN, codegen),
-    "mpt": Family("transformer.blocks", {"q k v": "attn.Wqkv", "o": "attn.out_proj"} | FFN, thirds),
+    "mpt": Family("transformer.blocks", MPT, thirds),
     "phi3": Family("model.layers", {"q k v": "self_attn.qkv_proj", "o": "self_attn.o_proj"} | GATE_UP, phi3),
     "glm": Family("model.layers", ATTENTION | GATE_UP, gate_up),
     "glm4": Family("model.layers", ATTENTION | GATE_UP, gate_up),

@@ -13,19 +13,17 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.core.errors import ModelError
+from lora_ft.core.messages import listed
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or a copy if module is None.
-
-    transposed: whether the file has (in, out) instead of (out, in).
-    """
+    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or a copy if module is None."""
 
     source: str
     target: str
     module: str | None
-    transposed: bool = False
+    transposed: bool = False  # whether the file has (in, out) instead of (out, in)
 
 
 def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -56,11 +54,7 @@ def source_of(model: PreTrainedModel, stored: dict[str, str], name: str) -> str 
 
 
 def plan_edits(model: PreTrainedModel, stored: dict[str, str], modules: Iterable[str]) -> tuple[list[Edit], bool]:
-    """The tensors to write for adapters on `modules`, and whether this unties the head from the embedding.
-
-    Raises:
-        ModelError: weights of adapted modules are not on disk as separate tensors; all are listed.
-    """
+    """The tensors to write for adapters on `modules`, and whether this unties the head from the embedding."""
     edits, absent, unties = [], [], False
     for module in modules:
         name, conv = f"{module}.weight", isinstance(model.get_submodule(module), Conv1D)
@@ -73,9 +67,8 @@ def plan_edits(model: PreTrainedModel, stored: dict[str, str], modules: Iterable
         if name in stored:  # if only the head's name is on disk, the embedding now needs its own tensor
             edits += [Edit(source, name_on_disk(model, p), None) for p in tied_to if p not in stored]
     if absent:
-        names = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
         problem = "this architecture stores them in another layout, so the adapter can't be merged on disk."
-        raise ModelError(f"the base's files have no separate tensor for {names}: {problem}")
+        raise ModelError(f"the base's files have no separate tensor for {listed(absent)}: {problem}")
     return edits, unties
 
 

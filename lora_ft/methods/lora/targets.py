@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,36 +9,29 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.core import names
 from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.core.messages import listed
 from lora_ft.methods.lora.roles import Architecture, architecture_of
-from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
-from lora_ft.nn.multi_lora import MultiLoRALinear
+from lora_ft.nn.adapted import AdaptedLayer
+from lora_ft.nn.lora import ALL_ROWS, RowBlocks
 
-
-@dataclass(frozen=True)
-class Target:
-    """A module to adapt: its path, and part (a role; ALL_ROWS if `modules` names the module) -> rows of its output."""
-
-    module: str
-    rows: dict[str, RowBlocks]
+PartRows = dict[str, RowBlocks]  # a role, or ALL_ROWS if `modules` names the module -> rows of the module's output
 
 
 def find_targets(
     model: nn.Module, targets: Sequence[str], modules: Sequence[str] = (), layers: Sequence[int] | None = None
-) -> list[Target]:
-    """The modules to adapt, in model order. A fused module has one part for each chosen role, in the order of its rows.
+) -> dict[str, PartRows]:
+    """Path -> parts of the modules to adapt, in model order. A fused module has one part for each chosen role, in row order.
 
     Args:
         model: not yet adapted; may be on the meta device.
-        targets: roles, or groups of roles.
+        targets: roles, or groups of roles; ConfigError for another word.
         modules: exact paths or dotted suffixes of linear modules.
         layers: adapt only modules in these layers (the first is 0), and those outside all layers, such as lm_head.
-
-    Raises:
-        ConfigError: a word in `targets` is not a role.
-        ModelError: the model is adapted already; the architecture is unknown or lacks a role; a name or layer matches nothing.
     """
-    if any(isinstance(module, LoRALinear | MultiLoRALinear) for module in model.modules()):
-        raise ModelError("this model has LoRA layers already: merge them, or load the base again, before adapting it")
+    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+        raise ModelError(
+            "this model has adapter layers already: merge them, or load the base again, before adapting it"
+        )
     linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     parts = by_role(model, linear, targets, layers) if targets else {}
     for path in by_name(model, linear, modules, layers):
@@ -52,19 +44,19 @@ def find_targets(
     for path in parts:
         if not linear[path].weight.is_floating_point():
             raise ModelError(f"{path} is quantized ({linear[path].weight.dtype}): load the base unquantized")
-    return [Target(path, parts[path]) for path in linear if path in parts]
+    return {path: parts[path] for path in linear if path in parts}
 
 
 def by_role(
     model: PreTrainedModel, linear: dict[str, nn.Module], targets: Sequence[str], layers: Sequence[int] | None
-) -> dict[str, dict[str, RowBlocks]]:
-    """Module path -> role -> rows, for the roles in `targets`."""
+) -> dict[str, PartRows]:
+    """Path -> parts of the modules that have roles in `targets`."""
     architecture = architecture_of(model.config)
     roles = expand(targets, architecture)
     blocks = model.get_submodule(architecture.layers)
     if bad := sorted(i for i in layers or () if not 0 <= i < len(blocks)):
         raise ModelError(f"layers {bad}: this model has layers 0 to {len(blocks) - 1}")
-    parts: dict[str, dict[str, RowBlocks]] = {}
+    parts: dict[str, PartRows] = {}
     for index in range(len(blocks)) if layers is None else sorted(layers):
         for role in roles:
             projection = architecture.projections[role]
@@ -89,10 +81,9 @@ def expand(targets: Sequence[str], architecture: Architecture) -> list[str]:
         if word in names.GROUPS:
             roles.update(role for role in names.GROUPS[word] if role in architecture.projections)
         elif word not in names.ROLES:
-            known = [*names.ROLES, *names.GROUPS]
             raise ConfigError(
-                f"targets: unknown role {word!r}; the nearest is {difflib.get_close_matches(word, known, 1, 0)[0]!r}. "
-                f"Roles: {', '.join(known)}. Name a module under `modules`."
+                f"targets: unknown role {word!r}; the nearest is {names.nearest_role(word)!r}. "
+                f"Roles: {', '.join([*names.ROLES, *names.GROUPS])}. Name a module under `modules`."
             )
         elif word in architecture.projections:
             roles.add(word)
@@ -107,9 +98,8 @@ def missing(role: str, path: str, layer: nn.Module, architecture: Architecture) 
     experts = any(p.dim() == 3 and ".experts." in f".{name}" for name, p in layer.named_parameters())
     if role in names.GROUPS["mlp"] and experts:
         problem = f"the experts of {architecture.name} are 3-D parameters, not linear layers ({path} does not exist)"
-        return (
-            f"targets: {role!r} can't be adapted: {problem}. Use `attention`, or name linear modules under `modules`."
-        )
+        way_out = "Use `attention`, or name linear modules under `modules`."
+        return f"targets: {role!r} can't be adapted: {problem}. {way_out}"
     return f"targets: {role!r} should be {path}, which is not a linear layer of this model. Choose other `layers`."
 
 
@@ -121,44 +111,32 @@ def by_name(
     def matches(path: str, name: str) -> bool:
         return f".{path}".endswith(f".{name}")
 
-    matched = {name: [p for p in linear if matches(p, name) and in_layers(p, layers)] for name in modules}
+    def in_layers(path: str) -> bool:  # or outside all layers; the first number in a path is its layer
+        index = next((int(part) for part in path.split(".") if part.isdigit()), None)
+        return layers is None or index is None or index in layers
+
+    matched = {name: [p for p in linear if matches(p, name) and in_layers(p)] for name in modules}
     lines = []
     for name in (name for name, paths in matched.items() if not paths):
         if outside := [p for p in linear if matches(p, name)]:
-            why = f"matches only {summary(outside)}, outside layers {sorted(layers or ())}"
+            why = f"matches only {listed(outside, 1)}, outside layers {sorted(layers or ())}"
         elif others := [(p, m) for p, m in model.named_modules() if matches(p, name)]:
             why = f"is {type(others[0][1]).__name__} ({others[0][0]}): only nn.Linear and Conv1D can be adapted"
         else:
-            why = f"matches no module. Near: {', '.join(near_names(name, linear))}"
+            known = {suffix for path in linear for suffix in suffixes(path) if not suffix.split(".")[0].isdigit()}
+            near = difflib.get_close_matches(name, sorted(known), n=3)
+            why = f"matches no module. Near: {', '.join(near or sorted({suffixes(path)[0] for path in linear}))}"
         lines.append(f"modules: {name!r} {why}")
     if lines:
-        lines += [f"{name!r} matched {summary(paths)}" for name, paths in matched.items() if paths]
+        lines += [f"{name!r} matched {listed(paths, 1)}" for name, paths in matched.items() if paths]
         raise ModelError("\n".join(lines))
     return [path for paths in matched.values() for path in paths]
-
-
-def in_layers(path: str, layers: Sequence[int] | None) -> bool:
-    """Whether a path is in one of `layers`, or outside all layers. The first number in a path is its layer."""
-    index = next((int(part) for part in path.split(".") if part.isdigit()), None)
-    return layers is None or index is None or index in layers
-
-
-def near_names(name: str, linear: dict[str, nn.Module]) -> list[str]:
-    """The suffixes of linear modules that are similar to `name`, or else their last parts."""
-    known = {suffix for path in linear for suffix in suffixes(path) if not suffix.split(".")[0].isdigit()}
-    last = sorted({path.rpartition(".")[2] for path in linear})
-    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6) or last
 
 
 def suffixes(path: str) -> list[str]:
     """The dotted suffixes of a path, shortest first: c_attn, attn.c_attn, 0.attn.c_attn, ..."""
     parts = path.split(".")
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-
-
-def summary(paths: list[str]) -> str:
-    """The first path and the number of others."""
-    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def outputs(module: nn.Linear | Conv1D) -> int:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.files import apply_adapter
-from lora_ft.methods.lora.inject import bare, lora_layers
+from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
+from lora_ft.nn.adapted import bare
 
 SENTENCES = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -47,9 +48,10 @@ def matrix_error(W: Tensor, merged: Tensor, A: Tensor, B: Tensor, s: float, x: T
     return error.max().item(), quotient.max().item()
 
 
-def sample_rows(record: dict | None, tokenizer, vocabulary: int) -> list[list[int]]:
+def sample_rows(record: dict, tokenizer, vocabulary: int) -> list[list[int]]:
     """Rows of token ids to compare logits on: those in the record, or a few sentences, and always a row of random ids."""
-    rows = [row for row in (record or {}).get("samples") or () if isinstance(row, list) and row]
+    samples = record.get("samples")
+    rows = [row for row in samples if isinstance(row, list) and row] if isinstance(samples, list) else []
     rows = [row[:512] for row in rows if all(type(i) is int and 0 <= i < vocabulary for i in row)][:8]
     if not rows and tokenizer is not None:
         rows = [ids for ids in (tokenizer(text)["input_ids"] for text in SENTENCES) if ids and max(ids) < vocabulary]
@@ -61,8 +63,8 @@ def compare_logits(
 ) -> dict:
     """Compare the logits of base + adapter and of the merged model on `rows`, in float32, one model in memory at a time.
 
-    The effect of rounding the merged weights is measured separately, on base + adapter merged and rounded in memory. Two
-    conditions must hold:
+    The effect of rounding the merged weights is measured separately, on base + adapter merged and rounded in memory. ModelError
+    unless both hold:
 
     - the merged model on disk equals that one to 1e-4 of the largest logit (plus 1/16 of the rounding's effect: a sum in
       another order may round a few weights the other way);
@@ -73,9 +75,6 @@ def compare_logits(
     of a single matrix of 60 (B normal, std 0.02) exceeds it 7 to 19 times.
 
     dtypes: module -> the dtype that its merged weight is stored in. rows: token ids.
-
-    Raises:
-        ModelError: a condition does not hold; with the difference, the limit and the position.
     """
     model = load_base(base, "float32")
     apply_adapter(model, adapter)
@@ -93,7 +92,6 @@ def compare_logits(
     found = logits(model, rows)
     del model
     gc.collect()
-
     scale = max(t.abs().max().item() for t in exact)
     allowed = max(1e-4 if d == torch.float32 else 8 * torch.finfo(d).eps for d in dtypes.values())
     rounding = largest(rounded, exact)[0]

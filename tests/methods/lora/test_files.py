@@ -8,16 +8,18 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.names import portable_name
-from lora_ft.methods.lora import files
+from lora_ft.methods.lora import files, peft_config
 from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.trained import Trained
 from tests.helpers.families import tiny_model, token_ids
+from tests.helpers.tiny import save_with_record
 
 
 def read(folder: Path) -> AdapterFile:
@@ -46,7 +48,7 @@ def adapted(family, seed=3, **settings):
 def saved(family, folder, record=True, **settings):
     model = adapted(family, **settings)
     folder.mkdir(parents=True)
-    files.save_adapter(model, folder, "base", record={"format": 1, "kind": "adapter"} if record else None)
+    (save_with_record if record else files.save_adapter)(model, folder, "base")
     return model
 
 
@@ -196,7 +198,7 @@ def test_scalings_that_differ_are_folded_into_B(tmp_path):
     list(lora_layers(model).values())[1].scaling *= 3
     expected = logits(model)
     tmp_path.joinpath("a").mkdir()
-    files.save_adapter(model, tmp_path / "a", "base", record={"format": 1, "kind": "adapter"})
+    save_with_record(model, tmp_path / "a", "base")
     again = tiny_model("llama")
     files.load_adapter(again, tmp_path / "a")
     assert torch.allclose(logits(again), expected, atol=2e-6)
@@ -457,3 +459,18 @@ def test_a_model_takes_one_adapter(good):
     files.load_adapter(model, good)
     with pytest.raises(ModelError, match="has an adapter already"):
         files.load_adapter(model, good)
+
+
+@pytest.mark.parametrize("record", [{"base": "x"}, {"base": [1]}, {"config": [1]}, {"config": None}])
+def test_a_record_of_other_types_is_an_error(record, tmp_path):
+    saved("gpt2", tmp_path / "a", record=False)
+    storage.write_json(tmp_path / "a" / files.RECORD, {"format": 1, "kind": "adapter"} | record)
+    with pytest.raises(ModelError, match=f"lora_ft.json: damaged: {next(iter(record))} is not an object"):
+        Trained.open(tmp_path / "a")
+
+
+def test_an_exact_path_is_targeted_in_any_layer_as_in_peft():
+    path, other = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+    settings = dict(target_modules=[path, "up_proj"], layers_to_transform=[1])
+    theirs = {name for name in (path, other) if check_target_module_exists(peft.LoraConfig(**settings), name)}
+    assert peft_config.targeted(settings, [path, other], None) == theirs == {path, other}

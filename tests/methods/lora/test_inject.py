@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.core.errors import ConfigError, ModelError
-from lora_ft.methods.lora.inject import bare, inject_lora, lora_layers, merge, trainable, unmerge
+from lora_ft.methods.lora.inject import inject_lora, lora_layers, merge, trainable, unmerge
 from lora_ft.methods.lora.roles import architecture_of
 from lora_ft.methods.lora.targets import find_targets
+from lora_ft.nn.adapted import bare
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 from tests.helpers.families import FAMILIES, build, tiny_model, token_ids
 
@@ -177,19 +178,19 @@ def test_layers():
 
 def test_modules_by_exact_and_suffix_name_in_model_order():
     found = find_targets(build("gpt2"), ["v"], ["transformer.h.1.mlp.c_fc", "attn.c_proj"])
-    assert [target.module for target in found] == [
+    assert list(found) == [
         "transformer.h.0.attn.c_attn",
         "transformer.h.0.attn.c_proj",
         "transformer.h.1.attn.c_attn",
         "transformer.h.1.attn.c_proj",
         "transformer.h.1.mlp.c_fc",
     ]
-    assert found[0].rows == {"v": RowBlocks(1, 96, 64, 32)}
-    assert found[1].rows == {ALL_ROWS: RowBlocks(1, 32, 0, 32)}
+    assert found["transformer.h.0.attn.c_attn"] == {"v": RowBlocks(1, 96, 64, 32)}
+    assert found["transformer.h.0.attn.c_proj"] == {ALL_ROWS: RowBlocks(1, 32, 0, 32)}
 
 
 def test_a_suffix_is_dotted():
-    assert not [t for t in find_targets(build("llama"), [], ["lm_head", "up_proj"]) if "gate" in t.module]
+    assert not [path for path in find_targets(build("llama"), [], ["lm_head", "up_proj"]) if "gate" in path]
     with pytest.raises(ModelError, match="'proj'"):
         find_targets(build("llama"), [], ["proj"])
 
@@ -210,7 +211,7 @@ def build_unknown() -> nn.Module:
 
 def test_a_module_that_a_role_reaches_too_is_adapted_once():
     found = find_targets(build("gpt2"), ["o"], ["c_proj"])
-    assert [(t.module, *t.rows) for t in found][:2] == [
+    assert [(path, *parts) for path, parts in found.items()][:2] == [
         ("transformer.h.0.attn.c_proj", "o"),
         ("transformer.h.0.mlp.c_proj", ALL_ROWS),
     ]
@@ -292,7 +293,7 @@ def test_errors_say_what_where_and_what_to_do(family, targets, modules, layers, 
 def test_adapting_twice_is_refused():
     model = tiny_model("llama")
     inject_lora(model)
-    with pytest.raises(ModelError, match="LoRA layers already"):
+    with pytest.raises(ModelError, match="adapter layers already"):
         inject_lora(model, ["o"])
 
 

@@ -23,6 +23,7 @@ from lora_ft.methods.trained import Trained
 from lora_ft.model.files import Base, resolve
 from lora_ft.model.load import load_base
 from tests.helpers.families import FAMILIES, tiny_model, token_ids
+from tests.helpers.tiny import save_with_record
 
 IDS = token_ids(rows=2, length=11)
 
@@ -46,7 +47,7 @@ def write_adapter(model, folder, base=None, scale=0.3, **settings) -> Path:
             B.data.normal_(std=scale, generator=generator)
     folder.mkdir()
     about = {"name": base.name, "revision": None, "fingerprint": base.fingerprint} if base else {}
-    files.save_adapter(model, folder, "base", record={"format": 1, "kind": "adapter", "base": about, "seed": 5})
+    save_with_record(model, folder, "base", base=about, seed=5)
     return folder
 
 
@@ -477,3 +478,8 @@ def test_a_gguf_base_becomes_a_float32_folder(tmp_path, monkeypatch):
     merge_folder(gguf, adapter, tmp_path / "out", other_base=True)
     assert not (tmp_path / "out/.base").exists()
     assert torch.allclose(logits(plain(tmp_path / "out")), logits(model), atol=2e-5)
+
+
+@pytest.mark.parametrize("samples", [5, True, "x", {"a": [1]}, [[1, 10**9], [True], "x", 3]])
+def test_samples_of_other_types_are_replaced(samples):
+    assert [len(row) for row in verify.sample_rows({"samples": samples}, None, 10)] == [24]

@@ -6,8 +6,9 @@ import torch
 
 from lora_ft import load_adapter, merge, mixed, use
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.inject import bare, inject_lora
+from lora_ft.methods.lora.inject import inject_lora
 from lora_ft.methods.lora.multi import adapter_names, shared_layers
+from lora_ft.nn.adapted import bare
 from tests.helpers.families import tiny_model, token_ids
 from tests.methods.lora.test_files import saved
 

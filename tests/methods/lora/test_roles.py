@@ -189,9 +189,8 @@ def test_trainable_parameters_by_formula(family):
 
 
 def test_parts_follow_the_order_of_rows():
-    target = find_targets(build("codegen"), ["k", "q", "v"])[0]
-    assert list(target.rows) == ["q", "v", "k"]
-    assert list(find_targets(build("gpt2"), ["v", "q"])[0].rows) == ["q", "v"]
+    for family, targets, ordered in (("codegen", ["k", "q", "v"], ["q", "v", "k"]), ("gpt2", ["v", "q"], ["q", "v"])):
+        assert [list(parts) for parts in find_targets(build(family), targets).values()] == [ordered] * 2
 
 
 def test_fused_blocks():

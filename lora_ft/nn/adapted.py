@@ -1,0 +1,60 @@
+"""What all adapted layers have in common, and two modes of a model: computing its bare base, and eval mode."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen nn.Linear or Hugging Face Conv1D, and what a subclass adds to it.
+
+    Attributes:
+        base: the frozen layer, unchanged; `weight` and `bias` are the base's.
+        enabled: False computes the base alone.
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.in_features, self.out_features = dimensions(base)
+        self.enabled = True
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+
+@contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """Within it the adapted layers of `model` compute their bases alone; afterwards each is as it was."""
+    before = {layer: layer.enabled for layer in model.modules() if isinstance(layer, AdaptedLayer)}
+    try:
+        for layer in before:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in before.items():
+            layer.enabled = enabled
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it `model` is in eval mode; afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def out_in(base: nn.Linear | Conv1D) -> Tensor:
+    """The weight as (out, in), as nn.Linear stores it; for a Conv1D, which stores (in, out), a transposed view."""
+    return base.weight.T if isinstance(base, Conv1D) else base.weight
+
+
+def dimensions(base: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(in, out) of a layer."""
+    out_features, in_features = out_in(base).shape
+    return in_features, out_features
