@@ -86,7 +86,7 @@ def test_text_has_only_loss_and_perplexity():
 def test_a_padded_row_without_supervised_tokens_changes_no_score(monkeypatch):
     """A rank with fewer rows than another computes empty ones, so that all take part in the collectives of a sharded base."""
     model, dataset, rows = build("llama"), classification([[5], [6]]), []
-    monkeypatch.setattr(processes, "all_reduce_max", lambda count: count + 2)  # another rank has two rows more
+    monkeypatch.setattr(processes, "all_gather", lambda count: [count, count + 2])  # another rank has two rows more
     hook = model.register_forward_pre_hook(lambda _, args, inputs: rows.append(inputs["input_ids"]), with_kwargs=True)
     try:
         padded = score(model, dataset, Isolation.ATTENTION, 64, shard=Shard(padded=True))
