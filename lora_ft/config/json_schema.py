@@ -19,7 +19,7 @@ def config_schema() -> dict[str, Any]:
 
 
 def _cleaned(schema: Any) -> Any:
-    """Without pydantic's titles, which repeat the names, and the extras of `lora_ft.config.section.setting`."""
+    """Without pydantic's titles, which repeat the names, and the extras of `lora_ft.config.schema.setting`."""
     if isinstance(schema, list):
         return [_cleaned(item) for item in schema]
     if not isinstance(schema, dict):

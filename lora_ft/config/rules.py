@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_ft.config import training_arguments
 from lora_ft.config.json_schema import accepted, alternatives, choices, entry_at
-from lora_ft.config.schema import SECTIONS, Config, GenerationConfig, eval_sets, methods_of
+from lora_ft.config.schema import SECTIONS, Config, GenerationConfig, TrainerConfig, eval_sets, methods_of
+from lora_ft.config.training_arguments import OWN_SETTING, REFUSED, scheduler_problem
 from lora_ft.core.messages import format_value
 from lora_ft.core.metrics import SELECTION_METRICS, TEXT_METRICS, add_set_name, selection_metric
 from lora_ft.core.names import nearest, template_columns
@@ -61,15 +61,25 @@ def unknown(path: Place) -> tuple[str, Place | None]:
         return f"set the whole mapping, as in --set '{'.'.join(path[:2])}={{{path[2]}: ...}}'", None
     section, name = path[:-1], path[-1]
     if section == ("trainer",):
-        return training_arguments.why_refused(name), None
+        return _why_refused(name), None
     siblings = SECTIONS[section[0]].model_fields if section and section[0] in SECTIONS else Config.model_fields
-    places: dict[str, Place] = {n: tuple(own.split(".")) for n, own in training_arguments.OWN_SETTING.items()}
+    places: dict[str, Place] = {n: tuple(own.split(".")) for n, own in OWN_SETTING.items()}
     places |= {n: (s, n) for s, model in reversed(SECTIONS.items()) for n in model.model_fields}  # the first wins
     if name not in places and (near := nearest(name, siblings)):
         return f"no such setting; did you mean {near}?", (*section, near)
     if near := name if name in places else nearest(name, places):
         return f"no such setting here; did you mean {'.'.join(places[near])}?", places[near]
     return f"no such setting; available are {', '.join(siblings)}", None
+
+
+def _why_refused(field: str) -> str:
+    """Why `trainer` does not accept a field that is not one of TrainerConfig, and what to use instead."""
+    if field in OWN_SETTING:
+        return f"set {OWN_SETTING[field]} instead"
+    if field in REFUSED:
+        return f"cannot be set: {REFUSED[field]}"
+    near = nearest(field, [*TrainerConfig.model_fields, *OWN_SETTING, *REFUSED])
+    return "not a field of TrainingArguments; " + (f"did you mean {near}?" if near else "remove it")
 
 
 def _message(path: tuple[str | int, ...], error: Any) -> str:
@@ -102,7 +112,7 @@ def broken_rules(config: Config) -> Iterator[Broken]:
     yield from _eval_rules(config)
     yield from _generation_rules(config)
     kwargs = config.trainer.lr_scheduler_kwargs
-    if problem := training_arguments.scheduler_problem(config.train.lr_scheduler_type, kwargs or {}):
+    if problem := scheduler_problem(config.train.lr_scheduler_type, kwargs or {}):
         schedule, arguments = "train.lr_scheduler_type", "trainer.lr_scheduler_kwargs"
         at, hint = (arguments, "") if kwargs else (schedule, f", in {arguments}")
         yield at, f"{schedule} {arguments}", problem + hint
