@@ -7,26 +7,19 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from lora_ft.cli.app import AllowPickle, AsJson, Debug, OtherBase, Set, TrustRemoteCode, command
+from lora_ft.cli.app import AsJson, Set, command
 from lora_ft.core.messages import silence_libraries
-from lora_ft.core.trust import Trust
+from lora_ft.core.trust import NO_TRUST, Trust
 
 
 @command
 def init(
     config: Annotated[Path, Argument(metavar="[CONFIG]", help="The config file to write.")] = Path("config.yaml"),
-    model: Annotated[
-        str | None, Option(metavar="NAME", help="The base model: a hub id, a folder or a .gguf file.")
-    ] = None,
-    data: Annotated[
-        str | None, Option(metavar="SOURCE", help="The data: a file, or a hub id[:config][@split].")
-    ] = None,
-    task: Annotated[
-        str | None, Option(help="chat, classification, completion or text. Default: inferred from the data.")
-    ] = None,
+    model: Annotated[str | None, Option(metavar="NAME", help="The base model: hub id, folder or .gguf file.")] = None,
+    data: Annotated[str | None, Option(metavar="SOURCE", help="The data: a file or hub id[:config][@split].")] = None,
+    task: Annotated[str | None, Option(help="chat, classification, completion or text. Default: inferred.")] = None,
     output: Annotated[str | None, Option(metavar="FOLDER", help="The folder for the adapter. Default: out.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing config file.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Write a config for a model and data; prompt for the rest.
 
@@ -40,9 +33,7 @@ def init(
 
 @command
 def check(
-    config: Annotated[
-        Path | None, Argument(metavar="CONFIG", help="The YAML config file; omit it with --shape.")
-    ] = None,
+    config: Annotated[Path | None, Argument(metavar="CONFIG", help="The config file; omit it with --shape.")] = None,
     set: Set = None,
     shape: Annotated[
         str | None,
@@ -50,10 +41,7 @@ def check(
     ] = None,
     time: Annotated[bool, Option("--time", help="Load the model and time two steps to estimate the duration.")] = False,
     as_json: AsJson = False,
-    other_base: OtherBase = False,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    debug: Debug = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Check config, data, targets and memory without training.
 
@@ -72,19 +60,18 @@ def check(
         silence_libraries()
         from lora_ft.commands.check.shapes import check_shape
 
-        return check_shape(shape, settings, as_json=as_json, trust=Trust(trust_remote_code))
+        return check_shape(shape, settings, as_json=as_json, trust=trust)
     assert config is not None
     settings = load_config(config, set or ())
     silence_libraries()
     from lora_ft.commands.check.command import check
 
-    check(settings, as_json=as_json, time=time, trust=Trust(trust_remote_code, allow_pickle, other_base))
+    check(settings, as_json=as_json, time=time, trust=trust)
 
 
 @command
 def schema(
     markdown: Annotated[bool, Option("--markdown", help="Print the reference page of all settings instead.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Print the JSON Schema of the config, for completion in editors.
 
@@ -97,7 +84,7 @@ def schema(
 
 
 @command
-def env(as_json: AsJson = False, debug: Debug = False) -> None:
+def env(as_json: AsJson = False) -> None:
     """Print versions, device and memory for a bug report.
 
     \b

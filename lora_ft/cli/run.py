@@ -7,9 +7,9 @@ from typing import Annotated
 
 from typer import Option
 
-from lora_ft.cli.app import AllowPickle, AsJson, ConfigFile, Debug, OtherBase, Set, TrustRemoteCode, command, main
+from lora_ft.cli.app import AsJson, ConfigFile, Pickles, RemoteCode, Set, command, main
 from lora_ft.core.messages import silence_libraries
-from lora_ft.core.trust import Trust
+from lora_ft.core.trust import NO_TRUST, Trust
 
 
 @command
@@ -18,14 +18,11 @@ def train(
     set: Set = None,
     resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint, if there is one.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in `output`.")] = False,
-    other_base: OtherBase = False,
     processes: Annotated[
         int | None,
         Option(metavar="N", min=1, help="Train in N processes on this machine. Default: one per visible GPU."),
     ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    debug: Debug = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Train an adapter and write it to the config's `output`.
 
@@ -36,8 +33,7 @@ def train(
     from lora_ft.core.errors import ConfigError
 
     if resume and overwrite:
-        meanings = "--resume continues the run, --overwrite replaces it"
-        raise ConfigError(f"--resume and --overwrite cannot be combined: {meanings}")
+        raise ConfigError("--resume continues the run, --overwrite replaces it: they cannot be combined")
     settings = load_config(config, set or ())
     silence_libraries()
     from lora_ft.distributed.launch import launch, processes_to_start
@@ -48,7 +44,7 @@ def train(
     with redirect_stdout(sys.stderr):  # transformers announces W&B's offline mode on stdout
         from lora_ft.commands.train import train
 
-    train(settings, resume=resume, overwrite=overwrite, trust=Trust(trust_remote_code, allow_pickle, other_base))
+    train(settings, resume=resume, overwrite=overwrite, trust=trust)
 
 
 @command
@@ -71,9 +67,8 @@ def compare(
         Path | None, Option(metavar="DIR", help="The folder for all runs. Default: the config's output with -compare.")
     ] = None,
     as_json: AsJson = False,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    debug: Debug = False,
+    remote_code: RemoteCode = False,
+    pickles: Pickles = False,
 ) -> None:
     """Train variants of a config and compare the results.
 
@@ -95,5 +90,5 @@ def compare(
         output=output,
         overrides=set or (),
         as_json=as_json,
-        trust=Trust(trust_remote_code, allow_pickle),
+        trust=Trust(remote_code, pickles),
     )

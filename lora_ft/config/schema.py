@@ -144,9 +144,7 @@ class TrainConfig(Section):
 class GenerationConfig(Section):
     """Generated texts and their metrics."""
 
-    metrics: types.TextMetrics = setting(
-        (), "metrics by which `lora-ft eval` compares generated texts with completions"
-    )
+    metrics: types.TextMetrics = setting((), "how `lora-ft eval` compares generated texts with the completions")
     max_prompts: int | None = setting(None, "generate for a random sample of this number of distinct prompts", ge=1)
     max_new_tokens: int = setting(128, "maximum number of tokens of a generated text", ge=1)
     batch_size: int = setting(32, "prompts per batch", ge=1, resume="rounding")

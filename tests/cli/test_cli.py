@@ -34,7 +34,11 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["tran"], ["train"], ["merge"], ["check", "c.yaml", "--sett", "x=1"], ["merge", "a", "b"]]
+    "arguments",
+    [
+        *(["tran"], ["train"], ["merge"], ["check", "c.yaml", "--sett", "x=1"], ["merge", "a", "b"]),
+        *(["generate", "--seed", str(2**64)], ["export", "out", "--to", "onnx"]),
+    ],
 )
 def test_a_wrong_command_line_is_2(arguments):
     result = run(*arguments)
