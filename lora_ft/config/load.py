@@ -43,11 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "the record's config") -> Config:
-    """A config from parsed values such as those of a record; `source` names them in messages.
-
-    Raises:
-        ConfigError: all errors, one per line.
-    """
+    """A config from parsed values such as those of a record; `source` names them in messages. Raises as `load_config`."""
     return _parse(yaml_reader.Document(dict(data), {}, []), overrides, printable(source))
 
 

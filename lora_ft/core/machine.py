@@ -42,11 +42,12 @@ def total_memory() -> int:
 def free_memory() -> Free:
     """What this process can still allocate: the machine's free memory, or less by ulimit -v or its container's limit."""
     found = [Free(psutil.virtual_memory().available, "free on this machine")]
-    if (limit := address_space_limit()) is not None:
-        left = max(0, limit - psutil.Process().memory_info().vms)
-        found.append(Free(left, f"left of this process's limit (ulimit -v) of {limit / 2**20:,.0f} MiB"))
-    for limit, used in _memory_limits():
-        found.append(Free(max(0, limit - used), f"left of the container's limit of {limit / 2**20:,.0f} MiB"))
+    limits = [(limit, used, "the container's limit") for limit, used in _memory_limits()]
+    if hasattr(psutil, "RLIMIT_AS"):  # not on Windows and macOS
+        process = psutil.Process()
+        if (limit := process.rlimit(psutil.RLIMIT_AS)[0]) != psutil.RLIM_INFINITY:
+            limits.append((limit, process.memory_info().vms, "this process's limit (ulimit -v)"))
+    found += [Free(max(0, limit - used), f"left of {of} of {limit / 2**20:,.0f} MiB") for limit, used, of in limits]
     return min(found)
 
 
@@ -63,14 +64,6 @@ def peak_memory() -> int:
         return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def address_space_limit() -> int | None:
-    """Bytes that `ulimit -v` allows this process, or None where there is no such limit."""
-    if not hasattr(psutil, "RLIMIT_AS"):  # Windows, macOS
-        return None
-    limit = psutil.Process().rlimit(psutil.RLIMIT_AS)[0]
-    return None if limit == psutil.RLIM_INFINITY else limit
 
 
 def keep_freed_memory() -> None:
