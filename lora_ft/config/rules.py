@@ -153,14 +153,12 @@ def _adapter_rules(config: Config) -> Iterator[Broken]:
             message = f"applies to method {' and '.join(methods)}, but adapter.method is {method}; remove one of them"
             yield f"adapter.{name}", "adapter.method", message
     if method == "full" and config.model.dtype in ("bfloat16", "float16"):
-        message = "full trains float32 weights; leave it auto, and use trainer.bf16 for bfloat16 computation"
-        yield "model.dtype", "adapter.method", message
+        yield "model.dtype", "adapter.method", "full trains float32 weights; leave it auto, and use trainer.bf16"
     if method == "full" and config.trainer.fsdp:
         message = "shards a frozen base, but full trains it; remove fsdp, or use method lora, bottleneck or prompt"
         yield "trainer.fsdp", "adapter.method", message
     if method == "lora" and not adapter.targets and not adapter.modules:
-        message = "nothing would be trained; add a role here, or a module to adapter.modules"
-        yield "adapter.targets", "adapter.modules", message
+        yield "adapter.targets", "adapter.modules", "nothing would be trained; add a role, or set adapter.modules"
 
 
 def _eval_rules(config: Config) -> Iterator[Broken]:
@@ -182,8 +180,7 @@ def _eval_rules(config: Config) -> Iterator[Broken]:
     if key != "loss" and data.eval is None:
         yield at, "data.eval", f"{key} {NEEDS_EVAL}"
     if metric in ("accuracy", "macro_f1") and data.label_names is None:
-        message = f"{metric} needs data.label_names, which makes the evaluation a classification"
-        yield at, "data.label_names", message
+        yield at, "data.label_names", f"{metric} needs data.label_names, which makes the evaluation a classification"
     if metric in TEXT_METRICS and not (train.predict_with_generate and metric in config.generation.metrics):
         message = f"{metric} needs train.predict_with_generate, and {metric} in generation.metrics"
         yield at, "train.predict_with_generate generation.metrics", message
