@@ -46,16 +46,14 @@ Set = Annotated[
 ]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 BaseName = Annotated[
-    str | None,
-    Option("--base", metavar="NAME", help="The base model: a hub id or a folder. Default: the adapter's own."),
+    str | None, Option("--base", metavar="NAME", help="The base model: a hub id or folder. Default: the adapter's own.")
 ]
 OtherBase = Annotated[
     bool, Option("--other-base", help="Continue with a warning if the base is not the one the adapter was trained on.")
 ]
 RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run Python code that comes with the base model.")]
 Pickles = Annotated[
-    bool,
-    Option("--allow-pickle", help="Load pickled weights, if the base has no others, with torch's weights_only loader."),
+    bool, Option("--allow-pickle", help="Load pickled weights if there are no others, by torch's weights_only loader.")
 ]
 PERMISSIONS = {"other_base": OtherBase, "remote_code": RemoteCode, "pickles": Pickles}  # by the fields of Trust
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")]

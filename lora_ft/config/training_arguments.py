@@ -39,9 +39,7 @@ _REASONS = {
     "it scales noise by the length of a row, and rows hold several examples": "neftune_noise_alpha",
     "float16 needs a loss scaler, which is not supported; use trainer.bf16 or model.dtype": "fp16",
     "it would round the adapter; use model.dtype": "fp16_full_eval bf16_full_eval",
-    "set by lora-ft; turn checkpointing on with train.gradient_checkpointing": (
-        "gradient_checkpointing_kwargs activation_checkpointing_kwargs"
-    ),
+    "set by lora-ft (train.gradient_checkpointing)": "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
     "use adapter.targets and adapter.modules": "optim_target_modules",
     "not supported: micro-batches have varying shapes": "torch_compile torch_compile_backend torch_compile_mode",
     "it replaces parts of the model that lora-ft relies on": "use_liger_kernel liger_kernel_config",
@@ -68,13 +66,9 @@ _REASONS = {
         "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
         "remove_unused_columns train_sampling_strategy length_column_name"
     ),
-    "set by lora-ft: each step is one all-reduce of the adapter": (
-        "ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph"
-    ),
+    "each step is one all-reduce of the adapter": "ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph",
     "the launcher sets it": "local_rank",
-    "not supported; use several processes (--processes), with trainer.fsdp to shard the base": (
-        "parallelism_config fsdp_config deepspeed"
-    ),
+    "use --processes, with trainer.fsdp to shard the base": "parallelism_config fsdp_config deepspeed",
     "use `lora-ft train CONFIG --debug`": "debug",
     "use the commands `lora-ft train` and `lora-ft eval`": "do_train do_eval do_predict",
 }
@@ -82,25 +76,23 @@ REFUSED = {field: reason for reason, fields in _REASONS.items() for field in fie
 
 # lr_scheduler_type -> the arguments it accepts in trainer.lr_scheduler_kwargs. Only schedules that depend on the step alone:
 # those that follow a metric (reduce_lr_on_plateau, greedy) cannot be recomputed for a longer run.
-SCHEDULERS: dict[str, tuple[str, ...]] = {
-    "linear": (),
-    "cosine": ("num_cycles",),
-    "cosine_with_restarts": ("num_cycles",),
-    "polynomial": ("lr_end", "power"),
-    "constant": (),
-    "constant_with_warmup": (),
-    "inverse_sqrt": ("timescale",),
-    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
-    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
-    "warmup_stable_decay": (
-        *("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"),
-    ),
+SCHEDULERS = {
+    "linear": "",
+    "cosine": "num_cycles",
+    "cosine_with_restarts": "num_cycles",
+    "polynomial": "lr_end power",
+    "constant": "",
+    "constant_with_warmup": "",
+    "inverse_sqrt": "timescale",
+    "cosine_with_min_lr": "num_cycles min_lr min_lr_rate",
+    "cosine_warmup_with_min_lr": "num_cycles min_lr min_lr_rate warmup_lr_rate",
+    "warmup_stable_decay": "num_decay_steps num_stable_steps warmup_type decay_type min_lr_ratio num_cycles",
 }
 
 
 def scheduler_problem(scheduler: str, kwargs: Mapping[str, Any]) -> str | None:
     """What is wrong with `trainer.lr_scheduler_kwargs` for this `train.lr_scheduler_type`; None if nothing is."""
-    known = SCHEDULERS[scheduler]
+    known = SCHEDULERS[scheduler].split()
     for name in kwargs:
         if name not in known:
             return f"{scheduler} does not accept {printable(name)}; it accepts {', '.join(known) or 'no arguments'}"

@@ -49,7 +49,7 @@ def test_schedulers_accept_the_arguments_of_the_table():
     given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     for name, kwargs in SCHEDULERS.items():
         function = optimization.TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
-        assert set(kwargs) == set(inspect.signature(function).parameters) - given, name
+        assert set(kwargs.split()) == set(inspect.signature(function).parameters) - given, name
 
 
 @pytest.mark.parametrize(
