@@ -91,6 +91,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             info(str(stop) or "stopped")
             raise SystemExit(getattr(stop, "exit_code", EXIT_INTERRUPTED)) from None
 
+    run.__doc__ = (function.__doc__ or "").replace("Example:", "\b\n    Example:", 1)  # \b: keep the lines that follow
     run.__signature__ = inspect.Signature([*parameters.values()])  # type: ignore[attr-defined]
     return app.command()(run)
 

@@ -25,7 +25,6 @@ def init(
 ) -> None:
     """Write a config for a model and data; prompt for the rest.
 
-    \b
     Example: lora-ft init --model gpt2 --data reviews.csv
     """
     from lora_ft.commands.init.command import create_config
@@ -38,8 +37,7 @@ def check(
     config: Annotated[Path | None, Argument(metavar="CONFIG", help="The config file; omit it with --shape.")] = None,
     set: Set = None,
     shape: Annotated[
-        str | None,
-        Option(metavar="SHAPE", help="Print sizes only, of gpt2, gpt3-175b, ... or a folder with a config.json."),
+        str | None, Option(metavar="SHAPE", help="Only print sizes of gpt2, gpt3-175b, ... or a folder's config.json.")
     ] = None,
     time: Annotated[bool, Option("--time", help="Load the model and time two steps to estimate the duration.")] = False,
     as_json: AsJson = False,
@@ -47,7 +45,6 @@ def check(
 ) -> None:
     """Check config, data, targets and memory without training.
 
-    \b
     Example: lora-ft check configs/quickstart.yaml --time
     Example: lora-ft check --shape gpt3-175b --set adapter.rank=4
     """
@@ -76,7 +73,6 @@ def schema(
 ) -> None:
     """Print the JSON Schema of the config, for completion in editors.
 
-    \b
     Example: lora-ft schema > lora-ft.schema.json
     """
     from lora_ft.config.docs import reference, schema_text
@@ -88,7 +84,6 @@ def schema(
 def env(as_json: AsJson = False) -> None:
     """Print versions, device and memory for a bug report.
 
-    \b
     Example: lora-ft env > env.txt
     """
     from lora_ft.commands.env import environment, report
@@ -103,14 +98,12 @@ def train(
     resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint, if there is one.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in `output`.")] = False,
     processes: Annotated[
-        int | None,
-        Option(metavar="N", min=1, help="Train in N processes on this machine. Default: one per visible GPU."),
+        int | None, Option(metavar="N", min=1, help="Train in N local processes. Default: one per visible GPU.")
     ] = None,
     trust: Trust = NO_TRUST,
 ) -> None:
     """Train an adapter and write it to the config's `output`.
 
-    \b
     Example: lora-ft train configs/quickstart.yaml --set train.learning_rate=1e-4
     """
     from lora_ft.config.load import load_config
@@ -134,13 +127,11 @@ def train(
 def compare(
     config: ConfigFile,
     vary: Annotated[
-        list[str] | None,
-        Option(metavar="KEY=V1,V2,...", help="Train with each of these values. Repeat it for all combinations."),
+        list[str] | None, Option(metavar="KEY=V1,V2,...", help="Train with each value. Repeat it for all combinations.")
     ] = None,
     seeds: Annotated[str, Option(metavar="N,N,...", help="Train each variant with these seeds.")] = "0",
     tune: Annotated[
-        list[str] | None,
-        Option(metavar="KEY=V1,V2,...", help="Choose the best value per variant, on rows held out of train."),
+        list[str] | None, Option(metavar="KEY=V1,V2,...", help="Choose each variant's best, on rows held out of train.")
     ] = None,
     tune_steps: Annotated[
         int | None, Option(metavar="N", min=1, help="Steps of a tuning run. Default: those of a full run.")
@@ -157,7 +148,6 @@ def compare(
 
     The same command resumes a comparison that was stopped.
 
-    \b
     Example: lora-ft compare config.yaml --vary adapter.rank=1,4,16 --seeds 0,1
              lora-ft compare config.yaml --vary adapter.method=lora,full \\
                  --tune train.learning_rate=1e-4,1e-3

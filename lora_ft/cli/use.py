@@ -32,7 +32,6 @@ def eval(
 ) -> None:
     """Score adapters and their base, or a merged model.
 
-    \b
     Example: lora-ft eval out --data reviews-test.jsonl --json
     """
     if config:  # report its errors before torch is imported; the record provides the rest of it later
@@ -61,8 +60,7 @@ def generate(
         Argument(metavar="[FOLDER]...", help="Adapters of one base, or a complete model. Default: out."),
     ] = None,
     adapter: Annotated[
-        list[str] | None,
-        Option(metavar="NAME=DIR", help="An adapter and its name. Can be repeated; the first one is active."),
+        list[str] | None, Option(metavar="NAME=DIR", help="An adapter and its name; repeatable, the first is active.")
     ] = None,
     base: BaseName = None,
     prompt: Annotated[str | None, Option(metavar="TEXT", help="A prompt, put into the run's template.")] = None,
@@ -92,7 +90,6 @@ def generate(
 
     With --base and no adapter, the base model itself answers.
 
-    \b
     Example: lora-ft generate out --prompt "The best film of the year"
              lora-ft generate --adapter a=out/a --adapter b=out/b --prompts p.jsonl
     """
@@ -130,7 +127,6 @@ def merge(
 ) -> None:
     """Merge an adapter into its base and verify the result.
 
-    \b
     Example: lora-ft merge --base gpt2 --adapter out/
     """
     silence_libraries()
@@ -160,7 +156,6 @@ def export(
 ) -> None:
     """Convert an adapter for PEFT, vLLM or llama.cpp, or upload it.
 
-    \b
     Example: lora-ft export out --to gguf
     """
     silence_libraries()
@@ -186,13 +181,11 @@ def report(
         list[Path] | None, Argument(metavar="[OUT ...]", help="Output folders of runs, finished or not. Default: out.")
     ] = None,
     output: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="The page. Default: OUT/report.html, or compare-report.html for several runs."),
+        Path | None, Option(metavar="FILE", help="Default: OUT/report.html, or compare-report.html for several runs.")
     ] = None,
 ) -> None:
     """Regenerate a run's report.html, or compare runs on one page.
 
-    \b
     Example: lora-ft report out/rank8 out/rank16
     """
     from lora_ft.report.write import report_command

@@ -39,11 +39,8 @@ class FilesError(UserError, exit_code=6):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` reports a refused allocation.
-
-    Decided by name and text, because libraries have no common class for it: torch's CPU allocator raises a plain
-    RuntimeError, safetensors an error of its own.
-    """
+    """Whether `error` reports a refused allocation, by name and text: libraries have no common class for it."""
+    # torch's CPU allocator raises a plain RuntimeError, safetensors an error of its own
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()

@@ -24,8 +24,13 @@ def cores() -> int:
     """CPU cores this process may use: its affinity, and the quota of its container rounded to cores."""
     process = psutil.Process()
     allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # not on macOS
-    quotas = [round(quota / period) for quota, period in _cpu_quotas() if quota > 0 and period > 0]
-    return max(1, min([allowed, *quotas]))
+    limits = [allowed]
+    for group in _control_groups("cpu"):
+        version_1 = (_read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us"))
+        quota, period = map(_number, _read(group / "cpu.max").split() or version_1)  # in microseconds
+        if quota > 0 and period > 0:
+            limits.append(round(quota / period))
+    return max(1, min(limits))
 
 
 def cpu_name() -> str:
@@ -75,14 +80,6 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def _cpu_quotas() -> Iterator[tuple[int, int]]:
-    """(quota, period) in microseconds of each control group above this process that limits CPU time."""
-    for group in _control_groups("cpu"):
-        if v2 := _read(group / "cpu.max").split():
-            yield _number(v2[0]), _number(v2[1])
-        yield _number(_read(group / "cpu.cfs_quota_us")), _number(_read(group / "cpu.cfs_period_us"))
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
