@@ -74,6 +74,7 @@ def _parse(document: yaml_reader.Document, overrides: Sequence[str], source: str
     errors = [(problem.line, problem.path, problem.message) for problem in document.problems]
     # The settings and sections with an error so far: no further error is reported for them.
     bad: set[Any] = {problem.path[:2] for problem in document.problems if problem.unread}
+    bad -= {(section,) for section in SECTIONS}  # a section keeps its other settings
     for override in overrides:
         path, value, error = _parse_override(override)
         lines = {known: line for known, line in lines.items() if known[: len(path)] != path} | {path: COMMAND_LINE}

@@ -39,9 +39,8 @@ def schema_errors(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ..
     try:
         Config.model_validate(data)
         return
-    except ValidationError as e:
-        errors = e.errors(include_url=False)
-    errors.sort(key=lambda error: error["type"] != "extra_forbidden")  # misspelled before missing names
+    except ValidationError as e:  # misspelled before missing names
+        errors = sorted(e.errors(include_url=False), key=lambda error: error["type"] != "extra_forbidden")
     meant = set()
     for error in errors:
         path = error["loc"]
@@ -57,7 +56,7 @@ def schema_errors(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ..
 
 def unknown(path: Place) -> tuple[str, Place | None]:
     """(message for a name that is not a setting, the setting that was probably meant)."""
-    if len(path) == 3 and path[:2] in (("trainer", "lr_scheduler_kwargs"), ("data", "label_names")):
+    if len(path) == 3 and path[:2] in (("trainer", "lr_scheduler_kwargs"), ("data", "label_names"), ("data", "eval")):
         return f"set the whole mapping, as in --set '{'.'.join(path[:2])}={{{path[2]}: ...}}'", None
     section, name = path[:-1], path[-1]
     if section == ("trainer",):

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
     path: Path
     line: int
     message: str
-    unread: bool = False  # the setting at `path` has no value to validate (a section keeps its other settings)
+    unread: bool = False  # the setting at `path` has no value to validate
 
 
 class Document(NamedTuple):
@@ -109,7 +109,7 @@ class _Builder:
         return Document(value, self.lines, self.problems)
 
     def problem(self, path: Path, event: Any, message: str) -> None:
-        self.problems.append(Problem(path, event.start_mark.line + 1, message, unread=len(path) > 1))
+        self.problems.append(Problem(path, event.start_mark.line + 1, message, unread=True))
 
     def value(self, path: Path, event: Any) -> Any:
         """The value that starts with `event`."""

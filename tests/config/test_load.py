@@ -104,6 +104,12 @@ def test_a_misspelled_key_is_reported_once(wrong):
     assert len(wrong(GOOD.replace("train:", "trian:"))) == 1
 
 
+def test_a_setting_that_cannot_be_read_is_reported_once(wrong):
+    (line,) = wrong(GOOD + "output: *x\n")
+    assert line.startswith("c.yaml:7: output: aliases (*x) are not supported")
+    assert [line[:10] for line in wrong(GOOD + "train: &x {seed: -1}\n")] == ["c.yaml:7: "] * 2
+
+
 def test_a_repeated_key_names_both_lines(wrong):
     (line,) = wrong(GOOD + "train:\n  seed: 1\n  seed: 1\n")
     assert line.startswith("c.yaml:9: train.seed: given twice, in lines 8 and 9")
@@ -352,6 +358,7 @@ def test_set_overrides_the_file_and_earlier_ones(load):
             "trainer.lr_scheduler_kwargs.power=2",
             "--set trainer.lr_scheduler_kwargs.power: set the whole mapping, as in --set '",
         ),
+        ("data.eval.dev=a.csv", "--set data.eval.dev: set the whole mapping, as in --set 'data.eval={dev: ...}'"),
         ("data.label_names.label=[a, b]", "--set data.label_names.label: set the whole mapping, as in"),
     ],
 )
