@@ -114,8 +114,7 @@ def train(
     silence_libraries()
     from lora_ft.distributed.launch import launch, processes_to_start
 
-    count = processes_to_start(processes, on_gpus=not settings.trainer.use_cpu)
-    if count > 1:
+    if (count := processes_to_start(processes, on_gpus=not settings.trainer.use_cpu)) > 1:
         raise SystemExit(launch(count, sys.argv[1:], main))
     with redirect_stdout(sys.stderr):  # transformers announces W&B's offline mode on stdout
         from lora_ft.commands.train import train

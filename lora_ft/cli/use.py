@@ -76,9 +76,7 @@ def generate(
     temperature: Annotated[
         float | None, Option(min=0.001, help="Sampling temperature. Default: the model's generation config.")
     ] = None,
-    top_p: Annotated[
-        float | None, Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this probability.")
-    ] = None,
+    top_p: Annotated[float | None, Option(min=0.0, max=1.0, help="Nucleus sampling with this probability.")] = None,
     top_k: Annotated[int | None, Option(metavar="K", min=1, help="Sample from the K most likely tokens.")] = None,
     greedy: Annotated[bool, Option("--greedy", help="Always choose the most likely token.")] = False,
     seed: Annotated[int | None, Option(min=0, max=2**64 - 1, help="Sampling seed.")] = None,

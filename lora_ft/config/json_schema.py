@@ -23,11 +23,7 @@ def config_schema() -> dict[str, Any]:
 
 
 def entry_at(path: tuple[str | int, ...]) -> dict[str, Any]:
-    """The JSON Schema of the setting that a path such as ("adapter", "rank") or ("output",) leads to, or into.
-
-    Raises:
-        KeyError: there is none.
-    """
+    """The JSON Schema of the setting at a path such as ("adapter", "rank") or ("output",), or around it. Raises KeyError."""
     schema = config_schema()
     if len(path) > 1 and path[0] in SECTIONS:
         return schema["$defs"][SECTIONS[str(path[0])].__name__]["properties"][path[1]]

@@ -192,11 +192,9 @@ Steps = Annotated[int | float, BeforeValidator(_steps), json_schema(FRACTION, CO
 StepsOrZero = Annotated[int | float, BeforeValidator(_steps_or_zero), json_schema(FRACTION, COUNT | {"minimum": 0})]
 _AUTO_OR_COUNT = json_schema({"const": "auto"}, COUNT)
 MicroBatchTokens = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), _AUTO_OR_COUNT]
-Reporters = Annotated[
-    OneOrMore[Literal[*REPORTERS]],  # type: ignore[valid-type]
-    BeforeValidator(lambda value: [] if value == "none" else value),
-    json_schema({"const": "none"}, *_one_or_more(*REPORTERS)),
-]
+_REPORTER = Literal[*REPORTERS]  # type: ignore[valid-type]
+_NONE = BeforeValidator(lambda value: [] if value == "none" else value)
+Reporters = Annotated[OneOrMore[_REPORTER], _NONE, json_schema({"const": "none"}, *_one_or_more(*REPORTERS))]
 _METRIC = Literal[*TEXT_METRICS]  # type: ignore[valid-type]
 TextMetrics = Annotated[OneOrMore[_METRIC], json_schema(*_one_or_more(*TEXT_METRICS))]
 TemplateText = Annotated[str, AfterValidator(_template), json_schema(TEXT)]

@@ -39,11 +39,6 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def total_memory() -> int:
-    """Bytes of memory of the machine."""
-    return psutil.virtual_memory().total
-
-
 def free_memory() -> Free:
     """What this process can still allocate: the machine's free memory, or less by ulimit -v or its container's limit."""
     found = [Free(psutil.virtual_memory().available, "free on this machine")]
@@ -88,7 +83,7 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
     for group in _control_groups("memory"):
         for limit_file, used_file in files:
             limit, used = _number(_read(group / limit_file)), _number(_read(group / used_file))
-            if 0 < limit < total_memory():
+            if 0 < limit < psutil.virtual_memory().total:
                 stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
                 yield limit, used - max(0, _number(stat.get("total_inactive_file") or stat.get("inactive_file") or ""))
 
