@@ -3,6 +3,7 @@
 Each line of the message is `path:line: section.setting: what is wrong; what to do`. Imports no torch.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ def changes(before: dict, config: Config) -> dict[str, list[str]]:
     by_class: dict[str, list[str]] = {"result": [], "rounding": [], "free": [], "longer": []}
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
-            line = f"{'.'.join(path)}: was {format_value(old.get(path))}, is {format_value(new.get(path))}"
-            by_class[resume_class(*path)].append(line)
+            was, now = (printable(json.dumps(values.get(path), ensure_ascii=False)) for values in (old, new))
+            by_class[resume_class(*path)].append(f"{'.'.join(path)}: was {was}, is {now}")
     return by_class
 
 

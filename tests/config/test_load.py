@@ -67,11 +67,16 @@ def test_a_record_of_an_earlier_version_is_the_same_run(load):
     record["trainer"]["eval_delay"] = 2
     assert parse_config(record) == config and not any(changes(record, config).values())
     assert changes(record, load(GOOD + "  eval: 0.2\noutput: b\ntrainer: {eval_delay: 2, use_cpu: true}\n")) == {
-        "result": ["data.eval: was 0.1, is 0.2", "trainer.lr_scheduler_kwargs: was a mapping (key: value), is null"],
+        "result": ["data.eval: was 0.1, is 0.2", "trainer.lr_scheduler_kwargs: was {}, is null"],
         "rounding": ["trainer.use_cpu: was null, is true"],
         "free": ['output: was "out", is "b"'],
         "longer": [],
     }
+
+
+def test_changes_of_lists_name_their_items(load):
+    (line,) = changes(load(GOOD).model_dump(mode="json"), load(GOOD, "adapter.targets=[q, o]"))["result"]
+    assert line == 'adapter.targets: was ["q", "v"], is ["q", "o"]'
 
 
 def test_frozen(load):
