@@ -1,6 +1,7 @@
 """The app, the options that commands share, and the one place where errors become messages and exit codes."""
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from lora_ft.cli.exits import report_error
 from lora_ft.core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 from lora_ft.core.messages import info
 from lora_ft.core.signals import Stopped, Stopper
+from lora_ft.core.trust import Trust
 from lora_ft.core.version import __version__
 
 app = typer.Typer(
@@ -43,18 +45,17 @@ Set = Annotated[
     ),
 ]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
+BaseName = Annotated[
+    str | None, Option("--base", metavar="NAME", help="The base model: a hub id or folder. Default: the adapter's own.")
+]
 OtherBase = Annotated[
     bool, Option("--other-base", help="Continue with a warning if the base is not the one the adapter was trained on.")
 ]
-BaseName = Annotated[
-    str | None,
-    Option("--base", metavar="NAME", help="The base model: a hub id or a folder. Default: the adapter's own."),
+RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run Python code that comes with the base model.")]
+Pickles = Annotated[
+    bool, Option("--allow-pickle", help="Load pickled weights if there are no others, by torch's weights_only loader.")
 ]
-TrustRemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run Python code that comes with the base model.")]
-AllowPickle = Annotated[
-    bool,
-    Option("--allow-pickle", help="Load pickled weights, if the base has no others, with torch's weights_only loader."),
-]
+PERMISSIONS = {"other_base": OtherBase, "remote_code": RemoteCode, "pickles": Pickles}  # by the fields of Trust
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")]
 ConfigFile = Annotated[Path, Argument(metavar="CONFIG", help="The YAML config file.")]
 
@@ -62,16 +63,23 @@ ConfigFile = Annotated[Path, Argument(metavar="CONFIG", help="The YAML config fi
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Decorator: register a command that ends with a message and an exit code after any error or signal.
 
-    Applied inside of Typer, which would handle Ctrl-C and closed pipes in its own way.
+    It gets the option --debug too, and those of PERMISSIONS for a parameter `trust`. Applied inside of Typer, which would
+    handle Ctrl-C and closed pipes in its own way.
     """
+    parameters = dict(inspect.signature(function).parameters)
+    permissions = PERMISSIONS if parameters.pop("trust", None) else {}
+    for name, flag in [*permissions.items(), ("debug", Debug)]:
+        parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=flag)
 
     @functools.wraps(function)
-    def run(*args: Any, **options: Any) -> None:
+    def run(*, debug: bool, **options: Any) -> None:
+        if permissions:
+            options["trust"] = Trust(**{name: options.pop(name) for name in permissions})
         if function.__name__ != "train" and os.environ.get("RANK", "0") != "0":
             return  # under a launcher only rank 0 runs the commands that need one process
         try:
             with Stopper():
-                function(*args, **options)
+                function(**options)
                 sys.stdout.flush()
         except Exception as error:
             raise SystemExit(report_error(error, debug="--debug" in sys.argv)) from None
@@ -83,6 +91,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             info(str(stop) or "stopped")
             raise SystemExit(getattr(stop, "exit_code", EXIT_INTERRUPTED)) from None
 
+    run.__doc__ = (function.__doc__ or "").replace("Example:", "\b\n    Example:", 1)  # \b: keep the lines that follow
+    run.__signature__ = inspect.Signature([*parameters.values()])  # type: ignore[attr-defined]
     return app.command()(run)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import select
 import sys
+import traceback
 
 from lora_ft.core.errors import EXIT_BROKEN_PIPE, EXIT_BUG, EXIT_OUT_OF_MEMORY, FilesError, UserError, is_out_of_memory
 from lora_ft.core.messages import info, printable
@@ -26,8 +27,6 @@ def report_error(error: Exception, debug: bool) -> int:
     if isinstance(error, BrokenPipeError) and _stdout_is_closed():
         return EXIT_BROKEN_PIPE  # `lora-ft eval | head`: the reader is gone
     if debug:
-        import traceback
-
         traceback.print_exception(error)
     if isinstance(error, UserError):
         info(str(error))

@@ -1,15 +1,94 @@
-"""Commands that train: train, compare."""
+"""Commands up to a trained run: init, check, schema, env, train, compare."""
 
+import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
-from lora_ft.cli.app import AllowPickle, AsJson, ConfigFile, Debug, OtherBase, Set, TrustRemoteCode, command, main
+from lora_ft.cli.app import AsJson, ConfigFile, Pickles, RemoteCode, Set, command, main
+from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import silence_libraries
-from lora_ft.core.trust import Trust
+from lora_ft.core.trust import NO_TRUST, Trust
+
+
+@command
+def init(
+    config: Annotated[Path, Argument(metavar="[CONFIG]", help="The config file to write.")] = Path("config.yaml"),
+    model: Annotated[str | None, Option(metavar="NAME", help="The base model: hub id, folder or .gguf file.")] = None,
+    data: Annotated[str | None, Option(metavar="SOURCE", help="The data: a file or hub id[:config][@split].")] = None,
+    task: Annotated[str | None, Option(help="chat, classification, completion or text. Default: inferred.")] = None,
+    output: Annotated[str | None, Option(metavar="FOLDER", help="The folder for the adapter. Default: out.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing config file.")] = False,
+) -> None:
+    """Write a config for a model and data; prompt for the rest.
+
+    Example: lora-ft init --model gpt2 --data reviews.csv
+    """
+    from lora_ft.commands.init.command import create_config
+
+    create_config(config, model, data, task, output, overwrite)
+
+
+@command
+def check(
+    config: Annotated[Path | None, Argument(metavar="CONFIG", help="The config file; omit it with --shape.")] = None,
+    set: Set = None,
+    shape: Annotated[
+        str | None, Option(metavar="SHAPE", help="Only print sizes of gpt2, gpt3-175b, ... or a folder's config.json.")
+    ] = None,
+    time: Annotated[bool, Option("--time", help="Load the model and time two steps to estimate the duration.")] = False,
+    as_json: AsJson = False,
+    trust: Trust = NO_TRUST,
+) -> None:
+    """Check config, data, targets and memory without training.
+
+    Example: lora-ft check configs/quickstart.yaml --time
+    Example: lora-ft check --shape gpt3-175b --set adapter.rank=4
+    """
+    from lora_ft.config.load import load_config, parse_config
+
+    if (config is None) == (shape is None):
+        raise ConfigError("give either a CONFIG file or --shape with a name or a folder that has a config.json")
+    if shape is not None:
+        without_data = {"model": {"name": shape}, "data": {"train": "none", "text": "{text}"}}
+        settings = parse_config(without_data, set or (), "the command line")
+        silence_libraries()
+        from lora_ft.commands.check.shapes import check_shape
+
+        check_shape(shape, settings, as_json=as_json, trust=trust)
+    elif config is not None:
+        settings = load_config(config, set or ())
+        silence_libraries()
+        from lora_ft.commands.check.command import check
+
+        check(settings, as_json=as_json, time=time, trust=trust)
+
+
+@command
+def schema(
+    markdown: Annotated[bool, Option("--markdown", help="Print the reference page of all settings instead.")] = False,
+) -> None:
+    """Print the JSON Schema of the config, for completion in editors.
+
+    Example: lora-ft schema > lora-ft.schema.json
+    """
+    from lora_ft.config.docs import reference, schema_text
+
+    sys.stdout.write(reference() if markdown else schema_text())
+
+
+@command
+def env(as_json: AsJson = False) -> None:
+    """Print versions, device and memory for a bug report.
+
+    Example: lora-ft env > env.txt
+    """
+    from lora_ft.commands.env import environment, report
+
+    print(json.dumps(environment()) if as_json else report())
 
 
 @command
@@ -18,50 +97,40 @@ def train(
     set: Set = None,
     resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint, if there is one.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in `output`.")] = False,
-    other_base: OtherBase = False,
     processes: Annotated[
-        int | None,
-        Option(metavar="N", min=1, help="Train in N processes on this machine. Default: one per visible GPU."),
+        int | None, Option(metavar="N", min=1, help="Train in N local processes. Default: one per visible GPU.")
     ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    debug: Debug = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Train an adapter and write it to the config's `output`.
 
-    \b
     Example: lora-ft train configs/quickstart.yaml --set train.learning_rate=1e-4
     """
     from lora_ft.config.load import load_config
-    from lora_ft.core.errors import ConfigError
 
     if resume and overwrite:
-        meanings = "--resume continues the run, --overwrite replaces it"
-        raise ConfigError(f"--resume and --overwrite cannot be combined: {meanings}")
+        raise ConfigError("--resume continues the run, --overwrite replaces it: they cannot be combined")
     settings = load_config(config, set or ())
     silence_libraries()
     from lora_ft.distributed.launch import launch, processes_to_start
 
-    count = processes_to_start(processes, on_gpus=not settings.trainer.use_cpu)
-    if count > 1:
+    if (count := processes_to_start(processes, on_gpus=not settings.trainer.use_cpu)) > 1:
         raise SystemExit(launch(count, sys.argv[1:], main))
     with redirect_stdout(sys.stderr):  # transformers announces W&B's offline mode on stdout
         from lora_ft.commands.train import train
 
-    train(settings, resume=resume, overwrite=overwrite, trust=Trust(trust_remote_code, allow_pickle, other_base))
+    train(settings, resume=resume, overwrite=overwrite, trust=trust)
 
 
 @command
 def compare(
     config: ConfigFile,
     vary: Annotated[
-        list[str] | None,
-        Option(metavar="KEY=V1,V2,...", help="Train with each of these values. Repeat it for all combinations."),
+        list[str] | None, Option(metavar="KEY=V1,V2,...", help="Train with each value. Repeat it for all combinations.")
     ] = None,
     seeds: Annotated[str, Option(metavar="N,N,...", help="Train each variant with these seeds.")] = "0",
     tune: Annotated[
-        list[str] | None,
-        Option(metavar="KEY=V1,V2,...", help="Choose the best value per variant, on rows held out of train."),
+        list[str] | None, Option(metavar="KEY=V1,V2,...", help="Choose each variant's best, on rows held out of train.")
     ] = None,
     tune_steps: Annotated[
         int | None, Option(metavar="N", min=1, help="Steps of a tuning run. Default: those of a full run.")
@@ -71,15 +140,13 @@ def compare(
         Path | None, Option(metavar="DIR", help="The folder for all runs. Default: the config's output with -compare.")
     ] = None,
     as_json: AsJson = False,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    debug: Debug = False,
+    remote_code: RemoteCode = False,
+    pickles: Pickles = False,
 ) -> None:
     """Train variants of a config and compare the results.
 
     The same command resumes a comparison that was stopped.
 
-    \b
     Example: lora-ft compare config.yaml --vary adapter.rank=1,4,16 --seeds 0,1
              lora-ft compare config.yaml --vary adapter.method=lora,full \\
                  --tune train.learning_rate=1e-4,1e-3
@@ -95,5 +162,5 @@ def compare(
         output=output,
         overrides=set or (),
         as_json=as_json,
-        trust=Trust(trust_remote_code, allow_pickle),
+        trust=Trust(remote_code, pickles),
     )

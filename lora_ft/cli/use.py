@@ -1,17 +1,17 @@
 """Commands that use a run's output: eval, generate, merge, export, report."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from lora_ft.cli.app import AllowPickle, AsJson, BaseName, Debug, OtherBase, Set, TrustRemoteCode, command
+from lora_ft.cli.app import AsJson, BaseName, Set, command
 from lora_ft.core.messages import silence_libraries
-from lora_ft.core.trust import Trust
+from lora_ft.core.trust import NO_TRUST, Trust
 
-Format = StrEnum("Format", ["peft", "merged", "gguf"])
-Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])  # of a GGUF's matrices
+Verify = Annotated[
+    bool, Option("--verify/--no-verify", help="Compare a merged model's logits with those of base + adapter.")
+]
 
 
 @command
@@ -28,14 +28,10 @@ def eval(
         Path | None, Option(metavar="FILE", help="Write the texts generated for generation.metrics as JSON lines.")
     ] = None,
     set: Set = None,
-    other_base: OtherBase = False,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    debug: Debug = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Score adapters and their base, or a merged model.
 
-    \b
     Example: lora-ft eval out --data reviews-test.jsonl --json
     """
     if config:  # report its errors before torch is imported; the record provides the rest of it later
@@ -53,7 +49,7 @@ def eval(
         as_json=as_json,
         texts_path=texts,
         overrides=set or [],
-        trust=Trust(trust_remote_code, allow_pickle, other_base),
+        trust=trust,
     )
 
 
@@ -64,8 +60,7 @@ def generate(
         Argument(metavar="[FOLDER]...", help="Adapters of one base, or a complete model. Default: out."),
     ] = None,
     adapter: Annotated[
-        list[str] | None,
-        Option(metavar="NAME=DIR", help="An adapter and its name. Can be repeated; the first one is active."),
+        list[str] | None, Option(metavar="NAME=DIR", help="An adapter and its name; repeatable, the first is active.")
     ] = None,
     base: BaseName = None,
     prompt: Annotated[str | None, Option(metavar="TEXT", help="A prompt, put into the run's template.")] = None,
@@ -81,24 +76,18 @@ def generate(
     temperature: Annotated[
         float | None, Option(min=0.001, help="Sampling temperature. Default: the model's generation config.")
     ] = None,
-    top_p: Annotated[
-        float | None, Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this probability.")
-    ] = None,
+    top_p: Annotated[float | None, Option(min=0.0, max=1.0, help="Nucleus sampling with this probability.")] = None,
     top_k: Annotated[int | None, Option(metavar="K", min=1, help="Sample from the K most likely tokens.")] = None,
     greedy: Annotated[bool, Option("--greedy", help="Always choose the most likely token.")] = False,
-    seed: Annotated[int | None, Option(min=0, help="Sampling seed.")] = None,
+    seed: Annotated[int | None, Option(min=0, max=2**64 - 1, help="Sampling seed.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Rows of --prompts per batch, across adapters.")] = 16,
     as_json: Annotated[bool, Option("--json", help="Print each answer as a JSON object on a line.")] = False,
-    other_base: OtherBase = False,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    debug: Debug = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Answer prompts or chat, with adapters that share one base.
 
     With --base and no adapter, the base model itself answers.
 
-    \b
     Example: lora-ft generate out --prompt "The best film of the year"
              lora-ft generate --adapter a=out/a --adapter b=out/b --prompts p.jsonl
     """
@@ -120,7 +109,7 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         as_json=as_json,
-        trust=Trust(trust_remote_code, allow_pickle, other_base),
+        trust=trust,
     )
 
 
@@ -129,53 +118,42 @@ def merge(
     adapter: Annotated[Path, Option(metavar="DIR", help="The adapter or checkpoint.")],
     base: BaseName = None,
     output: Annotated[
-        Path | None, Option(metavar="DIR", help="The folder for the merged model. Default: DIR-merged.")
+        Path | None, Option(metavar="DIR", help="The merged model's folder. Default: DIR-merged.")
     ] = None,
-    verify: Annotated[
-        bool, Option("--verify/--no-verify", help="Compare the merged model's logits with those of base + adapter.")
-    ] = True,
-    other_base: OtherBase = False,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    debug: Debug = False,
+    verify: Verify = True,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Merge an adapter into its base and verify the result.
 
-    \b
     Example: lora-ft merge --base gpt2 --adapter out/
     """
     silence_libraries()
     from lora_ft.commands.merge import merge_command
 
-    trust = Trust(trust_remote_code, allow_pickle, other_base)
     merge_command(adapter, base=base, output=output, verify=verify, trust=trust)
 
 
 @command
 def export(
     folder: Annotated[Path, Argument(metavar="FOLDER", help="An adapter or checkpoint; for gguf also a merged model.")],
-    to: Annotated[Format, Option(help="The common subset of PEFT's format, a merged model, or a file for llama.cpp.")],
-    merged: Annotated[
-        bool, Option("--merged", help="gguf: write the merged model instead of the adapter alone.")
-    ] = False,
+    to: Annotated[
+        Literal["peft", "merged", "gguf"],
+        Option(help="The common subset of PEFT's format, a merged model, or a file for llama.cpp."),
+    ],
+    merged: Annotated[bool, Option("--merged", help="gguf: write the merged model, not the adapter alone.")] = False,
     dtype: Annotated[
-        Dtype, Option(help="gguf: the matrices' dtype. auto: float32 for an adapter, as stored for a model.")
-    ] = Dtype.auto,
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option(help="gguf: the matrices' dtype. auto: float32 for an adapter, as stored for a model."),
+    ] = "auto",
     output: Annotated[Path | None, Option(metavar="PATH", help="Where to write. Default: beside FOLDER.")] = None,
     base: BaseName = None,
-    verify: Annotated[
-        bool, Option("--verify/--no-verify", help="merged: compare the model's logits with those of base + adapter.")
-    ] = True,
+    verify: Verify = True,
     push: Annotated[str | None, Option(metavar="REPO", help="Upload the result to this hub repository.")] = None,
     public: Annotated[bool, Option("--public", help="Create the repository as public. Default: private.")] = False,
-    other_base: OtherBase = False,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    debug: Debug = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Convert an adapter for PEFT, vLLM or llama.cpp, or upload it.
 
-    \b
     Example: lora-ft export out --to gguf
     """
     silence_libraries()
@@ -183,15 +161,15 @@ def export(
 
     export_command(
         folder,
-        str(to),
+        to,
         output=output,
         base=base,
         merged=merged,
-        dtype=str(dtype),
+        dtype=dtype,
         verify=verify,
         push=push,
         public=public,
-        trust=Trust(trust_remote_code, allow_pickle, other_base),
+        trust=trust,
     )
 
 
@@ -201,14 +179,11 @@ def report(
         list[Path] | None, Argument(metavar="[OUT ...]", help="Output folders of runs, finished or not. Default: out.")
     ] = None,
     output: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="The page. Default: OUT/report.html, or compare-report.html for several runs."),
+        Path | None, Option(metavar="FILE", help="Default: OUT/report.html, or compare-report.html for several runs.")
     ] = None,
-    debug: Debug = False,
 ) -> None:
     """Regenerate a run's report.html, or compare runs on one page.
 
-    \b
     Example: lora-ft report out/rank8 out/rank16
     """
     from lora_ft.report.write import report_command

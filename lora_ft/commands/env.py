@@ -7,6 +7,8 @@ import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
+import psutil
+
 from lora_ft.core import machine
 from lora_ft.core.version import __version__
 
@@ -30,7 +32,7 @@ def environment() -> dict[str, Any]:
     facts |= {"system": platform.platform()} | {name: _version(name) for name in packages()}
     facts |= {"cpu": f"{machine.cpu_name()}, {machine.cores()} cores for this process"}
     free = machine.free_memory()
-    facts |= {"memory": f"{_gib(machine.total_memory())}, {_gib(free.size)} {free.where}"}
+    facts |= {"memory": f"{_gib(psutil.virtual_memory().total)}, {_gib(free.size)} {free.where}"}
     facts |= {"disk here": f"{_gib(shutil.disk_usage('.').free)} free"}
     values = {name: os.environ[name][:MAX_VALUE_CHARS] for name in PRINTED_VARIABLES if name in os.environ}
     return facts | _device() | values | {name: "set" for name in SECRET_VARIABLES if name in os.environ}

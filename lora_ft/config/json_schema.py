@@ -9,33 +9,21 @@ from lora_ft.config.schema import SECTIONS, Config
 @cache
 def config_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12): closed, with the description, default, bounds and choices of every setting."""
-    schema = _cleaned(Config.model_json_schema())
+    schema = Config.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        del section["title"]  # titles repeat the names
+        for entry in section["properties"].values():
+            for extra in ("title", "resume", "methods"):
+                entry.pop(extra, None)
     for name in SECTIONS:
-        entry = schema["properties"][name]
-        schema["properties"][name] = {"$ref": entry["$ref"]}  # without its default: the settings have theirs
+        schema["properties"][name].pop("default", None)  # the settings have theirs
     for entry in schema["$defs"]["TrainerConfig"]["properties"].values():
         del entry["default"]  # transformers' own
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lora-ft config"} | schema
 
 
-def _cleaned(schema: Any) -> Any:
-    """Without pydantic's titles, which repeat the names, and the extras of `lora_ft.config.section.setting`."""
-    if isinstance(schema, list):
-        return [_cleaned(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    cleaned = {key: _cleaned(value) for key, value in schema.items() if key not in ("title", "resume", "methods")}
-    if "properties" in schema:  # of which one may be called title
-        cleaned["properties"] = {name: _cleaned(entry) for name, entry in schema["properties"].items()}
-    return cleaned
-
-
 def entry_at(path: tuple[str | int, ...]) -> dict[str, Any]:
-    """The JSON Schema of the setting that a path such as ("adapter", "rank") or ("output",) leads to, or into.
-
-    Raises:
-        KeyError: there is none.
-    """
+    """The JSON Schema of the setting at a path such as ("adapter", "rank") or ("output",), or around it. Raises KeyError."""
     schema = config_schema()
     if len(path) > 1 and path[0] in SECTIONS:
         return schema["$defs"][SECTIONS[str(path[0])].__name__]["properties"][path[1]]

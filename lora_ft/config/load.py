@@ -3,6 +3,7 @@
 Each line of the message is `path:line: section.setting: what is wrong; what to do`. Imports no torch.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "the record's config") -> Config:
-    """A config from parsed values such as those of a record; `source` names them in messages.
-
-    Raises:
-        ConfigError: all errors, one per line.
-    """
+    """A config from parsed values such as those of a record; `source` names them in messages. Raises as `load_config`."""
     return _parse(yaml_reader.Document(dict(data), {}, []), overrides, printable(source))
 
 
@@ -57,8 +54,8 @@ def changes(before: dict, config: Config) -> dict[str, list[str]]:
     by_class: dict[str, list[str]] = {"result": [], "rounding": [], "free": [], "longer": []}
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
-            line = f"{'.'.join(path)}: was {format_value(old.get(path))}, is {format_value(new.get(path))}"
-            by_class[resume_class(*path)].append(line)
+            was, now = (printable(json.dumps(values.get(path), ensure_ascii=False)) for values in (old, new))
+            by_class[resume_class(*path)].append(f"{'.'.join(path)}: was {was}, is {now}")
     return by_class
 
 
@@ -78,6 +75,7 @@ def _parse(document: yaml_reader.Document, overrides: Sequence[str], source: str
     errors = [(problem.line, problem.path, problem.message) for problem in document.problems]
     # The settings and sections with an error so far: no further error is reported for them.
     bad: set[Any] = {problem.path[:2] for problem in document.problems if problem.unread}
+    bad -= {(section,) for section in SECTIONS}  # a section keeps its other settings
     for override in overrides:
         path, value, error = _parse_override(override)
         lines = {known: line for known, line in lines.items() if known[: len(path)] != path} | {path: COMMAND_LINE}

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_ft.config import training_arguments
 from lora_ft.config.json_schema import accepted, alternatives, choices, entry_at
-from lora_ft.config.schema import SECTIONS, Config, GenerationConfig, eval_sets, methods_of
+from lora_ft.config.schema import SECTIONS, Config, GenerationConfig, TrainerConfig, eval_sets, methods_of
+from lora_ft.config.training_arguments import OWN_SETTING, REFUSED, scheduler_problem
 from lora_ft.core.messages import format_value
 from lora_ft.core.metrics import SELECTION_METRICS, TEXT_METRICS, add_set_name, selection_metric
 from lora_ft.core.names import nearest, template_columns
@@ -39,9 +39,8 @@ def schema_errors(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ..
     try:
         Config.model_validate(data)
         return
-    except ValidationError as e:
-        errors = e.errors(include_url=False)
-    errors.sort(key=lambda error: error["type"] != "extra_forbidden")  # misspelled before missing names
+    except ValidationError as e:  # misspelled before missing names
+        errors = sorted(e.errors(include_url=False), key=lambda error: error["type"] != "extra_forbidden")
     meant = set()
     for error in errors:
         path = error["loc"]
@@ -57,19 +56,29 @@ def schema_errors(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ..
 
 def unknown(path: Place) -> tuple[str, Place | None]:
     """(message for a name that is not a setting, the setting that was probably meant)."""
-    if len(path) == 3 and path[:2] in (("trainer", "lr_scheduler_kwargs"), ("data", "label_names")):
+    if len(path) == 3 and path[:2] in (("trainer", "lr_scheduler_kwargs"), ("data", "label_names"), ("data", "eval")):
         return f"set the whole mapping, as in --set '{'.'.join(path[:2])}={{{path[2]}: ...}}'", None
     section, name = path[:-1], path[-1]
     if section == ("trainer",):
-        return training_arguments.why_refused(name), None
+        return _why_refused(name), None
     siblings = SECTIONS[section[0]].model_fields if section and section[0] in SECTIONS else Config.model_fields
-    places: dict[str, Place] = {n: tuple(own.split(".")) for n, own in training_arguments.OWN_SETTING.items()}
+    places: dict[str, Place] = {n: tuple(own.split(".")) for n, own in OWN_SETTING.items()}
     places |= {n: (s, n) for s, model in reversed(SECTIONS.items()) for n in model.model_fields}  # the first wins
     if name not in places and (near := nearest(name, siblings)):
         return f"no such setting; did you mean {near}?", (*section, near)
     if near := name if name in places else nearest(name, places):
         return f"no such setting here; did you mean {'.'.join(places[near])}?", places[near]
     return f"no such setting; available are {', '.join(siblings)}", None
+
+
+def _why_refused(field: str) -> str:
+    """Why `trainer` does not accept a field that is not one of TrainerConfig, and what to use instead."""
+    if field in OWN_SETTING:
+        return f"set {OWN_SETTING[field]} instead"
+    if field in REFUSED:
+        return f"cannot be set: {REFUSED[field]}"
+    near = nearest(field, [*TrainerConfig.model_fields, *OWN_SETTING, *REFUSED])
+    return "not a field of TrainingArguments; " + (f"did you mean {near}?" if near else "remove it")
 
 
 def _message(path: tuple[str | int, ...], error: Any) -> str:
@@ -102,7 +111,7 @@ def broken_rules(config: Config) -> Iterator[Broken]:
     yield from _eval_rules(config)
     yield from _generation_rules(config)
     kwargs = config.trainer.lr_scheduler_kwargs
-    if problem := training_arguments.scheduler_problem(config.train.lr_scheduler_type, kwargs or {}):
+    if problem := scheduler_problem(config.train.lr_scheduler_type, kwargs or {}):
         schedule, arguments = "train.lr_scheduler_type", "trainer.lr_scheduler_kwargs"
         at, hint = (arguments, "") if kwargs else (schedule, f", in {arguments}")
         yield at, f"{schedule} {arguments}", problem + hint
@@ -143,14 +152,12 @@ def _adapter_rules(config: Config) -> Iterator[Broken]:
             message = f"applies to method {' and '.join(methods)}, but adapter.method is {method}; remove one of them"
             yield f"adapter.{name}", "adapter.method", message
     if method == "full" and config.model.dtype in ("bfloat16", "float16"):
-        message = "full trains float32 weights; leave it auto, and use trainer.bf16 for bfloat16 computation"
-        yield "model.dtype", "adapter.method", message
+        yield "model.dtype", "adapter.method", "full trains float32 weights; leave it auto, and use trainer.bf16"
     if method == "full" and config.trainer.fsdp:
         message = "shards a frozen base, but full trains it; remove fsdp, or use method lora, bottleneck or prompt"
         yield "trainer.fsdp", "adapter.method", message
     if method == "lora" and not adapter.targets and not adapter.modules:
-        message = "nothing would be trained; add a role here, or a module to adapter.modules"
-        yield "adapter.targets", "adapter.modules", message
+        yield "adapter.targets", "adapter.modules", "nothing would be trained; add a role, or set adapter.modules"
 
 
 def _eval_rules(config: Config) -> Iterator[Broken]:
@@ -172,8 +179,7 @@ def _eval_rules(config: Config) -> Iterator[Broken]:
     if key != "loss" and data.eval is None:
         yield at, "data.eval", f"{key} {NEEDS_EVAL}"
     if metric in ("accuracy", "macro_f1") and data.label_names is None:
-        message = f"{metric} needs data.label_names, which makes the evaluation a classification"
-        yield at, "data.label_names", message
+        yield at, "data.label_names", f"{metric} needs data.label_names, which makes the evaluation a classification"
     if metric in TEXT_METRICS and not (train.predict_with_generate and metric in config.generation.metrics):
         message = f"{metric} needs train.predict_with_generate, and {metric} in generation.metrics"
         yield at, "train.predict_with_generate generation.metrics", message

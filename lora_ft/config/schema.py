@@ -6,12 +6,29 @@ by `lora_ft.config.load`, which also applies the rules between settings.
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 from pydantic.fields import FieldInfo
 
 from lora_ft.config import types
-from lora_ft.config.section import Resume, Section, setting
-from lora_ft.config.training_arguments import TrainerConfig
+
+# The effect on `--resume` of changing a setting. result: refused, the run would differ. rounding: a warning, only rounding
+# and dropout masks change. free: none. longer: a higher value continues the run, with the schedule recomputed.
+Resume = Literal["result", "rounding", "free", "longer"]
+LogLevel = Literal["passive", "debug", "detail", "info", "warning", "error", "critical"]
+
+
+class Section(BaseModel):
+    """A closed, immutable table of settings; values are not converted between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def setting(default: Any, text: str, *, resume: Resume = "result", methods: str = "", **bounds: Any) -> Any:
+    """A setting of a section: `text` is its meaning for messages, JSON Schema and reference page; `...` makes it required.
+
+    `methods` are the values of adapter.method that use it, separated by spaces (none: all), `bounds` pydantic's ge, gt, le, lt.
+    """
+    return Field(default, description=text, json_schema_extra={"resume": resume, "methods": methods}, **bounds)
 
 
 class ModelConfig(Section):
@@ -28,8 +45,7 @@ class AdapterConfig(Section):
     """What is trained."""
 
     method: Literal["lora", "full", "bottleneck", "prompt"] = setting(
-        "lora",
-        "what is trained: LoRA's A and B, all weights (full), bottleneck adapter layers, or virtual tokens (prompt)",
+        "lora", "what is trained: LoRA's A and B, all weights (full), bottleneck layers, or virtual tokens (prompt)"
     )
     rank: int = setting(8, "number of rows of A and columns of B", ge=1, le=65536, methods="lora")
     alpha: float = setting(16.0, "the update B A is scaled by alpha / rank", gt=0, methods="lora")
@@ -40,9 +56,7 @@ class AdapterConfig(Section):
         "the adapted projections: roles q k v o gate up down, or groups attention (q k v o), mlp (gate up down), all (both)",
         methods="lora",
     )
-    modules: types.Names = setting(
-        (), "further modules, which no role covers, by exact name or dotted suffix (lm_head)", methods="lora"
-    )
+    modules: types.Names = setting((), "other modules, by exact name or dotted suffix (lm_head)", methods="lora")
     layers: types.Layers = setting(
         None, 'the adapted layers: null for all, a list [0, 1, 2], or a range "6-11"', methods="lora bottleneck"
     )
@@ -71,8 +85,7 @@ class DataConfig(Section):
     """Training and evaluation data, and the text that is learned from each row."""
 
     train: Annotated[types.Names, Field(min_length=1)] = setting(
-        ...,
-        "training data: a local jsonl, json, csv, tsv or parquet file, a hub id[:config][@split], or a list of these",
+        ..., "training data: a jsonl, json, csv, tsv or parquet file, a hub id[:config][@split], or a list of these"
     )
     eval: types.EvalSets = setting(
         None,
@@ -103,9 +116,7 @@ class TrainConfig(Section):
     max_steps: int | None = setting(None, "number of optimizer steps", ge=1, resume="longer")
     batch_size: int = setting(16, "examples per optimizer step, over all devices", ge=1)
     micro_batch_tokens: types.MicroBatchTokens = setting(
-        "auto",
-        "tokens per micro-batch: affects memory and speed, not the gradient (unless there is dropout)",
-        resume="rounding",
+        "auto", "tokens per micro-batch: affects memory, speed, rounding and dropout masks only", resume="rounding"
     )
     learning_rate: float = setting(5e-4, "the schedule's maximum", gt=0)
     lr_scheduler_type: types.Scheduler = setting("linear", "the learning rate schedule, by its name in transformers")
@@ -116,9 +127,7 @@ class TrainConfig(Section):
     seed: int = setting(0, "seed of A's initialization, the order of the data, samples and dropout", ge=0, lt=2**32)
     logging_steps: types.Steps = setting(10, "logging interval: fraction of the run or number of steps", resume="free")
     eval_steps: types.Steps = setting(0.25, "evaluation interval: fraction of the run or number of steps")
-    save_steps: types.Steps = setting(
-        0.25, "checkpoint interval: fraction of the run or number of steps", resume="free"
-    )
+    save_steps: types.Steps = setting(0.25, "steps between checkpoints, or fraction of the run", resume="free")
     save_total_limit: int | None = setting(2, "checkpoints to keep besides the best; null for all", ge=1, resume="free")
     metric_for_best_model: types.Name = setting(
         "loss",
@@ -126,9 +135,7 @@ class TrainConfig(Section):
         "generation.metrics. With several sets that of the first, or by name as in dev_loss",
     )
     predict_with_generate: bool = setting(False, "generate texts for generation.metrics in each evaluation (slow)")
-    evaluate_base: bool = setting(
-        True, "evaluate the base model first, for the report (one more evaluation)", resume="free"
-    )
+    evaluate_base: bool = setting(True, "evaluate the base first, for the report (one more evaluation)", resume="free")
     load_best_model_at_end: bool = setting(True, "with evaluation data: output gets the best adapter, not the last")
     early_stopping_patience: int | None = setting(None, "stop after this many evaluations without improvement", ge=1)
     report_to: types.Reporters = setting(("tensorboard",), "where metrics are reported; [] for nowhere", resume="free")
@@ -137,9 +144,7 @@ class TrainConfig(Section):
 class GenerationConfig(Section):
     """Generated texts and their metrics."""
 
-    metrics: types.TextMetrics = setting(
-        (), "metrics that `lora-ft eval` computes by comparing generated texts with the completions"
-    )
+    metrics: types.TextMetrics = setting((), "how `lora-ft eval` compares generated texts with the completions")
     max_prompts: int | None = setting(None, "generate for a random sample of this number of distinct prompts", ge=1)
     max_new_tokens: int = setting(128, "maximum number of tokens of a generated text", ge=1)
     batch_size: int = setting(32, "prompts per batch", ge=1, resume="rounding")
@@ -150,6 +155,43 @@ class GenerationConfig(Section):
     temperature: float = setting(1.0, "sampling temperature; below 1 is less random", gt=0)
     top_k: int = setting(0, "sample from this number of most likely tokens; 0: from all", ge=0)
     top_p: float = setting(1.0, "sample from the most likely tokens that add up to this probability", gt=0, le=1)
+
+
+class TrainerConfig(Section):
+    """Other fields of transformers.TrainingArguments, by their own names and with their own defaults."""
+
+    # A field that is not given is None here and absent from `model_dump()`.
+    lr_scheduler_kwargs: dict[str, Any] = setting(None, "arguments of train.lr_scheduler_type")
+    optim: Literal["adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmsprop"] = setting(None, "the optimizer")
+    optim_args: str = setting(None, "arguments of the optimizer")
+    adam_beta1: float = setting(None, "decay rate of AdamW's first moment", ge=0, lt=1)
+    adam_beta2: float = setting(None, "decay rate of AdamW's second moment", ge=0, lt=1)
+    adam_epsilon: float = setting(None, "AdamW's epsilon", ge=0)
+    bf16: bool = setting(None, "compute in bfloat16 (autocast)")
+    tf32: bool = setting(None, "TF32 matrix products on GPUs that have it")
+    eval_on_start: bool = setting(None, "evaluate before the first step")
+    eval_delay: float = setting(None, "number of steps before the first evaluation", ge=0)
+    full_determinism: bool = setting(None, "deterministic algorithms only (slower)", resume="rounding")
+    use_cpu: bool = setting(None, "train on the CPU even if there is a GPU", resume="rounding")
+    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl"] = setting(
+        None, "the backend of torch.distributed", resume="rounding"
+    )
+    ddp_bucket_cap_mb: int = setting(None, "size of DDP's gradient buckets", ge=1, resume="rounding")
+    ddp_timeout: int = setting(None, "seconds that processes wait for each other", ge=1, resume="free")
+    fsdp: bool = setting(None, "shard the frozen base over the processes", resume="rounding")
+    logging_first_step: bool = setting(None, "also log the first step", resume="free")
+    log_on_each_node: bool = setting(None, "log on each node, not only on the first", resume="free")
+    log_level: LogLevel = setting(None, "transformers' log level", resume="free")
+    log_level_replica: LogLevel = setting(None, "transformers' log level in the other processes", resume="free")
+    run_name: str = setting(None, "name of the run for report_to", resume="free")
+    project: str = setting(None, "name of the project for report_to", resume="free")
+    trackio_space_id: str = setting(None, "the Hugging Face Space for Trackio", resume="free")
+    trackio_bucket_id: str = setting(None, "the Hugging Face bucket for Trackio", resume="free")
+    skip_memory_metrics: bool = setting(None, "do not measure memory in the Trainer", resume="free")
+
+    @model_serializer(mode="wrap")
+    def _given(self, handler: Any) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
 
 
 class Config(Section):

@@ -159,6 +159,11 @@ def _list_of(item: dict[str, Any], **limits: Any) -> dict[str, Any]:
     return {"type": "array", "items": item, "uniqueItems": True, **limits}
 
 
+def _one_or_more(*words: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    word = {"enum": list(words)}
+    return word, _list_of(word)
+
+
 def _mapping(pattern: str, value: dict[str, Any], **limits: Any) -> dict[str, Any]:
     keys = {"minProperties": 1, "patternProperties": {pattern: value}, "additionalProperties": False}
     return {"type": "object", **keys, **limits}
@@ -168,9 +173,6 @@ TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 NULL: dict[str, Any] = {"type": "null"}
 FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 COUNT = {"type": "integer", "minimum": 1}
-_ROLE = {"enum": [*ROLES, *GROUPS]}
-_REPORTER = {"enum": list(REPORTERS)}
-_TEXT_METRIC = {"enum": list(TEXT_METRICS)}
 _LAYER = {"type": "integer", "minimum": 0, "maximum": MAX_LAYERS - 1}
 _RANGE = {"type": "string", "pattern": r"^\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?$"}
 _EVAL_SET = (TEXT, _list_of(TEXT, minItems=1), FRACTION, COUNT)
@@ -183,22 +185,18 @@ Scheduler = Literal[*SCHEDULERS]  # type: ignore[valid-type]
 Name = Annotated[str, AfterValidator(_name), json_schema(TEXT)]
 LocalPath = Annotated[Name, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
 Names = Annotated[OneOrMore[Name], json_schema(TEXT, _list_of(TEXT))]
-Targets = Annotated[OneOrMore[Annotated[str, AfterValidator(_role)]], json_schema(_ROLE, _list_of(_ROLE))]
+Targets = Annotated[OneOrMore[Annotated[str, AfterValidator(_role)]], json_schema(*_one_or_more(*ROLES, *GROUPS))]
 _LAYERS = json_schema(_list_of(_LAYER, minItems=1), _RANGE, NULL)
 Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_layers), _LAYERS]
 Steps = Annotated[int | float, BeforeValidator(_steps), json_schema(FRACTION, COUNT)]
 StepsOrZero = Annotated[int | float, BeforeValidator(_steps_or_zero), json_schema(FRACTION, COUNT | {"minimum": 0})]
 _AUTO_OR_COUNT = json_schema({"const": "auto"}, COUNT)
 MicroBatchTokens = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), _AUTO_OR_COUNT]
-Reporters = Annotated[
-    OneOrMore[Literal[*REPORTERS]],  # type: ignore[valid-type]
-    BeforeValidator(lambda value: [] if value == "none" else value),
-    json_schema({"const": "none"}, _REPORTER, _list_of(_REPORTER)),
-]
-TextMetrics = Annotated[
-    OneOrMore[Literal[*TEXT_METRICS]],  # type: ignore[valid-type]
-    json_schema(_TEXT_METRIC, _list_of(_TEXT_METRIC)),
-]
+_REPORTER = Literal[*REPORTERS]  # type: ignore[valid-type]
+_NONE = BeforeValidator(lambda value: [] if value == "none" else value)
+Reporters = Annotated[OneOrMore[_REPORTER], _NONE, json_schema({"const": "none"}, *_one_or_more(*REPORTERS))]
+_METRIC = Literal[*TEXT_METRICS]  # type: ignore[valid-type]
+TextMetrics = Annotated[OneOrMore[_METRIC], json_schema(*_one_or_more(*TEXT_METRICS))]
 TemplateText = Annotated[str, AfterValidator(_template), json_schema(TEXT)]
 Supervised = Annotated[str, AfterValidator(_supervised), json_schema(TEXT)]
 Column = Annotated[str, AfterValidator(_column), json_schema(TEXT | {"pattern": COLUMN})]

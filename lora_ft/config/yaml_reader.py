@@ -38,7 +38,7 @@ class Problem(NamedTuple):
     path: Path
     line: int
     message: str
-    unread: bool = False  # the setting at `path` has no value to validate (a section keeps its other settings)
+    unread: bool = False  # the setting at `path` has no value to validate
 
 
 class Document(NamedTuple):
@@ -58,11 +58,7 @@ class Unreadable(Exception):
 
 
 def read(text: str) -> Document:
-    """Parse one document. An empty one has the value None.
-
-    Raises:
-        Unreadable: it is not YAML, too deep or too large.
-    """
+    """Parse one document, or raise Unreadable. An empty one has the value None."""
     if len(text) > MAX_BYTES:
         raise Unreadable(None, TOO_LARGE)
     try:
@@ -113,7 +109,7 @@ class _Builder:
         return Document(value, self.lines, self.problems)
 
     def problem(self, path: Path, event: Any, message: str) -> None:
-        self.problems.append(Problem(path, event.start_mark.line + 1, message, unread=len(path) > 1))
+        self.problems.append(Problem(path, event.start_mark.line + 1, message, unread=True))
 
     def value(self, path: Path, event: Any) -> Any:
         """The value that starts with `event`."""
@@ -144,23 +140,22 @@ class _Builder:
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             line = event.start_mark.line + 1
             key = self.value((*path, ""), event)
-            self.lines.pop((*path, ""))
-            if not isinstance(key, str):
-                message = 'a key must be text; a value that starts with a brace or bracket needs quotes: "{column}"'
-                if isinstance(event, yaml.ScalarEvent):
-                    message = f"a key must be text, {format_value(key)} is not; if it is a name, put it in quotes"
-                self.problem(path, event, message)
-                self.value((*path, ""), next(self.events))
-                self.lines.pop((*path, ""), None)
-                continue
             here = (*path, key)
-            if key in items:
-                message = f"given twice, in lines {self.lines[here]} and {line}; keep one"
-                self.problems.append(Problem(here, line, message))
-                _Builder(self.events).value(here, next(self.events))  # skip it: the first value is kept
+            if isinstance(key, str) and key not in items:
+                self.lines[here] = line
+                items[key] = self.value(here, next(self.events))
                 continue
-            self.lines[here] = line
-            items[key] = self.value(here, next(self.events))
+            if isinstance(key, str):
+                self.problems.append(
+                    Problem(here, line, f"given twice, in lines {self.lines[here]} and {line}; keep one")
+                )
+            elif isinstance(event, yaml.ScalarEvent):
+                what = format_value(key)
+                self.problem(path, event, f"a key must be text, {what} is not; if it is a name, put it in quotes")
+            else:
+                hint = 'a value that starts with a brace or bracket needs quotes: "{column}"'
+                self.problem(path, event, f"a key must be text; {hint}")
+            self.value((*path, ""), next(self.events))  # skipped
         return items
 
     def plain(self, word: str) -> Any:

@@ -14,43 +14,33 @@ class UserError(Exception):
 
     exit_code = EXIT_BUG
 
+    def __init_subclass__(cls, exit_code: int) -> None:
+        cls.exit_code = exit_code
 
-class ConfigError(UserError):
+
+class ConfigError(UserError, exit_code=2):
     """An invalid config file or command line."""
 
-    exit_code = 2
 
-
-class DataError(UserError):
+class DataError(UserError, exit_code=3):
     """Invalid training or evaluation data."""
 
-    exit_code = 3
 
-
-class ModelError(UserError):
+class ModelError(UserError, exit_code=4):
     """A model, tokenizer or adapter that is missing, damaged or does not fit."""
 
-    exit_code = 4
 
-
-class NumbersError(UserError):
+class NumbersError(UserError, exit_code=5):
     """NaN or inf in the loss, a gradient or a score."""
 
-    exit_code = 5
 
-
-class FilesError(UserError):
+class FilesError(UserError, exit_code=6):
     """Files, disk space, locks and checkpoints."""
-
-    exit_code = 6
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` reports a refused allocation.
-
-    Decided by name and text, because libraries have no common class for it: torch's CPU allocator raises a plain
-    RuntimeError, safetensors an error of its own.
-    """
+    """Whether `error` reports a refused allocation, by name and text: libraries have no common class for it."""
+    # torch's CPU allocator raises a plain RuntimeError, safetensors an error of its own
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()

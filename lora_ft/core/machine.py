@@ -24,8 +24,13 @@ def cores() -> int:
     """CPU cores this process may use: its affinity, and the quota of its container rounded to cores."""
     process = psutil.Process()
     allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # not on macOS
-    quotas = [round(quota / period) for quota, period in _cpu_quotas() if quota > 0 and period > 0]
-    return max(1, min([allowed, *quotas]))
+    limits = [allowed]
+    for group in _control_groups("cpu"):
+        version_1 = (_read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us"))
+        quota, period = map(_number, _read(group / "cpu.max").split() or version_1)  # in microseconds
+        if quota > 0 and period > 0:
+            limits.append(round(quota / period))
+    return max(1, min(limits))
 
 
 def cpu_name() -> str:
@@ -34,19 +39,15 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def total_memory() -> int:
-    """Bytes of memory of the machine."""
-    return psutil.virtual_memory().total
-
-
 def free_memory() -> Free:
     """What this process can still allocate: the machine's free memory, or less by ulimit -v or its container's limit."""
     found = [Free(psutil.virtual_memory().available, "free on this machine")]
-    if (limit := address_space_limit()) is not None:
-        left = max(0, limit - psutil.Process().memory_info().vms)
-        found.append(Free(left, f"left of this process's limit (ulimit -v) of {limit / 2**20:,.0f} MiB"))
-    for limit, used in _memory_limits():
-        found.append(Free(max(0, limit - used), f"left of the container's limit of {limit / 2**20:,.0f} MiB"))
+    limits = [(limit, used, "the container's limit") for limit, used in _memory_limits()]
+    if hasattr(psutil, "RLIMIT_AS"):  # not on Windows and macOS
+        process = psutil.Process()
+        if (limit := process.rlimit(psutil.RLIMIT_AS)[0]) != psutil.RLIM_INFINITY:
+            limits.append((limit, process.memory_info().vms, "this process's limit (ulimit -v)"))
+    found += [Free(max(0, limit - used), f"left of {of} of {limit / 2**20:,.0f} MiB") for limit, used, of in limits]
     return min(found)
 
 
@@ -65,14 +66,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def address_space_limit() -> int | None:
-    """Bytes that `ulimit -v` allows this process, or None where there is no such limit."""
-    if not hasattr(psutil, "RLIMIT_AS"):  # Windows, macOS
-        return None
-    limit = psutil.Process().rlimit(psutil.RLIMIT_AS)[0]
-    return None if limit == psutil.RLIM_INFINITY else limit
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step instead of returning it to the kernel page by page.
 
@@ -84,21 +77,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def _cpu_quotas() -> Iterator[tuple[int, int]]:
-    """(quota, period) in microseconds of each control group above this process that limits CPU time."""
-    for group in _control_groups("cpu"):
-        if v2 := _read(group / "cpu.max").split():
-            yield _number(v2[0]), _number(v2[1])
-        yield _number(_read(group / "cpu.cfs_quota_us")), _number(_read(group / "cpu.cfs_period_us"))
-
-
 def _memory_limits() -> Iterator[tuple[int, int]]:
     """(limit, used) in bytes of each control group above this process; used: without the file cache it can drop."""
     files = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # v2, v1
     for group in _control_groups("memory"):
         for limit_file, used_file in files:
             limit, used = _number(_read(group / limit_file)), _number(_read(group / used_file))
-            if 0 < limit < total_memory():
+            if 0 < limit < psutil.virtual_memory().total:
                 stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
                 yield limit, used - max(0, _number(stat.get("total_inactive_file") or stat.get("inactive_file") or ""))
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,8 +64,6 @@ def silence_libraries() -> None:
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
             os.environ.setdefault(name, "1")
     if not sys.warnoptions:
-        import warnings
-
         warnings.simplefilter("ignore")
     from transformers.utils import logging
 

@@ -1,6 +1,6 @@
 """The metrics of an evaluation: titles, formats, which direction is better, and keys of several eval sets. Imports no torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,19 +67,17 @@ def add_set_name(name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{name}_{key}" if name else key: value for key, value in metrics.items()}
 
 
-def split_set_name(metrics: object, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def split_set_name(metrics: object, names: Collection[str]) -> dict[str, dict[str, Any]]:
     """The inverse of `add_set_name`: eval set -> its metrics, given the names of all sets."""
     sets: dict[str, dict[str, Any]] = {}
-    names = list(names)
     for key, value in metrics.items() if isinstance(metrics, dict) else ():
         name = max((n for n in names if key.startswith(f"{n}_")), key=len, default="")
         sets.setdefault(name, {})[key.removeprefix(f"{name}_") if name else key] = value
     return sets
 
 
-def selection_metric(key: str, names: Iterable[str]) -> tuple[str, str] | None:
+def selection_metric(key: str, names: Collection[str]) -> tuple[str, str] | None:
     """(eval set, metric) of train.metric_for_best_model: `loss` is the first set's; None if there is no such metric."""
-    names = list(names)
     if key in SELECTION_METRICS:
-        return names[0], key
+        return next(iter(names)), key
     return next(((n, m) for n in names for m in SELECTION_METRICS if n and key == f"{n}_{m}"), None)

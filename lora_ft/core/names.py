@@ -80,5 +80,4 @@ def nearest_role(word: str) -> str:
     """The role or group most similar to an unknown word, such as a module's name: q for q_proj and for query."""
     stem = re.sub(r"_?proj$", "", word.lower().rsplit(".", 1)[-1])
     choices = (*ROLES, *GROUPS)
-    first = [choice for choice in choices if stem and choice[0] == stem[0]]
-    return stem if stem in choices else nearest(stem, choices) or (first or ["all"])[0]
+    return nearest(stem, choices) or next((choice for choice in choices if choice[0] == stem[:1]), "all")

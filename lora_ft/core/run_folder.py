@@ -47,11 +47,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def manifest_names(folder: Path) -> list[str]:
-    """The names in a folder's manifest.
-
-    Raises:
-        FilesError: the record can't be read, or a name leads out of the folder.
-    """
+    """The names in a folder's manifest. Raises FilesError as `read_json`, or if one leads out of the folder."""
     entries = read_json(folder / RECORD, FilesError).get("files") or {}
     names: dict = dict.fromkeys(entries) if isinstance(entries, dict) else entries
     verify_manifest(folder, names, FilesError)  # checks names only, as no entry has a size

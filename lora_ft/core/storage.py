@@ -19,6 +19,7 @@ import psutil
 from lora_ft.core.errors import FilesError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import format_value, printable
 
+NOT_UTF8 = "backslashreplace"  # other bytes of a file's name become \udcXX, which JSON reads back as the same name
 JSON_LIMIT = 16 * 2**20  # bytes; the largest JSON file of a model, its weight index, has a few MiB
 
 
@@ -28,7 +29,7 @@ def write_file(path: Path, data: bytes | str) -> None:
     Raises:
         FilesError: the folder is missing, read-only or full (with the bytes needed and free).
     """
-    content = data.encode() if isinstance(data, str) else data
+    content = data.encode(errors=NOT_UTF8) if isinstance(data, str) else data
     with atomic_file(path, len(content)) as temporary:
         temporary.write_bytes(content)
 
@@ -40,7 +41,7 @@ def write_json(path: Path, obj: object) -> None:
 
 def append_line(path: Path, obj: object) -> None:
     """Append one line of JSON in a single write, so that readers never see half of one. Raises as `write_file`."""
-    line = (json.dumps(obj, ensure_ascii=False) + "\n").encode()
+    line = (json.dumps(obj, ensure_ascii=False) + "\n").encode(errors=NOT_UTF8)
     with _os_errors_as_files_error(path, len(line)), path.open("ab", buffering=0) as f:
         f.write(line)
 

@@ -34,7 +34,11 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["tran"], ["train"], ["merge"], ["check", "c.yaml", "--sett", "x=1"], ["merge", "a", "b"]]
+    "arguments",
+    [
+        *(["tran"], ["train"], ["merge"], ["check", "c.yaml", "--sett", "x=1"], ["merge", "a", "b"]),
+        *(["generate", "--seed", str(2**64)], ["export", "out", "--to", "onnx"]),
+    ],
 )
 def test_a_wrong_command_line_is_2(arguments):
     result = run(*arguments)
@@ -54,6 +58,11 @@ def test_a_missing_config_and_contradicting_options():
     result = run("train", "none.yaml")
     assert result.returncode == 2 and result.stderr.startswith("none.yaml: no such file")
     assert run("train", "none.yaml", "--resume", "--overwrite").returncode == 2
+
+
+def test_an_empty_shape_is_a_config_error():
+    result = run("check", "--shape", "")
+    assert result.returncode == 2 and "the command line: model.name" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "train", "none.yaml"], ["train", "none.yaml", "--debug"]])
@@ -141,7 +150,7 @@ def test_options_reach_the_commands(monkeypatch, tmp_path):
     room = types.ModuleType("lora_ft.commands.merge")
     room.merge_command = lambda *a, **k: calls.append((a, k))
     monkeypatch.setitem(sys.modules, "lora_ft.commands.merge", room)
-    for group in (cli.prepare, cli.run, cli.use):
+    for group in (cli.run, cli.use):
         monkeypatch.setattr(group, "silence_libraries", lambda: None)
 
     def call(*arguments: str):

@@ -67,11 +67,16 @@ def test_a_record_of_an_earlier_version_is_the_same_run(load):
     record["trainer"]["eval_delay"] = 2
     assert parse_config(record) == config and not any(changes(record, config).values())
     assert changes(record, load(GOOD + "  eval: 0.2\noutput: b\ntrainer: {eval_delay: 2, use_cpu: true}\n")) == {
-        "result": ["data.eval: was 0.1, is 0.2", "trainer.lr_scheduler_kwargs: was a mapping (key: value), is null"],
+        "result": ["data.eval: was 0.1, is 0.2", "trainer.lr_scheduler_kwargs: was {}, is null"],
         "rounding": ["trainer.use_cpu: was null, is true"],
         "free": ['output: was "out", is "b"'],
         "longer": [],
     }
+
+
+def test_changes_of_lists_name_their_items(load):
+    (line,) = changes(load(GOOD).model_dump(mode="json"), load(GOOD, "adapter.targets=[q, o]"))["result"]
+    assert line == 'adapter.targets: was ["q", "v"], is ["q", "o"]'
 
 
 def test_frozen(load):
@@ -102,6 +107,12 @@ def test_a_setting_in_the_wrong_place_gets_a_suggestion(wrong, text, meant):
 def test_a_misspelled_key_is_reported_once(wrong):
     assert len(wrong(GOOD.replace("prompt", "promt"))) == 1
     assert len(wrong(GOOD.replace("train:", "trian:"))) == 1
+
+
+def test_a_setting_that_cannot_be_read_is_reported_once(wrong):
+    (line,) = wrong(GOOD + "output: *x\n")
+    assert line.startswith("c.yaml:7: output: aliases (*x) are not supported")
+    assert [line[:10] for line in wrong(GOOD + "train: &x {seed: -1}\n")] == ["c.yaml:7: "] * 2
 
 
 def test_a_repeated_key_names_both_lines(wrong):
@@ -352,6 +363,7 @@ def test_set_overrides_the_file_and_earlier_ones(load):
             "trainer.lr_scheduler_kwargs.power=2",
             "--set trainer.lr_scheduler_kwargs.power: set the whole mapping, as in --set '",
         ),
+        ("data.eval.dev=a.csv", "--set data.eval.dev: set the whole mapping, as in --set 'data.eval={dev: ...}'"),
         ("data.label_names.label=[a, b]", "--set data.label_names.label: set the whole mapping, as in"),
     ],
 )

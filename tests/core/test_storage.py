@@ -35,6 +35,14 @@ def test_modes_follow_the_umask(tmp_path, umask):
     assert torch.equal(storage.read_tensors(tmp_path / "tensors")["a"], torch.arange(3.0))
 
 
+def test_a_name_that_is_not_utf8_is_read_back(tmp_path):
+    name = os.fsdecode(b"caf\xe9.csv")
+    storage.write_json(tmp_path / "json", {"train": name})
+    storage.append_line(tmp_path / "log.jsonl", {"train": name})
+    for file in ("json", "log.jsonl"):
+        assert storage.read_json(tmp_path / file, DataError) == {"train": name}
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "f"
     storage.write_file(path, "old")
