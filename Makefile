@@ -12,7 +12,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora-ft needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,templates,dev]'
 	@touch $@
 
 # Download the model into models/ and the reviews into data/, unless they are there.
@@ -37,6 +37,7 @@ test-oldest: .venv-oldest/.installed
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	@$(OLDEST)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv-oldest
 	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps trl  # only its templates
 	@touch $@
 
 # Kill and resume a run N times and compare it with an uninterrupted run.

@@ -12,7 +12,7 @@ from lora_ft.core.messages import info
 from lora_ft.core.run_folder import RECORD
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import largest_id
-from lora_ft.data.prepare import prepare_eval_sets
+from lora_ft.data.prepare import prepare_eval_sets, template_of
 from lora_ft.evaluation.evaluate import evaluate_set
 from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.tables import EvalResult, print_result, save_texts
@@ -21,7 +21,7 @@ from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import use
 from lora_ft.methods.lora.peft import read_adapter
-from lora_ft.methods.trained import Trained, is_model, read_record
+from lora_ft.methods.trained import Trained, is_model, read_record, run_settings
 from lora_ft.model.device import micro_batch_tokens, prepare_device
 from lora_ft.model.files import resolve
 from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer
@@ -128,8 +128,10 @@ def open_all(folders: Sequence[Path], base: str | None) -> list[Trained]:
 def note_other_template(trained: Trained, config: Config) -> None:
     """Print a note where an adapter is scored on a template that it was not trained with."""
     own, used = (trained.record.get("config") or {}).get("data") or {}, config.data.model_dump(mode="json")
-    names = (*FORMS, "chat_template", "label_names")
-    if different := [name for name in names if name in own and own[name] != used[name]]:
+    different = [name for name in (*FORMS, "label_names") if name in own and own[name] != used[name]]
+    if config.data.messages and trained.chat_template not in (None, template_of(config.data).chat_template):
+        different.append("chat_template")
+    if different:
         info(f"note: {trained.folder} was trained with another {', '.join(f'data.{name}' for name in different)}")
 
 
@@ -143,8 +145,8 @@ def settings(
     changes += overrides
     if config_path:
         return load_config(config_path, changes)
-    if "config" in record:
-        return parse_config(record["config"], changes)
+    if trained_with := run_settings(folder, record):
+        return parse_config(trained_with, changes)
     forms = ("data=", *(f"data.{form}" for form in FORMS))
     if not (model and data and any(change.startswith(forms) for change in overrides)):
         raise ConfigError(

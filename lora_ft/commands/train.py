@@ -16,7 +16,7 @@ from lora_ft.core.run_folder import LOG
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.core.storage import append_line
 from lora_ft.core.trust import NO_TRUST, Trust
-from lora_ft.data.prepare import template_of
+from lora_ft.data.prepare import find_chat
 from lora_ft.distributed import processes
 from lora_ft.distributed.environment import with_accelerate_settings
 from lora_ft.evaluation.evaluate import evaluator
@@ -138,5 +138,5 @@ def _samples(setup: RunSetup, seconds: float) -> Callable[[], list[dict]] | None
     first = next(iter(setup.eval_sets.values()), None)
     if not first or first.label_words or setup.is_sharded or setup.config.adapter.method == "full":
         return None
-    template = template_of(setup.config.data).chat_template
-    return partial(generate_samples, setup.model, setup.tokenizer, first, seconds, template)
+    chat = find_chat(setup.config.data, setup.tokenizer)
+    return partial(generate_samples, setup.model, setup.tokenizer, first, seconds, chat)

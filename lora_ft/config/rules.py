@@ -7,7 +7,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_ft.config.json_schema import accepted, alternatives, choices, entry_at
-from lora_ft.config.schema import SECTIONS, Config, GenerationConfig, TrainerConfig, eval_sets, methods_of
+from lora_ft.config.schema import (
+    CHAT_SETTINGS,
+    SECTIONS,
+    Config,
+    DataConfig,
+    GenerationConfig,
+    TrainerConfig,
+    eval_sets,
+    methods_of,
+)
 from lora_ft.config.training_arguments import OWN_SETTING, REFUSED, scheduler_problem
 from lora_ft.core.messages import format_value
 from lora_ft.core.metrics import SELECTION_METRICS, TEXT_METRICS, add_set_name, selection_metric
@@ -23,6 +32,10 @@ FOR_EVALUATIONS = (
     *("trainer.eval_on_start", "trainer.eval_delay"),
 )
 NEEDS_EVAL = "needs data.eval: a data source, or a fraction (0.05) or number (500) of rows of data.train to hold out"
+MAPPINGS = (
+    *(("trainer", "lr_scheduler_kwargs"), ("data", "label_names"), ("data", "eval")),
+    *(("data", "chat_template_kwargs"), ("data", "roles")),
+)
 SYNONYMS = {"fp16": "float16", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}  # spelled too differently
 EXAMPLES = {
     "model": "{name: gpt2}",
@@ -56,7 +69,7 @@ def schema_errors(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ..
 
 def unknown(path: Place) -> tuple[str, Place | None]:
     """(message for a name that is not a setting, the setting that was probably meant)."""
-    if len(path) == 3 and path[:2] in (("trainer", "lr_scheduler_kwargs"), ("data", "label_names"), ("data", "eval")):
+    if len(path) == 3 and path[:2] in MAPPINGS:
         return f"set the whole mapping, as in --set '{'.'.join(path[:2])}={{{path[2]}: ...}}'", None
     section, name = path[:-1], path[-1]
     if section == ("trainer",):
@@ -138,8 +151,9 @@ def _data_rules(config: Config) -> Iterator[Broken]:
             has = ", ".join(map(format_value, columns))
             message = f"{format_value(column)} is not a column of data.completion, which has {has}"
             yield "data.label_names", involved, message
-    if data.chat_template is not None and forms and data.messages is None:
-        yield "data.chat_template", involved, "is for data.messages only; remove it, or use data.messages"
+    for name in ("chat_template", *CHAT_SETTINGS):
+        if getattr(data, name) != DataConfig.model_fields[name].default and forms and data.messages is None:
+            yield f"data.{name}", involved, "is for data.messages only; remove it, or use data.messages"
     if data.long_text == "split" and forms and data.text is None:
         yield "data.long_text", involved, "split is for data.text only; remove it, or use data.text"
 

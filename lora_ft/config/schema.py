@@ -99,6 +99,17 @@ class DataConfig(Section):
     text: types.Supervised | None = setting(None, "second form: a text with columns in braces, fully supervised")
     messages: types.Column | None = setting(None, "third form: a column of chat messages, role/content or from/value")
     chat_template: types.LocalPath | None = setting(None, "a file with a chat template to replace the tokenizer's")
+    chat_template_kwargs: types.TemplateKwargs = setting(
+        None,
+        "settings of the chat template, as {enable_thinking: false}; used for training and for every generation prompt",
+    )
+    roles: types.Roles = setting(None, "roles in the rows -> roles of the chat template, as {prompter: user}")
+    supervise: Literal["all", "last"] = setting(
+        "all", "for data.messages: learn all assistant turns, or the last alone"
+    )
+    reasoning: Literal["keep", "drop"] = setting(
+        "keep", "for data.messages: learn the reasoning of supervised turns, or leave it out of the loss"
+    )
     label_names: types.LabelNames = setting(
         None, "{label: [negative, positive]} maps class ids to words and makes the evaluation a classification"
     )
@@ -211,6 +222,9 @@ SECTIONS = {
     for name, field in Config.model_fields.items()
     if isinstance(section := field.annotation, type) and issubclass(section, Section)
 }
+
+
+CHAT_SETTINGS = ("chat_template_kwargs", "roles", "supervise", "reasoning")  # of data, besides chat_template
 
 
 def methods_of(name: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ REPORTERS = (
 MAX_LAYERS = 10_000
 SET_NAME = "[A-Za-z0-9_.-]+"  # of an eval set
 COLUMN = "^[^{}]+$"
+GIVEN_TO_TEMPLATES = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")
 
 
 def as_tuple(value: Any) -> Any:
@@ -150,6 +151,31 @@ def _label_names(value: Any) -> Any:
     return {_column(column): unique(tuple(words))}
 
 
+def _template_kwargs(value: Any) -> Any:
+    """Settings of a chat template by name."""
+    hint = "give names and values, as in {enable_thinking: false}"
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{format_value(value)} is not valid; {hint}")
+    for name, item in value.items():
+        if not isinstance(name, str) or not name.isidentifier() or name in GIVEN_TO_TEMPLATES:
+            given = " (lora-ft gives it to the template itself)" if name in GIVEN_TO_TEMPLATES else ""
+            raise ValueError(f"{format_value(name)} is not the name of a setting{given}; {hint}")
+        if not isinstance(item, bool | int | float | str):
+            raise ValueError(f"{name} is {format_value(item)}, not a text, number, true or false; {hint}")
+    return value
+
+
+def _roles(value: Any) -> Any:
+    """Role in the rows -> role of the chat template."""
+    hint = "give roles of the rows and what they are, as in {prompter: user}"
+    words = [*value, *value.values()] if isinstance(value, dict) else [None]
+    if value is not None and not (words and all(isinstance(word, str) and word for word in words)):
+        raise ValueError(f"{format_value(value)} is not valid; {hint}")
+    return value
+
+
 def json_schema(*alternatives: dict[str, Any]) -> WithJsonSchema:
     """The JSON Schema of a type whose validators accept any of these."""
     return WithJsonSchema(alternatives[0] if len(alternatives) == 1 else {"anyOf": list(alternatives)})
@@ -210,3 +236,9 @@ LabelNames = Annotated[
     BeforeValidator(_label_names),
     json_schema(_mapping(COLUMN, _list_of(TEXT, minItems=2), maxProperties=1), NULL),
 ]
+TemplateKwargs = Annotated[
+    dict[str, bool | int | float | str] | None,
+    BeforeValidator(_template_kwargs),
+    json_schema(_mapping("^[A-Za-z_][A-Za-z0-9_]*$", {"type": ["boolean", "number", "string"]}), NULL),
+]
+Roles = Annotated[dict[str, str] | None, BeforeValidator(_roles), json_schema(_mapping(".", TEXT), NULL)]

@@ -16,11 +16,11 @@ from lora_ft.core.storage import read_json, verify_manifest
 RECORD, LOG = "lora_ft.json", "log.jsonl"
 REPORT, CURVES, SAMPLES = "report.html", "curves.svg", "samples.json"
 REPORTS = (REPORT, CURVES, SAMPLES, "curves.png")  # curves.png: of an earlier version
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
-TEMPLATE = "chat_template.jinja"
+TEMPLATE = "chat_template.jinja"  # that the run was trained with, if it was trained on chats
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md", TEMPLATE)
 MODEL_FILES = (  # of full fine-tuning, whose output is a complete model
     *("model.safetensors", "config.json", "generation_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", TEMPLATE),
+    *("tokenizer.json", "tokenizer_config.json"),
 )
 UNHASHED = (LOG, "tensorboard", *REPORTS)  # listed in an adapter's manifest by name only
 

@@ -10,11 +10,18 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft.core.errors import DataError
 from lora_ft.data.cache import Write, cached, key_of
-from lora_ft.data.chat import chat_format
 from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, part_indices, sample_indices, totals
 from lora_ft.data.sources import content_hash
 from lora_ft.data.template import Template
-from lora_ft.data.texts import BATCH, ENCODING_VERSION, MAX_REPORTED_ROWS, BadRows, join_names, load_texts
+from lora_ft.data.texts import (
+    BATCH,
+    ENCODING_VERSION,
+    MAX_REPORTED_ROWS,
+    BadRows,
+    chat_format_of,
+    join_names,
+    load_texts,
+)
 from lora_ft.data.tokens import Encoded, TextEncoder, encode_chats, encode_pairs, encode_texts, text_encoder
 from lora_ft.model.load import tokenizer_hash
 
@@ -42,7 +49,7 @@ def load_examples(
         ModelError: chats without a chat template.
     """
     content = key_of([content_hash(source) for source in sources])
-    settings = [asdict(template), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed]
+    settings = [_identity(template), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed]
     settings += [list(held_out), part]
     texts, read = load_texts(sources, content, template, tokenizer, bad_rows)
     usable, is_rest = len(texts), part is None
@@ -50,7 +57,7 @@ def load_examples(
         texts = texts.select(part_indices(usable, held_out, part, seed))
     count = len(texts) if max_examples is None else min(max_examples, len(texts))
     sample = texts.select(sample_indices(len(texts), count, seed)) if count < len(texts) else texts
-    chat = chat_format(tokenizer, template.chat_template).template if template.messages else None
+    chat = chat_format_of(template, tokenizer).template if template.messages else None
     sha256 = key_of(content, settings, chat)  # without versions: --resume compares it with an earlier run's record
     encoder = text_encoder(tokenizer)
     dataset, made = cached(
@@ -71,9 +78,18 @@ def load_examples(
         counts |= {"rows": read["rows"], "held_out": usable - len(texts)}
         counts["skipped"] = (read["skipped"] + made["skipped"])[:MAX_REPORTED_ROWS]
         counts["skipped_count"] += read["skipped_count"]
+        counts |= {name: read[name] for name in ("notes", "turns", "turn_ends") if name in read}
     report = EncodingReport(**counts, content=content, sha256=sha256)
     words = template.label_names[template.label_column] if template.label_names and template.label_column else []
     return Examples(dataset, report, list(words), texts)
+
+
+def _identity(template: Template) -> dict:
+    """The template for a hash that records contain: settings of chats only where they are set, as earlier versions had none."""
+    later = ("chat_template_kwargs", "roles", "supervise", "reasoning")
+    kept = {name: value for name, value in asdict(template).items() if name not in later}
+    chats = {name: getattr(template, name) for name in later if getattr(template, name) != getattr(Template, name)}
+    return kept | chats | ({"spans": 2} if template.messages else {})  # 2: a turn ends with its first end marker
 
 
 def _encode(

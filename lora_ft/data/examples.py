@@ -41,6 +41,8 @@ class EncodingReport:
     whose completion is blank.
     truncated, merged: numbers of such examples, see `Examples`. tokens, supervised: sums over all examples. longest: tokens
     of the longest example.
+    Of chats: notes: what the chat template drops, what of the rows has no effect. turns: kind of turn -> [how many, how many
+    of them supervised]. turn_ends: marker -> how many supervised turns it ends ("": none does).
     content: SHA-256 of the sources' content. sha256: of content, template, tokenizer and settings. Records contain both,
     and --resume compares them.
     """
@@ -59,6 +61,9 @@ class EncodingReport:
     tokens: int = 0
     supervised: int = 0
     longest: int = 0
+    notes: list[str] = field(default_factory=list)
+    turns: dict[str, list[int]] = field(default_factory=dict)
+    turn_ends: dict[str, int] = field(default_factory=dict)
     content: str = ""
     sha256: str = ""
 

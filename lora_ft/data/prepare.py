@@ -6,8 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.config.schema import DataConfig, eval_sets
+from lora_ft.config.schema import CHAT_SETTINGS, DataConfig, eval_sets
 from lora_ft.core.errors import ConfigError
+from lora_ft.data.chats.format import ChatFormat, find_chat_format
 from lora_ft.data.encode import load_examples
 from lora_ft.data.examples import Examples
 from lora_ft.data.template import Template
@@ -51,7 +52,13 @@ def template_of(data: DataConfig) -> Template:
             chat_template = Path(data.chat_template).read_text()
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"data.chat_template: {data.chat_template} cannot be read ({e}).") from e
-    return Template(data.prompt, data.completion, data.text, data.messages, chat_template, data.label_names)
+    names = ("prompt", "completion", "text", "messages", "label_names", *CHAT_SETTINGS)
+    return Template(chat_template=chat_template, **{name: getattr(data, name) for name in names})
+
+
+def find_chat(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
+    """The chat template of a data section, or else the tokenizer's own, if there is one. Raises as `template_of`."""
+    return find_chat_format(tokenizer, template_of(data).chat_template, data.chat_template_kwargs)
 
 
 def _held_out(data: DataConfig) -> dict[str, int | float]:

@@ -23,7 +23,8 @@ class Template:
     """How a row becomes an example: a prompt and a completion, or a text, or messages (the name of a column).
 
     chat_template: the text of a chat template that replaces the tokenizer's. label_names: for each labelled column, the
-    words of its classes by id.
+    words of its classes by id. The others are for chats: settings for the chat template, the roles of the rows, which turns
+    are supervised, and whether their reasoning is.
     """
 
     prompt: str | None = None
@@ -32,6 +33,10 @@ class Template:
     messages: str | None = None
     chat_template: str | None = None
     label_names: Mapping[str, Sequence[str]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    roles: Mapping[str, str] | None = None
+    supervise: str = "all"
+    reasoning: str = "keep"
 
     @cached_property
     def label_column(self) -> str | None:
@@ -148,7 +153,15 @@ def check_unicode(text: str) -> None:
 
 def type_in_words(value: Any) -> str:
     """The type of a value in JSON's terms, for a message."""
-    names = {dict: "an object", list: "a list", type(None): "null", bool: "a bool", float: "a fraction", str: "text"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        type(None): "null",
+        bool: "a bool",
+        float: "a fraction",
+        str: "text",
+        int: "an int",
+    }
     return names.get(type(value), f"a {type(value).__name__}")
 
 

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import printable
 from lora_ft.data.cache import Write, cached, key_of
-from lora_ft.data.chat import chat_format, read_turns, render_chat
+from lora_ft.data.chats.format import ChatFormat, chat_format
+from lora_ft.data.chats.render import ChatSummary, render_chat
 from lora_ft.data.sources import iter_rows
-from lora_ft.data.template import BadRow, Columns, Template, column_value, pair_renderer, renderer
+from lora_ft.data.template import BadRow, Columns, Template, pair_renderer, renderer
 
-ENCODING_VERSION = 4  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
+ENCODING_VERSION = 5  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
 BATCH = 1000  # rows
 MAX_REPORTED_ROWS = 20
 
@@ -26,7 +27,7 @@ TEXTS = pa.schema(
         "row": pa.int64(),
         "where": pa.string(),
         "prompt": pa.large_string(),
-        "completion": pa.large_string(),  # or the text, or the chat
+        "completion": pa.large_string(),  # or the text, or the chat, whose prompt is its last generation prompt
         "choices": pa.list_(pa.large_string()),
         "label": pa.int32(),
         "spans": pa.list_(pa.int32()),  # start, end, ... of a chat's assistant turns, in characters
@@ -67,24 +68,35 @@ def load_texts(
     Raises:
         DataError: a source cannot be read, has a bad row that is not skipped, or no rows.
     """
-    render, identity = _text_renderer(template, tokenizer)
+    chat = chat_format_of(template, tokenizer) if template.messages else None
+    render = _text_renderer(template)
 
     def make(write: Write) -> dict:
-        bad, count = BadRows(bad_rows), 0
+        bad, count, summary = BadRows(bad_rows), 0, ChatSummary()
         rows = enumerate(itertools.chain.from_iterable(map(iter_rows, sources)))
         while chunk := list(itertools.islice(rows, BATCH)):
-            rendered = []
+            rendered: list[tuple] = []
             for row, (where, columns, problem) in chunk:
                 try:
                     if problem:
                         raise BadRow(problem)
-                    rendered.append((row, where, *render(columns)))
+                    if chat:
+                        done = render_chat(columns, template, chat)
+                        summary.add(where, done)
+                        spans = [position for span in done.spans for position in span]
+                        rendered.append((row, where, done.prompt, done.text, [], -1, spans))
+                    else:
+                        rendered.append((row, where, *render(columns), []))
                 except BadRow as e:
                     bad.add(where, e)
             count += len(chunk)
             write(rendered)
-        return {"rows": count} | bad.facts()
+        return {"rows": count} | bad.facts() | (summary.facts() if chat else {})
 
+    identity: list[Any] = [asdict(template)]
+    if chat:
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        identity += [chat.template, sorted(chat.ends), chat.markers.pattern, special]
     key = key_of("texts", content, sources, identity, bad_rows, ENCODING_VERSION, version("transformers"))
     texts, facts = cached(key, TEXTS, make, "reading")
     if not facts["rows"]:
@@ -95,32 +107,24 @@ def load_texts(
     return texts, facts
 
 
-def _text_renderer(
-    template: Template, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Callable[[Columns], tuple[str, str, list[str], int, list[int]]], list]:
-    """A function from a row to the columns prompt, completion, choices, label, spans, and all that its results depend on."""
-    if template.messages:
-        column = template.messages
-        chat = chat_format(tokenizer, template.chat_template)
+def chat_format_of(template: Template, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    """The chat format of a template of messages. Raises ModelError if there is no chat template."""
+    return chat_format(tokenizer, template.chat_template, template.chat_template_kwargs)
 
-        def render_turns(columns: Columns):
-            text, spans = render_chat(read_turns(column_value(columns, column)), chat)
-            return "", text, [], -1, [position for span in spans for position in span]
 
-        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        return render_turns, [asdict(template), chat.template, sorted(chat.end_tokens), special]
-    if template.text is not None:
-        fill = renderer("text", template.text, template.label_names or {})
+def _text_renderer(template: Template) -> Callable[[Columns], tuple[str, str, list[str], int]]:
+    """A function from a row to the columns prompt, completion, choices, label; not for chats."""
+    if template.text is None:
+        return pair_renderer(template)
+    fill = renderer("text", template.text, template.label_names or {})
 
-        def render_text(columns: Columns):
-            text = fill(columns)
-            if not text:
-                raise BadRow("its text is empty, so nothing is supervised")
-            return "", text, [], -1, []
+    def render_text(columns: Columns) -> tuple[str, str, list[str], int]:
+        text = fill(columns)
+        if not text:
+            raise BadRow("its text is empty, so nothing is supervised")
+        return "", text, [], -1
 
-        return render_text, [asdict(template)]
-    render_pair = pair_renderer(template)
-    return lambda columns: (*render_pair(columns), []), [asdict(template)]
+    return render_text
 
 
 def join_names(sources: Sequence[str]) -> str:

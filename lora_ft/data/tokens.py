@@ -144,18 +144,28 @@ def encode_texts(texts: list[str], max_length: int, split: bool, encoder: TextEn
 
 
 def encode_chats(texts: list[str], spans: list[list[int]], max_length: int, encoder: TextEncoder) -> Iterator[Encoded]:
-    """Chats as the template renders them, with its special tokens; a token that overlaps a span is supervised.
+    """Chats as the template renders them, with its special tokens; the tokens of each span are supervised.
+
+    A span starts where a model continues its prompt. Where a token would reach across its start or end, the text is
+    tokenized in parts, as at inference.
 
     spans: for each chat start, end, start, end, ... in characters.
     """
-    for encoding, row in zip(encoder.bare.encode_batch(texts), spans, strict=True):
-        ids = np.array(encoding.ids, dtype=np.int64)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)  # (tokens, [start, end])
+    for text, row, encoding in zip(texts, spans, encoder.bare.encode_batch(texts), strict=True):
+        ids, offsets = encoding.ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)  # (tokens, [start, end])
+        cuts = [c for c in row if ((offsets[:, 0] < c) & (c < offsets[:, 1])).any()]
+        if cuts:
+            parts = [(start, text[start:end]) for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+            encoded = [(start, encoder.bare.encode(part)) for start, part in parts]
+            ids = [token for _, part in encoded for token in part.ids]
+            offsets = np.array([(start + a, start + b) for start, part in encoded for a, b in part.offsets]).reshape(
+                -1, 2
+            )
         bounds = np.array([*row, 2**62, 2**62]).reshape(-1, 2)
         # for each token, the first span that ends after the token's start
         span = bounds[np.searchsorted(bounds[:, 1], offsets[:, 0], side="right")]
-        labels = np.where(span[:, 0] < offsets[:, 1], ids, IGNORE)
+        labels = np.where(span[:, 0] < offsets[:, 1], np.array(ids, dtype=np.int64), IGNORE)
         labels[:1] = IGNORE
-        kept_ids, kept_labels = ids[:max_length].tolist(), labels[:max_length].tolist()
-        blank = bool((labels == IGNORE).all())
-        yield Encoded(kept_ids, kept_labels, len(ids), truncated=len(ids) > max_length, blank=blank)
+        truncated, blank = len(ids) > max_length, bool((labels == IGNORE).all())
+        kept = labels[:max_length].tolist()
+        yield Encoded(ids[:max_length], kept, len(ids), truncated=truncated, blank=blank)

@@ -8,10 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import info
-from lora_ft.data.chat import chat_format
+from lora_ft.data.chats.format import ChatFormat
 from lora_ft.data.examples import Examples, column_array, sample_indices
 from lora_ft.data.prepare import template_of
 from lora_ft.data.template import Template
+from lora_ft.data.texts import chat_format_of
 from lora_ft.data.tokens import Ids, text_encoder
 from lora_ft.methods.interface import virtual_ids
 from lora_ft.model.generate import position_limit
@@ -70,16 +71,16 @@ def group_by_prompt(
 ) -> EvalPrompts:
     """The distinct prompts of the examples in order, each with all the references that the complete set has for it.
 
-    In a chat the last assistant turn is the reference and everything before it the prompt. A prompt longer than `max_tokens`
-    loses its start (BOS is kept), as in training. max_prompts: take a seeded sample of this size.
+    In a chat the last supervised turn is the reference, and the generation prompt before it the prompt. A prompt longer than
+    `max_tokens` loses its start (BOS is kept), as in training. max_prompts: take a seeded sample of this size.
     """
     encoder = text_encoder(tokenizer)
-    closing = chat_format(tokenizer, template.chat_template).end_tokens if template.messages else frozenset()
+    chat = chat_format_of(template, tokenizer) if template.messages else None
     sampled = set(column_array(examples.dataset, "row").tolist())
     references: dict[str, list[str]] = {}
     chosen: dict[str, None] = {}  # a set that keeps its order
     for row in examples.texts:
-        prompt, reference = _prompt_and_reference(row, closing)
+        prompt, reference = prompt_and_reference(row, chat)
         references.setdefault(prompt, []).append(reference)
         if row["row"] in sampled:
             chosen[prompt] = None
@@ -93,11 +94,11 @@ def group_by_prompt(
     return EvalPrompts(texts, ids, [references[text] for text in texts], cut)
 
 
-def _prompt_and_reference(row: dict, closing: frozenset[str]) -> tuple[str, str]:
-    """A row's texts; a chat's reference comes without the token that closes the turn (one of `closing`)."""
-    if not row["spans"]:
+def prompt_and_reference(row: dict, chat: ChatFormat | None) -> tuple[str, str]:
+    """A row's texts; in a chat the last supervised turn without the marker that ends it."""
+    if chat is None:
         return row["prompt"], row["completion"]
     start, end = row["spans"][-2:]
-    chat, reference = row["completion"], row["completion"][start:end]
-    token = next((token for token in closing if reference.endswith(token)), "")
-    return chat[:start], reference.removesuffix(token)
+    reference = row["completion"][start:end]
+    marker = max((marker for marker in chat.ends if reference.endswith(marker)), key=len, default="")
+    return row["prompt"], reference.removesuffix(marker)

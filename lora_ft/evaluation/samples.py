@@ -3,11 +3,15 @@
 import time
 from contextlib import nullcontext
 
+import numpy as np
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.data.examples import Examples
+from lora_ft.data.chats.format import ChatFormat, end_tokens
+from lora_ft.data.examples import Examples, column_array
+from lora_ft.data.tokens import text_encoder
+from lora_ft.evaluation.references import prompt_and_reference
 from lora_ft.methods.interface import bare, virtual_ids
-from lora_ft.model.generate import end_tokens, generate, position_limit, to_text
+from lora_ft.model.generate import generate, position_limit, to_text
 
 ROWS, MAX_TOKENS, MAX_CHARS = 4, 96, 4000
 OPENING_TOKENS = 32  # of a plain text, given as the prompt
@@ -18,33 +22,39 @@ def generate_samples(
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
     seconds: float,
-    chat_template: str | None = None,
+    chat: ChatFormat | None = None,
 ) -> list[dict]:
     """Greedy answers to rows spread over `examples`, within about `seconds` in all. Draws no random number.
 
-    The prompt is a row up to its last supervised span (a completion, an assistant's turn), or the opening of a plain text;
-    the rest of the span is the reference. Returns a dict per row: where, prompt, reference, base, adapter; and cut, which
-    of "base" and "adapter" reached the limit of time or tokens. chat_template: the run's own, for `end_tokens`.
+    The prompt is a row up to its last supervised span (a completion, an assistant's turn), with the generation prompt in a
+    chat, or the opening of a plain text; the span is the reference. Returns a dict per row: where, prompt, reference, base,
+    adapter; and cut, which of "base" and "adapter" reached the limit of time or tokens. chat: the run's format, if any.
     """
     count, prefix = min(ROWS, len(examples.dataset)), virtual_ids(model)
     rows = [examples.dataset[i * len(examples.dataset) // count] for i in range(count)]
     spans = [_last_span(row["labels"]) for row in rows]
     limit = min(MAX_TOKENS, max(16, *(3 * (end - start) // 2 for start, end in spans)))
-    ends = end_tokens(tokenizer, model.generation_config, chat_template)
+    ends = end_tokens(tokenizer, model.generation_config, chat)
     positions = position_limit(model) or 2**31
+    template = ""  # special tokens of a chat template are part of an answer
     samples, deadline = [], time.perf_counter() + seconds
     for i, (row, (start, end)) in enumerate(zip(rows, spans, strict=True)):
-        ids = row["input_ids"]
+        asked, expected = row["input_ids"][:start], row["input_ids"][start:end]
+        prompt_text, reference = to_text(tokenizer, asked), to_text(tokenizer, expected)
+        text = examples.texts[int(np.searchsorted(column_array(examples.texts, "row"), row["row"]))]
+        if chat and text["spans"] and not row["truncated"]:
+            prompt_text, reference = prompt_and_reference(text, chat)
+            asked, template = text_encoder(tokenizer).encode_bare(prompt_text), chat.template
         sample: dict = {"where": row["where"], "cut": []}
-        sample |= {"prompt": _shortened(tokenizer, ids[:start]), "reference": _shortened(tokenizer, ids[start:end])}
+        sample |= {"prompt": _shortened(prompt_text), "reference": _shortened(reference)}
         for j, (name, before) in enumerate((("base", []), ("adapter", prefix))):
             share = (deadline - time.perf_counter()) / (2 * (count - i) - j)  # time that others left unused is shared
-            prompt = before + ids[:start]
+            prompt = before + asked
             new = min(limit, max(1, positions - len(prompt)))  # GPT-2 has no further positions
             config = GenerationConfig(max_new_tokens=new, max_time=max(share, 0.1), do_sample=False)
             with bare(model) if name == "base" else nullcontext():
                 (answer,) = generate(model, [prompt], config, ends)
-            sample[name] = _shortened(tokenizer, answer.ids)
+            sample[name] = _shortened(to_text(tokenizer, answer.ids, template))
             if not answer.ended:
                 sample["cut"].append(name)
         samples.append(sample)
@@ -58,6 +68,5 @@ def _last_span(labels: list[int]) -> tuple[int, int]:
     return (start, end) if start > 1 else (max(1, min(OPENING_TOKENS, end // 2)), end)
 
 
-def _shortened(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text = to_text(tokenizer, ids)
+def _shortened(text: str) -> str:
     return text if len(text) <= MAX_CHARS else "..." + text[-MAX_CHARS:]

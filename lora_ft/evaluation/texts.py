@@ -13,10 +13,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
 from lora_ft.data.batches import UNSHARDED, Shard, split_evenly
-from lora_ft.data.prepare import template_of
+from lora_ft.data.chats.format import end_tokens
+from lora_ft.data.prepare import find_chat
 from lora_ft.distributed import processes
 from lora_ft.evaluation.references import EvalPrompts
-from lora_ft.model.generate import end_tokens, generate_in_batches, to_text
+from lora_ft.model.generate import generate_in_batches, to_text
 
 LIBRARIES = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}  # metric -> import name
 
@@ -77,16 +78,21 @@ def generate_texts(
     names += ["temperature", "top_k", "top_p"] if settings.do_sample else []
     ranks = 1 if shard.padded else shard.world_size  # that generate different prompts
     parts = split_evenly(list(map(len, prompts.ids)), ranks)
+    chat = find_chat(config.data, tokenizer)
+    template = chat.template if chat and config.data.messages else ""
     generated = generate_in_batches(
         model,
         [prompts.ids[i] for i in parts[shard.rank % ranks]],
         GenerationConfig(**{name: getattr(settings, name) for name in names}),
-        end_tokens(tokenizer, model.generation_config, template_of(config.data).chat_template),
+        end_tokens(tokenizer, model.generation_config, chat),
         batch_size=settings.batch_size,
         seed=config.train.seed,
         check=check,
     )
-    own = [to_text(tokenizer, row.ids).strip() for row in generated]
+    own = [to_text(tokenizer, row.ids, template) for row in generated]
+    if chat and chat.reasoning_close and config.data.reasoning == "drop":  # what is compared is what was learned
+        own = [text.rpartition(chat.reasoning_close)[2] for text in own]
+    own = [text.strip() for text in own]
     texts = itertools.chain.from_iterable(processes.all_gather(own) if ranks > 1 else [own])
     by_prompt = dict(zip(itertools.chain.from_iterable(parts), texts, strict=True))
     return [by_prompt[i] for i in range(len(prompts.ids))]

@@ -8,6 +8,7 @@ The one place that knows what a folder is:
 - anything else, such as a merged model, is not a trained folder.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from lora_ft.config.load import parse_config
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError, UserError
 from lora_ft.core.messages import info, printable, warn
-from lora_ft.core.run_folder import RECORD, checkpoints
+from lora_ft.core.run_folder import RECORD, TEMPLATE, checkpoints
 from lora_ft.core.storage import read_json, verify_manifest
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.peft_config import CONFIG
@@ -64,7 +65,14 @@ class Trained:
     @cached_property
     def config(self) -> Config | None:
         """The run's config; None for another tool's adapter. Raises ConfigError if it is damaged."""
-        return parse_config(self.record["config"]) if "config" in self.record else None
+        settings = run_settings(self.folder, self.record)
+        return parse_config(settings) if settings else None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the chat template that it was trained with; None if that is the tokenizer's own, or there was none."""
+        path = ((run_settings(self.folder, self.record) or {}).get("data") or {}).get("chat_template")
+        return Path(path).read_text() if path and Path(path).is_file() else None
 
     @property
     def base_name(self) -> str | None:
@@ -103,12 +111,20 @@ class Trained:
             problem = "its tokenizer (vocabulary, merges or special tokens) has changed since the training."
             _refuse(f"{prefix}base {base.name}: {problem}", "Restore it", other_base)
         template = self.record.get("chat_template")
-        if template and template != digest(tokenizer.chat_template):
+        if template and template != digest(tokenizer.chat_template) and self.chat_template is None:
             warn(f"{prefix}base {base.name}: its chat template has changed since the training.")
 
     @property
     def _recorded_base(self) -> dict[str, Any]:
         return self.record.get("base", {})
+
+
+def run_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings in a folder's record, None if it has none; the chat template is the copy in the folder, if there is one."""
+    settings, template = record.get("config"), folder / TEMPLATE
+    if settings and (settings.get("data") or {}).get("messages") and template.is_file():
+        settings = {**settings, "data": {**settings["data"], "chat_template": str(template)}}
+    return settings
 
 
 def read_record(folder: Path, error: type[UserError] = ModelError) -> dict[str, Any] | None:

@@ -3,10 +3,12 @@
 A test runs each piece of code.
 """
 
+import json
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from lora_ft.core.names import portable_name
+from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.peft_config import file_rank
 
 
@@ -39,7 +41,7 @@ def use(record: dict) -> str:
 With transformers alone (peft must be installed):
 
 ```python
-{_snippet(record, "model.load_adapter('ADAPTER')")}
+{_snippet(record, "ADAPTER", "model.load_adapter('ADAPTER')")}
 ```
 
 {vllm_text(record)}
@@ -50,28 +52,34 @@ Merged into the base, without any cost in inference: `lora-ft merge --adapter AD
 
 def peft_snippet(record: dict, adapter: str) -> str:
     """Python code that loads base and adapter with PEFT and generates from a prompt of the trained form."""
-    return "from peft import PeftModel\n" + _snippet(record, f"model = PeftModel.from_pretrained(model, {adapter!r})")
+    return "from peft import PeftModel\n" + _snippet(
+        record, adapter, f"model = PeftModel.from_pretrained(model, {adapter!r})"
+    )
 
 
-def _snippet(record: dict, load_adapter: str) -> str:
+def _snippet(record: dict, adapter: str, load_adapter: str) -> str:
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {_loading(record)}
 {load_adapter}
-{_generation(record)}"""
+{_generation(record, adapter)}"""
 
 
 def vllm_text(record: dict) -> str:
     """How to serve the adapter with vLLM; of a .gguf base vLLM can only serve the merged model."""
-    base = record["base"]
+    base, data = record["base"], record["config"]["data"]
     if base["name"].endswith(".gguf"):
         return "vLLM serves the merged model: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
     name = shlex.quote(" ".join(portable_name(base["name"]).split()))
-    pinned = f" --revision {base['revision']}" if is_hub(record) else ""
+    options = f" --revision {base['revision']}" if is_hub(record) else ""
+    if data["chat_template"]:
+        options += f" --chat-template ADAPTER/{TEMPLATE}"
+    if data.get("chat_template_kwargs"):
+        options += f" --default-chat-template-kwargs {shlex.quote(json.dumps(data['chat_template_kwargs']))}"
     return f"""With vLLM, where it supports LoRA on this architecture:
 
 ```
-vllm serve {name}{pinned} --enable-lora --max-lora-rank {vllm_rank(file_rank(record["slices"]))} --lora-modules mine=ADAPTER
+vllm serve {name}{options} --enable-lora --max-lora-rank {vllm_rank(file_rank(record["slices"]))} --lora-modules mine=ADAPTER
 ```"""
 
 
@@ -89,13 +97,15 @@ tokenizer = AutoTokenizer.from_pretrained({arguments})
 model = AutoModelForCausalLM.from_pretrained({arguments})"""
 
 
-def _generation(record: dict) -> str:
+def _generation(record: dict, adapter: str) -> str:
     data = record["config"]["data"]
     if data["messages"]:
-        own = data["chat_template"]
-        template = f"tokenizer.chat_template = open({Path(own).name!r}).read()  # the run's template\n" if own else ""
+        options = "".join(f", {name}={value!r}" for name, value in (data.get("chat_template_kwargs") or {}).items())
+        file = str(PurePath(adapter, TEMPLATE))
+        template = f"tokenizer.chat_template = open({file!r}).read()\n" if data["chat_template"] else ""
         inputs = f"""{template}messages = [{{"role": "user", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt"{options})
+inputs = tokenizer.apply_chat_template(messages, **options)"""
     else:
         braces = "  # replace what is in braces" if data["prompt"] else ""
         inputs = f'inputs = tokenizer({data["prompt"] or "Once upon a time"!r}, return_tensors="pt"){braces}'

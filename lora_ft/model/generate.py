@@ -1,6 +1,7 @@
-"""Text generation: the tokens a model writes after each of several prompts, and the tokens that end an answer."""
+"""Text generation: the tokens a model writes after each of several prompts."""
 
 import copy
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -20,42 +21,22 @@ class Generated(NamedTuple):
     ended: bool
 
 
-def end_tokens(
-    tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, chat_template: str | None = None
-) -> set[int]:
-    """The ids that end an answer: end of sequence (the tokenizer's, the generation config's), and the end of a chat turn.
-
-    A model trained on turns that end in <|im_end|> writes that token, even if the tokenizer's end of sequence is another
-    one. chat_template: the text of a run's own template; None for the tokenizer's, if it has one; "" for none at all.
-    """
-    listed = config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    closing = _turn_end(tokenizer, chat_template)
-    tokens = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    ids |= {i for i, token in tokens.items() if closing.startswith(token)}
-    return {i for i in ids if i is not None}
-
-
-def _turn_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    """The chat template's text after an assistant's words; "" without a template, or if it refuses this chat."""
-    words = "@@turn@@"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))
-    except Exception:  # a template is a program, which may fail in any way
-        return ""
-    return text.rpartition(words)[2].lstrip() if words in text else ""
-
-
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the number of positions in the model's config; None where it has no such limit (ALiBi)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 
-def to_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Decode generated ids exactly: no special tokens, and "end ." stays as it is where a tokenizer would tidy it up."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def to_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], chat_template: str = "") -> str:
+    """Decode generated ids exactly: "end ." stays as it is where a tokenizer would tidy it up.
+
+    Special tokens are left out, except those that the chat template writes: around tool calls, between channels.
+    """
+    written = {i for i in set(ids) if chat_template and tokenizer.convert_ids_to_tokens(i) in chat_template}
+    written &= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} if written else set()
+    runs = (list(run) for _, run in itertools.groupby(ids, key=lambda i: i in written))
+    exactly = {"clean_up_tokenization_spaces": False}
+    return "".join(tokenizer.decode(run, skip_special_tokens=run[0] not in written, **exactly) for run in runs)
 
 
 @torch.no_grad()

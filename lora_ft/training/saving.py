@@ -31,6 +31,7 @@ class Saver:
     def __init__(self, output: Path, setup: RunSetup, record: dict, evaluate: Callable[[], dict]):
         self.output, self.record, self.compute_metrics = output, record, evaluate
         self.model, self.tokenizer, self.row_tokens = setup.model, setup.tokenizer, setup.row_tokens
+        self.chat_template = setup.chat_template
         self.save_total_limit = setup.config.train.save_total_limit
         self.evaluations: dict[int, dict] = {}  # step -> metrics; of earlier processes only those of the best step
         if setup.state:
@@ -92,6 +93,9 @@ class Saver:
         """Write what was trained and its card, the record last; its manifest covers the `state` files in the folder."""
         method, base = self.record["config"]["adapter"]["method"], self.record["base"]["name"]
         files, more = METHODS[method].save(self.model, folder, base, self.tokenizer)
+        if self.chat_template:
+            write_file(folder / run_folder.TEMPLATE, self.chat_template)
+            files = [*dict.fromkeys([*files, run_folder.TEMPLATE])]
         record = self.record | facts | more
         write_file(folder / CARD, model_card(record))
         write_record(folder, record, [*files, *state], [CARD, *mentions])

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError
-from lora_ft.core.messages import info
+from lora_ft.core.messages import info, warn
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.batches import RowPacking, Shard, StepPlan
 from lora_ft.data.examples import Examples, largest_id, reports
-from lora_ft.data.prepare import prepare
+from lora_ft.data.prepare import prepare, template_of
 from lora_ft.distributed import processes
 from lora_ft.distributed.sharding import load_sharded
 from lora_ft.methods.interface import METHODS, virtual_ids
@@ -195,6 +195,12 @@ class RunSetup:
         )
 
     @cached_property
+    def chat_template(self) -> str | None:
+        """The text of the chat template that the run is trained with; None if it is not trained on chats."""
+        own = template_of(self.config.data).chat_template or self.tokenizer.chat_template
+        return own if self.config.data.messages else None
+
+    @cached_property
     def parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters of the adapted model."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
@@ -204,6 +210,8 @@ class RunSetup:
         """Print the data's counts, what is adapted, and how rows are made if not as usual."""
         for name, examples in {"data": self.train_set, **{f"eval {n}": e for n, e in self.eval_sets.items()}}.items():
             info(f"{name.strip()}: {examples.report.summary()}")
+            for note in examples.report.notes:
+                warn(f"{name.strip()}: {note}.")
         trainable, total = self.parameters
         share = f"{trainable:,} trainable parameters ({trainable / total:.2%} of the model)"
         info(f"{self.config.adapter.method}: {self.dry_run[1]}, {share}")

@@ -272,7 +272,7 @@ def test_a_chat_from_a_pipe(here, capsys, monkeypatch):
     asked = [GOOD, "/adapter talk", "is it a good movie", "/both", "is it a bad movie", "/base", "hm", "", "/adapter"]
     asked += ["/adapter talkk", "/bth", "/help", "/quit", "never"]
     out, err = chat(capsys, monkeypatch, asked, **BOTH)
-    turns = said("is it a good movie", " great", "is it a bad movie")
+    turns = said("is it a good movie", "great", "is it a bad movie")
     base, talk = by_peft(None, turns).strip(), by_peft("talk", turns).strip()
     assert "\n".join(out) == "\n".join(
         ["positive", "great", f"base: {base}", f"talk: {talk}", by_peft(None, "hm").lstrip()]

@@ -1,5 +1,7 @@
 """Which part of a chat is supervised, under many templates; compared as the text of the supervised tokens."""
 
+import re
+
 import pytest
 
 from lora_ft.core.errors import ConfigError, DataError, ModelError
@@ -39,7 +41,7 @@ FORGETS_THINKING = (  # as Qwen3: thinking only after the last question, and an 
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 THINKS_FIRST = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")  # as DeepSeek-R1
-REWRITES = CHATML.replace("m.content +", "m.content | upper +").partition("{% if add")[0]
+REWRITES = CHATML.replace("m.content +", "m.content | reverse +").partition("{% if add")[0]
 REWRITES_AND_SAYS_WHERE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content | upper }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
@@ -82,7 +84,6 @@ def supervised_texts(tokenizer, example) -> list[str]:
         (CHATML, [SYSTEM, U1, A1, U2], [A1["content"] + E]),
         (CHATML, [A1, U1, A2], [A1["content"] + E, A2["content"] + E]),  # starts with the assistant
         (CHATML, [U1, A2, A1], [A2["content"] + E, A1["content"] + E]),
-        (CHATML, [U1, {"role": "assistant", "content": ""}], [E]),
         (CHATML, [{"role": "user", "content": "fine"}, {"role": "assistant", "content": "fine"}], ["fine" + E]),
         (CHATML_BARE, [SYSTEM, U1, A1, U2, A2], [A1["content"] + E, A2["content"] + E]),
         (CHATML_DEFAULT_SYSTEM, [U1, A1, U2, A2], [A1["content"] + E, A2["content"] + E]),
@@ -97,8 +98,8 @@ def supervised_texts(tokenizer, example) -> list[str]:
         (THINKS_FIRST, [U1, THOUGHT], ["hm\n</think>\n\nyes" + E]),
         (THINKS_FIRST, [U1, A2], ["it  goes" + E]),
         (REWRITES_AND_SAYS_WHERE, [U1, A2, U2, A2], ["IT  GOES" + E] * 2),
-        (NO_END, [U1, A2, U2, A2], [" it  goes\n", " it  goes\n</s>"]),
-        (NO_END, [U1, A2, U2], [" it  goes\n"]),
+        (NO_END, [U1, A2, U2, A2], ["it  goes\n", "it  goes\n</s>"]),
+        (NO_END, [U1, A2, U2], ["it  goes\n"]),
     ],
 )
 def test_assistant_turns_are_supervised(write, plain, template, chat, expected):
@@ -108,7 +109,9 @@ def test_assistant_turns_are_supervised(write, plain, template, chat, expected):
     text = plain.apply_chat_template(chat, chat_template=template, tokenize=False)
     if template is NO_END and chat[-1]["role"] == "assistant":
         text += "</s>"
-    assert example["input_ids"] == plain(text, add_special_tokens=False)["input_ids"]
+    # its generation prompt ends with a space, so that "it" is not the token " it" which the complete text would have
+    parts = [text] if template is not NO_END else re.split("(?<=assistant: )", text)
+    assert example["input_ids"] == [i for part in parts for i in plain(part, add_special_tokens=False)["input_ids"]]
 
 
 def test_spans_follow_the_generation_prompt(write, with_bos):
@@ -152,7 +155,11 @@ def test_long_chats_lose_their_end(write, plain):
     [
         (LLAMA2, [SYSTEM, U1, A1], "Only user and assistant roles are supported!"),
         (CHATML, [U1], "no assistant turn, so nothing is supervised; its roles are user"),
-        (CHATML, [{"role": "Assistant", "content": "x"}], "its roles are Assistant"),
+        (
+            CHATML,
+            [{"role": "Assistant", "content": "x"}],
+            r'unknown role "Assistant".*data.roles: {Assistant: assistant}',
+        ),
         (CHATML, [], "its messages are an empty list"),
         (CHATML, "user: hello", "its messages are text"),
         (CHATML, ["hello"], "turn 1 is text"),
@@ -167,11 +174,11 @@ def test_long_chats_lose_their_end(write, plain):
         (
             CHATML,
             [U1, {"role": "assistant", "content": None, "tool_calls": [1]}],
-            "turn 2 has tool calls and no content",
+            "turn 2: a tool call is an int without the name",
         ),
         (CHATML, [U1, {"role": "assistant", "content": "\ud83d"}], "lone surrogate"),
         ("{{ messages[0].nothing.at_all }}", [U1, A1], "the chat template fails"),
-        (REWRITES, [U1, A1, U2, A2], "cannot locate the assistant"),
+        (REWRITES, [U1, A1, U2, A2], r"turn 2 \(assistant\) cannot be located"),
     ],
 )
 def test_bad_chats(write, plain, template, chat, message):

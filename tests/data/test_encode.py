@@ -353,7 +353,7 @@ def test_tables_are_recomputed_when_anything_they_depend_on_changes(write, make_
                 messages="m", chat_template="{% for m in messages %}{{ m.role + m.content + '</s>' }}{% endfor %}"
             ),
             {"max_examples": 2, "seed": 1, "bad_rows": "skip"},
-            "2aa6eafcaee8ba78ac6683c9d0bc3f61",
+            "86d1d936211c723bdbcb8549875ad708",
         ),
     ],
 )

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 def snippets(folder) -> list[str]:
     found = re.findall(r"```python\n(.*?)```", (folder / "out/README.md").read_text(), re.DOTALL)
-    return [code.replace("'ADAPTER'", repr(str(folder / "out"))) for code in found]
+    return [code.replace("ADAPTER", str(folder / "out")) for code in found]
 
 
 def executed(code: str, folder, monkeypatch) -> dict:

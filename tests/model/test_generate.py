@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from lora_ft.data.chats.format import end_tokens
 from lora_ft.methods.lora.inject import inject_lora, trainable
-from lora_ft.model.generate import end_tokens, generate, generate_in_batches, position_limit, to_text
+from lora_ft.model.generate import generate, generate_in_batches, position_limit, to_text
 from lora_ft.nn.adapted import bare
 from tests.data.conftest import build as build_tokenizer
 from tests.helpers.families import build, tiny_model, token_ids
@@ -53,7 +54,7 @@ def test_the_models_own_settings_are_used_only_for_end_tokens():
     wanted = [alone(model, prompt, [EOS]) for prompt in PROMPTS]
     own = model.generation_config
     own.update(repetition_penalty=5.0, do_sample=True, temperature=9.0, max_length=3, eos_token_id=[EOS, wanted[0][2]])
-    ends = end_tokens(TOKENIZER, own)
+    ends = end_tokens(TOKENIZER, own, None)
     assert ends == {EOS, wanted[0][2], TOKENIZER.eos_token_id}
     found = new_ids(model, PROMPTS, GREEDY, ends, batch_size=3)
     assert found == [alone(model, prompt, sorted(ends)) for prompt in PROMPTS]
@@ -136,23 +137,6 @@ def test_every_token_is_reported_with_the_rows_so_far():
     assert {row.ended for row in rows} == {True, False}
     beams = GenerationConfig(max_new_tokens=4, num_beams=2)
     assert len(generate(model, PROMPTS, beams, ends, on_token=lambda _: pytest.fail("beams have no final tokens"))) == 7
-
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def test_the_token_that_closes_a_turn_ends_an_answer():
-    own = GenerationConfig(eos_token_id=7)
-    eos, im_end = TOKENIZER.convert_tokens_to_ids(["</s>", "<|im_end|>"])
-    assert end_tokens(TOKENIZER, own) == {7, eos}  # no chat template
-    assert end_tokens(TOKENIZER, own, CHATML) == {7, eos, im_end}
-    assert end_tokens(TOKENIZER, GenerationConfig(eos_token_id=[7, 9]), CHATML) == {7, 9, eos, im_end}
-    assert end_tokens(build_tokenizer(chat_template=CHATML), own) == {7, eos, im_end}  # the tokenizer's own
-    for refused in ("{{ raise_exception('no') }}", "{% for", "nothing of the chat", CHATML.replace("<|im_end|>", "")):
-        assert end_tokens(TOKENIZER, own, refused) == {7, eos}
 
 
 def test_the_positions_of_a_config():

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from lora_ft.commands.check import display, warnings
+from lora_ft.commands.check.chats import chat_turns
 from lora_ft.commands.check.inspect import Inspection, inspect_run
 from lora_ft.config.schema import Config
 from lora_ft.core.trust import NO_TRUST, Trust
@@ -115,6 +116,11 @@ def show_data(result: Inspection, out: Console) -> None:
         f"  supervised: {train.report.supervised / train.report.tokens:.1%} of the tokens; an end token is learned in "
         f"{result.ends_learned:,} of {len(train.dataset):,}"
     )
+    for kind, (count, supervised) in train.report.turns.items():
+        out.print(f"  turns: {kind}: {count:,}, supervised {supervised:,}")
+    if train.report.turn_ends:
+        ends = ", ".join(f"{end or 'no token'} {count:,}" for end, count in train.report.turn_ends.items())
+        out.print(f"  supervised turns end in: {ends}")
     bars = display.histogram_lines(display.histogram(warnings.lengths(train), max_length), out.encoding)
     display.section(out, f"tokens per example, before truncation to max_length {max_length}", bars)
     truncated = [i for i, is_truncated in enumerate(train.dataset["truncated"]) if is_truncated and i >= EXAMPLES_SHOWN]
@@ -122,5 +128,6 @@ def show_data(result: Inspection, out: Console) -> None:
     for i in [*range(min(EXAMPLES_SHOWN, len(train.dataset))), *truncated[:1]]:
         example = train.dataset[i]
         tokens = f"{example['tokens']} tokens{', truncated' if example['truncated'] else ''}"
-        text = display.highlight_supervised(example, setup.tokenizer, out.encoding)
-        display.section(out, f"{example['where']}: {tokens}; supervised between {marks}", [text])
+        title = f"{example['where']}: {tokens}; supervised between {marks}"
+        turns = chat_turns(example, setup.config.data, setup.tokenizer) if setup.config.data.messages else []
+        display.section(out, title, display.highlight_supervised(example, setup.tokenizer, out.encoding, turns))

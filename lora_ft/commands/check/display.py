@@ -59,16 +59,41 @@ def marks(encoding: str) -> tuple[str, str]:
     return ("»", "«") if encoding.lower().startswith("utf") else (">>", "<<")
 
 
-def highlight_supervised(example: Mapping, tokenizer: PreTrainedTokenizerBase, encoding: str) -> Text:
-    """An example after template, truncation and masking; supervised tokens are green and between marks."""
-    left, right = marks(encoding)
-    text = Text()
+def highlight_supervised(
+    example: Mapping, tokenizer: PreTrainedTokenizerBase, encoding: str, turns: Sequence[tuple[str, int]] = ()
+) -> list[Text]:
+    """An example after template, truncation and masking; supervised tokens are green and between marks.
+
+    turns: the kind of each turn of a chat and where it starts in the text; each is shown below a line with its kind and, if
+    it is supervised, the token that it ends in.
+    """
     pairs = zip(example["input_ids"], example["labels"], strict=True)
-    for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[1] >= 0):
-        piece = tokenizer.decode([token for token, _ in run])  # run by run: a character may be several tokens
-        escaped = "\n".join(printable(line, 100_000) for line in piece.split("\n"))
-        text.append(f"{left}{escaped}{right}" if supervised else escaped, style="bold green" if supervised else "")
-    return text
+    runs = [
+        (supervised, [i for i, _ in run]) for supervised, run in itertools.groupby(pairs, lambda pair: pair[1] >= 0)
+    ]
+    pieces = [(supervised, tokenizer.decode(ids), ids) for supervised, ids in runs]  # a character may be several tokens
+    left, right = marks(encoding)
+    starts = dict(zip((start for _, start in turns), turns, strict=True))
+    lines, text, position = [], Text(), 0
+    for supervised, piece, ids in pieces:
+        inner = sorted(start for start in starts if position <= start < position + len(piece))
+        cuts = sorted({position, *inner, position + len(piece)})
+        for start, end in itertools.pairwise(cuts):
+            if start in inner:
+                lines += [text] if text else []
+                text = Text()
+                lines.append(Text(f"  {starts[start][0]}", style="bold"))
+            part = piece[start - position : end - position]
+            part = part if supervised or not turns else part.strip("\n")  # between turns
+            escaped = "\n".join(printable(line, 100_000) for line in part.split("\n"))
+            style = "bold green" if supervised else ""
+            text.append(f"{left}{escaped}{right}" if supervised and escaped else escaped, style=style)
+        if supervised and turns:
+            lines[-1].append(
+                f", supervised, ends in {printable(tokenizer.convert_ids_to_tokens(ids[-1]))}", style="green"
+            )
+        position += len(piece)
+    return [*lines, text]
 
 
 def target_lines(layers: Mapping[str, LoRALinear]) -> list[str]:

@@ -8,9 +8,9 @@ import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_ft.core.messages import printable
+from lora_ft.data.chats.format import end_tokens
 from lora_ft.data.examples import Examples, column_array
-from lora_ft.data.prepare import template_of
-from lora_ft.model.generate import end_tokens
+from lora_ft.data.prepare import find_chat
 from lora_ft.training.setup import RunSetup
 
 FEW_LABELS = 20  # at most so many distinct completions count as the labels of a classification
@@ -58,8 +58,8 @@ def lengths(examples: Examples) -> np.ndarray:
 def examine_data(setup: RunSetup, generation: GenerationConfig) -> tuple[int, dict[str, int], list[str]]:
     """`ends_learned` in train, eval set -> `in_common` with train, and warnings. generation: the base's settings."""
     data, train, tokenizer, result = setup.config.data, setup.train_set, setup.tokenizer, []
-    ends = end_tokens(tokenizer, generation, template_of(data).chat_template)
-    base_ends = end_tokens(tokenizer, generation, chat_template="")
+    ends = end_tokens(tokenizer, generation, find_chat(data, tokenizer))
+    base_ends = end_tokens(tokenizer, generation, chat=None)
     learned, total = ends_learned(train, ends), len(train.dataset)
     common = {name: in_common(train, examples) for name, examples in setup.eval_sets.items()}
     named = {f"eval.{name}".rstrip("."): examples for name, examples in setup.eval_sets.items()}
@@ -80,6 +80,12 @@ def examine_data(setup: RunSetup, generation: GenerationConfig) -> tuple[int, di
         if report.skipped_count:
             result.append(
                 f"data.{which}: {report.skipped_count:,} bad rows are skipped; the first: {report.skipped[0]}"
+            )
+        result += [f"data.{which}: {note}." for note in report.notes]
+        if endless := report.turn_ends.get(""):
+            result.append(
+                f"data.{which}: the chat template ends {endless:,} of {sum(report.turn_ends.values()):,} supervised turns "
+                "with no token; only the others teach the model to stop."
             )
         if report.merged:
             result.append(

@@ -11,6 +11,7 @@ from lora_ft.commands.export.gguf_model import verify_gguf, write_model_gguf
 from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
+from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.core.storage import sibling
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.compatibility import check_against, check_copies
@@ -94,6 +95,8 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
         else:
             text = export_card("peft", portable_name(base.name), target.name)
         storage.write_file(staged / CARD, text)
+        if adapter.trained.chat_template:
+            storage.write_file(staged / TEMPLATE, adapter.trained.chat_template)
     family = model.config.model_type
     own_converter, ours = f"its own converter, if it supports {family}", f"lora-ft export {adapter.folder} --to gguf"
     print(f"{target}: rank {rank} on {len(adapter.tensors)} modules, the scaling folded into B (lora_alpha = r)")

@@ -73,7 +73,8 @@ def write_model_gguf(base: Base, path: Path, dtype: str, adapter: AdapterFile | 
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(Path(portable_name(base.name)).name)
     write_hyperparameters(writer, model.config)
-    write_vocabulary(writer, tokenizer, model.config.vocab_size)
+    own_template = adapter.trained.chat_template if adapter else None
+    write_vocabulary(writer, tokenizer, model.config.vocab_size, own_template or tokenizer.chat_template)
     return write_gguf(writer, weights, dtype)
 
 

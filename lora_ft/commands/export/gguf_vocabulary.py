@@ -31,8 +31,10 @@ SPLITS: dict[tuple, tuple[str, bool]] = {
 ALTERNATIVE = "Export the adapter alone (without --merged), for use with a GGUF of the base."
 
 
-def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Add the tokenizer, its special tokens and its chat template; unused tokens fill the vocabulary up to `size`.
+def write_vocabulary(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int, chat_template: object
+) -> None:
+    """Add the tokenizer, its special tokens and a chat template (if it is a text); unused tokens fill it up to `size`.
 
     Raises:
         ModelError: the tokenizer is not supported.
@@ -66,8 +68,8 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    if isinstance(chat_template, str):
+        writer.add_chat_template(chat_template)
 
 
 def _kind(i: int, token: str, pieces: dict[int, str], added: dict[int, dict], spm: bool, unknown: int | None) -> int:

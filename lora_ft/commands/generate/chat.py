@@ -19,7 +19,7 @@ from lora_ft.commands.generate.serving import BASE, Answer, Prompt, Served
 from lora_ft.core.errors import UserError
 from lora_ft.core.messages import info, printable
 from lora_ft.core.names import nearest
-from lora_ft.data.chat import Turn
+from lora_ft.data.chats.turns import Turn
 
 HELP = """\
 /adapter NAME   switch to this adapter; without a name, list all

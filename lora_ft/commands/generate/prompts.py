@@ -17,7 +17,8 @@ from lora_ft.config.schema import Config
 from lora_ft.core.errors import DataError, ModelError
 from lora_ft.core.messages import printable
 from lora_ft.core.names import template_columns
-from lora_ft.data.chat import ChatFormat, Turn, chat_format, read_turns
+from lora_ft.data.chats.format import ChatFormat, chat_format
+from lora_ft.data.chats.turns import Turn, read_prompt
 from lora_ft.data.delimited import text_lines
 from lora_ft.data.prepare import template_of
 from lora_ft.data.sources import SourceRow, iter_rows
@@ -40,6 +41,11 @@ class PromptFormat:
     is_chat: bool
     encoder: TextEncoder
 
+    @property
+    def written_markers(self) -> str:
+        """The template whose special tokens are part of an answer, see `to_text`; "" where answers are plain texts."""
+        return self.chat.template if self.chat and self.is_chat else ""
+
     def from_text(self, text: str, turns: Sequence[Turn] = ()) -> tuple[str, list[int]]:
         """The prompt for a text, in a chat after its previous `turns`; a BadRow if the template has not exactly one column."""
         if self.is_chat:
@@ -59,11 +65,11 @@ class PromptFormat:
         assert self.template.prompt is not None
         return self._encode(renderer("prompt", self.template.prompt, self.template.label_names or {})(columns))
 
-    def from_turns(self, turns: list[Turn]) -> tuple[str, list[int]]:
+    def from_turns(self, turns: list[Turn], tools: list[dict] | None = None) -> tuple[str, list[int]]:
         """The prompt for a chat, up to the start of the assistant's turn; a BadRow if the chat template refuses the turns."""
         if self.chat is None:
             raise BadRow("the model has no chat template for messages: give a prompt")
-        text = self.chat.render(turns, generation_prompt=True)
+        text = self.chat.render(turns, tools, generation_prompt=True)
         check_unicode(text)
         return text, self.encoder.encode_bare(text)
 
@@ -75,10 +81,9 @@ class PromptFormat:
         needed = template_columns(self.template.prompt) if self.template.prompt is not None else ()
         if needed and all(column in columns for column in needed):
             return self.from_columns(columns)
-        value = next((columns[c] for c in (self.template.messages, "messages") if c and columns.get(c)), None)
-        if value is not None:
-            turns = read_turns(value)
-            return self.from_turns(turns[:-1] if turns[-1]["role"] == ASSISTANT else turns)
+        column = next((c for c in (self.template.messages, "messages") if c and columns.get(c)), None)
+        if column is not None:
+            return self.from_turns(*read_prompt(columns, column, self.template.roles))
         if isinstance(columns.get("prompt"), str):
             return self.from_text(columns["prompt"])
         choices = " or ".join(dict.fromkeys(['"prompt"', f'"{self.template.messages or "messages"}"']))
@@ -107,9 +112,9 @@ def prompt_format(config: Config | None, tokenizer: PreTrainedTokenizerBase, raw
     """
     template = template_of(config.data) if config else Template()
     if raw:
-        template = Template(chat_template=template.chat_template)
+        template = Template(chat_template=template.chat_template, chat_template_kwargs=template.chat_template_kwargs)
     try:
-        chat = chat_format(tokenizer, template.chat_template)
+        chat = chat_format(tokenizer, template.chat_template, template.chat_template_kwargs)
     except ModelError:
         if template.messages:
             raise

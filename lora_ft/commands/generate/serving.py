@@ -14,15 +14,16 @@ from lora_ft.commands.generate.prompts import PromptFormat, prompt_format
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.trust import Trust
-from lora_ft.data.chat import Turn
+from lora_ft.data.chats.format import end_tokens
+from lora_ft.data.chats.turns import Turn
 from lora_ft.data.template import BadRow
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import check_names, mixed, use
 from lora_ft.methods.lora.peft import read_adapter
-from lora_ft.methods.trained import Trained, read_record
+from lora_ft.methods.trained import Trained, read_record, run_settings
 from lora_ft.model.device import prepare_device
 from lora_ft.model.files import resolve
-from lora_ft.model.generate import Generated, end_tokens, generate, position_limit, to_text
+from lora_ft.model.generate import Generated, generate, position_limit, to_text
 from lora_ft.model.load import load_base, load_tokenizer
 
 BASE = "base"  # the bare base's name among the adapters'
@@ -64,9 +65,8 @@ class Served:
     @cached_property
     def ends(self) -> set[int]:
         """Ids that end an answer, of the base or any adapter."""
-        templates = {form.template.chat_template for form in self.formats.values()}
         own = self.model.generation_config
-        return {token for template in templates for token in end_tokens(self.tokenizer, own, template)}
+        return {token for form in self.formats.values() for token in end_tokens(self.tokenizer, own, form.chat)}
 
     @property
     def names(self) -> list[str]:
@@ -104,18 +104,23 @@ class Served:
     def answer(self, prompts: Sequence[Prompt], on_text: Callable[[list[str]], None] | None = None) -> list[Answer]:
         """Generate the answers to a batch of prompts, each by its adapter. on_text: called after every token with all texts."""
 
+        adapters = [prompt.adapter for prompt in prompts]
+
+        def texts(rows: list[Generated]) -> list[str]:
+            templates = (self.formats[adapter].written_markers for adapter in adapters)
+            return [to_text(self.tokenizer, row.ids, template) for row, template in zip(rows, templates, strict=True)]
+
         def on_token(rows: list[Generated]) -> None:
             assert on_text
-            on_text([to_text(self.tokenizer, row.ids) for row in rows])
+            on_text(texts(rows))
 
-        adapters = [prompt.adapter for prompt in prompts]
         single = len(set(adapters)) == 1
         if single:
             use(self.model, adapters[0])
         with nullcontext() if single else mixed(self.model, adapters):
             ids, stream = [prompt.ids for prompt in prompts], on_token if on_text else None
             rows = generate(self.model, ids, self.sampling, self.ends, on_token=stream)
-        return [Answer(to_text(self.tokenizer, row.ids), len(row.ids) + row.ended, row.ended) for row in rows]
+        return [Answer(t, len(row.ids) + row.ended, row.ended) for t, row in zip(texts(rows), rows, strict=True)]
 
 
 def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trust: Trust) -> Served:
@@ -133,8 +138,9 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     base_name = base_name or (first.base_name if first else None)
     if not base_name:
         raise ConfigError("no base: the adapter does not name one. Add --base NAME.")
-    own = read_record(Path(base_name).expanduser()) or {}  # a merged model has the record of its run
-    own_config = parse_config(own["config"]) if "config" in own else None
+    folder = Path(base_name).expanduser()
+    own_settings = run_settings(folder, read_record(folder) or {})  # a merged model has the record of its run
+    own_config = parse_config(own_settings) if own_settings else None
     config = first.config if first else own_config
     device = prepare_device(config.trainer.use_cpu if config else False)
     base = first.base(base_name, trust) if first else resolve(base_name, trust=trust)

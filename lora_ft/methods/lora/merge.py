@@ -16,6 +16,7 @@ from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.machine import peak_memory
 from lora_ft.core.messages import info
+from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.compatibility import check_against
 from lora_ft.methods.lora.files import RECORD, WEIGHTS, write_record
 from lora_ft.methods.lora.merge_shards import check_stored_copies, stored_keys, stored_tensors, write_shards
@@ -72,6 +73,7 @@ def merge_adapter(
         storage.require_space(output.parent, space_needed(shards, edits))
         errors, dtypes = write_shards(shards, staged, edits, adapter, progress)
         copy_files(source, staged, unties)
+        write_chat_template(staged, adapter.trained.chat_template)
         logits = None
         if verify:
             rows = sample_rows(adapter.trained.record, tokenizer, model.get_input_embeddings().weight.shape[0])
@@ -130,6 +132,17 @@ def copy_files(base: Base, staged: Path, unties: bool) -> None:
         if isinstance(config.get("text_config"), dict):
             config["text_config"]["tie_word_embeddings"] = False
         storage.write_json(staged / "config.json", config)
+
+
+def write_chat_template(folder: Path, text: str | None) -> None:
+    """Give a model's folder the chat template of a run (None: keep its own), in both places where tools look for one."""
+    config = folder / "tokenizer_config.json"
+    if text is None or not config.is_file():
+        return
+    storage.write_file(folder / TEMPLATE, text)
+    settings = storage.read_json(config, ModelError)
+    if "chat_template" in settings:
+        storage.write_json(config, settings | {"chat_template": text})
 
 
 def merged_record(adapter: AdapterFile, base: Base, other_base: bool, report: dict, errors: dict[str, float]) -> dict:
