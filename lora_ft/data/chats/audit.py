@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_ft.core.messages import format_value
-from lora_ft.data.chats.format import ChatFormat
 from lora_ft.data.chats.spans import Located
 from lora_ft.data.chats.turns import Conversation, Turn
 from lora_ft.data.template import BadRow
@@ -34,16 +33,16 @@ def dropped(text: str, located: list[Located], conversation: Conversation) -> li
     return found
 
 
-def untrained_prompt(text: str, turn: Located, conversation: Conversation, chat: ChatFormat) -> str:
+def untrained_prompt(text: str, turn: Located) -> str:
     """How the generation prompt before a turn differs from the chat's text there, in words; "" where it does not."""
-    before = chat.try_render(conversation.turns[: turn.turn], conversation.tools) or ""
-    header = turn.prompt[chat.agreement(before, turn.prompt) :]
     skipped = text[len(turn.prompt) : turn.start].strip() if text.startswith(turn.prompt) else ""
-    if not turn.prompt or (not skipped and text[: turn.start].endswith(header)):
+    if not turn.prompt or (not skipped and text[: turn.start].endswith(turn.header)):
         return ""
     if skipped:
         return f"the chat template writes {format_value(skipped)} before an answer, but not in its generation prompt"
-    return f"the chat template's generation prompt ends in {format_value(header)}, but not the text before an answer"
+    return (
+        f"the chat template's generation prompt ends in {format_value(turn.header)}, but not the text before an answer"
+    )
 
 
 def reasoning_end(text: str, turn: Located, said: Turn) -> int:

@@ -1,12 +1,12 @@
 """Chat templates: rendering turns as one of them expects them, and the tokens that end its turns."""
 
+import bisect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from itertools import product
-from os.path import commonprefix
 from typing import Any
 
 import jinja2
@@ -115,7 +115,7 @@ class ChatFormat:
 
     def agreement(self, a: str, b: str) -> int:
         """The length of the start that two texts share, without a marker that is cut in one of them."""
-        length = len(commonprefix([a, b]))
+        length = bisect.bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
         cut = (
             m.start() for text in (a, b) for m in self.markers.finditer(text, max(length - 100, 0)) if m.end() > length
         )

@@ -51,7 +51,7 @@ def render_chat(columns: Mapping[str, Any], template: Template, chat: ChatFormat
     notes = [(f"the chat template drops {what}", number) for what, number in dropped(text, located, conversation)]
     notes += [(f"not used: {what}", number) for what, number in conversation.ignored]
     for turn in located:
-        if difference := untrained_prompt(text, turn, conversation, chat):
+        if difference := untrained_prompt(text, turn):
             notes.append((_way_out(difference, turn.turn, conversation, chat), turn.turn + 1))
     starts = [reasoning_end(text, t, turns[t.turn]) if template.reasoning == "drop" else t.start for t in located]
     spans = [(start, turn.end) for start, turn in zip(starts, located, strict=True)]

@@ -36,12 +36,13 @@ class Words(NamedTuple):
 class Located:
     """One supervised turn in the text of its chat.
 
-    turn: its position. prompt: the generation prompt before it. start, end: its span. words_end: where its own words end,
-    before what closes it. end_marker: the marker that ends it, "" if none does.
+    turn: its position. prompt: the generation prompt before it; header: what that adds to the turns before. start, end: its
+    span. words_end: where its own words end, before what closes it. end_marker: the marker that ends it, "" if none does.
     """
 
     turn: int
     prompt: str
+    header: str
     start: int
     words_end: int
     end: int
@@ -58,8 +59,8 @@ def locate_turns(text: str, conversation: Conversation, chat: ChatFormat) -> tup
     marked = _marked(text, conversation, chat)
     located = []
     for i in conversation.supervised:
-        prompt = chat.try_render(turns[:i], tools, generation_prompt=True) if i else ""
-        before = chat.try_render(turns[:i], tools) if i else ""
+        prompt = (chat.try_render(turns[:i], tools, generation_prompt=True) or "") if i else ""
+        before = (chat.try_render(turns[:i], tools) or "") if i else ""
         if span := marked.get(i):  # marks may include the header, which the generation prompt has already
             span = span._replace(
                 start=max(span.start, min(_start(text, prompt, before, None, chat) or 0, span.words_end))
@@ -71,7 +72,8 @@ def locate_turns(text: str, conversation: Conversation, chat: ChatFormat) -> tup
                 f"turn {i + 1} (assistant) cannot be located in the chat template's text, in which earlier turns change when "
                 "later ones follow, or contents are rewritten. Use a template with {% generation %} around assistant turns"
             )
-        located.append(_with_end(text, i, prompt or "", *span, chat))
+        found = Located(i, prompt, prompt[chat.agreement(before, prompt) :], *span, "")
+        located.append(_with_end(text, found, chat))
     positions = [0] + [position for turn in located for position in (turn.start, turn.end)]
     if positions != sorted(positions):
         raise BadRow("the chat template renders its assistant turns out of order")
@@ -97,16 +99,15 @@ def _span(
     turns: list[Turn],
     tools: list[dict] | None,
     i: int,
-    prompt: str | None,
-    before: str | None,
+    prompt: str,
+    before: str,
     chat: ChatFormat,
 ) -> Words | None:
     """Turn i by its start, after the generation prompt, and by its end. before: the text of the turns before it."""
-    probe = {"role": "assistant", "content": PROBE}
-    probed = chat.try_render([*turns[:i], probe, *turns[i + 1 :]], tools) if PROBE not in text else None
-    left, found, right = (probed or "").partition(PROBE)
-    probed_once = bool(found) and PROBE not in right
-    start = _start(text, prompt, before, left if probed_once else None, chat)
+    start, around = _start(text, prompt, before, None, chat), None
+    if start is None:
+        around = _around(text, turns, tools, i, chat)
+        start = _start(text, prompt, before, around[0], chat) if around else None
     if start is None:
         return None
     after = text if i == len(turns) - 1 else chat.try_render(turns[: i + 1], tools)
@@ -114,23 +115,34 @@ def _span(
         words_end = _words_end(after, start, chat)
         if len(after) >= start and text.startswith(after[:words_end]):
             return Words(start, words_end, chat.agreement(after, text))
-    words_end = len(text) - len(right)
-    return Words(start, words_end, words_end) if probed_once and text.endswith(right) and words_end >= start else None
+    around = around or _around(text, turns, tools, i, chat)
+    if around is None or not text.endswith(around[1]) or len(text) - len(around[1]) < start:
+        return None
+    words_end = len(text) - len(around[1])
+    return Words(start, words_end, words_end)
 
 
-def _start(text: str, prompt: str | None, before: str | None, left: str | None, chat: ChatFormat) -> int | None:
-    """Where what a turn has to generate starts. left: the text before a probe in place of the turn."""
+def _around(text: str, turns: list[Turn], tools: list[dict] | None, i: int, chat: ChatFormat) -> tuple[str, str] | None:
+    """The text before and after a probe in place of turn i; None if that cannot be found out."""
+    probe = {"role": "assistant", "content": PROBE}
+    probed = chat.try_render([*turns[:i], probe, *turns[i + 1 :]], tools) if PROBE not in text else None
+    left, found, right = (probed or "").partition(PROBE)
+    return (left, right) if found and PROBE not in right else None
+
+
+def _start(text: str, prompt: str, before: str, left: str | None, chat: ChatFormat) -> int | None:
+    """Where what a turn has to generate starts. left: the text before a probe in place of the turn, if that was tried."""
     if prompt:
         agreed = chat.agreement(prompt, text)
         # If it adds nothing to the turns before, it may end with the user's turn, or lack the assistant's header.
         if agreed == len(prompt) and (prompt != before or (left is not None and not left[agreed:].strip())):
             return agreed
         # A generation prompt that opens what the text never has, such as <think>: the turn starts after its header.
-        if before is not None and prompt != before and agreed > chat.agreement(before, prompt):
+        if prompt != before and agreed > chat.agreement(before, prompt):
             return agreed
     if left is None:
         return None
-    stem, tail = left.rstrip(), (prompt or "")[len((prompt or "").rstrip()) :]
+    stem, tail = left.rstrip(), prompt[len(prompt.rstrip()) :]
     if chat.header.strip() and chat.header in left:
         at = left.rfind(chat.header) + len(chat.header)
         return at if text.startswith(left[:at]) else None
@@ -149,13 +161,13 @@ def _words_end(text: str, start: int, chat: ChatFormat) -> int:
         text = stripped[: last.start()]
 
 
-def _with_end(text: str, i: int, prompt: str, start: int, words_end: int, end: int, chat: ChatFormat) -> Located:
+def _with_end(text: str, turn: Located, chat: ChatFormat) -> Located:
     """The turn up to the marker that ends it: the first one after its words, a token of its own if there is one."""
-    found, position = [], words_end
+    found, position = [], turn.words_end
     while match := re.compile(rf"\s*({chat.markers.pattern})").match(text, position):
         found.append(match)
         position = match.end()
     ends = [match for match in found if match[1] in chat.ends]
     for match in [match for match in ends if chat.is_token(match[1])] or ends:
-        return Located(i, prompt, start, match.start(1), match.end(), match[1])
-    return Located(i, prompt, start, end, end, "")
+        return replace(turn, words_end=match.start(1), end=match.end(), end_marker=match[1])
+    return replace(turn, words_end=turn.end)
