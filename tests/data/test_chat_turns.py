@@ -170,6 +170,15 @@ def test_broken_turns(write, plain, turn, message):
         load(write("a.jsonl", [{"messages": [ASK, turn]}]), plain)
 
 
+def test_an_end_that_is_not_a_token_is_told(write, plain):
+    """As with a base model's tokenizer and an instruct model's template; the end-of-sequence token still ends the chat."""
+    examples = load(write("a.jsonl", [{"messages": [ASK, SAY, ASK, SAY]}]), plain, CALLS.replace(E, "<|stop|>"))
+    assert supervised(examples, plain) == ["it goes<|stop|>", "it goes<|stop|>\n</s>"]
+    assert examples.report.notes[0].startswith(
+        "the chat template ends turns in <|stop|>, which is not a token of this tokenizer (2 times, first in"
+    )
+
+
 def test_a_template_without_calls(write, plain):
     """A turn of calls alone would come out empty: a bad row. Beside content, dropped calls are counted."""
     with pytest.raises(DataError, match=r"turn 2 \(assistant\) is empty: the chat template drops the tool calls"):

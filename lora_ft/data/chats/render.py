@@ -51,6 +51,11 @@ def render_chat(columns: Mapping[str, Any], template: Template, chat: ChatFormat
     notes = [(f"the chat template drops {what}", number) for what, number in dropped(text, located, conversation)]
     notes += [(f"not used: {what}", number) for what, number in conversation.ignored]
     for turn in located:
+        end = chat.markers.search(text, turn.words_end, turn.end)
+        if end and end[0] in chat.ends and not chat.is_token(end[0]):
+            notes.append(
+                (f"the chat template ends turns in {end[0]}, which is not a token of this tokenizer", turn.turn + 1)
+            )
         if difference := untrained_prompt(text, turn):
             notes.append((_way_out(difference, turn.turn, conversation, chat), turn.turn + 1))
     starts = [reasoning_end(text, t, turns[t.turn]) if template.reasoning == "drop" else t.start for t in located]
