@@ -13,7 +13,7 @@ from lora_ft.data.examples import Examples, column_array
 from lora_ft.data.prepare import find_chat
 from lora_ft.training.setup import RunSetup
 
-FEW_LABELS = 20  # at most so many distinct completions count as the labels of a classification
+FEW_LABELS = 20  # a data set with at most this many distinct completions has labels of a classification
 
 
 def ends_learned(examples: Examples, ends: set[int]) -> int:
