@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from lora_ft.config import yaml_reader
 from lora_ft.config.json_schema import alternatives, entry_at
 from lora_ft.config.rules import broken_rules, schema_errors, unknown
@@ -49,8 +51,16 @@ def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source:
 
 
 def changes(before: dict, config: Config) -> dict[str, list[str]]:
-    """The settings that differ between a record's config and this one: "section.setting: was X, is Y", by resume class."""
+    """The settings that differ between a record's config and this one: "section.setting: was X, is Y", by resume class.
+
+    A setting that the record lacks did not exist then; its default is what the run did.
+    """
     old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    fields = {
+        (section, name): field for section, model in SECTIONS.items() for name, field in model.model_fields.items()
+    }
+    optional = [path for path in new.keys() & fields.keys() if not fields[path].is_required()]
+    old = {path: to_jsonable_python(fields[path[0], path[1]].default) for path in optional} | old
     by_class: dict[str, list[str]] = {"result": [], "rounding": [], "free": [], "longer": []}
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):

@@ -111,8 +111,9 @@ class Trained:
             problem = "its tokenizer (vocabulary, merges or special tokens) has changed since the training."
             _refuse(f"{prefix}base {base.name}: {problem}", "Restore it", other_base)
         template = self.record.get("chat_template")
-        if template and template != digest(tokenizer.chat_template) and self.chat_template is None:
-            warn(f"{prefix}base {base.name}: its chat template has changed since the training.")
+        if template and template != digest(tokenizer.chat_template):
+            used = " The one of the training is used." if self.chat_template else ""
+            warn(f"{prefix}base {base.name}: its chat template has changed since the training.{used}")
 
     @property
     def _recorded_base(self) -> dict[str, Any]:
