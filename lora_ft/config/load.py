@@ -56,11 +56,9 @@ def changes(before: dict, config: Config) -> dict[str, list[str]]:
     A setting that the record lacks did not exist then; its default is what the run did.
     """
     old, new = _flat(before), _flat(config.model_dump(mode="json"))
-    fields = {
-        (section, name): field for section, model in SECTIONS.items() for name, field in model.model_fields.items()
-    }
-    optional = [path for path in new.keys() & fields.keys() if not fields[path].is_required()]
-    old = {path: to_jsonable_python(fields[path[0], path[1]].default) for path in optional} | old
+    fields = ((section, name, f) for section, model in SECTIONS.items() for name, f in model.model_fields.items())
+    defaults = {(s, name): to_jsonable_python(f.default) for s, name, f in fields if not f.is_required()}
+    old = {path: value for path, value in defaults.items() if path in new} | old
     by_class: dict[str, list[str]] = {"result": [], "rounding": [], "free": [], "longer": []}
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
