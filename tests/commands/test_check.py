@@ -7,6 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_ft.commands.check import display
+from lora_ft.data.chats.format import find_chat_format
+from lora_ft.data.chats.render import render_chat, turn_starts
+from lora_ft.data.template import Template
+from lora_ft.data.tokens import encode_chats, text_encoder
+from tests.data.conftest import build as build_tokenizer
 from tests.helpers.command import cli, settings
 from tests.helpers.tiny import write_run
 
@@ -190,3 +195,32 @@ def test_a_shape_that_is_none_is_named(tmp_path):
 
 def test_spans():
     assert display.spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_chats_are_shown_turn_by_turn():
+    """Each turn below its kind; supervised ones between marks, with the token that they end in."""
+    tokenizer = build_tokenizer(chat_template=CHATML)
+    chat = find_chat_format(tokenizer)
+    turns = [("user", "so"), ("assistant", "it goes"), ("user", "hello"), ("assistant", "fine")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    template = Template(messages="messages")
+    done = render_chat(row, template, chat)
+    spans = [position for span in done.spans for position in span]
+    (example,) = encode_chats([done.text], [spans], 100, text_encoder(tokenizer))
+    lines = display.highlight_supervised(example._asdict(), tokenizer, "utf-8", turn_starts(row, template, chat))
+    assert [line.plain for line in lines] == [
+        "  user",
+        "<|im_start|>user\nso<|im_end|>",
+        "  assistant, supervised, ends in <|im_end|>",
+        "<|im_start|>assistant\n»it goes<|im_end|>«",
+        "  user",
+        "<|im_start|>user\nhello<|im_end|>",
+        "  assistant, supervised, ends in <|im_end|>",
+        "<|im_start|>assistant\n»fine<|im_end|>«\n",
+    ]

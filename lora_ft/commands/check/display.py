@@ -84,7 +84,9 @@ def highlight_supervised(
                 text = Text()
                 lines.append(Text(f"  {starts[start][0]}", style="bold"))
             part = piece[start - position : end - position]
-            part = part if supervised or not turns else part.strip("\n")  # between turns
+            if not supervised:  # no blank lines between turns
+                part = part.lstrip("\n") if start in starts else part
+                part = part.rstrip("\n") if end in starts else part
             escaped = "\n".join(printable(line, 100_000) for line in part.split("\n"))
             style = "bold green" if supervised else ""
             text.append(f"{left}{escaped}{right}" if supervised and escaped else escaped, style=style)
