@@ -1,0 +1,51 @@
+"""The wheel: it holds the package with its pages, and works without the repository."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy of what git has, so that nothing of an earlier build is in it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file() and name.split("/")[0] in ("lora_ft", "pyproject.toml", "README.md", "LICENSE"):
+            target = folder / "source" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "."]
+    subprocess.run([*build, "./source"], cwd=folder, check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel):
+    listed = subprocess.run(["git", "ls-files", "lora_ft"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == set(listed.splitlines())
+
+
+def test_it_works_without_the_repository(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert run("-c", "import lora_ft; print(lora_ft.__file__)").strip() == str(site / "lora_ft/__init__.py")
+    assert "train" in run("-m", "lora_ft", "--help") and '"$schema"' in run("-m", "lora_ft", "schema")
+    loaded = "import jinja2; l = jinja2.PackageLoader('lora_ft.report', 'pages'); print(l.list_templates())"
+    assert "page.html" in run("-c", loaded)
+    metadata = next(site.glob("*.dist-info/METADATA")).read_text()
+    assert "Provides-Extra: generation" in metadata
+    assert "lora-ft = lora_ft.cli:main" in next(site.glob("*.dist-info/entry_points.txt")).read_text()
