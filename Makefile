@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One process per core; each test process uses one torch thread (tests/conftest.py).
 PYTEST_ARGS ?= -n auto
 
-.PHONY: install assets quickstart notebook test test-oldest kill-test bench format lint type
+.PHONY: install assets quickstart notebook test test-oldest kill-test bench site format lint type
 .DELETE_ON_ERROR:
 
 install: .venv/.installed
@@ -49,6 +49,11 @@ kill-test: .venv/.installed
 bench: assets
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+# The pages of docs/ as a site in site/.
+site: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@$(BIN)/mkdocs build --strict --quiet
 
 format: .venv/.installed
 	$(BIN)/ruff format .
