@@ -88,6 +88,7 @@ def test_commands_in_blocks_exist(name):
         }
         used = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
         assert used <= options, f"{line}: {used - options}"
+        checked += 1
         for setting in (
             after.partition("=")[0] for word, after in itertools.pairwise(words) if word in ("--set", "--vary")
         ):
