@@ -14,8 +14,11 @@ from lora_ft.commands.evaluate import evaluate_command
 from lora_ft.commands.generate.command import generate_command
 from lora_ft.commands.merge import merge_command
 from lora_ft.commands.train import train
-from lora_ft.config.load import load_config
-from tests.helpers.families import COMMON, shake
+from lora_ft.config.load import load_config, parse_config
+from lora_ft.evaluation import texts
+from lora_ft.evaluation.references import EvalPrompts
+from lora_ft.model.generate import Generated
+from tests.helpers.families import COMMON, shake, tiny_model
 from tests.helpers.tiny import tiny_tokenizer
 
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
@@ -81,3 +84,17 @@ def test_what_was_learned_is_written_everywhere(tmp_path, monkeypatch, capsys, n
 
     merge_command(Path("out"), output=Path("merged"))
     assert AutoTokenizer.from_pretrained("merged").chat_template == template
+
+
+def test_reasoning_left_out_of_the_loss_is_left_out_of_the_score(monkeypatch):
+    """With data.reasoning: drop the answer is compared; what the model thought before it was not learned."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = (TEMPLATES / "qwen3.jinja").read_text()
+    said = tokenizer("<think>\nsome film\n</think>\n\nbad").input_ids
+    monkeypatch.setattr(texts, "generate_in_batches", lambda *_, **__: [Generated(said, True)])
+    prompts, model = EvalPrompts(["film"], [[5]], [["bad"]], 0), tiny_model("llama")
+    for reasoning, expected in {"drop": "bad", "keep": "<think>\nsome film\n</think>\n\nbad"}.items():
+        data = {"train": "a.jsonl", "messages": "messages", "reasoning": reasoning}
+        config = parse_config({"model": {"name": "m"}, "data": data, "generation": {"metrics": ["exact_match"]}})
+        assert texts.generate_texts(model, tokenizer, prompts, config) == [expected]
