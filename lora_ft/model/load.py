@@ -1,9 +1,9 @@
 """Loading models and tokenizers, with every check that transformers leaves out. The only caller of `from_pretrained`."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,24 +18,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_ft.core.errors import ConfigError, ModelError, is_out_of_memory
+from lora_ft.core.errors import ConfigError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import info, listed, printable
-from lora_ft.model.files import Base, digest, stored_dtype
+from lora_ft.model.config_files import CONFIGS, SMALL_LIMIT, check_config_files, damage
+from lora_ft.model.files import Base, digest, is_finite, shape_and_dtype, stored_dtype, stored_weights
 from lora_ft.model.generate import position_limit
 from lora_ft.nn.mlp import fuse_gelu
 
-CONFIGS = ("config.json", "generation_config.json")
 _hashes: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()  # of `tokenizer_hash`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model_config(base: Base) -> PretrainedConfig:
-    """The base's transformers config. Raises ModelError if it is damaged, or of no causal language model."""
-    for path in (base.folder / name for name in CONFIGS):  # transformers ignores a damaged generation_config.json
-        if not base.gguf and path.is_file() and (problem := _damage(path)):
-            raise ModelError(f"{path}: {problem}. Copy the file again.")
+    """The base's transformers config. Raises ModelError if it is damaged, absurd, or of no causal language model."""
+    check_config_files(base)
     with _as_model_error(base, "its config can't be used"):
         config = AutoConfig.from_pretrained(base.folder, **_options(base))
+        # a config may not choose kernels, or attention that `nn/attention.py` was not made for
+        config._attn_implementation = config._experts_implementation = None
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {base.name}: {config.model_type} is an encoder-decoder, not a causal language model.")
     return config
@@ -50,8 +50,13 @@ def skeleton(base: Base, *, device: str = "meta", dtype: torch.dtype | None = No
     config = load_model_config(base)
     with _as_model_error(base, "can't be built"):
         model = build(config, device, dtype, base.trusted_code)
-        if not base.gguf and (base.folder / CONFIGS[1]).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(base.folder)
+        if not base.gguf:
+            _check_size(model, base)
+            if model.can_generate():  # the settings of an old model are in its config.json
+                own = (base.folder / CONFIGS[1]).is_file()
+                model.generation_config = GenerationConfig.from_pretrained(
+                    base.folder, config_file_name=CONFIGS[1] if own else CONFIGS[0], _from_model_config=not own
+                )
     return model
 
 
@@ -76,25 +81,35 @@ def dtype_of(base: Base, dtype: str, device: str) -> torch.dtype:
 def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a causal language model in eval mode, and check that every weight is there, has its shape and is finite.
 
+    Its weights are those of `stored_weights`, which the fingerprint covers; nothing beside them is applied.
     dtype: a `model.dtype` setting, see `dtype_of`.
 
     Raises:
-        ModelError: an unknown architecture, remote code that is not trusted, missing or damaged weights, NaN or inf.
+        ModelError: an unknown architecture, remote code that is not trusted, missing or damaged weights, integers where
+            the model has floating-point numbers, NaN or inf.
     """
     config = load_model_config(base)
+    loaded_dtype = dtype_of(base, dtype, device)
+    # shapes of another kind are named below
+    options = {"dtype": loaded_dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    integers: list[str] = []
     with _as_model_error(base, "can't be loaded"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            base.folder,
-            config=None if base.gguf else config,
-            dtype=dtype_of(base, dtype, device),
-            use_safetensors=None if base.gguf else not base.pickles,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below
-            **_options(base),
-        )
+        if base.gguf:  # transformers would apply an adapter that is beside it
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                base.folder, adapter_kwargs={"subfolder": "no adapter"}, **options, **_options(base)
+            )
+        else:
+            empty = skeleton(base, dtype=loaded_dtype)
+            with stored_weights(base) as weights:
+                if not hasattr(empty.config, "quantization_config"):
+                    integers = _remove_integers(empty, weights)
+                model, loading = type(empty).from_pretrained(None, config=config, state_dict=weights, **options)
+            model.generation_config = empty.generation_config
     shapes = [f"{n} is {tuple(a)}, its config says {tuple(b)}" for n, a, b in sorted(loading["mismatched_keys"])]
     missing = sorted(loading["missing_keys"])
-    for problem, names in (("weights are missing", missing), ("weights have another shape", shapes)):
+    stored = f"weights are missing, or are integers in its files ({listed(integers, 5)})"
+    absent = stored if integers else "weights are missing"
+    for problem, names in ((absent, missing), ("weights have another shape", shapes)):
         if names:
             raise ModelError(f"model {base.name}: {problem}: {listed(names, 5)}. Copy the model again.")
     if base.gguf:  # dequantized while loading, so it is an ordinary model from here on
@@ -102,13 +117,39 @@ def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTraine
         model.is_quantized = False
     fuse_gelu(model)
     for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not all(torch.isfinite(v) for v in torch.aminmax(tensor.detach())):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise ModelError(f"model {base.name}: the weight {name} holds NaN or inf.")
     return model.to(device).eval()
 
 
+def _check_size(model: PreTrainedModel, base: Base) -> None:
+    """Refuse a config of far more parameters than the files hold, before they are allocated."""
+    needed = sum(p.numel() for p in model.parameters())
+    with stored_weights(base, "meta") as weights:
+        stored = sum(math.prod(shape_and_dtype(weight)[0]) for weight in weights.values())
+    if needed > 8 * stored + 10**6:  # quantized ones are several in a number
+        raise ModelError(
+            f"model {base.name}: its config is of {needed:,} parameters, its files have {stored:,}: weights are missing, "
+            "or the config is another model's. Copy the model again."
+        )
+
+
+def _remove_integers(model: PreTrainedModel, weights: dict[str, Any]) -> list[str]:
+    """Remove the tensors that aren't floating-point, such as masks of old files; returns their names.
+
+    What the model has as integers too stays. Loading then misses a weight that is one of those removed.
+    """
+    wanted = [name for name, value in model.state_dict().items() if not value.is_floating_point()]
+    removed = [name for name, weight in weights.items() if shape_and_dtype(weight)[1] is None]
+    removed = [name for name in removed if not any(w.endswith(name) or name.endswith(w) for w in wanted)]
+    for name in removed:
+        del weights[name]
+    return removed
+
+
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     """The base's fast tokenizer. Raises ModelError if there is none, or only a slow one, which has no character offsets."""
+    check_config_files(base)  # a tokenizer's class follows from it
     with _as_model_error(base, "its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(base.folder, **_options(base))
     if not tokenizer.is_fast:
@@ -162,24 +203,16 @@ def _as_model_error(base: Base, what: str) -> Iterator[None]:
     """Turn whatever transformers raises about a base into a ModelError that names a damaged file if there is one."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as e:
         if is_out_of_memory(e):
             raise
-        for path in sorted(base.folder.glob("*.json")):
-            if problem := _damage(path):
+        for path in sorted(p for p in base.folder.glob("*.json") if p.stat().st_size <= SMALL_LIMIT):
+            if problem := damage(path):
                 raise ModelError(f"{path}: {problem}. Copy the file again.") from e
         why = printable(" ".join(str(e).split()) or type(e).__name__, 400)
         raise ModelError(f"model {base.name}: {what}: {why}{_code_hint(base)}") from e
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with one of a base's JSON files, or None."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        return f"not valid JSON ({e})"
-    objects = path.name in (*CONFIGS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    return f"holds a {type(content).__name__}, not an object" if objects and not isinstance(content, dict) else None
 
 
 def _code_hint(base: Base) -> str:

@@ -24,7 +24,7 @@ from lora_ft.distributed.sharding import load_sharded
 from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.model.device import micro_batch_tokens
-from lora_ft.model.files import Base, digest, resolve
+from lora_ft.model.files import Base, digest, resolve, stored_dtype
 from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer, skeleton, tokenizer_hash
 from lora_ft.nn.attention import Isolation
 from lora_ft.training.arguments import arguments
@@ -53,9 +53,10 @@ class RunSetup:
 
     @cached_property
     def base(self) -> Base:
-        """The base's files. Raises ModelError if they are not those of the run that is resumed."""
+        """The base's files. Raises ModelError if one is damaged, or if they are not those of the run that is resumed."""
         model = self.config.model
         base = resolve(model.name, model.revision, self.trust)
+        stored_dtype(base)  # opens every file of weights
         if self.before:
             check_base(self.before, base, self.trust.other_base)
         return base

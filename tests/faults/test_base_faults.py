@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from tests.helpers.command import cli, files, refused, refused_untouched, train, training
+from lora_ft.model.files import is_finite
+from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, train, training
 from tests.helpers.tiny import write_base
 
 EVAL, MERGE = ("eval",), ("merge", "--adapter", "out")
@@ -284,3 +286,91 @@ def test_a_chat_template_that_changed(fresh):
     refused_untouched(fresh, 4, "chat template has changed", command=longer)
     template.write_text(text)
     assert cli(fresh, *longer).code == 0
+
+
+# ---- the base is the base ----
+
+
+def base_loss(folder, *changes):
+    ended = train(folder, "train.max_steps=1", "train.evaluate_base=true", *changes)
+    assert ended.code == 0, ended
+    return re.search(r"base model evaluation .*: (loss \S+),", ended.err)[1]
+
+
+def test_an_adapter_in_a_base_is_not_applied(folder):
+    pytest.importorskip("peft")  # transformers applies it where peft is installed
+    loss = base_loss(folder, "output=first")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / "out" / name, folder / "base" / name)
+    assert base_loss(folder, "output=second") == loss
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"attn_implementation": "flash_attention_2"}, {"experts_implementation": "x"}, {"transformers_weights": "x"}],
+)
+def test_a_config_can_not_choose_kernels_or_files(fresh, setting):
+    change_config(fresh, **setting)
+    assert cli(fresh, "check", "config.yaml").code == 0
+
+
+def test_two_sets_of_weights(fresh):
+    weights = fresh / "base/model.safetensors"
+    shutil.copy(weights, fresh / "base/other.safetensors")
+    index = fresh / "base/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(weights), "other.safetensors")}))
+    refused_untouched(fresh, 4, "index.json", "beside it")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_integers(fresh, dtype):
+    weights, name = fresh / "base/model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(weights)
+    save_file(tensors | {name: (tensors[name] * 100).to(dtype)}, weights, {"format": "pt"})
+    refused_untouched(fresh, 4, name, "integers")
+
+
+def test_integers_beside_the_weights_are_ignored(fresh):
+    """Old files have masks in them."""
+    weights = fresh / "base/model.safetensors"
+    save_file(load_file(weights) | {"model.mask": torch.ones(4, dtype=torch.uint8)}, weights, {"format": "pt"})
+    assert train(fresh, "train.max_steps=1").code == 0
+
+
+def test_a_float8_tensor_can_be_checked_for_nan():
+    values = torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)
+    assert is_finite(values[:1]) and not is_finite(values)
+
+
+def change_config(folder, **settings):
+    path = folder / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"num_hidden_layers": 10**9}, {"text_config": {"n_layer": 1e9}}, {"vocab_size": 10**12}]
+)
+def test_a_config_of_an_absurd_size(fresh, setting):
+    change_config(fresh, **setting)
+    for command in (TRAIN, ("check", "config.yaml")):
+        ended = cli(fresh, *command)
+        refused(ended, 4, "base", "Copy the")
+        assert ended.seconds < 10
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])
+def test_gigabytes_that_hold_nothing(fresh, name):
+    with (fresh / "base" / name).open("wb") as file:
+        file.truncate(2**33)
+    ended = cli(fresh, "check", "config.yaml")
+    refused(ended, 4, f"base/{name}")
+    assert ended.seconds < 10
+
+
+@pytest.mark.parametrize("name", ["base/model.safetensors", "base/pytorch_model.bin"])
+def test_weights_are_refused_before_data_is_read(fresh, name):
+    (fresh / "base/model.safetensors").rename(fresh / name)
+    (fresh / name).write_bytes(b"x" * 100)
+    (fresh / "train.jsonl").write_text("not JSON")
+    flags = ("--allow-pickle",) if name.endswith(".bin") else ()
+    refused_untouched(fresh, 4, name, command=(*TRAIN, *flags))

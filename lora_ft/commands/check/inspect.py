@@ -20,7 +20,6 @@ from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.model.device import free_memory, prepare_device
-from lora_ft.model.files import weight_files
 from lora_ft.model.load import dtype_of, skeleton
 from lora_ft.nn.attention import Isolation
 from lora_ft.training import resume
@@ -68,8 +67,6 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
         if config.train.predict_with_generate:
             check_installed(config.generation.metrics)
     with result.collect_errors():
-        if not setup.base.gguf and not setup.base.pickles:
-            weight_files(setup.base)
         _ = setup.tokenizer
     if result.errors and not ("base" in vars(setup) and "tokenizer" in vars(setup)):
         return result

@@ -19,6 +19,7 @@ from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD
 from lora_ft.methods.lora.peft_config import CONFIG, by_pattern, check_config
 from lora_ft.methods.trained import Trained
+from lora_ft.model.files import is_finite
 from lora_ft.nn.lora import RowBlocks, scaling
 
 WEIGHTS = "adapter_model.safetensors"
@@ -82,11 +83,6 @@ def read_adapter(trained: Trained) -> AdapterFile:
         scalings[module] = scaling(rank, alpha, config.get("use_rslora") is True)
     parts = _read_parts(folder / RECORD, record, tensors, scalings)
     return AdapterFile(trained, tensors, scalings, parts, copies)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor contains neither NaN nor inf."""
-    return not tensor.numel() or all(torch.isfinite(v) for v in torch.aminmax(tensor))
 
 
 def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
