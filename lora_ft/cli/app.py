@@ -12,8 +12,10 @@ import typer
 from typer import Argument, Option
 
 from lora_ft.cli.exits import report_error
-from lora_ft.core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
+from lora_ft.cli.streams import open_streams, unwritable, use_utf8
+from lora_ft.core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, ConfigError, FilesError
 from lora_ft.core.messages import info
+from lora_ft.core.ranks import rank
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.core.trust import Trust
 from lora_ft.core.version import __version__
@@ -75,18 +77,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*, debug: bool, **options: Any) -> None:
         if permissions:
             options["trust"] = Trust(**{name: options.pop(name) for name in permissions})
-        if function.__name__ != "train" and os.environ.get("RANK", "0") != "0":
-            return  # under a launcher only rank 0 runs the commands that need one process
         try:
+            check_surroundings()
+            if rank() != 0 and function.__name__ != "train":
+                return  # under a launcher only rank 0 runs the commands that need one process
             with Stopper():
                 function(**options)
                 sys.stdout.flush()
         except Exception as error:
             raise SystemExit(report_error(error, debug="--debug" in sys.argv)) from None
-        except SystemExit as end:
-            if isinstance(end.__context__, BrokenPipeError):  # rich exits with 1 when the pipe is closed
-                raise SystemExit(EXIT_BROKEN_PIPE) from None
-            raise
         except (Stopped, KeyboardInterrupt) as stop:
             info(str(stop) or "stopped")
             raise SystemExit(getattr(stop, "exit_code", EXIT_INTERRUPTED)) from None
@@ -94,6 +93,21 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__doc__ = (function.__doc__ or "").replace("Example:", "\b\n    Example:", 1)  # \b: keep the lines that follow
     run.__signature__ = inspect.Signature([*parameters.values()])  # type: ignore[attr-defined]
     return app.command()(run)
+
+
+def check_surroundings() -> None:
+    """Refuse a current folder that was deleted (FilesError), and `python -OO` (ConfigError)."""
+    if sys.flags.optimize > 1:
+        raise ConfigError(
+            "Python runs without docstrings (PYTHONOPTIMIZE=2 or -OO), which transformers needs. Unset PYTHONOPTIMIZE, or "
+            "set it to 1."
+        )
+    try:
+        os.getcwd()
+    except OSError as e:
+        raise FilesError(
+            f"the current folder can't be used ({e.strerror}); was it deleted? Change to another: cd ~"
+        ) from e
 
 
 def print_version(requested: bool) -> None:
@@ -121,6 +135,15 @@ def lora_ft(
 
 def main() -> None:
     """Run the command line in sys.argv: the console script, and the entry point of the processes that `train` starts."""
-    for stream in (sys.stdout, sys.stderr):  # printing never fails because of a character
-        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
-    app(prog_name="lora-ft")
+    use_utf8()
+    open_streams()
+    try:
+        app(prog_name="lora-ft")
+    except OSError as error:  # the help, or an error, could not be printed
+        raise SystemExit(report_error(error, debug=False)) from None
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich and typer exit with 1 when the pipe is closed
+            raise SystemExit(EXIT_BROKEN_PIPE) from None
+        raise
+    finally:
+        unwritable()

@@ -25,7 +25,8 @@ from lora_ft.evaluation.texts import check_installed
 from lora_ft.model.device import prepare_device
 from lora_ft.report.write import write_report
 from lora_ft.training import resume as resuming
-from lora_ft.training.output import clear, locked
+from lora_ft.training.lock import locked
+from lora_ft.training.output import clear
 from lora_ft.training.progress import trackers
 from lora_ft.training.saving import Saver
 from lora_ft.training.setup import RunSetup

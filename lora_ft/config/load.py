@@ -18,6 +18,7 @@ from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import format_value, printable
 from lora_ft.core.metrics import SELECTION_METRICS
 from lora_ft.core.names import nearest
+from lora_ft.core.paths import refuse_special
 
 # Overrides where a model is only evaluated, perhaps on other sets: how a run selects its best step does not matter.
 NOT_TRAINING = ("train.metric_for_best_model=loss", "train.predict_with_generate=false")
@@ -169,6 +170,7 @@ def _format_errors(errors: list[tuple[int, yaml_reader.Path, str]], source: str)
 
 def _read_text(path: str | Path, name: str) -> str:
     """The content of a config file, `name` in messages."""
+    refuse_special(Path(path), ConfigError)
     try:
         with open(path, "rb") as file:
             data = file.read(yaml_reader.MAX_BYTES + 1)

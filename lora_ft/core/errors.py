@@ -4,6 +4,7 @@ A message names the problem, the place (file and line, setting or tensor) and th
 """
 
 import errno
+import re
 
 EXIT_BUG, EXIT_OUT_OF_MEMORY = 1, 7
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
@@ -36,6 +37,14 @@ class NumbersError(UserError, exit_code=5):
 
 class FilesError(UserError, exit_code=6):
     """Files, disk space, locks and checkpoints."""
+
+
+def system_error(error: BaseException) -> int | None:
+    """The system's error number behind `error`: an OSError's, or the one that safetensors (Rust) wraps in its text."""
+    if isinstance(error, OSError):
+        return error.errno
+    wrapped = re.search(r"\(os error (\d+)\)", str(error))
+    return int(wrapped[1]) if wrapped else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

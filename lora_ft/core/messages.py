@@ -16,8 +16,18 @@ def printable(text: str, limit: int = 200, keep: str = "") -> str:
 
 
 def info(message: str) -> None:
-    """Print a message, of one or more lines, on stderr."""
-    print("\n".join(printable(line, 2000) for line in message.split("\n")), file=sys.stderr, flush=True)
+    """Print a message, of one or more lines, on stderr. Where that is on a full disk, the command still does its work.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+    """
+    text = "\n".join(printable(line, 2000) for line in message.split("\n"))
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def warn(message: str) -> None:

@@ -4,7 +4,6 @@ Every file is written under a temporary name, synced and renamed: after a crash 
 never half of one. File modes follow the umask.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -16,8 +15,10 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from lora_ft.core.disk import os_errors_as_files_error, sync, where_supported
 from lora_ft.core.errors import FilesError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import format_value, printable
+from lora_ft.core.paths import refuse_special
 
 NOT_UTF8 = "backslashreplace"  # other bytes of a file's name become \udcXX, which JSON reads back as the same name
 JSON_LIMIT = 16 * 2**20  # bytes; the largest JSON file of a model, its weight index, has a few MiB
@@ -41,8 +42,9 @@ def write_json(path: Path, obj: object) -> None:
 
 def append_line(path: Path, obj: object) -> None:
     """Append one line of JSON in a single write, so that readers never see half of one. Raises as `write_file`."""
+    refuse_special(path, FilesError)
     line = (json.dumps(obj, ensure_ascii=False) + "\n").encode(errors=NOT_UTF8)
-    with _os_errors_as_files_error(path, len(line)), path.open("ab", buffering=0) as f:
+    with os_errors_as_files_error(path, len(line)), path.open("ab", buffering=0) as f:
         f.write(line)
 
 
@@ -54,7 +56,8 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = N
     with atomic_file(path, needed) as temporary:
         mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata or {"format": "pt"})  # replaces the file by one of mode 0600
-        temporary.chmod(mode & 0o777)
+        with where_supported():
+            temporary.chmod(mode & 0o777)
 
 
 def read_tensors(path: Path) -> dict:
@@ -80,6 +83,7 @@ def read_json(path: Path, error: type[UserError]) -> dict:
     Raises:
         error: the file is missing, too large, too deep, not JSON, or not an object.
     """
+    refuse_special(path, error)
     try:
         with path.open("rb") as f:
             content = f.read(JSON_LIMIT + 1)
@@ -108,20 +112,20 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists() or target.is_symlink():
         raise FilesError(f"{target}: exists already. Remove it or name another folder.")
-    with _os_errors_as_files_error(target):
+    with os_errors_as_files_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         staged = target.parent / f".{target.name}.partial-{os.getpid()}"
         staged.mkdir()
     try:
         yield staged
-        with _os_errors_as_files_error(target):
+        with os_errors_as_files_error(target):
             for path in (*staged.rglob("*"), staged):
-                _sync(path)
+                sync(path)
             if target.exists():  # rename would silently replace an empty folder
                 raise FilesError(f"{target}: another process created it in the meantime. Name another folder.")
             staged.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -183,33 +187,18 @@ def verify_manifest(folder: Path, entries: dict, error: type[UserError]) -> None
 @contextmanager
 def atomic_file(path: Path, needed: int) -> Iterator[Path]:
     """A temporary file for about `needed` bytes, on success synced and renamed to `path`. Raises as `write_file`."""
+    refuse_special(path, FilesError)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    with _os_errors_as_files_error(path, needed):
+    with os_errors_as_files_error(path, needed):
         try:
             temporary.write_bytes(b"")
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             temporary.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _os_errors_as_files_error(path: Path, needed: int | None = None) -> Iterator[None]:
-    try:
-        yield
-    except Exception as e:
-        wrapped = re.search(r"\(os error (\d+)\)", str(e))  # safetensors wraps the system's error in its own
-        number = e.errno if isinstance(e, OSError) else int(wrapped[1]) if wrapped else None
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            figures = f"{needed} bytes needed, {free} free" if needed else f"{free} bytes free"
-            raise FilesError(f"{path}: the disk is full ({figures}). Free some space and run again.") from e
-        if number is not None:
-            raise FilesError(f"{path}: can't be written ({os.strerror(number)}).") from e
-        raise
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -218,13 +207,3 @@ def _remove_leftovers(target: Path) -> None:
         pid = re.fullmatch(re.escape(f".{target.name}.partial-") + r"(\d{1,9})", path.name, re.ASCII)
         if pid and (int(pid[1]) == os.getpid() or not psutil.pid_exists(int(pid[1]))):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk. Windows cannot open folders, and flushes only files open to write."""
-    with suppress(*[PermissionError] if path.is_dir() else ()):
-        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -24,6 +24,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from lora_ft.core.errors import FilesError
+from lora_ft.core.paths import temporary_folder
 
 MAX_BYTES = 20 * 2**30
 DAY_SECONDS = 24 * 3600.0
@@ -49,7 +50,7 @@ def cached(
     folder = _folder()
     path, facts_path = folder / f"{key}.arrow", folder / f"{key}.json"
     try:
-        facts = json.loads(facts_path.read_text())
+        facts = json.loads(facts_path.read_bytes())
         table = datasets.Dataset.from_file(str(path))
         if len(table) == facts.pop("rows_written"):
             with suppress(OSError):  # a read-only cache
@@ -76,7 +77,7 @@ def cached(
                 facts = make(write)
             file.flush()
             os.fsync(file.fileno())
-        partial_facts.write_text(json.dumps(facts | {"rows_written": written}))
+        partial_facts.write_text(json.dumps(facts | {"rows_written": written}), encoding="utf-8")
         partial.replace(path)
         partial_facts.replace(facts_path)
     except OSError as e:
@@ -127,9 +128,9 @@ def _folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
-        return Path(_temporary_folder().name)
+        return Path(_replacement().name)
 
 
 @cache
-def _temporary_folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="lora-ft-data-")
+def _replacement() -> tempfile.TemporaryDirectory:
+    return temporary_folder()

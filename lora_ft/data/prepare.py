@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft.config.schema import CHAT_SETTINGS, DataConfig, eval_sets
 from lora_ft.core.errors import ConfigError
+from lora_ft.core.paths import refuse_special
 from lora_ft.data.chats.format import ChatFormat, find_chat_format
 from lora_ft.data.encode import load_examples
 from lora_ft.data.examples import Examples
@@ -49,7 +50,8 @@ def template_of(data: DataConfig) -> Template:
     chat_template = None
     if data.chat_template:
         try:
-            chat_template = Path(data.chat_template).read_text()
+            refuse_special(Path(data.chat_template), ConfigError)
+            chat_template = Path(data.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"data.chat_template: {data.chat_template} cannot be read ({e}).") from e
     names = ("prompt", "completion", "text", "messages", "label_names", *CHAT_SETTINGS)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import first_line, printable
 from lora_ft.core.names import DATA_SUFFIXES, is_local, nearest
+from lora_ft.core.paths import local_path, refuse_special
 from lora_ft.core.storage import sha256
 from lora_ft.data.delimited import OLD_MAC, read_delimited, text_lines
 
@@ -77,7 +78,8 @@ def _name(path: Path) -> str:
 
 
 def _data_file(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = local_path(source)
+    refuse_special(path, DataError)
     if path.is_dir():
         files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES)[:5]
         hint = f" It contains {', '.join(map(printable, files))}: name a file, or a list of them." if files else ""

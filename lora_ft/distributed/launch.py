@@ -14,6 +14,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lora_ft.core import machine
 from lora_ft.core.errors import EXIT_BUG, ConfigError
 from lora_ft.core.messages import info
+from lora_ft.core.ranks import world_size
 
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE")  # a launcher sets them for the processes it starts
 
@@ -25,7 +26,7 @@ def processes_to_start(requested: int | None, on_gpus: bool) -> int:
         ConfigError: a launcher has started another number than requested.
     """
     if any(name in os.environ for name in LAUNCHER_VARIABLES):
-        started = int(os.environ.get("WORLD_SIZE", "1"))
+        started = world_size()
         if requested not in (None, started):
             raise ConfigError(f"--processes {requested}: a launcher has started {started}. Leave --processes out.")
         return 1

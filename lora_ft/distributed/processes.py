@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import info
+from lora_ft.core.ranks import from_environment, rank, world_size
 from lora_ft.core.signals import Stopped
 
 T = TypeVar("T")
@@ -29,16 +30,6 @@ MAIN_ERROR_SECONDS = 3  # an error of all ranks ends rank 0, and with it the oth
 TIMEOUT_SECONDS = 4 * 3600  # default of trainer.ddp_timeout: one process may encode the data while the others wait
 # The process counts of launchers that do not connect their processes (SLURM: of the step, not of the job).
 OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-
-
-def world_size() -> int:
-    """The number of processes of this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process's number, from 0."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
@@ -56,7 +47,7 @@ def init_process_group(device: str, timeout_seconds: float | None = None, backen
         ConfigError: the processes were started in a way that would make each train alone.
     """
     for name in OTHER_LAUNCHERS:
-        if int(os.environ.get(name) or 1) > max(1, world_size()):
+        if os.environ.get(name) and from_environment(name, 1) > max(1, world_size()):
             raise ConfigError(
                 f"this is one of {os.environ[name]} processes that are not connected ({name}): each would train alone. "
                 "Start one, `lora-ft train CONFIG --processes N`, or let torchrun start them."
@@ -73,7 +64,9 @@ def init_process_group(device: str, timeout_seconds: float | None = None, backen
             f"WORLD_SIZE is {world_size()} but LOCAL_RANK is not set. Start with `lora-ft train CONFIG --processes N` or "
             "torchrun."
         )
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for name in ("LOCAL_RANK", "MASTER_PORT"):  # accelerate and torch read them
+        from_environment(name, 0)
+    on_node = from_environment("LOCAL_WORLD_SIZE", 1)
     if device == "cuda" and on_node > torch.cuda.device_count():
         raise ConfigError(
             f"{on_node} processes on a machine with {torch.cuda.device_count()} visible GPUs: start one per GPU, or train "

@@ -4,7 +4,6 @@ Weights are trained and saved in float32 whatever the base's dtype: a lower prec
 """
 
 import copy
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from lora_ft.config.schema import AdapterConfig
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError, is_out_of_memory
 from lora_ft.core.messages import first_line
+from lora_ft.core.paths import temporary_folder
 from lora_ft.methods.tensor_files import copy_tensors
 from lora_ft.methods.trained import Saved, Trained
 from lora_ft.model.files import SINGLE
@@ -43,7 +43,7 @@ def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTra
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = "float32", [type(model).__name__]
     names = [SINGLE]
-    with tempfile.TemporaryDirectory() as drafts:
+    with temporary_folder() as drafts:
         config.save_pretrained(drafts)
         if model.can_generate():
             model.generation_config.save_pretrained(drafts)

@@ -8,6 +8,7 @@ The one place that knows what a folder is:
 - anything else, such as a merged model, is not a trained folder.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from lora_ft.config.load import parse_config
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError, UserError
 from lora_ft.core.messages import info, printable, warn
+from lora_ft.core.paths import local_path
 from lora_ft.core.run_folder import RECORD, TEMPLATE, checkpoints
 from lora_ft.core.storage import read_json, verify_manifest
 from lora_ft.core.trust import NO_TRUST, Trust
@@ -72,7 +74,7 @@ class Trained:
     def chat_template(self) -> str | None:
         """The text of the chat template that it was trained with; None if that is the tokenizer's own, or there was none."""
         path = ((run_settings(self.folder, self.record) or {}).get("data") or {}).get("chat_template")
-        return Path(path).read_text() if path and Path(path).is_file() else None
+        return Path(path).read_text(encoding="utf-8") if path and Path(path).is_file() else None
 
     @property
     def base_name(self) -> str | None:
@@ -87,7 +89,7 @@ class Trained:
         if name != self._recorded_base.get("name"):
             return resolve(name, revision, trust)
         revision = self._recorded_base.get("revision")
-        if revision is None and not Path(name).expanduser().exists():  # it was a folder: never ask the hub for its name
+        if revision is None and not os.path.exists(local_path(name)):  # it was a folder: never ask the hub for its name
             problem = f"{self.folder} was trained on a local base of that name, and there is none here."
             raise ModelError(f"model {name}: {problem} Say where it is: --base FOLDER.")
         return resolve(name, revision, trust)

@@ -102,7 +102,9 @@ def _generation(record: dict, adapter: str) -> str:
     if data["messages"]:
         options = "".join(f", {name}={value!r}" for name, value in (data.get("chat_template_kwargs") or {}).items())
         file = str(PurePath(adapter, TEMPLATE))
-        template = f"tokenizer.chat_template = open({file!r}).read()\n" if data["chat_template"] else ""
+        template = (
+            f"tokenizer.chat_template = open({file!r}, encoding='utf-8').read()\n" if data["chat_template"] else ""
+        )
         inputs = f"""{template}messages = [{{"role": "user", "content": "..."}}]
 options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt"{options})
 inputs = tokenizer.apply_chat_template(messages, **options)"""

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from lora_ft.core.errors import ModelError, is_out_of_memory
 from lora_ft.core.messages import first_line
 from lora_ft.core.names import is_local
+from lora_ft.core.paths import local_path, refuse_special
 from lora_ft.core.storage import read_json
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.model.hub import cached_commit, snapshot
@@ -25,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}  # of safetensors
+PERMISSIONS = "Check its permissions and those of its folder."
 # no pickles (unless allowed), no other frameworks
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 
@@ -73,15 +77,20 @@ def resolve(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> 
     Raises:
         ModelError: no such folder, no model in it, or a hub that can't be reached or refuses.
     """
-    base = _local(name) if is_local(name) else _hub(name, revision, trust.pickles)
+    try:
+        base = _local(name) if is_local(name) else _hub(name, revision, trust.pickles)
+        _check_readable(base)
+    except OSError as e:
+        raise ModelError(f"model {name}: {e.filename or name} can't be read ({e.strerror}). {PERMISSIONS}") from e
     unpickle = trust.pickles and not base.gguf and not _has_safetensors(base.folder)
     pickles = tuple(_listed(base.folder, PICKLE_INDEX, PICKLE)) if unpickle else ()
     return replace(base, pickles=pickles, trusted_code=trust.remote_code)
 
 
 def _local(name: str) -> Base:
-    path = Path(name).expanduser()
-    if not path.exists():
+    path = local_path(name)
+    refuse_special(path, ModelError)
+    if not os.path.lexists(path):
         hint = "Give a folder with config.json, a .gguf file or a hub id."
         raise ModelError(f"model {name}: no such file or folder. {hint}")
     if path.is_file():
@@ -112,6 +121,15 @@ def _is_complete(folder: Path) -> bool:
         return False
     tokenizer = any(folder.glob(pattern) for pattern in ("tokenizer*", "vocab*"))
     return bool(weights) and tokenizer and (folder / "config.json").is_file()
+
+
+def _check_readable(base: Base) -> None:
+    """Raise an error for a file that can't be read, or that is none: libraries report it as missing, or wait for it."""
+    for path in sorted(base.folder.iterdir()) if base.gguf is None else [base.gguf]:
+        if base.gguf or any(fnmatch(path.name, pattern) for pattern in (*WANTED, PICKLE)):
+            refuse_special(path, ModelError)
+            if path.is_file() and not os.access(path, os.R_OK):
+                raise ModelError(f"model {base.name}: {path} can't be read (Permission denied). {PERMISSIONS}")
 
 
 def _has_safetensors(folder: Path) -> bool:

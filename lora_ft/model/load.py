@@ -217,6 +217,11 @@ def _as_model_error(base: Base, what: str) -> Iterator[None]:
 
 def _code_hint(base: Base) -> str:
     config = base.folder / CONFIGS[0]
-    if base.trusted_code or base.gguf or not config.is_file() or '"auto_map"' not in config.read_text(errors="replace"):
+    if (
+        base.trusted_code
+        or base.gguf
+        or not config.is_file()
+        or '"auto_map"' not in config.read_text("utf-8", "replace")
+    ):
         return ""
     return " It needs to run its own Python code: read that code, then add --trust-remote-code if you trust it."

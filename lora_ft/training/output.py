@@ -1,4 +1,4 @@
-"""Writing and removing in a run's output folder: the lock, the log, old checkpoints, an earlier run.
+"""Writing and removing in a run's output folder: the log, old checkpoints, an earlier run.
 
 Only what a manifest lists is ever removed, and only by the process that holds the lock.
 """
@@ -6,13 +6,12 @@ Only what a manifest lists is ever removed, and only by the process that holds t
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from lora_ft.core.disk import os_errors_as_files_error, sync
 from lora_ft.core.errors import FilesError
+from lora_ft.core.paths import refuse_special
 from lora_ft.core.run_folder import (
     ADAPTER_FILES,
     LOG,
@@ -26,7 +25,6 @@ from lora_ft.core.run_folder import (
 )
 from lora_ft.core.storage import read_json
 
-LOCK, HOLDER = ".lock", ".lock.pid"
 ANOTHER = "another folder: --set output=FOLDER."
 
 
@@ -35,7 +33,7 @@ ANOTHER = "another folder: --set output=FOLDER."
 
 def check_writable(output: Path) -> None:
     """Raise FilesError unless `output` can be created or written; nothing is created."""
-    _check_not_a_file(output)
+    check_not_a_file(output)
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         read_only = hasattr(os, "statvfs") and os.statvfs(existing).f_flag & os.ST_RDONLY
@@ -56,6 +54,7 @@ def check_foreign(output: Path) -> None:
         if not fully_tuned and not any("config.json" in manifest_names(c) for c in checkpoints(output)):
             raise FilesError(f"output {output}: contains a model. Use {ANOTHER}")
     foreign = [name for name in ADAPTER_FILES if (output / name).exists() and name not in files]
+    refuse_special(output / LOG, FilesError)
     if LOG not in files and (output / LOG).exists() and not (output / LOG).read_bytes().startswith(b'{"step": '):
         foreign.append(LOG)
     foreign += [name for name in REPORTS if (output / name).exists() and not is_own_report(output / name)]
@@ -72,46 +71,8 @@ def check_removable(output: Path) -> None:
         manifest_names(folder)
 
 
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Lock `output` for this process. The folder is created if missing, and removed again if it stays empty.
-
-    Raises:
-        FilesError: it is a file, can't be written or locked, or another run holds the lock (with its pid).
-    """
-    _check_not_a_file(output)
-    created, lock, holder = not output.exists(), FileLock(output / LOCK, blocking=False), output / HOLDER
-    try:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            pid = holder.read_text() if holder.is_file() else "unknown"
-            raise FilesError(
-                f"output {output}: in use by another run (pid {pid}). Wait for it, or use {ANOTHER}"
-            ) from None
-        except OSError as e:
-            _remove_lock(output)
-            raise FilesError(f"output {output}: can't be written or locked ({e.strerror}). Use {ANOTHER}") from e
-        try:
-            holder.write_text(str(os.getpid()))
-            _remove_leftovers(output)
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
-            _remove_lock(output)  # before the release, after which a file of that name may be another run's
-            lock.release()
-    finally:
-        if created:
-            _remove_if_empty(output)
-
-
-def _remove_lock(output: Path) -> None:
-    with suppress(OSError):  # Windows removes it with the release, when it is no longer open
-        (output / LOCK).unlink()
-
-
-def _check_not_a_file(output: Path) -> None:
+def check_not_a_file(output: Path) -> None:
+    """Raise FilesError if `output` is something else than a folder."""
     if output.exists() and not output.is_dir():
         raise FilesError(f"output {output}: is a file. Use {ANOTHER}")
 
@@ -124,8 +85,8 @@ def log_size(output: Path) -> int:
     log = output / LOG
     if not log.exists():
         return 0
-    with log.open("rb+") as f:
-        os.fsync(f.fileno())
+    with os_errors_as_files_error(log):
+        sync(log)
     return log.stat().st_size
 
 
@@ -145,7 +106,7 @@ def clear(output: Path) -> None:
             for name in set(manifest_names(checkpoint)) & {*ADAPTER_FILES, *MODEL_FILES} - {"README.md"}:
                 (output / name).unlink(missing_ok=True)
         remove_checkpoint(checkpoint)
-    _remove_if_empty(output / "checkpoints")
+    remove_if_empty(output / "checkpoints")
     if (output / RECORD).is_file():
         remove_listed(output)
     (output / LOG).unlink(missing_ok=True)
@@ -166,10 +127,10 @@ def rotate(output: Path, limit: int | None, keep: set[int]) -> None:
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint; its folder stays if it contains files of anyone else. Raises as `remove_listed`."""
     if {p.name for p in checkpoint.iterdir()} <= {RECORD, *manifest_names(checkpoint)}:
-        # under this name `_remove_leftovers` finds it if the process is killed halfway
+        # under this name `remove_leftovers` finds it if the process is killed halfway
         checkpoint = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.partial-{os.getpid()}"))
     remove_listed(checkpoint)
-    _remove_if_empty(checkpoint)
+    remove_if_empty(checkpoint)
 
 
 def remove_listed(folder: Path) -> None:
@@ -185,12 +146,12 @@ def remove_listed(folder: Path) -> None:
         if path.is_dir() and not path.is_symlink():  # tensorboard/
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()
-            _remove_if_empty(path)
+            remove_if_empty(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def _remove_leftovers(output: Path) -> None:
+def remove_leftovers(output: Path) -> None:
     """Remove half-written and half-removed files of killed runs; the lock guarantees that none of them is running."""
     names = "|".join(map(re.escape, (RECORD, *ADAPTER_FILES, *MODEL_FILES, *REPORTS)))
     for path in output.glob(".*.tmp-*"):
@@ -201,6 +162,7 @@ def _remove_leftovers(output: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _remove_if_empty(folder: Path) -> None:
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder with nothing in it."""
     if folder.is_dir() and not os.listdir(folder):
         folder.rmdir()

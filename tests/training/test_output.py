@@ -3,8 +3,12 @@
 import errno
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import filelock
@@ -13,6 +17,7 @@ import pytest
 from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError
 from lora_ft.core.storage import manifest
+from lora_ft.training import lock
 from lora_ft.training import output as writing
 
 
@@ -29,7 +34,7 @@ def checkpoint(output: Path, step: int) -> Path:
 HOLD = """
 import sys
 from pathlib import Path
-from lora_ft.training.output import locked
+from lora_ft.training.lock import locked
 with locked(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
@@ -49,7 +54,7 @@ def holder(tmp_path):
 def test_a_second_run_is_refused_at_once_with_the_pid_of_the_first(tmp_path, holder):
     for _ in range(2):  # the refusal does not disturb the lock
         said = rf"in use by another run \(pid {holder.pid}\).*--set output="
-        with pytest.raises(FilesError, match=said), writing.locked(tmp_path / "out"):
+        with pytest.raises(FilesError, match=said), lock.locked(tmp_path / "out"):
             pass
     holder.stdin.close()
     holder.wait()
@@ -59,31 +64,61 @@ def test_a_second_run_is_refused_at_once_with_the_pid_of_the_first(tmp_path, hol
 def test_the_lock_of_a_killed_run_does_not_block(tmp_path, holder):
     holder.kill()
     holder.wait()
-    assert (tmp_path / "out" / writing.LOCK).exists()
-    with writing.locked(tmp_path / "out"):
-        assert (tmp_path / "out" / writing.HOLDER).read_text() == str(os.getpid())
+    assert (tmp_path / "out" / lock.LOCK).exists()
+    with lock.locked(tmp_path / "out"):
+        assert (tmp_path / "out" / lock.HOLDER).read_text() == str(os.getpid())
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_an_output_that_stays_empty_is_removed_and_one_with_files_is_not(tmp_path):
-    with writing.locked(tmp_path / "a" / "out"):
+    with lock.locked(tmp_path / "a" / "out"):
         pass
     assert not (tmp_path / "a" / "out").exists()
-    with pytest.raises(RuntimeError), writing.locked(tmp_path / "out"):
+    with pytest.raises(RuntimeError), lock.locked(tmp_path / "out"):
         (tmp_path / "out" / "file").touch()
         raise RuntimeError
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
 
 
-def test_a_file_system_that_cannot_lock_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINTR])
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with warnings.catch_warnings(action="ignore"), lock.locked(tmp_path / "out"):  # filelock's own fallback for ENOSYS
+        (tmp_path / "out" / "file").touch()
+    warned = re.search(r"out: its file system can't lock it .*no other run uses it", capsys.readouterr().err)
+    assert warned or number == errno.ENOSYS
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_a_lock_that_gets_no_answer_is_given_up(tmp_path, monkeypatch, capsys):
+    """A system call that a dead server interrupts again and again never returns to Python but for a signal."""
+    monkeypatch.setattr("fcntl.flock", lambda *_: time.sleep(60))
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.1)
+    before = signal.getsignal(signal.SIGALRM)
+    with lock.locked(tmp_path / "out"):
+        pass
+    assert "can't lock it" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_lock_that_fails_in_another_way_is_an_error(tmp_path, monkeypatch):
     def refused(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(filelock.FileLock, "_acquire", refused)
-    said = r"out: can't be written or locked \(No locks available\).*--set output="
-    with pytest.raises(FilesError, match=said), writing.locked(tmp_path / "out"):
+    said = r"out: can't be written or locked \(Input/output error\).*--set output="
+    with pytest.raises(FilesError, match=said), lock.locked(tmp_path / "out"):
         pass
     assert not (tmp_path / "out").exists()
+
+
+def test_the_holders_pid_may_vanish_while_it_is_read(tmp_path, holder):
+    (tmp_path / "out" / lock.HOLDER).unlink()
+    with pytest.raises(FilesError, match=r"in use by another run \(pid unknown\)"), lock.locked(tmp_path / "out"):
+        pass
 
 
 def test_a_forged_record_is_refused(tmp_path):
@@ -103,7 +138,7 @@ def test_files_of_killed_runs_are_removed_and_no_others(tmp_path):
         path = tmp_path / name
         path.mkdir() if "step" in name else path.touch()
     (tmp_path / leftovers[-1] / "state.json").touch()
-    with writing.locked(tmp_path):
+    with lock.locked(tmp_path):
         assert sorted(n for n in leftovers + others if (tmp_path / n).exists()) == sorted(others)
 
 
@@ -117,7 +152,7 @@ def test_a_removal_that_is_killed_leaves_no_half_checkpoint(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         writing.remove_checkpoint(folder)
     assert run_folder.checkpoint_folders(tmp_path) == []
-    with writing.locked(tmp_path):
+    with lock.locked(tmp_path):
         assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

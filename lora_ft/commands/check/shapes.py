@@ -6,7 +6,6 @@ Nothing is loaded or allocated, so GPT-3 175B fits on a laptop.
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -17,6 +16,7 @@ from lora_ft.commands.check.command import sizes
 from lora_ft.commands.check.memory import Row, estimate
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.core.paths import local_path
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora import method as lora
 from lora_ft.methods.lora.inject import lora_layers
@@ -73,7 +73,7 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
 
 def shape_config(shape: str, trust: Trust) -> PretrainedConfig:
     """The transformers config of a named shape, a folder or a file; a ModelError if it is none of these."""
-    path = Path(shape).expanduser()
+    path = local_path(shape)
     if shape in SHAPES and not path.exists():
         return GPT2Config(vocab_size=50257, **SHAPES[shape])
     folder = path.parent if path.name == "config.json" else path

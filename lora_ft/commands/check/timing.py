@@ -1,12 +1,12 @@
 """How long a run will take: two real steps are timed after a warm-up, and part of an evaluation; nothing is written."""
 
 import math
-import tempfile
 import time
 from dataclasses import dataclass
 
 import numpy as np
 
+from lora_ft.core.paths import temporary_folder
 from lora_ft.evaluation.scoring import score
 from lora_ft.methods.interface import virtual_ids
 from lora_ft.model.device import peak_memory_mb
@@ -42,7 +42,7 @@ def time_steps(setup: RunSetup) -> Timing:
     complete, timed = setup.plan, setup.make_plan(isolation, prefix, WARM_UP + TIMED)
     settings = config.train
     clock: list[float] = []  # the time after each step
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         train = settings.model_copy(update={"report_to": (), "logging_steps": 1})
         args = arguments(config.model_copy(update={"output": folder, "train": train}), setup.device)
         args.max_steps, args.save_strategy, args.eval_strategy = len(timed), "no", "no"

@@ -8,7 +8,6 @@ template. For a base, or an adapter without a record, that is the model's chat t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +16,7 @@ from lora_ft.config.schema import Config
 from lora_ft.core.errors import DataError, ModelError
 from lora_ft.core.messages import printable
 from lora_ft.core.names import template_columns
+from lora_ft.core.paths import local_path, refuse_special
 from lora_ft.data.chats.format import ChatFormat, chat_format
 from lora_ft.data.chats.turns import Turn, read_prompt
 from lora_ft.data.delimited import text_lines
@@ -125,7 +125,8 @@ def prompt_format(config: Config | None, tokenizer: PreTrainedTokenizerBase, raw
 
 def read_prompts(source: str) -> Iterator[SourceRow]:
     """The rows of a prompts file, as of `iter_rows`; in a .txt file every line that is not blank is a prompt."""
-    path = Path(source).expanduser()
+    path = local_path(source)
+    refuse_special(path, DataError)
     if path.suffix.lower() != ".txt":
         yield from iter_rows(source)
         return

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lora_ft.commands.generate.prompts import PromptFormat, prompt_format
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
+from lora_ft.core.paths import local_path
 from lora_ft.core.trust import Trust
 from lora_ft.data.chats.format import end_tokens
 from lora_ft.data.chats.turns import Turn
@@ -138,7 +138,7 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     base_name = base_name or (first.base_name if first else None)
     if not base_name:
         raise ConfigError("no base: the adapter does not name one. Add --base NAME.")
-    folder = Path(base_name).expanduser()
+    folder = local_path(base_name)
     own_settings = run_settings(folder, read_record(folder) or {})  # a merged model has the record of its run
     own_config = parse_config(own_settings) if own_settings else None
     config = first.config if first else own_config
