@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from lora_ft.cli.exits import report_error
 from lora_ft.core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
-from lora_ft.core.messages import info
+from lora_ft.core.messages import SafeStream, info
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.core.trust import Trust
 from lora_ft.core.version import __version__
@@ -123,4 +123,5 @@ def main() -> None:
     """Run the command line in sys.argv: the console script, and the entry point of the processes that `train` starts."""
     for stream in (sys.stdout, sys.stderr):  # printing never fails because of a character
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
     app(prog_name="lora-ft")
