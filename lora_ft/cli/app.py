@@ -14,7 +14,7 @@ from typer import Argument, Option
 from lora_ft.cli.exits import report_error
 from lora_ft.cli.streams import open_streams, unwritable, use_utf8
 from lora_ft.core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, ConfigError, FilesError
-from lora_ft.core.messages import info
+from lora_ft.core.messages import SafeStream, info
 from lora_ft.core.ranks import rank
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.core.trust import Trust
@@ -137,6 +137,7 @@ def main() -> None:
     """Run the command line in sys.argv: the console script, and the entry point of the processes that `train` starts."""
     use_utf8()
     open_streams()
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
     try:
         app(prog_name="lora-ft")
     except OSError as error:  # the help, or an error, could not be printed

@@ -1,6 +1,5 @@
 """Commands up to a trained run: init, check, schema, env, train, compare."""
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -10,7 +9,7 @@ from typer import Argument, Option
 
 from lora_ft.cli.app import AsJson, ConfigFile, Pickles, RemoteCode, Set, command, main
 from lora_ft.core.errors import ConfigError
-from lora_ft.core.messages import silence_libraries
+from lora_ft.core.messages import echo, echo_json, silence_libraries
 from lora_ft.core.trust import NO_TRUST, Trust
 
 
@@ -88,7 +87,7 @@ def env(as_json: AsJson = False) -> None:
     """
     from lora_ft.commands.env import environment, report
 
-    print(json.dumps(environment()) if as_json else report())
+    echo_json(environment()) if as_json else echo(report())
 
 
 @command

@@ -8,7 +8,7 @@ from lora_ft.config.load import NOT_TRAINING, load_config, parse_config
 from lora_ft.config.rules import FORMS
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
-from lora_ft.core.messages import info
+from lora_ft.core.messages import echo_json, info
 from lora_ft.core.run_folder import RECORD
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import largest_id
@@ -95,7 +95,7 @@ def evaluate_command(
         results.append(result)
     if as_json:
         by_name = {result.name: result.as_dict(several=several) for result in results}
-        print(json.dumps(by_name.get("", {"sets": by_name})))
+        echo_json(by_name.get("", {"sets": by_name}))
     else:
         for result in results:
             print_result(result)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from lora_ft.core.errors import ModelError
-from lora_ft.core.messages import warn
+from lora_ft.core.messages import echo, warn
 from lora_ft.core.storage import sibling
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.merge import merge_adapter
@@ -38,10 +38,10 @@ def merge_command(
     output = output or sibling(folder, "-merged")
     progress = sys.stderr.isatty()
     report = merge_adapter(files, adapter, output, verify=verify, other_base=trust.other_base, progress=progress)
-    print(f"merged {folder} into {files.name}: {output}")
-    print(f"  {report['modules']} matrices, stored as {report['dtype']}; largest error {report['matrix_error']:.3g}")
+    echo(f"merged {folder} into {files.name}: {output}")
+    echo(f"  {report['modules']} matrices, stored as {report['dtype']}; largest error {report['matrix_error']:.3g}")
     if logits := report["logits"]:
-        print(
+        echo(
             f"  verified: merged logits match base + adapter within {logits['difference']:.3g} (limit "
             f"{logits['tolerance']:.3g}); {logits['rounding']:.3g} of it is rounding to {report['dtype']}, the rest "
             f"{logits['beyond_rounding']:.3g} (limit {logits['beyond_rounding_tolerance']:.3g}). The adapter moves the logits "
@@ -50,6 +50,6 @@ def merge_command(
         if logits["rounding"] > logits["adapter_effect"] / 2:
             warn(f"rounding to {report['dtype']} undoes much of so small an adapter")
     else:
-        print("  logits were not compared (--no-verify)")
-    print(f"  {report['seconds']:.1f} s, peak memory {report['peak_memory_mb']} MiB")
+        echo("  logits were not compared (--no-verify)")
+    echo(f"  {report['seconds']:.1f} s, peak memory {report['peak_memory_mb']} MiB")
     return files

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import NumbersError
-from lora_ft.core.messages import info
+from lora_ft.core.messages import echo, info
 from lora_ft.core.metrics import format_metrics
 from lora_ft.core.run_folder import LOG
 from lora_ft.core.signals import Stopped, Stopper
@@ -112,7 +112,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         which = f"step {step}, the best of {last}" if step != last else f"step {step}"
         scores = f" ({format_metrics(result['metrics'])})" if result["metrics"] else ""
         info(f"done in {seconds:.0f} s: {output} holds the adapter of {which}{scores}")
-        print(output)
+        echo(output)
 
 
 def resume_hint(started: bool) -> str:

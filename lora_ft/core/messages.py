@@ -1,18 +1,82 @@
-"""Messages to the user: on stderr, with control characters escaped."""
+"""Messages to the user: on stderr, with control characters escaped and without secrets; and JSON on one line."""
 
+import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# control characters but \t and \n, C1, and those that end lines or change the direction of text
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+SEQUENCE = re.compile(r"(\x1b\[[0-9;?]*[A-Za-z]|\r)")  # by which rich and tqdm draw on a terminal
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASS(WD|WORD|PHRASE)?|(API)?KEY|CREDENTIALS?|PAT|AUTH)(_|$)", re.IGNORECASE)
+SECRET_TEXT = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"
+)  # the hub's tokens, user:password@ of a URL
+MIN_SECRET = 8  # characters: a shorter value is a word of its own
+
+
+def escape_controls(text: str) -> str:
+    """`text` with what could move a cursor, forge a line or reverse text shown as \\x1b and the like; lines and tabs stay."""
+    return CONTROLS.sub(lambda match: _escaped(match[0]), text)
+
+
+def redact(text: str) -> str:
+    """`text` without the tokens and passwords of the environment, which errors of libraries quote."""
+    for name, value in os.environ.items():
+        value = value.strip()
+        if len(value) >= MIN_SECRET and value in text and SECRET.search(name) and not os.path.exists(value):
+            text = text.replace(value, f"({name})")
+    return SECRET_TEXT.sub("(secret)", text)
+
+
+class SafeStream:
+    """An output stream whose text can't control a terminal, but for the sequences that draw tables and bars on one."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write escaped text; returns the number of characters given."""
+        parts = SEQUENCE.split(redact(text)) if self.stream.isatty() else [redact(text)]
+        self.stream.write("".join(part if i % 2 else escape_controls(part) for i, part in enumerate(parts)))
+        return len(text)
+
+
+def echo(text: object) -> None:
+    """Print a result, of one or more lines, on stdout."""
+    print(escape_controls(str(text)), flush=True)
+
+
+def echo_json(obj: object) -> None:
+    """Print a result as one line of JSON on stdout."""
+    print(json_text(obj, ascii=not (sys.stdout.encoding or "").lower().startswith("utf")), flush=True)
+
+
+def json_text(obj: object, indent: int | None = None, ascii: bool = False) -> str:
+    """An object as JSON in which characters that can't be printed, or all but ASCII, are escaped, as \\u0085."""
+    text = json.dumps(obj, indent=indent, ensure_ascii=ascii)
+    return text if text.isprintable() else re.sub(r"[^\n -~]", lambda m: _json_escaped(m[0]), text)
+
+
+def _json_escaped(character: str) -> str:
+    return character if character.isprintable() else json.dumps(character)[1:-1].replace("\x7f", r"\u007f")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "backslashreplace").decode()
+
 
 def printable(text: str, limit: int = 200, keep: str = "") -> str:
     """`text` cut at `limit` characters, with control characters other than those of `keep` shown as \\x1b and the like."""
+    text = redact(text)
     cut = text if len(text) <= limit else text[: limit - 3] + "..."
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape", "backslashreplace").decode() for c in cut
-    )
+    return cut if cut.isprintable() else "".join(c if c.isprintable() or c in keep else _escaped(c) for c in cut)
 
 
 def info(message: str) -> None:

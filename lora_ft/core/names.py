@@ -33,6 +33,11 @@ def portable_name(name: str) -> str:
     return PureWindowsPath(name).name if absolute else name
 
 
+def published_name(name: str) -> str:
+    """A name for others: of any path of this machine only the last part; a hub id unchanged."""
+    return PureWindowsPath(name).name if is_local(name) else portable_name(name)
+
+
 def parse_hub_data(source: str) -> tuple[str, str | None, str | None]:
     """Split `id[:config][@split]` into (id, config, split); the split may be a slice such as `train[:100]`.
 

@@ -51,6 +51,9 @@ def manifest_names(folder: Path) -> list[str]:
     entries = read_json(folder / RECORD, FilesError).get("files") or {}
     names: dict = dict.fromkeys(entries) if isinstance(entries, dict) else entries
     verify_manifest(folder, names, FilesError)  # checks names only, as no entry has a size
+    for name in names:
+        if not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+            raise FilesError(f"{folder / name}: leads out of the folder through a link. Remove the link.")
     return list(names)
 
 

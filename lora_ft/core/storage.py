@@ -17,7 +17,7 @@ import psutil
 
 from lora_ft.core.disk import os_errors_as_files_error, sync, where_supported
 from lora_ft.core.errors import FilesError, ModelError, UserError, is_out_of_memory
-from lora_ft.core.messages import format_value, printable
+from lora_ft.core.messages import format_value, json_text, printable
 from lora_ft.core.paths import refuse_special
 
 NOT_UTF8 = "backslashreplace"  # other bytes of a file's name become \udcXX, which JSON reads back as the same name
@@ -37,13 +37,13 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 def write_json(path: Path, obj: object) -> None:
     """Write indented JSON, keys in the order given, with a final newline. Raises as `write_file`."""
-    write_file(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+    write_file(path, json_text(obj, indent=2) + "\n")
 
 
 def append_line(path: Path, obj: object) -> None:
     """Append one line of JSON in a single write, so that readers never see half of one. Raises as `write_file`."""
     refuse_special(path, FilesError)
-    line = (json.dumps(obj, ensure_ascii=False) + "\n").encode(errors=NOT_UTF8)
+    line = (json_text(obj) + "\n").encode(errors=NOT_UTF8)
     with os_errors_as_files_error(path, len(line)), path.open("ab", buffering=0) as f:
         f.write(line)
 

@@ -1,6 +1,5 @@
 """Evaluation results as tables and JSON; all generated texts as a file."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_ft.core.messages import printable
+from lora_ft.core.messages import json_text, printable
 from lora_ft.core.metrics import METRICS, TEXT_METRICS, format_metric, interval
 from lora_ft.core.storage import write_file
 from lora_ft.evaluation.references import EvalPrompts
@@ -90,4 +89,4 @@ def save_texts(path: Path, results: Sequence[EvalResult]) -> None:
         if result.prompts
         for i, (prompt, references) in enumerate(zip(result.prompts.texts, result.prompts.references, strict=True))
     ]
-    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_file(path, "".join(json_text(line) + "\n" for line in lines))

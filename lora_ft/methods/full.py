@@ -23,6 +23,7 @@ from lora_ft.core.paths import temporary_folder
 from lora_ft.methods.tensor_files import copy_tensors
 from lora_ft.methods.trained import Saved, Trained
 from lora_ft.model.files import SINGLE
+from lora_ft.model.small_files import forget_paths
 
 # The base's weights of each model that `load` changed, in the order of its parameters
 _base_weights: WeakKeyDictionary[PreTrainedModel, list[Tensor]] = WeakKeyDictionary()
@@ -48,6 +49,7 @@ def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTra
         if model.can_generate():
             model.generation_config.save_pretrained(drafts)
         tokenizer.save_pretrained(drafts)
+        forget_paths(Path(drafts))
         for draft in sorted(path for path in Path(drafts).rglob("*") if path.is_file()):
             name = draft.relative_to(drafts)
             (folder / name).parent.mkdir(exist_ok=True)

@@ -1,12 +1,11 @@
 """Model cards, the README.md beside trained or exported files: metadata for the Hub and how to use them. Imports no torch.
 
-A card has no path of the user's machine.
+A card has no path of the user's machine, and no names of data files.
 """
-
-from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from lora_ft.core.messages import escape_controls
 from lora_ft.core.metrics import format_metric, metric_of, scalars
 from lora_ft.core.names import is_local, portable_name
 from lora_ft.methods.usage import is_hub, method_of, use
@@ -48,14 +47,16 @@ def export_card(kind: str, base_name: str, file: str) -> str:
         pipeline_tag="text-generation",
         tags=["lora", "lora-ft"],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n# {file}\n\n{usage.format(file=file)}\n\nBase: {base_name}\n"
+    usage = usage.format(file=code(file).strip("`"))
+    return f"---\n{data.to_yaml()}\n---\n\n# {code(file)}\n\n{usage}\n\nBase: {code(base_name)}\n"
 
 
 def model_card(record: dict) -> str:
     """The card of what was trained, from its record (`RunSetup.record`), as Markdown with a YAML head."""
     base, step = code(portable_name(record["base"]["name"])), record["step"]
     local, unnamed = ("", "") if is_hub(record) else ("a local copy of ", UNNAMED_BASE)
-    sources = code(", ".join(Path(s).name if is_local(s) else s for s in record["config"]["data"]["train"]))
+    named = [code(s) for s in record["config"]["data"]["train"] if not is_local(s)]
+    sources = ", ".join(named) or "local files"
     return f"""---
 {head(record).to_yaml()}
 ---
@@ -128,4 +129,4 @@ def what_it_is(record: dict) -> str:
 
 def code(text: str) -> str:
     """A user's text as inline code: on one line, without any effect as markup."""
-    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+    return "`" + " ".join(escape_controls(text).replace("`", "'").split()) + "`"

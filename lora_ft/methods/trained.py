@@ -28,6 +28,7 @@ from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.peft_config import CONFIG
 from lora_ft.model.files import Base, digest, resolve
 from lora_ft.model.load import tokenizer_hash
+from lora_ft.model.small_files import require_inside
 
 # What a method's `save` returns: the names of the files, and what the record must contain for them
 Saved = tuple[list[str], dict[str, Any]]
@@ -72,9 +73,15 @@ class Trained:
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the chat template that it was trained with; None if that is the tokenizer's own, or there was none."""
-        path = ((run_settings(self.folder, self.record) or {}).get("data") or {}).get("chat_template")
-        return Path(path).read_text(encoding="utf-8") if path and Path(path).is_file() else None
+        """The text of the folder's own chat template; None if it was trained with the tokenizer's, or without one.
+
+        It is copied into exports, so a path that a record names is not read: only the copy in the folder.
+        """
+        path = self.folder / TEMPLATE
+        if not ((self.record.get("config") or {}).get("data") or {}).get("messages") or not path.is_file():
+            return None
+        require_inside(self.folder, path)
+        return path.read_text(encoding="utf-8")
 
     @property
     def base_name(self) -> str | None:

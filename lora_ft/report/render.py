@@ -7,6 +7,7 @@ import jinja2
 
 from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError
+from lora_ft.core.messages import escape_controls, redact
 from lora_ft.core.storage import write_file
 from lora_ft.core.version import __version__
 from lora_ft.report import charts
@@ -16,10 +17,20 @@ def render(template: str, **values: Any) -> str:
     """A template of pages/ with these values, all of which are escaped."""
     pages, strict = jinja2.PackageLoader("lora_ft.report", "pages"), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=pages, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
+        loader=pages,
+        autoescape=True,
+        undefined=strict,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_without_controls,
     )
     environment.globals |= {"version": __version__, "plot": charts}
     return environment.get_template(template).render(**values)
+
+
+def _without_controls(value: Any) -> Any:
+    """A text for a page, without characters that reverse the text around them; the output of a macro is such text already."""
+    return escape_controls(redact(value)) if type(value) is str else value
 
 
 def write_page(path: Path, content: str) -> None:

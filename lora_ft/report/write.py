@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_ft.core import run_folder
-from lora_ft.core.messages import warn
+from lora_ft.core.messages import echo, warn
 from lora_ft.core.metrics import selection_metric
 from lora_ft.core.names import portable_name
 from lora_ft.core.storage import write_json
@@ -94,4 +94,4 @@ def report_command(folders: Sequence[Path], page: Path | None) -> None:
         page = write_run_report(runs[0], page)
     else:
         write_page(page := page or Path("compare-report.html"), compare_runs(runs))
-    print(page)
+    echo(page)

@@ -46,6 +46,7 @@ def locked(output: Path) -> Iterator[None]:
             warn(f"output {output}: its file system can't lock it ({e.strerror}): make sure that no other run uses it")
         try:
             with os_errors_as_files_error(holder):
+                holder.unlink(missing_ok=True)  # never written through a link
                 holder.write_text(str(os.getpid()), encoding="utf-8")
             remove_leftovers(output)
             yield

@@ -18,6 +18,7 @@ from lora_ft.core.run_folder import (
     MODEL_FILES,
     RECORD,
     REPORTS,
+    checkpoint_folders,
     checkpoints,
     is_own_report,
     manifest_names,
@@ -67,6 +68,9 @@ def check_foreign(output: Path) -> None:
 
 def check_removable(output: Path) -> None:
     """Check that an earlier run can be removed completely, before any part of it is. Raises as `manifest_names`."""
+    for folder in (output / "checkpoints", output / "tensorboard", *checkpoint_folders(output)):
+        if folder.is_symlink():
+            raise FilesError(f"{folder}: a link. Nothing is removed through links: remove the link, or use {ANOTHER}")
     for folder in (*checkpoints(output), *([output] if (output / RECORD).is_file() else [])):
         manifest_names(folder)
 
@@ -157,7 +161,7 @@ def remove_leftovers(output: Path) -> None:
     for path in output.glob(".*.tmp-*"):
         if re.fullmatch(rf"\.({names})\.tmp-\d+", path.name):
             path.unlink()
-    for path in (output / "checkpoints").glob(".step-*.partial-*"):
+    for path in () if (output / "checkpoints").is_symlink() else (output / "checkpoints").glob(".step-*.partial-*"):
         if re.fullmatch(r"\.step-\d+\.partial-\d+", path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 

@@ -151,6 +151,34 @@ def test_a_push_is_what_was_exported_and_a_card(tmp_path, capsys, fake, adapter,
     assert "lora_ft.json" not in api.files
 
 
+def test_a_pushed_model_has_no_path_of_this_machine(tmp_path, fake, adapter):
+    api = fake()
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        path = tmp_path / "base" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: str(tmp_path / "base")}))
+    export_command(adapter, "merged", push="me/mine", verify=False)
+    contents = [f if isinstance(f, bytes) else Path(f).read_bytes() for f in api.files.values()]
+    assert len(contents) >= 5 and not any(str(tmp_path).encode() in content for content in contents)
+
+
+@pytest.mark.parametrize("to", ["peft", "merged"])
+def test_a_record_and_links_cannot_put_another_file_into_an_export(tmp_path, adapter, to):
+    (tmp_path / "secret").write_text("SECRET")
+    data = {"messages": "messages", "chat_template": str(tmp_path / "secret")}
+    (adapter / "lora_ft.json").write_text(json.dumps({"format": 1, "kind": "adapter", "config": {"data": data}}))
+    export_command(adapter, to, verify=False, output=tmp_path / "first")
+    assert not any(b"SECRET" in p.read_bytes() for p in (tmp_path / "first").iterdir())
+    (adapter / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match="chat_template.jinja: a link out of its folder"):
+        export_command(adapter, to, verify=False, output=tmp_path / "second")
+    (adapter / "chat_template.jinja").unlink()
+    (tmp_path / "base/passwd.json").symlink_to(tmp_path / "secret")
+    if to == "merged":
+        with pytest.raises(ModelError, match="passwd.json: a link out of its folder"):
+            export_command(adapter, to, verify=False, output=tmp_path / "third")
+    assert not (tmp_path / "second").exists() and not (tmp_path / "third").exists()
+
+
 def test_public_only_when_asked(fake, adapter):
     api = fake()
     export_command(adapter, "peft", push="me/mine", public=True)

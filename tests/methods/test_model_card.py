@@ -183,5 +183,5 @@ def test_no_path_of_the_machine_and_no_markup_of_a_users(hub):
     hub["base"] |= {"name": "/home/me/secret/base`\n# Title", "revision": None}
     hub["config"]["data"] |= {"train": ["/home/me/secret/rows.jsonl"], "prompt": "```\n# {x}\n```"}
     text = model_card(hub)
-    assert "/home/me" not in text
+    assert "/home/me" not in text and "rows.jsonl" not in text and "from local files" in text
     assert len(re.findall("^```", text, re.MULTILINE)) == 6 and "\n# Title" not in text

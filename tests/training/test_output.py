@@ -181,3 +181,37 @@ def test_rotation_keeps_what_is_newer_than_the_run(tmp_path):
         checkpoint(tmp_path, step)
     writing.rotate(tmp_path, 1, {3})
     assert [p.name for p in run_folder.checkpoint_folders(tmp_path)] == ["step-3", "step-4"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-1", "tensorboard"])
+def test_an_overwrite_does_not_follow_links(tmp_path, name):
+    (tmp_path / "other").mkdir()
+    folder = checkpoint(tmp_path / "other", 1)
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).symlink_to(folder if "step" in name else folder.parent)
+    before = sorted(folder.iterdir())
+    with pytest.raises(FilesError, match=f"{name}: a link. .*--set output="):
+        writing.check_removable(tmp_path / "out")
+    with writing.locked(tmp_path / "out"):
+        pass
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_manifest_does_not_lead_out_through_a_link(tmp_path):
+    for name in ("other", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "other/precious").touch()
+    (tmp_path / "out/sub").symlink_to(tmp_path / "other")
+    (tmp_path / "out/lora_ft.json").write_text('{"files": {"sub/precious": {}}}')
+    for remove in (writing.check_removable, writing.clear):
+        with pytest.raises(FilesError, match="sub/precious: leads out of the folder through a link"):
+            remove(tmp_path / "out")
+    assert (tmp_path / "other/precious").exists()
+
+
+def test_the_pid_of_the_lock_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / writing.HOLDER).symlink_to(tmp_path / "precious")
+    with writing.locked(tmp_path / "out"):
+        assert (tmp_path / "precious").read_text() == "mine"

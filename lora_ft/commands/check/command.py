@@ -4,7 +4,6 @@ What `train` would refuse before its first step is reported here, all at once an
 the values of the weights show (`--time` loads them). The exit code is that of the error that training would meet first.
 """
 
-import json
 from dataclasses import asdict
 
 import yaml
@@ -15,6 +14,7 @@ from lora_ft.commands.check import display, warnings
 from lora_ft.commands.check.chats import chat_turns
 from lora_ft.commands.check.inspect import Inspection, inspect_run
 from lora_ft.config.schema import Config
+from lora_ft.core.messages import echo_json, printable
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import reports
 from lora_ft.methods.lora.files import bytes_on_disk
@@ -31,7 +31,7 @@ def check(config: Config, *, as_json: bool = False, time: bool = False, trust: T
     """
     result = inspect_run(config, time, trust)
     if as_json:
-        print(json.dumps(as_dict(result)))
+        echo_json(as_dict(result))
     elif result.model or result.has_data:
         show(result)
     if result.errors:
@@ -117,9 +117,9 @@ def show_data(result: Inspection, out: Console) -> None:
         f"{result.ends_learned:,} of {len(train.dataset):,}"
     )
     for kind, (count, supervised) in train.report.turns.items():
-        out.print(f"  turns: {kind}: {count:,}, supervised {supervised:,}")
+        out.print(f"  turns: {printable(kind)}: {count:,}, supervised {supervised:,}")
     if train.report.turn_ends:
-        ends = ", ".join(f"{end or 'no token'} {count:,}" for end, count in train.report.turn_ends.items())
+        ends = ", ".join(f"{printable(end) or 'no token'} {count:,}" for end, count in train.report.turn_ends.items())
         out.print(f"  supervised turns end in: {ends}")
     bars = display.histogram_lines(display.histogram(warnings.lengths(train), max_length), out.encoding)
     display.section(out, f"tokens per example, before truncation to max_length {max_length}", bars)

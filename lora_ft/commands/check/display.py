@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.core.messages import printable
+from lora_ft.core.messages import escape_controls, printable
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear
 
 WIDTH, BINS = 79, 8
@@ -23,14 +23,16 @@ def console() -> Console:
 
 def section(out: Console, title: str, lines: Iterable[str | Text] = ()) -> None:
     """Print a bold title after an empty line, and the lines below it."""
-    out.print(f"\n{title}", style="bold")
+    out.print(f"\n{escape_controls(title)}", style="bold")
     for line in lines:
-        out.print(line)
+        out.print(escape_controls(line) if isinstance(line, str) else line)
 
 
 def paragraph(out: Console, text: str, style: str = "") -> None:
     """Print text wrapped to the width, continuation lines indented."""
-    lines = textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(
+        escape_controls(text), WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
     out.print("\n".join(lines), style=style)
 
 

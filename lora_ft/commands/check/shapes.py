@@ -3,7 +3,6 @@
 Nothing is loaded or allocated, so GPT-3 175B fits on a laptop.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -16,6 +15,7 @@ from lora_ft.commands.check.command import sizes
 from lora_ft.commands.check.memory import Row, estimate
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.core.messages import echo_json
 from lora_ft.core.paths import local_path
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora import method as lora
@@ -66,7 +66,7 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
     facts = {"shape": shape, "dtype": str(stored).removeprefix("torch."), **sizes(adapted, "lora")}
     facts |= {"row_tokens": sum(row.lengths), "memory": memory}
     if as_json:
-        print(json.dumps(facts))
+        echo_json(facts)
     else:
         show(facts, adapted, config.adapter.rank)
 

@@ -1,6 +1,5 @@
 """`lora-ft compare`: tune each variant, train it on every seed, and compare scores and costs. Imports no torch."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from lora_ft.commands.compare.variants import (
 )
 from lora_ft.config.schema import eval_sets
 from lora_ft.core.errors import ConfigError, FilesError, NumbersError
-from lora_ft.core.messages import info
+from lora_ft.core.messages import echo, echo_json, info
 from lora_ft.core.metrics import metric_of
 from lora_ft.core.run_folder import checkpoints
 from lora_ft.core.storage import read_json, write_json
@@ -98,10 +97,10 @@ def compare_command(
     if (failure := results[0].failure) and not any(result.records for result in results):
         raise SystemExit(failure.exit_code)  # each reason has been printed
     if as_json:
-        print(json.dumps(write()))
+        echo_json(write())
     else:
         show(write())
-        print(folder / PAGE)
+        echo(folder / PAGE)
 
 
 def parse_seeds(text: str) -> list[int]:

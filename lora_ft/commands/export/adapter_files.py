@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from lora_ft.commands.export.gguf_format import Weight, by_number, gguf_name, layout, reordered, write_gguf
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.files import CONFIG, WEIGHTS, portable_name
+from lora_ft.core.names import published_name
+from lora_ft.methods.lora.files import CONFIG, WEIGHTS
 from lora_ft.methods.lora.peft import PREFIX, AdapterFile
 from lora_ft.methods.lora.targets import suffixes
 
@@ -42,7 +43,7 @@ def write_portable(adapter: AdapterFile, folder: Path) -> int:
     new_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": portable_name(config.get("base_model_name_or_path") or "") or None,
+        "base_model_name_or_path": published_name(config.get("base_model_name_or_path") or "") or None,
         "r": R,
         "lora_alpha": R,
         "lora_dropout": 0.0,
@@ -94,5 +95,5 @@ def write_adapter_gguf(adapter: AdapterFile, model: PreTrainedModel, path: Path,
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(R))
     writer.add_base_model_count(1)
-    writer.add_base_model_name(0, Path(portable_name(base_name)).name)
+    writer.add_base_model_name(0, Path(published_name(base_name)).name)
     return write_gguf(writer, weights, dtype)

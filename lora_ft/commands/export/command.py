@@ -11,17 +11,19 @@ from lora_ft.commands.export.gguf_model import verify_gguf, write_model_gguf
 from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
+from lora_ft.core.messages import echo
+from lora_ft.core.names import published_name
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.core.storage import sibling
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.compatibility import check_against, check_copies
-from lora_ft.methods.lora.files import portable_name
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.methods.usage import vllm_rank
 from lora_ft.model.files import Base, resolve, stored_dtype
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
+from lora_ft.model.small_files import require_inside, small_files
 
 
 def export_command(
@@ -81,7 +83,7 @@ def export_command(
         else:
             export_lora_gguf(adapter, files, target, dtype)
     if push:
-        print(f"pushed to {hub.push(push, hub.uploads(target, kind, portable_name(files.name)), public)}")
+        echo(f"pushed to {hub.push(push, hub.uploads(target, kind, published_name(files.name)), public)}")
 
 
 def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
@@ -90,20 +92,21 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
     with storage.atomic_folder(target) as staged:
         rank = write_portable(adapter, staged)
         if (card := adapter.folder / CARD).is_file():
+            require_inside(adapter.folder, card)
             name = str(adapter.trained.adapter_config.get("base_model_name_or_path"))  # PEFT's cards may have a path
-            text = card.read_text(encoding="utf-8", errors="replace").replace(name, portable_name(name))
+            text = card.read_text(encoding="utf-8", errors="replace").replace(name, published_name(name))
         else:
-            text = export_card("peft", portable_name(base.name), target.name)
+            text = export_card("peft", published_name(base.name), target.name)
         storage.write_file(staged / CARD, text)
         if adapter.trained.chat_template:
             storage.write_file(staged / TEMPLATE, adapter.trained.chat_template)
     family = model.config.model_type
     own_converter, ours = f"its own converter, if it supports {family}", f"lora-ft export {adapter.folder} --to gguf"
-    print(f"{target}: rank {rank} on {len(adapter.tensors)} modules, the scaling folded into B (lora_alpha = r)")
-    print(f'  PEFT          PeftModel.from_pretrained(base, "{target}")')
-    print(f'  transformers  model.load_adapter("{target}"), with peft installed')
-    print(f"  vLLM          --enable-lora --max-lora-rank {vllm_rank(rank)}, where it supports LoRA for {family}")
-    print(f"  llama.cpp     {ours if family in FAMILIES else own_converter}")
+    echo(f"{target}: rank {rank} on {len(adapter.tensors)} modules, the scaling folded into B (lora_alpha = r)")
+    echo(f'  PEFT          PeftModel.from_pretrained(base, "{target}")')
+    echo(f'  transformers  model.load_adapter("{target}"), with peft installed')
+    echo(f"  vLLM          --enable-lora --max-lora-rank {vllm_rank(rank)}, where it supports LoRA for {family}")
+    echo(f"  llama.cpp     {ours if family in FAMILIES else own_converter}")
 
 
 def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str) -> None:
@@ -111,9 +114,9 @@ def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str)
     model = _checked_model(adapter, base)
     with storage.atomic_file(target, 0) as temporary:
         size = write_adapter_gguf(adapter, model, temporary, "float32" if dtype == "auto" else dtype, base.name)
-    any_base = f"any GGUF of {portable_name(base.name)}, quantized too"
-    print(f"{target}: the adapter of {len(adapter.tensors)} modules, {size / 2**20:.1f} MiB")
-    print(f"  llama.cpp  llama-cli -m BASE.gguf --lora {target}, with {any_base}")
+    any_base = f"any GGUF of {published_name(base.name)}, quantized too"
+    echo(f"{target}: the adapter of {len(adapter.tensors)} modules, {size / 2**20:.1f} MiB")
+    echo(f"  llama.cpp  llama-cli -m BASE.gguf --lora {target}, with {any_base}")
 
 
 def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile | None, verify: bool) -> None:
@@ -122,14 +125,15 @@ def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile
         way_out = "Merge first: --to merged, then export that folder --to gguf."
         raise ModelError(f"base {base.name}: no safetensors. {way_out}")
     dtype = str(stored_dtype(base)).removeprefix("torch.") if dtype == "auto" else dtype
+    small_files(base)  # the vocabulary and the template come from them
     with storage.atomic_file(target, 0) as temporary:
         size = write_model_gguf(base, temporary, dtype, adapter)
         verified = verify_gguf(temporary, dtype, base, adapter) if verify else "logits were not compared (--no-verify)"
-    print(f"{target}: {portable_name(base.name)}{' + adapter' if adapter else ''}, {dtype}, {size / 2**20:.1f} MiB")
+    echo(f"{target}: {published_name(base.name)}{' + adapter' if adapter else ''}, {dtype}, {size / 2**20:.1f} MiB")
     if window := getattr(load_model_config(base), "sliding_window", None):
-        print(f"  note: the model attends to the last {window:,} positions; llama.cpp, in this architecture, to all")
-    print(f"  {verified}")
-    print(f"  llama.cpp  llama-cli -m {target}; smaller: llama-quantize {target} small.gguf Q4_K_M")
+        echo(f"  note: the model attends to the last {window:,} positions; llama.cpp, in this architecture, to all")
+    echo(f"  {verified}")
+    echo(f"  llama.cpp  llama-cli -m {target}; smaller: llama-quantize {target} small.gguf Q4_K_M")
 
 
 def _checked_model(adapter: AdapterFile, base: Base) -> PreTrainedModel:

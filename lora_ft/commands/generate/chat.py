@@ -48,7 +48,7 @@ class Chat:
     @property
     def active(self) -> str:
         """The name of whatever answers the next message."""
-        return f"{BASE} | {self.adapter}" if self.both else self.adapter or BASE
+        return printable(f"{BASE} | {self.adapter}" if self.both else self.adapter or BASE)
 
     def describe(self) -> str:
         """The active model, and how it takes a line."""
@@ -125,7 +125,7 @@ def print_both(served: Served, prompt: Prompt) -> Answer:
     if not console.is_terminal:
         answers = served.answer(prompts)
         for name, answer in zip(names, answers, strict=True):
-            print(f"{name}: {escape(answer.text).strip()}", flush=True)
+            print(f"{printable(name)}: {escape(answer.text).strip()}", flush=True)
         return answers[-1]
     with Live(_columns(names, ["", ""]), console=console, auto_refresh=False) as live:
         return served.answer(prompts, lambda texts: live.update(_columns(names, texts), refresh=True))[-1]

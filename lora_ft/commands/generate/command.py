@@ -1,6 +1,5 @@
 """`lora-ft generate`: answers to a prompt or a file of prompts, or a chat, by a base and any number of its adapters."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from lora_ft.commands.generate.chat import escape, run_chat, stream_answer
 from lora_ft.commands.generate.prompts import read_prompts
 from lora_ft.commands.generate.serving import BASE, Prompt, Served, load, override
 from lora_ft.core.errors import ConfigError, DataError, ModelError
-from lora_ft.core.messages import printable
+from lora_ft.core.messages import echo, echo_json, printable
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.sources import SourceRow
 from lora_ft.methods.trained import Trained, is_model
@@ -120,7 +119,7 @@ def print_answers(served: Served, prompts: Sequence[Prompt], batch_size: int, as
             adapter = prompt.adapter or BASE
             if as_json:
                 line = {"where": prompt.where, "adapter": adapter, "prompt": prompt.text, "answer": answer.text}
-                print(json.dumps(line | {"tokens": answer.tokens, "ended": answer.ended}, ensure_ascii=False))
+                echo_json(line | {"tokens": answer.tokens, "ended": answer.ended})
             else:
-                print(f"--- {prompt.where} ({adapter})\n{escape(answer.text).strip()}")
+                echo(f"--- {prompt.where} ({printable(adapter)})\n{escape(answer.text).strip()}")
         sys.stdout.flush()

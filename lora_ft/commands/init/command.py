@@ -11,7 +11,7 @@ from lora_ft.commands.init.suggest import TASKS, Suggestion, suggest
 from lora_ft.config import docs
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, FilesError
-from lora_ft.core.messages import format_value
+from lora_ft.core.messages import echo, format_value
 from lora_ft.core.storage import write_file
 from lora_ft.report import figures
 
@@ -55,11 +55,11 @@ def create_config(
     write_file(path, config_text(model, data, suggestion, output))
     load_config(path)
     write_file(path.parent / docs.FILE, docs.schema_text())
-    print(f"{path}: {suggestion.task}, from {suggestion.rows:,}{' or more' * suggestion.partial} rows of {data}")
+    echo(f"{path}: {suggestion.task}, from {suggestion.rows:,}{' or more' * suggestion.partial} rows of {data}")
     for name, value in suggestion.data.settings.items():
         note = suggestion.data.notes.get(name)
-        print(f"  {name}: {yaml_value(value)}" + (f"   ({note})" if note else ""))
-    print(f"Next: lora-ft check {path}, then lora-ft train {path}")
+        echo(f"  {name}: {yaml_value(value)}" + (f"   ({note})" if note else ""))
+    echo(f"Next: lora-ft check {path}, then lora-ft train {path}")
 
 
 def config_text(model: str, data: str, suggestion: Suggestion, output: str) -> str:

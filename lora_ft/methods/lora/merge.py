@@ -18,18 +18,14 @@ from lora_ft.core.machine import peak_memory
 from lora_ft.core.messages import info
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.compatibility import check_against
-from lora_ft.methods.lora.files import RECORD, WEIGHTS, write_record
+from lora_ft.methods.lora.files import WEIGHTS, write_record
 from lora_ft.methods.lora.merge_shards import check_stored_copies, stored_keys, stored_tensors, write_shards
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, plan_edits, stored_names
 from lora_ft.methods.lora.verify import compare_logits, sample_rows
 from lora_ft.model.files import Base, stored_dtype, weight_files
 from lora_ft.model.load import load_base, load_tokenizer, skeleton
-
-# What transformers reads beside the weights. Weights in other formats are left out: they are not merged.
-COPIED = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja"]
-COPIED += ["LICENSE*", "NOTICE*"]
-NOT_COPIED = ("*.index.json", RECORD, "adapter_config.json", "trainer_state.json", "state.json")
+from lora_ft.model.small_files import forget_paths, small_files
 
 
 def merge_adapter(
@@ -53,6 +49,8 @@ def merge_adapter(
     start = time.perf_counter()
     tokenizer = tokenizer_of(base)
     adapter.trained.check(base, tokenizer, other_base)
+    if not base.gguf:
+        small_files(base)  # refused before the work
     with storage.atomic_folder(output) as staged:
         model = skeleton(base)
         check_against(model, adapter)
@@ -120,13 +118,12 @@ def space_needed(shards: list[Path], edits: list[Edit]) -> int:
 
 
 def copy_files(base: Base, staged: Path, unties: bool) -> None:
-    """Copy config, tokenizer, templates and licence, and code if it is trusted; the config says if the head is untied."""
-    skipped = {path for pattern in NOT_COPIED for path in base.folder.glob(pattern)}
-    for pattern in (*COPIED, *(["*.py"] if base.trusted_code else [])):
-        for path in sorted(set(base.folder.glob(pattern)) - skipped):
-            target = staged / path.relative_to(base.folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)  # the content alone: modes follow the umask
+    """Copy the small files, without paths of this machine; the config says if the head is untied."""
+    for path in small_files(base):
+        target = staged / path.relative_to(base.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)  # the content alone: modes follow the umask
+    forget_paths(staged)
     if unties:
         config = storage.read_json(staged / "config.json", ModelError) | {"tie_word_embeddings": False}
         if isinstance(config.get("text_config"), dict):
