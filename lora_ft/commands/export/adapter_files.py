@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from lora_ft.commands.export.gguf_format import Weight, by_number, gguf_name, layout, reordered, write_gguf
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.files import CONFIG, WEIGHTS, portable_name
+from lora_ft.core.names import portable_name
+from lora_ft.methods.lora.files import CONFIG, WEIGHTS
 from lora_ft.methods.lora.peft import PREFIX, AdapterFile
 from lora_ft.methods.lora.targets import suffixes
 

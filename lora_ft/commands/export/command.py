@@ -11,11 +11,11 @@ from lora_ft.commands.export.gguf_model import verify_gguf, write_model_gguf
 from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
+from lora_ft.core.names import portable_name
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.core.storage import sibling
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.compatibility import check_against, check_copies
-from lora_ft.methods.lora.files import portable_name
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained, check_base

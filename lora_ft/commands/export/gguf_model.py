@@ -13,8 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lora_ft.commands.export.gguf_format import Weight, by_number, gguf_name, layout, reordered, write_gguf
 from lora_ft.commands.export.gguf_vocabulary import write_vocabulary
 from lora_ft.core.errors import ModelError
+from lora_ft.core.names import portable_name
 from lora_ft.methods.lora.compatibility import check_against
-from lora_ft.methods.lora.files import apply_adapter, portable_name
+from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.merge_shards import DTYPES, check_stored_copies, finite, merged, stored_keys
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, plan_edits, source_of, stored_names
