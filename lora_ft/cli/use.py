@@ -64,6 +64,9 @@ def generate(
     ] = None,
     base: BaseName = None,
     prompt: Annotated[str | None, Option(metavar="TEXT", help="A prompt, put into the run's template.")] = None,
+    column: Annotated[
+        list[str] | None, Option(metavar="NAME=TEXT", help="Another column of the run's template; repeatable.")
+    ] = None,
     prompts: Annotated[
         str | None,
         Option(
@@ -100,6 +103,7 @@ def generate(
         base=base,
         prompt=prompt,
         prompts=prompts,
+        columns=column or (),
         raw=raw,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

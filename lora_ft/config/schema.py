@@ -94,7 +94,9 @@ class DataConfig(Section):
     )
     max_train_examples: int | None = setting(None, "train on a random sample of this size (by train.seed)", ge=1)
     max_eval_examples: int | None = setting(None, "evaluate on a random sample of this size of each set", ge=1)
-    prompt: types.TemplateText | None = setting(None, "first form: a text with columns in braces, not supervised")
+    prompt: types.TemplateText | None = setting(
+        None, "first form: columns in {braces}, [[optional parts]]; not supervised"
+    )
     completion: types.Supervised | None = setting(None, "the text after the prompt, supervised with its end token")
     text: types.Supervised | None = setting(None, "second form: a text with columns in braces, fully supervised")
     messages: types.Column | None = setting(None, "third form: a column of chat messages, role/content or from/value")

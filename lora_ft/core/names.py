@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 from string import Formatter
+from typing import NamedTuple
 
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import format_value, printable
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"), "all": ROLES}
+
+BRACKETS = re.compile(r"(\[{4}|\]{4}|\[\[|\]\](?!\]))")  # of the optional parts of a template, and escaped ones
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -52,26 +55,72 @@ def parse_hub_data(source: str) -> tuple[str, str | None, str | None]:
     return hub_id, config or None, split or None
 
 
-def template_columns(template: str) -> tuple[str, ...]:
-    """The distinct columns in a template such as "Review: {sentence}", in order; `{{` is a literal brace.
+class TemplatePart(NamedTuple):
+    """A piece of a template: pairs of a literal text and the column after it, or None.
+
+    optional: written in [[ ]], and left out of rows in which all its columns are empty.
+    """
+
+    fields: tuple[tuple[str, str | None], ...]
+    optional: bool
+
+    @property
+    def columns(self) -> list[str]:
+        """Its columns, in order."""
+        return [column for _, column in self.fields if column is not None]
+
+
+def template_parts(template: str) -> list[TemplatePart]:
+    """The parts of a template such as "Task: {task}[[\\nInput: {input}]]", in order.
+
+    `{{` is a literal brace, `[[[[` a literal [[ and `]]]]` a literal ]]. Brackets without a column between them are text.
 
     Raises:
-        ValueError: a brace is not closed, or encloses something else than a column name.
+        ValueError: a brace or [[ is not closed, or a brace encloses something else than a column name.
     """
+    hint = "put a part that may be empty in [[ and ]], and write [[[[ and ]]]] for literal ones"
+    parts: list[TemplatePart] = []
+    fields: list[tuple[str, str | None]] = []
+    opened = False
+    for piece in BRACKETS.split(template):
+        if piece == "[[" or (piece == "]]" and opened):
+            if piece == "[[" and opened:
+                raise ValueError(f"a [[ is inside of another or not closed: {hint}")
+            part = TemplatePart(tuple(fields), opened)
+            if opened and not part.columns:
+                part = TemplatePart((("[[", None), *fields, ("]]", None)), optional=False)
+            parts.append(part)
+            fields, opened = [], not opened
+        else:
+            fields += [(piece[:2], None)] if piece in ("[[[[", "]]]]") else _fields(piece)
+    if opened:
+        raise ValueError(f"a [[ is not closed: {hint}")
+    return [part for part in (*parts, TemplatePart(tuple(fields), optional=False)) if part.fields]
+
+
+def _fields(text: str) -> list[tuple[str, str | None]]:
     hint = "put a column name in braces, as in {sentence}, and write {{ and }} for literal braces"
-    columns = []
     try:
-        parts = list(Formatter().parse(template))
+        parsed = list(Formatter().parse(text))
     except ValueError:
         raise ValueError(f"a brace is not closed or not opened: {hint}") from None
-    for _, column, spec, conversion in parts:
-        if column is None:
-            continue
-        if spec or conversion or not column.strip() or re.search(r"[.\[\]{}]", column):
+    for _, column, spec, conversion in parsed:
+        if column is not None and (spec or conversion or not column.strip() or re.search(r"[.\[\]{}]", column)):
             field = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise ValueError(f"{printable('{' + field + '}')} is not a column name: {hint}")
-        columns.append(column)
-    return tuple(dict.fromkeys(columns))
+    return [(literal, column) for literal, column, _, _ in parsed]
+
+
+def template_columns(template: str, optional: bool | None = None) -> tuple[str, ...]:
+    """The distinct columns of a template in order: all, or those that are only in optional parts, or the others.
+
+    Raises:
+        ValueError: as `template_parts`.
+    """
+    parts = template_parts(template)
+    needed = {column for part in parts if not part.optional for column in part.columns}
+    columns = dict.fromkeys(column for part in parts for column in part.columns)
+    return tuple(column for column in columns if optional is None or (column in needed) != optional)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -41,8 +41,9 @@ class EncodingReport:
     whose completion is blank.
     truncated, merged: numbers of such examples, see `Examples`. tokens, supervised: sums over all examples. longest: tokens
     of the longest example.
-    Of chats: notes: what the chat template drops, what of the rows has no effect. turns: kind of turn -> [how many, how many
-    of them supervised]. turn_ends: marker -> how many supervised turns it ends ("": none does).
+    notes: what the chat template drops, what of the rows or the template has no effect.
+    Of chats: turns: kind of turn -> [how many, how many of them supervised]. turn_ends: marker -> how many supervised
+    turns it ends ("": none does).
     content: SHA-256 of the sources' content. sha256: of content, template, tokenizer and settings. Records contain both,
     and --resume compares them.
     """

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from string import Formatter
 from typing import Any
 
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import format_value, printable
-from lora_ft.core.names import nearest, template_columns
+from lora_ft.core.names import TemplatePart, nearest, template_columns, template_parts
 from lora_ft.data.delimited import separator_hint
 
 Columns = dict[str, Any]  # a row's values by column
@@ -44,27 +43,29 @@ class Template:
 
         None without a labelled column, and with several: the choices would be tuples of words.
         """
-        columns = _columns("completion", self.completion or "")
+        columns = {column for part in _parts("completion", self.completion or "") for column in part.columns}
         labelled = [column for column in columns if column in (self.label_names or {})]
         return labelled[0] if len(labelled) == 1 else None
 
 
-def pair_renderer(template: Template) -> Callable[[Columns], tuple[str, str, list[str], int]]:
-    """A function from a row to (prompt, completion, choices, label), where completion is choices[label].
+def pair_renderer(template: Template) -> Callable[[Columns], tuple[str, str, list[str], int, list[int]]]:
+    """A function from a row to (prompt, completion, choices, label, spans), where completion is choices[label].
 
-    If the template is not a classification, choices is [] and label -1. Raises as `renderer`.
+    If the template is not a classification, choices is [] and label -1. spans: start, end, ... of the columns' values in the
+    prompt, in characters. Raises as `renderer`.
     """
     names = template.label_names or {}
-    prompt = renderer("prompt", template.prompt or "", names)
+    prompt = _spans_renderer("prompt", template.prompt or "", names)
     completion = renderer("completion", template.completion or "", names)
     column = template.label_column
 
-    def render(columns: Columns) -> tuple[str, str, list[str], int]:
+    def render(columns: Columns) -> tuple[str, str, list[str], int, list[int]]:
+        text, spans = prompt(columns)
         if column is None:
-            return prompt(columns), completion(columns), [], -1
+            return text, completion(columns), [], -1, spans
         label = class_id(columns, column, names[column])
         choices = [completion(columns | {column: choice}) for choice in range(len(names[column]))]
-        return prompt(columns), choices[label], choices, label
+        return text, choices[label], choices, label, spans
 
     return render
 
@@ -73,22 +74,45 @@ def renderer(field: str, template: str, label_names: Mapping[str, Sequence[str]]
     """A function that fills a row's values into `template`, the setting data.`field`, and raises BadRow.
 
     Raises:
-        ConfigError: invalid braces.
+        ConfigError: invalid braces or brackets.
     """
-    _columns(field, template)
-    parts = [(literal, column) for literal, column, _, _ in Formatter().parse(template)]
+    render = _spans_renderer(field, template, label_names)
+    return lambda columns: render(columns)[0]
 
-    def render(columns: Columns) -> str:
-        text = ""
-        for literal, column in parts:
-            text += literal
-            if column is not None:
-                words = label_names.get(column)
-                text += value_text(columns, column) if words is None else words[class_id(columns, column, words)]
+
+def _spans_renderer(
+    field: str, template: str, label_names: Mapping[str, Sequence[str]]
+) -> Callable[[Columns], tuple[str, list[int]]]:
+    """As `renderer`, with start, end, ... of each column's value in the text."""
+    parts = _parts(field, template)
+
+    def render(columns: Columns) -> tuple[str, list[int]]:
+        text, spans = "", []
+        for part in parts:
+            empty = {column for column in part.columns if part.optional and _is_empty(columns.get(column))}
+            if part.optional and len(empty) == len(set(part.columns)):
+                continue
+            for literal, column in part.fields:
+                text += literal
+                if column is not None and column not in empty:
+                    words = label_names.get(column)
+                    value = value_text(columns, column) if words is None else words[class_id(columns, column, words)]
+                    spans += [len(text), len(text) + len(value)]
+                    text += value
         check_unicode(text)
-        return text
+        return text, spans
 
     return render
+
+
+def optional_columns(template: Template) -> set[str]:
+    """The columns that rows need not have: they are in optional parts only."""
+    texts = [text for text in (template.prompt, template.completion, template.text) if text]
+    return {column for text in texts for column in template_columns(text, optional=True)}
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def value_text(columns: Columns, column: str) -> str:
@@ -165,8 +189,8 @@ def type_in_words(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def _columns(field: str, template: str) -> tuple[str, ...]:
+def _parts(field: str, template: str) -> list[TemplatePart]:
     try:
-        return template_columns(template)
+        return template_parts(template)
     except ValueError as e:
         raise ConfigError(f"data.{field}: {e}") from e

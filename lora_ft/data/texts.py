@@ -1,7 +1,7 @@
 """The first cached stage: the rows of the sources, rendered as texts."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import printable
+from lora_ft.core.names import nearest
 from lora_ft.data.cache import Write, cached, key_of
 from lora_ft.data.chats.format import ChatFormat, chat_format
 from lora_ft.data.chats.render import ChatSummary, render_chat
 from lora_ft.data.sources import iter_rows
-from lora_ft.data.template import BadRow, Columns, Template, pair_renderer, renderer
+from lora_ft.data.template import BadRow, Columns, Template, optional_columns, pair_renderer, renderer
 
-ENCODING_VERSION = 5  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
+ENCODING_VERSION = 6  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
 BATCH = 1000  # rows
 MAX_REPORTED_ROWS = 20
 
@@ -30,7 +31,9 @@ TEXTS = pa.schema(
         "completion": pa.large_string(),  # or the text, or the chat, whose prompt is its last generation prompt
         "choices": pa.list_(pa.large_string()),
         "label": pa.int32(),
-        "spans": pa.list_(pa.int32()),  # start, end, ... of a chat's assistant turns, in characters
+        "spans": pa.list_(
+            pa.int32()
+        ),  # start, end, ... in characters: a chat's assistant turns, the columns in a prompt
     }
 )
 
@@ -69,10 +72,11 @@ def load_texts(
         DataError: a source cannot be read, has a bad row that is not skipped, or no rows.
     """
     chat = chat_format_of(template, tokenizer) if template.messages else None
-    render = _text_renderer(template)
+    render, optional = _text_renderer(template), optional_columns(template)
 
     def make(write: Write) -> dict:
         bad, count, summary = BadRows(bad_rows), 0, ChatSummary()
+        seen: dict[str, None] = {}
         rows = enumerate(itertools.chain.from_iterable(map(iter_rows, sources)))
         while chunk := list(itertools.islice(rows, BATCH)):
             rendered: list[tuple] = []
@@ -80,18 +84,20 @@ def load_texts(
                 try:
                     if problem:
                         raise BadRow(problem)
+                    seen |= dict.fromkeys(columns) if optional else {}
                     if chat:
                         done = render_chat(columns, template, chat)
                         summary.add(where, done)
                         spans = [position for span in done.spans for position in span]
                         rendered.append((row, where, done.prompt, done.text, [], -1, spans))
                     else:
-                        rendered.append((row, where, *render(columns), []))
+                        rendered.append((row, where, *render(columns)))
                 except BadRow as e:
                     bad.add(where, e)
             count += len(chunk)
             write(rendered)
-        return {"rows": count} | bad.facts() | (summary.facts() if chat else {})
+        never = [_never_filled(column, seen) for column in sorted(optional - seen.keys())]
+        return {"rows": count} | bad.facts() | (summary.facts() if chat else {"notes": never} if never else {})
 
     identity: list[Any] = [asdict(template)]
     if chat:
@@ -112,17 +118,26 @@ def chat_format_of(template: Template, tokenizer: PreTrainedTokenizerBase) -> Ch
     return chat_format(tokenizer, template.chat_template, template.chat_template_kwargs)
 
 
-def _text_renderer(template: Template) -> Callable[[Columns], tuple[str, str, list[str], int]]:
-    """A function from a row to the columns prompt, completion, choices, label; not for chats."""
+def _never_filled(column: str, columns: Iterable[str]) -> str:
+    """A note on an optional column that no row has."""
+    near = nearest(column, columns)
+    hint = f'. Did you mean "{printable(near)}"?' if near else ""
+    return (
+        f'no row has the column "{printable(column)}", so the part of the template in [[ ]] is never filled by it{hint}'
+    )
+
+
+def _text_renderer(template: Template) -> Callable[[Columns], tuple[str, str, list[str], int, list[int]]]:
+    """A function from a row to the columns prompt, completion, choices, label, spans; not for chats."""
     if template.text is None:
         return pair_renderer(template)
     fill = renderer("text", template.text, template.label_names or {})
 
-    def render_text(columns: Columns) -> tuple[str, str, list[str], int]:
+    def render_text(columns: Columns) -> tuple[str, str, list[str], int, list[int]]:
         text = fill(columns)
         if not text:
             raise BadRow("its text is empty, so nothing is supervised")
-        return "", text, [], -1
+        return "", text, [], -1, []
 
     return render_text
 

@@ -34,7 +34,7 @@ class Method(Protocol):
         """
 
     def save(self, model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:
-        """Write what was trained into an existing folder; of an absolute path `base_name` only the last part is written."""
+        """Write what was trained into an existing folder. PEFT's config names the base as `base_name` does."""
 
     def load(self, model: PreTrainedModel, trained: Trained) -> None:
         """Put what was trained on a bare base, for inference; ModelError if a file is damaged, or of another model."""

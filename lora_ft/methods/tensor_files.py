@@ -3,6 +3,7 @@
 PEFT defines those of prompt. No other library has a format for bottleneck: its config has `method: bottleneck`.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.files import CONFIG, WEIGHTS, portable_name
+from lora_ft.methods.lora.files import CONFIG, WEIGHTS
 from lora_ft.methods.lora.peft import differences
 from lora_ft.methods.trained import Trained
 from lora_ft.model.files import is_finite
@@ -21,7 +22,7 @@ def write(folder: Path, base_name: str, tensors: Mapping[str, Tensor], config: d
     """Write the two files, the tensors in their own dtypes. Returns the names of the files."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     storage.write_tensors(folder / WEIGHTS, on_cpu)
-    storage.write_json(folder / CONFIG, {"base_model_name_or_path": portable_name(base_name)} | config)
+    storage.write_json(folder / CONFIG, {"base_model_name_or_path": os.path.expanduser(base_name)} | config)
     return [WEIGHTS, CONFIG]
 
 

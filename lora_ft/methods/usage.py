@@ -7,7 +7,7 @@ import json
 import shlex
 from pathlib import Path, PurePath
 
-from lora_ft.core.names import portable_name
+from lora_ft.core.names import portable_name, template_columns
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.peft_config import file_rank
 
@@ -110,6 +110,8 @@ options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt"
 inputs = tokenizer.apply_chat_template(messages, **options)"""
     else:
         braces = "  # replace what is in braces" if data["prompt"] else ""
+        if data["prompt"] and template_columns(data["prompt"], optional=True):
+            braces += ", and leave out what is in [[ ]] if it is empty, else its brackets"
         inputs = f'inputs = tokenizer({data["prompt"] or "Once upon a time"!r}, return_tensors="pt"){braces}'
     return f"""{inputs}
 answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]

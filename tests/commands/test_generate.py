@@ -235,7 +235,7 @@ def test_a_malformed_row_is_reported_with_its_line(here, capsys, line, error, me
     [
         ([], dict(adapters=["reviews"]), ConfigError, "NAME=DIR"),
         ([], dict(adapters=["a=reviews", "a=talk"]), ConfigError, "two adapters named a"),
-        ([], dict(adapters=["base=reviews"]), ConfigError, "two adapters named base"),
+        ([], dict(adapters=["base=reviews"]), ConfigError, "reviews: an adapter named base, as the bare base is"),
         (["base"], dict(adapters=["a=reviews"]), ConfigError, "a complete model, not an adapter"),
         (["nowhere"], {}, ModelError, "nowhere: no such folder"),
         ([], {}, ModelError, "out: no such folder"),
@@ -314,6 +314,61 @@ def test_a_template_with_columns_needs_rows(here, capsys):
     assert rows(capsys, "titled", prompts="p.jsonl", max_new_tokens=2)[0]["prompt"] == "t: x"
 
 
+@pytest.fixture
+def tasks(here):
+    """The run reviews as if of Alpaca's columns: `text`, and `input` that may be empty."""
+    shutil.copytree("reviews", "tasks", dirs_exist_ok=True)
+    record = json.loads(Path("tasks/lora_ft.json").read_text())
+    record["config"]["data"]["prompt"] = "Review: {text}[[\nInput: {input}]]\nSentiment:"
+    Path("tasks/lora_ft.json").write_text(json.dumps(record))
+    return "tasks"
+
+
+def test_a_prompt_fills_the_main_column_and_columns_the_others(tasks, capsys):
+    def prompt(**options) -> str:
+        return rows(capsys, tasks, max_new_tokens=2, **options)[0]["prompt"]
+
+    assert prompt(prompt=GOOD) == reviewed(GOOD)
+    assert prompt(prompt=GOOD, columns=["input=a=b\\nc"]) == f"Review: {GOOD}\nInput: a=b\nc\nSentiment:"
+    assert prompt(prompt="x", columns=[f"text={GOOD}"]) == f"Review: {GOOD}\nInput: x\nSentiment:"
+    with pytest.raises(ConfigError, match="--column inptu=x: the templates have text, input. Did you mean input?"):
+        prompt(prompt=GOOD, columns=["inptu=x"])
+    asked = [{"text": GOOD, "input": None}, {"text": GOOD, "adapter": "base"}, {"prompt": GOOD, "input": "x"}]
+    Path("p.jsonl").write_text("".join(json.dumps(columns) + "\n" for columns in asked))
+    found = rows(capsys, tasks, prompts="p.jsonl", max_new_tokens=12)
+    assert [row["prompt"] for row in found] == [reviewed(GOOD)] * 3
+    assert found[1]["adapter"] == "base" and found[1]["answer"] == by_peft(None, reviewed(GOOD))
+
+
+def test_a_chat_sets_columns_and_takes_several_lines(tasks, capsys, monkeypatch):
+    lines = [GOOD, "/set", "/set input=x", GOOD, '"""', "one", "", "/two", '"""', "/set none=x", "/set input=", GOOD]
+    asked, real = [], serving.Served.answer
+    monkeypatch.setattr(serving.Served, "answer", lambda *a: asked.append(a[1][0].text) or real(*a))
+    _, err = chat(capsys, monkeypatch, lines, tasks)
+    assert asked == [
+        reviewed(GOOD),
+        reviewed(f"{GOOD}\nInput: x"),
+        reviewed("one\n\n/two\nInput: x"),
+        reviewed(GOOD),
+    ]
+    assert "tasks: each line fills text of the run's template" in err and "/set input=TEXT" in err
+    assert "text=''\ninput=''" in err and "/set none=x: the templates have text, input." in err
+
+
+def test_several_adapters_answer_one_prompt(here, capsys):
+    assert generate(capsys, prompt=GOOD, max_new_tokens=12, **BOTH) == (
+        f"--- reviews\npositive\n--- talk\n{by_peft('talk', said(GOOD)).strip()}\n"
+    )
+    assert [row["adapter"] for row in rows(capsys, prompt=GOOD, max_new_tokens=2, **BOTH)] == ["reviews", "talk"]
+
+
+def test_folders_of_one_name_go_by_their_paths(here, tmp_path, capsys):
+    shutil.copytree("reviews", tmp_path / "reviews")
+    shutil.copytree("reviews", tmp_path / "base")
+    folders = ["reviews", str(tmp_path / "reviews"), str(tmp_path / "base")]
+    assert [row["adapter"] for row in rows(capsys, *folders, prompt=GOOD, max_new_tokens=2)] == folders
+
+
 def test_generated_text_is_safe_for_a_terminal():
     from lora_ft.commands.generate.chat import escape
 
@@ -346,6 +401,10 @@ def test_a_chat_in_a_terminal(here):
         type_in("is it a good movie\n")
         until("great")
         until("talk> ")
+        type_in("\x1b[200~is it a\ngood movie\x1b[201~\n")  # a terminal's bracketed paste
+        until("great")
+        until("talk> ")
+        assert screen.count("talk> ") == 1, screen  # one message
         type_in("/both\n")
         until("base | talk> ")
         type_in("is it a bad movie\n")

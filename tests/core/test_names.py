@@ -60,6 +60,19 @@ def test_columns_of_a_template():
     assert template_columns("none") == ()
 
 
+def test_optional_columns_of_a_template():
+    template = "{a}[[\n{b} {c}]] [[[[{d}]]]] [[A]] [[ {a} ]]"
+    assert template_columns(template) == ("a", "b", "c", "d")
+    assert template_columns(template, optional=True) == ("b", "c")
+    assert template_columns(template, optional=False) == ("a", "d")
+
+
+@pytest.mark.parametrize("template", ["{a} [[{b}", "[[{a} [[{b}]]", "[[", "[[ {a} ]"])
+def test_brackets_that_are_not_closed(template):
+    with pytest.raises(ValueError, match=r"a \[\[ is .*write \[\[\[\["):
+        template_columns(template)
+
+
 @pytest.mark.parametrize("template", ["{", "}", "{a", "{}", "{ }", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a:{b}}"])
 def test_braces_without_a_column_name(template):
     with pytest.raises(ValueError, match="column name"):

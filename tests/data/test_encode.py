@@ -164,6 +164,35 @@ def test_rows_with_nothing_supervised_after_truncation_are_dropped_and_counted(w
     assert (examples.report.rows, examples.report.used, examples.report.dropped) == (2, 1, 1)
 
 
+OPTIONAL = "{task}[[\n{input} at {place}]]! [[[[{task}]]]] [[A]] [[[{input}]]] ]]"
+
+
+@pytest.mark.parametrize(
+    "row, text",
+    [
+        ({"input": "b", "place": "c"}, "a\nb at c! [[a]] [[A]] [b] ]]"),
+        ({"input": "", "place": 0}, "a\n at 0! [[a]] [[A]]  ]]"),
+        ({"input": None, "place": "c"}, "a\n at c! [[a]] [[A]]  ]]"),
+        *(({"input": empty, "place": empty}, "a! [[a]] [[A]]  ]]") for empty in ("", " \n", None, float("nan"))),
+        ({}, "a! [[a]] [[A]]  ]]"),
+    ],
+)
+def test_parts_in_brackets_are_left_out_where_their_columns_are_empty(write, plain, row, text):
+    path = write("a.jsonl", [{"task": "a"} | row, {"task": "", "input": "x", "place": "y"}])
+    for template in (Template(text=OPTIONAL), Template(OPTIONAL, "{task}"), Template("{task}", OPTIONAL)):
+        found = load(path, template, plain)
+        rendered = found.texts[0]["prompt" if template.completion == "{task}" else "completion"]
+        assert rendered == text and not found.report.notes
+    with pytest.raises(DataError, match=':1: no column "task"'):
+        load(write("b.jsonl", [{"input": "b"}]), Template(text=OPTIONAL), plain)
+
+
+def test_an_optional_column_that_no_row_has_is_told(write, plain):
+    path = write("a.jsonl", [{"text": "x", "inputs": ""}, {"text": "y"}])
+    (note,) = load(path, Template("{text}[[{input}]]", "{text}"), plain).report.notes
+    assert 'no row has the column "input"' in note and 'Did you mean "inputs"?' in note
+
+
 BAD = [
     ({"text": "x"}, 'no column "label"; the row has "text"'),
     ({"text": "x", "labl": 1}, 'Did you mean "labl"?'),

@@ -25,10 +25,13 @@ HELP = """\
 /adapter NAME   switch to this adapter; without a name, list all
 /base           switch to the bare base
 /both           base and adapter side by side, on the adapter's prompt; again for one alone
+/set NAME=TEXT  fill another column of the template from here on; without a name, list them
 /reset          forget the chat so far
+\"""             start or end a message of several lines
 /help           show this help
 /quit           end (or Ctrl-D); Ctrl-C stops an answer"""
-COMMANDS = [line.split()[0] for line in HELP.splitlines()]
+COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
+BLOCK = '"""'  # a line that starts or ends a message of several lines
 
 
 @dataclass
@@ -52,12 +55,18 @@ class Chat:
 
     def describe(self) -> str:
         """The active model, and how it takes a line."""
-        return f"{self.active}: {self.served.formats[self.adapter].describe()}"
+        return f"{self.active}: {self.served.formats[self.adapter].describe(self.served.columns)}"
 
     def handle_command(self, command: str, argument: str) -> None:
         """Execute a line such as `/adapter NAME`; a ModelError if there is no such adapter."""
         if command == "/reset":
             self.turns.clear()
+        elif command == "/set" and argument:
+            self.served.set_column(argument, "/set")
+            info(self.describe())
+        elif command == "/set":
+            form, given = self.served.formats[self.adapter], self.served.columns
+            info("\n".join(f"{name}={given.get(name, '')!r}" for name in form.columns) or "the template has no columns")
         elif command == "/both" and self.beside is None:
             info("there is no adapter to compare with the base")
         elif command == "/both":
@@ -87,12 +96,12 @@ def run_chat(served: Served, adapter: str | None) -> None:
     """Chat with `adapter` (None: the base) until the input ends or a line is /quit."""
     chat = Chat(served, adapter, beside=adapter)
     info(f"{chat.describe()}; /help lists the commands")
-    for line in read_lines(lambda: f"{chat.active}> "):
+    for line in read_messages(lambda: f"{chat.active}> "):
         command, _, argument = line.partition(" ")
         if command == "/quit":
             return
         try:
-            if command.startswith("/"):
+            if command.startswith("/") and "\n" not in line:
                 chat.handle_command(command, argument.strip())
             else:
                 chat.handle_message(line)
@@ -139,20 +148,35 @@ def _columns(names: list[str], texts: list[str]) -> Table:
     return table
 
 
-def read_lines(prompt: Callable[[], str]) -> Iterator[str]:
-    """Lines from the terminal or a pipe, without blank ones. Ctrl-C at the terminal's prompt ends the command."""
+def read_messages(prompt: Callable[[], str]) -> Iterator[str]:
+    """Messages from the terminal or a pipe: each a line that is not blank, pasted lines, or the lines between two BLOCK.
+
+    Ctrl-C at the terminal's prompt ends the command.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # so that Ctrl-C stops an answer, not the chat
+    block: list[str] | None = None
     try:
         for line in _typed_lines(prompt) if sys.stdin.isatty() else sys.stdin:
-            if line.strip():
-                yield line.strip()
+            if line.strip() == BLOCK:
+                message, block = "\n".join(block or []), [] if block is None else None
+            elif block is not None:
+                block.append(line.rstrip("\r\n"))
+                continue
+            else:
+                message = line
+            if message.strip():
+                yield message.strip()
+        if block:
+            yield "\n".join(block).strip()
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def _typed_lines(prompt: Callable[[], str]) -> Iterator[str]:
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (gives input() a line editor and a history)
+        import readline  # gives input() a line editor and a history
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
     while True:
         try:
             if sys.stdout.isatty():

@@ -16,6 +16,8 @@ from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.sources import SourceRow
 from lora_ft.methods.trained import Trained, is_model
 
+PROMPT = "--prompt"  # where a prompt of the command line is, for messages
+
 
 def generate_command(
     folders: Sequence[Path],
@@ -24,6 +26,7 @@ def generate_command(
     base: str | None = None,
     prompt: str | None = None,
     prompts: str | None = None,
+    columns: Sequence[str] = (),
     raw: bool = False,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
@@ -35,7 +38,9 @@ def generate_command(
     as_json: bool = False,
     trust: Trust = NO_TRUST,
 ) -> None:
-    """Print the answer to `prompt` or to each row of the file `prompts`; without either, chat.
+    """Print the answer of each adapter to `prompt`, or to each row of the file `prompts`; without either, chat.
+
+    columns: NAME=TEXT, values of the templates' columns for every prompt that has none of its own.
 
     Raises:
         UserError: the adapters don't share a base, there is no such adapter, or a row of the file is malformed.
@@ -50,28 +55,34 @@ def generate_command(
     override(served.sampling, greedy, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
     if seed is not None:
         torch.manual_seed(seed)
+    for column in columns:
+        served.set_column(column, "--column")
     first = next(iter(served.names), None)
     if prompts is not None:
         print_answers(served, prompts_of(served, rows, prompts, first), batch_size, as_json)
     elif prompt is None:
         run_chat(served, first)
-    elif as_json:
-        print_answers(served, [served.prompt(first, prompt, "--prompt")], 1, as_json)
+    elif as_json or len(served.names) > 1:
+        answering: list[str | None] = [*served.names] or [None]
+        asked = [served.prompt(name, prompt, PROMPT) for name in answering]
+        print_answers(served, asked, batch_size, as_json)
     else:
-        stream_answer(served, served.prompt(first, prompt, "--prompt"))
+        stream_answer(served, served.prompt(first, prompt, PROMPT))
 
 
 def find_adapters(
     folders: Sequence[Path], adapters: Sequence[str], base: str | None
 ) -> tuple[dict[str, Trained], str | None]:
-    """The adapters by name (that of their folder, unless NAME=DIR gives another), and the base if one is named.
+    """The adapters by name (NAME=DIR, or that of their folder if no other has it), and the base if one is named.
 
     Raises ConfigError if they don't go together; ModelError as `Trained.open`.
     """
     found: dict[str, Trained] = {}
     if not folders and not adapters and not base:
         folders = [Path("out")]
-    pairs = [(folder.resolve().name, folder) for folder in folders]
+    names = [folder.resolve().name for folder in folders]
+    unclear = {BASE, *(name for name in names if names.count(name) > 1)}  # such a folder goes by its path
+    pairs = [(str(folder) if name in unclear else name, folder) for name, folder in zip(names, folders, strict=True)]
     for text in adapters:
         name, _, given = text.partition("=")
         if not (name and given):
@@ -84,7 +95,11 @@ def find_adapters(
                 problem = "a complete model, not an adapter. Give it alone, or as the --base of adapters."
                 raise ConfigError(f"{folder}: {problem}")
             return {}, str(folder)
-        if name in found or name == BASE:
+        if name == BASE:
+            raise ConfigError(
+                f"{folder}: an adapter named {BASE}, as the bare base is. Name it with --adapter NAME={folder}"
+            )
+        if name in found:
             raise ConfigError(f"two adapters named {printable(name)}: give names with --adapter NAME=DIR")
         found[name] = trained
     return found, base
@@ -121,5 +136,6 @@ def print_answers(served: Served, prompts: Sequence[Prompt], batch_size: int, as
                 line = {"where": prompt.where, "adapter": adapter, "prompt": prompt.text, "answer": answer.text}
                 echo_json(line | {"tokens": answer.tokens, "ended": answer.ended})
             else:
-                echo(f"--- {prompt.where} ({printable(adapter)})\n{escape(answer.text).strip()}")
+                heading = printable(adapter) if prompt.where == PROMPT else f"{prompt.where} ({printable(adapter)})"
+                echo(f"--- {heading}\n{escape(answer.text).strip()}")
         sys.stdout.flush()

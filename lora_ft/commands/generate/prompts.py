@@ -1,13 +1,14 @@
 """A user's text, row or chat as a prompt in the format that an adapter was trained on.
 
 An adapter trained on "Review: {text}\\nSentiment:" answers well to that and badly to anything else, so inputs go through the
-template of its run: a text fills a template with one column, a row one whose columns it has, turns go through the chat
+template of its run: a text fills the template's main column, a row one whose columns it has, turns go through the chat
 template. For a base, or an adapter without a record, that is the model's chat template, or else the text unchanged; with
 `raw` a text is never changed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -46,19 +47,43 @@ class PromptFormat:
         """The template whose special tokens are part of an answer, see `to_text`; "" where answers are plain texts."""
         return self.chat.template if self.chat and self.is_chat else ""
 
-    def from_text(self, text: str, turns: Sequence[Turn] = ()) -> tuple[str, list[int]]:
-        """The prompt for a text, in a chat after its previous `turns`; a BadRow if the template has not exactly one column."""
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template takes, optional ones too."""
+        return template_columns(self.template.prompt or "")
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The columns that the template can't do without."""
+        return template_columns(self.template.prompt or "", optional=False)
+
+    def open_columns(self, given: Mapping[str, str]) -> list[str]:
+        """The columns that a text fills when others are `given`: the needed ones, else the first that there is."""
+        return [c for c in self.needed if c not in given] or [c for c in self.columns if c not in given][:1]
+
+    def from_text(
+        self, text: str, turns: Sequence[Turn] = (), given: Mapping[str, str] = MappingProxyType({})
+    ) -> tuple[str, list[int]]:
+        """The prompt for a text, in a chat after its previous `turns`.
+
+        The text fills the only needed column that is not in `given`; BadRow if there are several.
+        """
         if self.is_chat:
             return self.from_turns([*turns, {"role": USER, "content": text}])
         if self.template.prompt is None:
             return self._encode(text)
-        columns = template_columns(self.template.prompt)
-        if len(columns) != 1:
-            raise BadRow(
-                f"the run's template takes the columns {', '.join(columns) or 'none'}, which a text alone can't fill: give "
-                "rows with them (--prompts FILE.jsonl), or a complete prompt with --raw"
-            )
-        return self.from_columns({columns[0]: text})
+        match self.open_columns(given):
+            case [column]:
+                return self.from_columns({**given, column: text})
+            case []:
+                has = f"the columns {', '.join(self.columns)}, which are all given" if self.columns else "no columns"
+                raise BadRow(f"the run's template takes {has}: there is none for this text")
+            case several:
+                raise BadRow(
+                    f"the run's template takes the columns {', '.join(several)}, which a text alone can't fill: give all "
+                    f"but one with --column {printable(several[0])}=TEXT (in a chat: /set {printable(several[0])}=TEXT), or "
+                    "rows with them (--prompts FILE.jsonl), or a complete prompt with --raw"
+                )
 
     def from_columns(self, columns: dict[str, Any]) -> tuple[str, list[int]]:
         """The prompt for a row's columns through the run's template; a BadRow if one is missing or empty."""
@@ -73,29 +98,46 @@ class PromptFormat:
         check_unicode(text)
         return text, self.encoder.encode_bare(text)
 
-    def from_row(self, columns: dict[str, Any]) -> tuple[str, list[int]]:
+    def takes(self, columns: dict[str, Any], given: Mapping[str, str]) -> bool:
+        """Whether `from_row` finds in a row what it needs for a prompt."""
+        is_chat = self.chat is not None and self._chat_column(columns) is not None
+        return is_chat or self._fills_template(columns, given) or isinstance(columns.get("prompt"), str)
+
+    def _fills_template(self, columns: dict[str, Any], given: Mapping[str, str]) -> bool:
+        return any(c in columns for c in self.columns) and all(c in columns or c in given for c in self.needed)
+
+    def _chat_column(self, columns: dict[str, Any]) -> str | None:
+        return next((c for c in (self.template.messages, "messages") if c and columns.get(c)), None)
+
+    def from_row(
+        self, columns: dict[str, Any], given: Mapping[str, str] = MappingProxyType({})
+    ) -> tuple[str, list[int]]:
         """The prompt for a row: its columns through the run's template, or its turns, or its `prompt`; else a BadRow.
 
-        A final turn of the assistant is the expected answer and is left out.
+        The row's own values go before the `given` ones. A final turn of the assistant is the expected answer and is left out.
         """
-        needed = template_columns(self.template.prompt) if self.template.prompt is not None else ()
-        if needed and all(column in columns for column in needed):
-            return self.from_columns(columns)
-        column = next((c for c in (self.template.messages, "messages") if c and columns.get(c)), None)
-        if column is not None:
+        if self._fills_template(columns, given):
+            return self.from_columns({**given, **columns})
+        if column := self._chat_column(columns):
             return self.from_turns(*read_prompt(columns, column, self.template.roles))
         if isinstance(columns.get("prompt"), str):
-            return self.from_text(columns["prompt"])
+            return self.from_text(columns["prompt"], given=given)
         choices = " or ".join(dict.fromkeys(['"prompt"', f'"{self.template.messages or "messages"}"']))
-        choices += f", or the template's {', '.join(needed)}" if needed else ""
+        choices += f", or the template's {', '.join(self.needed or self.columns)}" if self.columns else ""
         raise BadRow(f"a row needs {choices}; this one has {printable(', '.join(map(str, columns))) or 'nothing'}")
 
-    def describe(self) -> str:
+    def describe(self, given: Mapping[str, str]) -> str:
         """How a text becomes a prompt, in a few words."""
         if self.is_chat:
             return "a chat through the chat template"
         if self.template.prompt is not None:
-            return f"each line fills the run's template {printable(repr(self.template.prompt), 60)}, by itself"
+            filled = self.open_columns(given)
+            others = [column for column in self.columns if column not in filled[:1] and column not in given]
+            fills = f"{filled[0]} of " if len(filled) == 1 and len(self.columns) > 1 else ""
+            hint = f"; /set {'=TEXT, /set '.join(others)}=TEXT" if others else ""
+            hint += f" (all but one of {', '.join(filled)} are needed first)" if len(filled) > 1 else ""
+            template = printable(repr(self.template.prompt), 60)
+            return f"each line fills {fills}the run's template {template}, by itself" + printable(hint)
         return "each line is a complete prompt, by itself"
 
     def _encode(self, text: str) -> tuple[str, list[int]]:

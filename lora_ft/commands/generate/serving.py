@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lora_ft.commands.generate.prompts import PromptFormat, prompt_format
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
+from lora_ft.core.names import nearest
 from lora_ft.core.paths import local_path
 from lora_ft.core.trust import Trust
 from lora_ft.data.chats.format import end_tokens
@@ -48,11 +49,15 @@ class Answer(NamedTuple):
 
 @dataclass
 class Served:
-    """A model with adapters by name, and the prompt format of each; formats[None] is the bare base's."""
+    """A model with adapters by name, and the prompt format of each; formats[None] is the bare base's.
+
+    columns: values of the templates' columns for every prompt that has none of its own.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     formats: dict[str | None, PromptFormat]
+    columns: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def sampling(self) -> GenerationConfig:
@@ -80,6 +85,31 @@ class Served:
         check_names(self.model, [name])
         return name
 
+    def set_column(self, text: str, option: str) -> None:
+        """Set a column from NAME=TEXT, where \\n is a line end; a ConfigError, about `option`, if no template has it."""
+        name, equals, value = text.partition("=")
+        name, known = name.strip(), list(dict.fromkeys(c for form in self.formats.values() for c in form.columns))
+        if not equals or name not in known:
+            near = nearest(name, known)
+            has = f"the templates have {', '.join(known)}" if known else "no template here has columns"
+            hint = (
+                f"Did you mean {near}?"
+                if near and equals
+                else f"Give NAME=TEXT, as in {option} {(known or ['input'])[0]}=..."
+            )
+            raise ConfigError(f"{option} {text}: {has}. {hint}")
+        self.columns[name] = value.strip().replace("\\n", "\n")
+
+    def _format(
+        self, adapter: str | None, content: str | dict[str, Any], turns: Sequence[Turn]
+    ) -> tuple[str, list[int]]:
+        """The text and ids of `prompt`. The base takes a row that is not in its own format in the first that takes it."""
+        if isinstance(content, str):
+            return self.formats[adapter].from_text(content, turns, self.columns)
+        forms = [self.formats[adapter], *(self.formats.values() if adapter is None else ())]
+        form = next((form for form in forms if form.takes(content, self.columns)), forms[0])
+        return form.from_row(content, self.columns)
+
     def prompt(
         self, adapter: str | None, content: str | dict[str, Any], where: str, turns: Sequence[Turn] = ()
     ) -> Prompt:
@@ -88,9 +118,8 @@ class Served:
         Raises:
             DataError: the format does not take it, or prompt and answer do not fit into the model's positions.
         """
-        form = self.formats[adapter]
         try:
-            text, ids = form.from_text(content, turns) if isinstance(content, str) else form.from_row(content)
+            text, ids = self._format(adapter, content, turns)
         except BadRow as e:
             raise DataError(f"{where}: {e}.") from e
         positions, new = position_limit(self.model), self.sampling.max_new_tokens

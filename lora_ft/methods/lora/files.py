@@ -5,6 +5,7 @@ stacked into one, and each B is placed in the columns of its A and the rows of i
 padding, and lora_alpha = s R, so every reader computes h = W x + s B A x. The record's `slices` restore the parts.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
-from lora_ft.core.names import portable_name
 from lora_ft.methods.lora.compatibility import check_ab_shapes, check_against, check_copies
 from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.multi import adapter_names, add_adapter
@@ -28,8 +28,8 @@ from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, dict]:
     """Write the adapter of `model` into an existing folder as PEFT's two files. Returns the record's `slices`.
 
-    The same adapter gives the same bytes. Of an absolute path `base_name` only the last part is written, so that the files do
-    not show where a user keeps models.
+    The same adapter gives the same bytes. A local `base_name` is written as it was given, so that PEFT finds the base;
+    `lora-ft export` writes portable names.
     """
     layers = lora_layers(model)
     if not layers:
@@ -46,7 +46,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": portable_name(base_name),
+        "base_model_name_or_path": os.path.expanduser(base_name),
         "r": R,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": max((layer.dropout.p if layer.dropout else 0.0) for layer in layers.values()),

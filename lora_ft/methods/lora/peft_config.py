@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_ft.core.errors import ModelError
+from lora_ft.core.messages import printable, warn
 
 CONFIG = "adapter_config.json"
 
@@ -23,6 +24,22 @@ REFUSED = {
     "kasa_config": "KaSA (kasa_config)",
     "velora_config": "VeLoRA (velora_config)",
     "monteclora_config": "MonteCLoRA (monteclora_config)",
+}
+KNOWN = {  # all others of PEFT 0.21; the last line: of earlier versions
+    *(
+        "peft_type",
+        "task_type",
+        "peft_version",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_config", "megatron_core", "qalora_group_size", *REFUSED),
+    *("runtime_config", "merge_weights"),
 }
 # These only initialize A and B; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also change W.
 INITS_OF_A_AND_B = ("gaussian", "eva", "orthogonal")
@@ -60,13 +77,21 @@ def check_config(path: Path, config: dict) -> None:
         values = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(v, kind) for v in values):
             raise ModelError(f"{path}: {key} must be a {name} or a list of {name}s.")
-    # A method of a later PEFT is switched on by true or a table; a number or a name is a setting of one that is off.
-    known = {"auto_mapping", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"}
-    known |= {"rank_pattern", "alpha_pattern", "use_rslora", "inference_mode", "fan_in_fan_out", "init_lora_weights"}
-    known |= {"ensure_weight_tying", "runtime_config"}
-    for key in sorted(config.keys() - known):
-        if config[key] is True or (isinstance(config[key], dict) and config[key]):
-            raise ModelError(f"{path}: unknown setting {key}: {config[key]!r}; it may change what the adapter does.")
+    _check_unknown(path, {key: config[key] for key in sorted(config.keys() - KNOWN) if config[key]})
+
+
+def _check_unknown(path: Path, settings: dict) -> None:
+    """What PEFT 0.21 doesn't know: a later one's method is switched on by true, a list or a table; the rest is told."""
+    for key, value in settings.items():
+        if value is True or isinstance(value, list | dict):
+            shown = printable(repr(value), 60)
+            raise ModelError(
+                f"{path}: unknown setting {printable(key)}: {shown}; it may change what the adapter does. Merge it with the "
+                "PEFT that wrote it."
+            )
+    if settings:
+        named = printable(", ".join(f"{key}: {value!r}" for key, value in settings.items()))
+        warn(f"{path}: ignored settings that are unknown here, perhaps of a later PEFT: {named}.")
 
 
 def file_rank(parts: dict[str, dict]) -> int:
