@@ -14,6 +14,7 @@ ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"), "all": ROLES}
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zst")
 
 
 def is_local(name: str) -> bool:
@@ -23,6 +24,8 @@ def is_local(name: str) -> bool:
         or name.startswith(("/", ".", "~"))
         or name.count("/") >= 2
         or name.lower().endswith((*DATA_SUFFIXES, ".gguf"))
+        or name.lower().endswith(COMPRESSED_SUFFIXES)
+        or "*" in name
         or ("/" in name and os.path.isdir(name.split("/")[0]))
     )
 
@@ -50,6 +53,8 @@ def parse_hub_data(source: str) -> tuple[str, str | None, str | None]:
 def template_columns(template: str) -> tuple[str, ...]:
     """The distinct columns in a template such as "Review: {sentence}", in order; `{{` is a literal brace.
 
+    A value inside a column of objects or lists counts as a column: `{answers[text][0]}`.
+
     Raises:
         ValueError: a brace is not closed, or encloses something else than a column name.
     """
@@ -62,7 +67,7 @@ def template_columns(template: str) -> tuple[str, ...]:
     for _, column, spec, conversion in parts:
         if column is None:
             continue
-        if spec or conversion or not column.strip() or re.search(r"[.\[\]{}]", column):
+        if spec or conversion or not column.strip() or not re.fullmatch(r"[^.\[\]{}]+(\[[^\[\]{}]+\])*", column):
             field = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise ValueError(f"{printable('{' + field + '}')} is not a column name: {hint}")
         columns.append(column)

@@ -60,7 +60,10 @@ def test_columns_of_a_template():
     assert template_columns("none") == ()
 
 
-@pytest.mark.parametrize("template", ["{", "}", "{a", "{}", "{ }", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a:{b}}"])
+@pytest.mark.parametrize(
+    "template",
+    ["{", "}", "{a", "{}", "{ }", "{a.b}", "{a[0}", "{[0]}", "{a[]}", "{a[{b}]}", "{a!r}", "{a:>3}", "{a:{b}}"],
+)
 def test_braces_without_a_column_name(template):
     with pytest.raises(ValueError, match="column name"):
         template_columns(template)

@@ -18,8 +18,9 @@ from lora_ft.core.errors import DataError, ModelError
 from lora_ft.core.messages import printable
 from lora_ft.core.names import template_columns
 from lora_ft.data.chats.format import ChatFormat, chat_format
+from lora_ft.data.chats.raw_turns import asked_messages, message_columns
 from lora_ft.data.chats.turns import Turn, read_prompt
-from lora_ft.data.delimited import text_lines
+from lora_ft.data.files import text_lines
 from lora_ft.data.prepare import template_of
 from lora_ft.data.sources import SourceRow, iter_rows
 from lora_ft.data.template import BadRow, Template, check_unicode, renderer
@@ -81,12 +82,12 @@ class PromptFormat:
         needed = template_columns(self.template.prompt) if self.template.prompt is not None else ()
         if needed and all(column in columns for column in needed):
             return self.from_columns(columns)
-        column = next((c for c in (self.template.messages, "messages") if c and columns.get(c)), None)
-        if column is not None:
-            return self.from_turns(*read_prompt(columns, column, self.template.roles))
+        if (messages := asked_messages(columns, self.template.messages)) is not None:
+            return self.from_turns(*read_prompt(columns, messages, self.template.roles))
         if isinstance(columns.get("prompt"), str):
             return self.from_text(columns["prompt"])
-        choices = " or ".join(dict.fromkeys(['"prompt"', f'"{self.template.messages or "messages"}"']))
+        turns = ", ".join(message_columns(self.template.messages or "messages"))
+        choices = " or ".join(dict.fromkeys(['"prompt"', f'"{turns}"']))
         choices += f", or the template's {', '.join(needed)}" if needed else ""
         raise BadRow(f"a row needs {choices}; this one has {printable(', '.join(map(str, columns))) or 'nothing'}")
 
