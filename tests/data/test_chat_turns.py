@@ -203,7 +203,7 @@ def test_turns_of_several_columns_and_of_templates():
     expected = [("system", "Count."), ("user", "First?"), ("assistant", "It was 1."), ("user", "And 2?")]
     expected.append(("assistant", "It is 2."))
     assert [(turn["role"], turn["content"]) for turn in found.turns] == expected and found.supervised == [4]
-    assert len(read_conversation(row | {"history": []}, parts).turns) == 4
+    assert len(read_conversation(row | {"history": []}, parts).turns) == 3
     user, assistant = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
     found = read_conversation({"prompt": [user, assistant, user], "chosen": [assistant]}, ("prompt", "chosen"))
     assert len(found.turns) == 4 and found.supervised == [3]
