@@ -105,33 +105,36 @@ def _max_length(suggestion: Suggestion, base: BaseFacts) -> tuple[int, str]:
 
 def _lengths(suggestion: Suggestion, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of examples, with the template around them; bad rows are left out."""
-    encoder, texts, is_chat = text_encoder(tokenizer), [], "messages" in suggestion.data.settings
+    encoder, examples, is_chat = text_encoder(tokenizer), [], "messages" in suggestion.data.settings
     try:
         render = _renderer(suggestion, tokenizer)
     except ModelError:
         return []
     for row in suggestion.examined[: MAX_CHATS if is_chat else None]:
         try:
-            texts.append(render(row))
+            examples.append(render(row))
         except BadRow:
             continue
-    added = 0 if is_chat else len(encoder.before) + len(encoder.eos) + 1  # one more where prompt and completion meet
-    return [len(encoding.ids) + added for encoding in encoder.bare.encode_batch_fast(texts)]
+    added = 0 if is_chat else len(encoder.before) + len(encoder.eos)
+    parts = [encoder.bare.encode_batch_fast(list(texts)) for texts in zip(*examples, strict=True)]
+    return [added + sum(len(encoding.ids) for encoding in example) for example in zip(*parts, strict=True)]
 
 
-def _renderer(suggestion: Suggestion, tokenizer: PreTrainedTokenizerBase) -> Callable[[dict], str]:
+def _renderer(suggestion: Suggestion, tokenizer: PreTrainedTokenizerBase) -> Callable[[dict], tuple[str, ...]]:
+    """A function from a row to its texts, which are encoded one by one; of a classification with the longest label."""
     known = ("prompt", "completion", "text", "messages", "label_names", "roles")
     template = Template(**{name: value for name, value in suggestion.data.settings.items() if name in known})
     if template.messages:
         chat = chat_format(tokenizer, None)
-        return lambda row: render_chat(row, template, chat).text
+        return lambda row: (render_chat(row, template, chat).text,)
     if template.text:
-        return renderer("text", template.text, {})
+        fill = renderer("text", template.text, {})
+        return lambda row: (fill(row),)
     pair = pair_renderer(template)
 
-    def longest(row: dict) -> str:
+    def longest(row: dict) -> tuple[str, str]:
         prompt, completion, choices, _ = pair(row)
-        return prompt + max([completion, *choices], key=len)
+        return prompt, max([completion, *choices], key=len)
 
     return longest
 
