@@ -17,7 +17,11 @@ from lora_ft.core.trust import NO_TRUST, Trust
 def init(
     config: Annotated[Path, Argument(metavar="[CONFIG]", help="The config file to write.")] = Path("config.yaml"),
     model: Annotated[str | None, Option(metavar="NAME", help="The base model: hub id, folder or .gguf file.")] = None,
-    data: Annotated[str | None, Option(metavar="SOURCE", help="The data: a file or hub id[:config][@split].")] = None,
+    data: Annotated[
+        list[str] | None,
+        Option(metavar="SOURCE", help="A file, folder, pattern or hub id[:config][@split]; repeatable."),
+    ] = None,
+    eval: Annotated[str | None, Option(metavar="SOURCE", help="Evaluation data. Default: part of the data.")] = None,
     task: Annotated[str | None, Option(help="chat, classification, completion or text. Default: inferred.")] = None,
     output: Annotated[str | None, Option(metavar="FOLDER", help="The folder for the adapter. Default: out.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing config file.")] = False,
@@ -26,9 +30,10 @@ def init(
 
     Example: lora-ft init --model gpt2 --data reviews.csv
     """
+    silence_libraries()
     from lora_ft.commands.init.command import create_config
 
-    create_config(config, model, data, task, output, overwrite)
+    create_config(config, model, data, task, output, overwrite, eval)
 
 
 @command

@@ -140,4 +140,6 @@ def _samples(setup: RunSetup, seconds: float) -> Callable[[], list[dict]] | None
     if not first or first.label_words or setup.is_sharded or setup.config.adapter.method == "full":
         return None
     chat = find_chat(setup.config.data, setup.tokenizer)
-    return partial(generate_samples, setup.model, setup.tokenizer, first, seconds, chat)
+    return partial(
+        generate_samples, setup.model, setup.tokenizer, first, seconds, chat, bool(setup.config.data.messages)
+    )

@@ -56,7 +56,7 @@ def _in_words(kind: dict[str, Any]) -> str:
     if "enum" in kind:
         return "one of " + ", ".join(kind["enum"])
     if kind["type"] == "array":
-        return "a list of " + _in_words(kind["items"]).removeprefix("one of ").replace("an integer", "integers")
+        return "a list of " + accepted(kind["items"]).removeprefix("one of ").replace("an integer", "integers")
     words = {
         "string": "text",
         "integer": "an integer",

@@ -34,7 +34,7 @@ FOR_EVALUATIONS = (
 NEEDS_EVAL = "needs data.eval: a data source, or a fraction (0.05) or number (500) of rows of data.train to hold out"
 MAPPINGS = (
     *(("trainer", "lr_scheduler_kwargs"), ("data", "label_names"), ("data", "eval")),
-    *(("data", "chat_template_kwargs"), ("data", "roles")),
+    *(("data", "chat_template_kwargs"), ("data", "roles"), ("data", "format")),
 )
 SYNONYMS = {"fp16": "float16", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}  # spelled too differently
 EXAMPLES = {

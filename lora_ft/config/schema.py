@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
 from pydantic.fields import FieldInfo
 
-from lora_ft.config import types
+from lora_ft.config import data_types, types
 
 # The effect on `--resume` of changing a setting. result: refused, the run would differ. rounding: a warning, only rounding
 # and dropout masks change. free: none. longer: a higher value continues the run, with the schedule recomputed.
@@ -92,6 +92,10 @@ class DataConfig(Section):
         "evaluation data: as for train, or a fraction (0.05) or number (500) of training rows to hold out; or several sets by "
         "name: {dev: 0.05, test: test.jsonl}",
     )
+    format: data_types.Format = setting(
+        None,
+        'how text files are written, as {separator: ";", encoding: cp1252, quote: none, escape: "\\\\", header: [a, b]}',
+    )
     max_train_examples: int | None = setting(None, "train on a random sample of this size (by train.seed)", ge=1)
     max_eval_examples: int | None = setting(None, "evaluate on a random sample of this size of each set", ge=1)
     prompt: types.TemplateText | None = setting(
@@ -99,19 +103,17 @@ class DataConfig(Section):
     )
     completion: types.Supervised | None = setting(None, "the text after the prompt, supervised with its end token")
     text: types.Supervised | None = setting(None, "second form: a text with columns in braces, fully supervised")
-    messages: types.Column | None = setting(None, "third form: a column of chat messages, role/content or from/value")
+    messages: data_types.Messages = setting(
+        None, "third form: a column of chat messages; or a list of such columns and of turns {role: text}, to be joined"
+    )
     chat_template: types.LocalPath | None = setting(None, "a file with a chat template to replace the tokenizer's")
     chat_template_kwargs: types.TemplateKwargs = setting(
         None,
         "settings of the chat template, as {enable_thinking: false}; used for training and for every generation prompt",
     )
     roles: types.Roles = setting(None, "roles in the rows -> roles of the chat template, as {prompter: user}")
-    supervise: Literal["all", "last"] = setting(
-        "all", "for data.messages: learn all assistant turns, or the last alone"
-    )
-    reasoning: Literal["keep", "drop"] = setting(
-        "keep", "for data.messages: learn the reasoning of supervised turns, or leave it out of the loss"
-    )
+    supervise: Literal["all", "last"] = setting("all", "for data.messages: the assistant turns that are learned")
+    reasoning: Literal["keep", "drop"] = setting("keep", "for data.messages: the reasoning is learned, or not")
     label_names: types.LabelNames = setting(
         None, "{label: [negative, positive]} maps class ids to words and makes the evaluation a classification"
     )
@@ -224,8 +226,6 @@ SECTIONS = {
     for name, field in Config.model_fields.items()
     if isinstance(section := field.annotation, type) and issubclass(section, Section)
 }
-
-
 CHAT_SETTINGS = ("chat_template_kwargs", "roles", "supervise", "reasoning")  # of data, besides chat_template
 
 

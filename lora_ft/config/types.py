@@ -181,13 +181,13 @@ def json_schema(*alternatives: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema(alternatives[0] if len(alternatives) == 1 else {"anyOf": list(alternatives)})
 
 
-def _list_of(item: dict[str, Any], **limits: Any) -> dict[str, Any]:
+def list_of(item: dict[str, Any], **limits: Any) -> dict[str, Any]:
     return {"type": "array", "items": item, "uniqueItems": True, **limits}
 
 
 def _one_or_more(*words: str) -> tuple[dict[str, Any], dict[str, Any]]:
     word = {"enum": list(words)}
-    return word, _list_of(word)
+    return word, list_of(word)
 
 
 def _mapping(pattern: str, value: dict[str, Any], **limits: Any) -> dict[str, Any]:
@@ -201,7 +201,7 @@ FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 COUNT = {"type": "integer", "minimum": 1}
 _LAYER = {"type": "integer", "minimum": 0, "maximum": MAX_LAYERS - 1}
 _RANGE = {"type": "string", "pattern": r"^\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?$"}
-_EVAL_SET = (TEXT, _list_of(TEXT, minItems=1), FRACTION, COUNT)
+_EVAL_SET = (TEXT, list_of(TEXT, minItems=1), FRACTION, COUNT)
 
 T = TypeVar("T")
 OneOrMore = Annotated[tuple[T, ...], BeforeValidator(as_tuple), AfterValidator(unique)]
@@ -210,9 +210,9 @@ EvalSet = tuple[str, ...] | int | float
 Scheduler = Literal[*SCHEDULERS]  # type: ignore[valid-type]
 Name = Annotated[str, AfterValidator(_name), json_schema(TEXT)]
 LocalPath = Annotated[Name, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
-Names = Annotated[OneOrMore[Name], json_schema(TEXT, _list_of(TEXT))]
+Names = Annotated[OneOrMore[Name], json_schema(TEXT, list_of(TEXT))]
 Targets = Annotated[OneOrMore[Annotated[str, AfterValidator(_role)]], json_schema(*_one_or_more(*ROLES, *GROUPS))]
-_LAYERS = json_schema(_list_of(_LAYER, minItems=1), _RANGE, NULL)
+_LAYERS = json_schema(list_of(_LAYER, minItems=1), _RANGE, NULL)
 Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_layers), _LAYERS]
 Steps = Annotated[int | float, BeforeValidator(_steps), json_schema(FRACTION, COUNT)]
 StepsOrZero = Annotated[int | float, BeforeValidator(_steps_or_zero), json_schema(FRACTION, COUNT | {"minimum": 0})]
@@ -234,7 +234,7 @@ EvalSets = Annotated[
 LabelNames = Annotated[
     dict[str, tuple[str, ...]] | None,
     BeforeValidator(_label_names),
-    json_schema(_mapping(COLUMN, _list_of(TEXT, minItems=2), maxProperties=1), NULL),
+    json_schema(_mapping(COLUMN, list_of(TEXT, minItems=2), maxProperties=1), NULL),
 ]
 TemplateKwargs = Annotated[
     dict[str, bool | int | float | str] | None,

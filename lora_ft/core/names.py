@@ -17,6 +17,7 @@ GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"), "all
 BRACKETS = re.compile(r"(\[{4}|\]{4}|\[\[|\]\](?!\]))")  # of the optional parts of a template, and escaped ones
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zst")
 
 
 def is_local(name: str) -> bool:
@@ -26,6 +27,8 @@ def is_local(name: str) -> bool:
         or name.startswith(("/", ".", "~"))
         or name.count("/") >= 2
         or name.lower().endswith((*DATA_SUFFIXES, ".gguf"))
+        or name.lower().endswith(COMPRESSED_SUFFIXES)
+        or "*" in name
         or ("/" in name and os.path.isdir(name.split("/")[0]))
     )
 
@@ -75,6 +78,8 @@ def template_parts(template: str) -> list[TemplatePart]:
 
     `{{` is a literal brace, `[[[[` a literal [[ and `]]]]` a literal ]]. Brackets without a column between them are text.
 
+    A value inside a column of objects or lists counts as a column: `{answers[text][0]}`.
+
     Raises:
         ValueError: a brace or [[ is not closed, or a brace encloses something else than a column name.
     """
@@ -105,7 +110,9 @@ def _fields(text: str) -> list[tuple[str, str | None]]:
     except ValueError:
         raise ValueError(f"a brace is not closed or not opened: {hint}") from None
     for _, column, spec, conversion in parsed:
-        if column is not None and (spec or conversion or not column.strip() or re.search(r"[.\[\]{}]", column)):
+        if column is None:
+            continue
+        if spec or conversion or not column.strip() or not re.fullmatch(r"[^.\[\]{}]+(\[[^\[\]{}]+\])*", column):
             field = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise ValueError(f"{printable('{' + field + '}')} is not a column name: {hint}")
     return [(literal, column) for literal, column, _, _ in parsed]

@@ -1,59 +1,48 @@
-"""CSV and TSV files with a header line: records, each with the line it starts on."""
+"""CSV and TSV files: records, each with the line it starts on."""
 
-import codecs
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import format_value, printable
+from lora_ft.data.files import DEFAULT, FileFormat, kind, text_lines
 
 MAX_FIELD_CHARS = 16 * 2**20  # ends a quote that is never closed before it has swallowed a large file
 OLD_MAC = " Its lines end in CR alone, as on old Macs: tr '\\r' '\\n' < OLD > NEW."
+NO_HEADER = " If it has no header line, name its columns: data.format: {header: [prompt, completion]}."
+SEPARATORS = {".csv": (",", ";", "\t", "|"), ".tsv": ("\t", ";", ",", "|")}  # the first that the header line has
 
 Record = tuple[int, dict[str, str], str]  # line it starts on, values by column, the problem if it has no values
 
 
-def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file with their line ends (only `\\n` ends a line), without a byte-order mark.
+def read_delimited(path: Path, format: FileFormat = DEFAULT) -> Iterator[Record]:
+    """The records of a .csv or .tsv file.
+
+    Fields are separated by `format.separator`, by default the comma of a .csv and the tab of a .tsv, or the first of
+    `SEPARATORS` that the header line has. A quoted field may contain separators, line ends and doubled quotes. In a .tsv
+    quotes are plain characters, as in GLUE's files, unless every name in the header line is in quotes
+    (`"text"\t"label"`) or `format` names a quote: then its fields are quoted as in CSV.
 
     Raises:
-        DataError: a byte that is not UTF-8, or is NUL; with path, line and position.
-    """
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            skipped = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
-            try:
-                line, bad = raw[skipped:].decode(), raw.find(b"\0")
-            except UnicodeDecodeError as e:
-                bad = skipped + e.start
-            if bad >= 0:
-                encoding = "UTF-16" if b"\0" in raw else "LATIN1"
-                raise DataError(
-                    f"{printable(str(path))}:{number}: byte {bad + 1} of the line (0x{raw[bad]:02x}) is not UTF-8 text. "
-                    f"Save the file as UTF-8; if it is {encoding}: iconv -f {encoding} -t UTF-8 < OLD > NEW."
-                )
-            yield line
-
-
-def read_delimited(path: Path) -> Iterator[Record]:
-    """The records of a .csv or .tsv file with a header line.
-
-    .csv is separated by commas; a quoted field may contain commas, line ends and doubled quotes. .tsv is separated by
-    tabs and its quotes are plain characters, as in GLUE's files, unless every name in the header line is in quotes
-    (`"text"\\t"label"`): then its fields are quoted as in CSV.
-
-    Raises:
-        DataError: not UTF-8, a repeated column name, or a quote that is not closed; with path and line.
+        DataError: not text, a repeated column name, or a quote that is not closed; with path and line.
     """
     csv.field_size_limit(MAX_FIELD_CHARS)  # the default, 128 KiB, is less than a long document
-    tsv = path.suffix.lower() == ".tsv"
-    quoted = not tsv or _has_quoted_header(path)
-    dialect = csv.excel_tab if tsv else csv.excel
-    reader = csv.reader(text_lines(path), dialect, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True)
-    rule = f" (quotes are {'quotes' if quoted else 'plain characters'} here, as in the header line)" if tsv else ""
-    name, header = printable(str(path)), None
+    first = next((line for line in text_lines(path, format.encoding) if line.strip()), "")
+    separator = format.separator or _separator(first, kind(path))
+    tsv, quote = separator == "\t", format.quote
+    quoted = quote != "none" if quote else not tsv or _has_quoted_header(first)
+    reader = csv.reader(
+        text_lines(path, format.encoding),
+        delimiter=separator,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        quotechar=quote if quoted and quote else '"',
+        escapechar=format.escape,
+        strict=True,
+    )
+    rule = f" (quotes are {'quotes' if quoted else 'plain characters'} here)" if tsv else ""
+    name, header, hint = printable(str(path)), list(format.header) if format.header else None, None
     while True:
         line = reader.line_num + 1  # the next record starts here
         try:
@@ -61,34 +50,53 @@ def read_delimited(path: Path) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as e:
-            hint = " A quote may be opened here and never closed." if quoted else ""
-            hint = OLD_MAC if "new-line character" in str(e) else hint
-            raise DataError(f"{name}:{line}: {e}.{hint}") from e
+            way = _quote_hint(path, format) if quoted else ""
+            way = OLD_MAC if "new-line character" in str(e) else way
+            raise DataError(f"{name}:{line}: {e}.{way}") from e
         blank = not "".join(fields).strip()
         if header is None and not blank:
             header = fields
             if repeated := sorted({column for column in header if header.count(column) > 1}):
                 names = ", ".join(repr(printable(column)) for column in repeated)
-                raise DataError(f"{name}:{line}: the header has {names} more than once.")
+                raise DataError(f"{name}:{line}: the header has {names} more than once.{NO_HEADER}")
         elif header and len(fields) == len(header):
             yield line, dict(zip(header, fields, strict=True)), ""
         elif header and (len(fields) > 1 or not blank):
-            yield line, {}, f"{len(fields)} fields, the header has {len(header)}{rule}{separator_hint(header)}"
+            hint = _separator_hint(path, format._replace(separator=separator), first) if hint is None else ""
+            yield line, {}, f"{len(fields)} fields, the header has {len(header)}{rule}{hint}"
 
 
-def _has_quoted_header(path: Path) -> bool:
+def _separator(header: str, suffix: str) -> str:
+    """The separator of a file with this header line; names in quotes may contain others."""
+    bare = re.sub('"[^"]*"', "", header)
+    return next((c for c in SEPARATORS[suffix] if c in bare), SEPARATORS[suffix][0])
+
+
+def _has_quoted_header(header: str) -> bool:
     """Whether every column name in the header line of a .tsv file is in quotes."""
-    header = next((line for line in text_lines(path) if line.strip()), "")
     return all(re.fullmatch('".*"', column) for column in header.rstrip("\r\n").split("\t"))
 
 
-def separator_hint(columns: Sequence[str]) -> str:
-    """How to convert a file whose header is a single column because it uses another separator; "" for any other file."""
-    separator = re.search(r"[;|\t,]", columns[0]) if len(columns) == 1 else None
-    if not separator:
-        return ""
-    way = {",": "name it .csv", "\t": "name it .tsv"}.get(separator[0]) or (
-        f"convert it: python -c 'import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, "
-        f'delimiter="{separator[0]}"))\' < OLD > NEW'
-    )
-    return f". Its columns seem to be separated by {format_value(separator[0])}: {way}"
+def _separator_hint(path: Path, format: FileFormat, header: str) -> str:
+    """The setting that reads a file whose rows do not have the fields of its header line; "" if no separator does."""
+    for other in SEPARATORS[".csv"]:
+        if other in header and other != format.separator and _reads(path, format._replace(separator=other)):
+            return f". Its separator seems to be {format_value(other)}: set data.format: {{separator: {format_value(other)}}}"
+    return ""
+
+
+def _quote_hint(path: Path, format: FileFormat) -> str:
+    """The setting that reads a file whose quotes cannot be read."""
+    if format.escape is None and _reads(path, format._replace(escape="\\")):
+        return ' Quotes inside its fields are written \\": set data.format: {escape: "\\\\"}.'
+    if format.quote is None and _reads(path, format._replace(quote="none")):
+        return " Its quotes are plain characters: set data.format: {quote: none}."
+    return " A quote may be opened here and never closed."
+
+
+def _reads(path: Path, format: FileFormat) -> bool:
+    """Whether a file is read without a problem in this format."""
+    try:
+        return not any(problem for _, _, problem in read_delimited(path, format))
+    except DataError:
+        return False

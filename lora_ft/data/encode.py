@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.core.errors import DataError
 from lora_ft.data.cache import Write, cached, key_of
 from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, part_indices, sample_indices, totals
+from lora_ft.data.files import DEFAULT, FileFormat
 from lora_ft.data.sources import content_hash
 from lora_ft.data.template import Template
 from lora_ft.data.texts import (
@@ -34,6 +35,7 @@ def load_examples(
     max_length: int,
     long_text: Literal["truncate", "split"] = "truncate",
     bad_rows: Literal["error", "skip"] = "error",
+    format: FileFormat = DEFAULT,
     held_out: Sequence[int | float] = (),
     part: int | None = None,
     max_examples: int | None = None,
@@ -41,17 +43,18 @@ def load_examples(
 ) -> Examples:
     """The rows of the sources, in order, as examples. Only rows that are used are encoded.
 
-    max_length: in tokens. held_out, part: use only the rows of one part, as `part_indices` defines it. max_examples: use
+    max_length: in tokens. format: how text files are written.
+    held_out, part: use only the rows of one part, as `part_indices` defines it. max_examples: use
     only a seeded sample of this many rows, in order.
 
     Raises:
         DataError: a source or row cannot be read or encoded, label words have equal ids, or nothing is left to train on.
         ModelError: chats without a chat template.
     """
-    content = key_of([content_hash(source) for source in sources])
+    content = key_of([content_hash(source, format) for source in sources])
     settings = [_identity(template), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed]
     settings += [list(held_out), part]
-    texts, read = load_texts(sources, content, template, tokenizer, bad_rows)
+    texts, read = load_texts(sources, content, template, tokenizer, bad_rows, format)
     usable, is_rest = len(texts), part is None
     if held_out:
         texts = texts.select(part_indices(usable, held_out, part, seed))

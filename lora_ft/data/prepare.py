@@ -12,6 +12,7 @@ from lora_ft.core.paths import refuse_special
 from lora_ft.data.chats.format import ChatFormat, find_chat_format
 from lora_ft.data.encode import load_examples
 from lora_ft.data.examples import Examples
+from lora_ft.data.files import file_format
 from lora_ft.data.template import Template
 
 
@@ -70,5 +71,8 @@ def _held_out(data: DataConfig) -> dict[str, int | float]:
 
 def _loader(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Callable[..., Examples]:
     """`load_examples` with the settings that all sets of a run share."""
-    settings = dict(max_length=data.max_length, long_text=data.long_text, bad_rows=data.bad_rows, seed=seed)
+    format = file_format(data.format)
+    settings = dict(
+        max_length=data.max_length, long_text=data.long_text, bad_rows=data.bad_rows, seed=seed, format=format
+    )
     return partial(load_examples, template=template_of(data), tokenizer=tokenizer, **settings)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """From a row's columns to text: prompts, completions, label words."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,9 +9,12 @@ from typing import Any
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import format_value, printable
 from lora_ft.core.names import TemplatePart, nearest, template_columns, template_parts
-from lora_ft.data.delimited import separator_hint
+from lora_ft.data.delimited import NO_HEADER
 
 Columns = dict[str, Any]  # a row's values by column
+Messages = (
+    str | Sequence[str | Mapping[str, str]]
+)  # a column of turns, or columns and turns {role: template} to be joined
 
 
 class BadRow(Exception):
@@ -19,7 +23,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Template:
-    """How a row becomes an example: a prompt and a completion, or a text, or messages (the name of a column).
+    """How a row becomes an example: a prompt and a completion, or a text, or messages.
 
     chat_template: the text of a chat template that replaces the tokenizer's. label_names: for each labelled column, the
     words of its classes by id. The others are for chats: settings for the chat template, the roles of the rows, which turns
@@ -29,7 +33,7 @@ class Template:
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
-    messages: str | None = None
+    messages: Messages | None = None
     chat_template: str | None = None
     label_names: Mapping[str, Sequence[str]] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
@@ -155,16 +159,23 @@ def class_id(columns: Columns, column: str, words: Sequence[str]) -> int:
 
 
 def column_value(columns: Columns, column: str) -> Any:
-    """The value of a column; raises BadRow if the row has no such column."""
-    try:
+    """The value of a column, or of `answers[text][0]` inside one; raises BadRow if the row has no such value."""
+    if column in columns:
         return columns[column]
-    except KeyError:
+    name, *path = re.findall(r"[^\[\]]+", column)
+    if name not in columns:
         near = nearest(column, columns)
         names = printable(", ".join(f'"{c}"' for c in columns)) or "no columns"
-        raise BadRow(
-            f'no column "{printable(column)}"; the row has {names}'
-            + (separator_hint(list(columns)) or (f'. Did you mean "{printable(near)}"?' if near else ""))
-        ) from None
+        unnamed = any(re.search(r"^[\d.]+$|[.?!]$", c) for c in columns)
+        hint = f".{NO_HEADER.rstrip('.')}" if unnamed else f'. Did you mean "{printable(near)}"?' if near else ""
+        raise BadRow(f'no column "{printable(column)}"; the row has {names}{hint}')
+    value = columns[name]
+    for key in path:
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (LookupError, TypeError, ValueError):
+            raise BadRow(f'column "{printable(name)}" has no value for {printable(column)}') from None
+    return value
 
 
 def check_unicode(text: str) -> None:

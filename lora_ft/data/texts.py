@@ -16,6 +16,7 @@ from lora_ft.core.names import nearest
 from lora_ft.data.cache import Write, cached, key_of
 from lora_ft.data.chats.format import ChatFormat, chat_format
 from lora_ft.data.chats.render import ChatSummary, render_chat
+from lora_ft.data.files import DEFAULT, FileFormat
 from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import BadRow, Columns, Template, optional_columns, pair_renderer, renderer
 
@@ -62,11 +63,16 @@ class BadRows:
 
 
 def load_texts(
-    sources: Sequence[str], content: str, template: Template, tokenizer: PreTrainedTokenizerBase, bad_rows: str
+    sources: Sequence[str],
+    content: str,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    bad_rows: str,
+    format: FileFormat = DEFAULT,
 ) -> tuple[datasets.Dataset, dict]:
     """The rows of the sources as texts (a TEXTS table, cached), with the numbers of rows read and skipped.
 
-    content: a hash of the sources' content.
+    content: a hash of the sources' content. format: how their text files are written.
 
     Raises:
         DataError: a source cannot be read, has a bad row that is not skipped, or no rows.
@@ -77,7 +83,7 @@ def load_texts(
     def make(write: Write) -> dict:
         bad, count, summary = BadRows(bad_rows), 0, ChatSummary()
         seen: dict[str, None] = {}
-        rows = enumerate(itertools.chain.from_iterable(map(iter_rows, sources)))
+        rows = enumerate(itertools.chain.from_iterable(iter_rows(source, format) for source in sources))
         while chunk := list(itertools.islice(rows, BATCH)):
             rendered: list[tuple] = []
             for row, (where, columns, problem) in chunk:

@@ -23,12 +23,14 @@ def generate_samples(
     examples: Examples,
     seconds: float,
     chat: ChatFormat | None = None,
+    of_chats: bool = False,
 ) -> list[dict]:
     """Greedy answers to rows spread over `examples`, within about `seconds` in all. Draws no random number.
 
     The prompt is a row up to its last supervised span (a completion, an assistant's turn), with the generation prompt in a
     chat, or the opening of a plain text; the span is the reference. Returns a dict per row: where, prompt, reference, base,
-    adapter; and cut, which of "base" and "adapter" reached the limit of time or tokens. chat: the run's format, if any.
+    adapter; and cut, which of "base" and "adapter" reached the limit of time or tokens. chat: the chat format, if there is
+    one. of_chats: the examples are chats.
     """
     count, prefix = min(ROWS, len(examples.dataset)), virtual_ids(model)
     rows = [examples.dataset[i * len(examples.dataset) // count] for i in range(count)]
@@ -42,7 +44,7 @@ def generate_samples(
         asked, expected = row["input_ids"][:start], row["input_ids"][start:end]
         prompt_text, reference = to_text(tokenizer, asked), to_text(tokenizer, expected)
         text = examples.texts[int(np.searchsorted(column_array(examples.texts, "row"), row["row"]))]
-        if chat and text["spans"] and not row["truncated"]:
+        if chat and of_chats and not row["truncated"]:
             prompt_text, reference = prompt_and_reference(text, chat)
             asked, template = text_encoder(tokenizer).encode_bare(prompt_text), chat.template
         sample: dict = {"where": row["where"], "cut": []}

@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from lora_ft.commands.init.command import create_config
-from lora_ft.commands.init.suggest import TASKS, suggest
+from lora_ft.commands.init.suggest import TASKS, name_columns, suggest
 from lora_ft.config import docs
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, FilesError
+from lora_ft.data.sniff import suggest_format
 from tests.helpers.tiny import lora_ft, write_base
 
 WORDS = ["the", "film", "was", "good", "and", "bad", "and", "great", "but", "awful", "in", "parts"]
@@ -49,7 +50,7 @@ CASES = {
     "ids.tsv": (
         lambda i: {"id": i, "text": sentence(i), "label": i % 2},
         "classification",
-        {"prompt": "Text: {text}\nLabel:", "completion": " {label}", "label_names": {"label": ["0", "1"]}},
+        {"prompt": "Text: {text}\nLabel:", "completion": " {label}", "label_names": {"label": ["A", "B"]}},
     ),
     "gaps.csv": (
         lambda i: {"text": sentence(i), "label": "" if i == 7 else "yes" if i % 2 else "off"},
@@ -84,7 +85,7 @@ CASES = {
         lambda i: {"instruction": sentence(i), "input": "" if i % 2 else sentence(3 * i), "output": sentence(2 * i)},
         "completion",
         {
-            "prompt": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+            "prompt": "### Instruction:\n{instruction}[[\n\n### Input:\n{input}]]\n\n### Response:\n",
             "completion": "{output}",
         },
     ),
@@ -102,6 +103,72 @@ CASES = {
         lambda i: {"english text": sentence(i), "french": sentence(2 * i)},
         "completion",
         {"prompt": "{english text}\n", "completion": "{french}"},
+    ),
+    "dolly.jsonl": (
+        lambda i: (
+            {"instruction": sentence(i), "context": "" if i % 2 else sentence(3 * i), "response": sentence(2 * i)}
+            | {"category": ["open_qa", "closed_qa"][i % 2]}
+        ),
+        "completion",
+        {
+            "prompt": "### Instruction:\n{instruction}[[\n\n### Context:\n{context}]]\n\n### Response:\n",
+            "completion": "{response}",
+        },
+    ),
+    "squad.jsonl": (
+        lambda i: (
+            {"id": str(i), "context": sentence(3 * i), "question": sentence(i)}
+            | {"answers": {"text": [sentence(2 * i), "x"], "answer_start": [0, 1]}}
+        ),
+        "completion",
+        {
+            "prompt": "Context: {context}\n\nQuestion: {question}\nAnswer:",
+            "completion": " {answers[text][0]}",
+        },
+    ),
+    "news.csv": (
+        lambda i: {"label": i % 4, "title": sentence(i), "description": sentence(5 * i, 20)},
+        "classification",
+        {
+            "prompt": "Title: {title}\nDescription: {description}\nLabel:",
+            "completion": " {label}",
+            "label_names": {"label": ["A", "B", "C", "D"]},
+        },
+    ),
+    "choices.jsonl": (
+        lambda i: {"question": sentence(i), "options": [sentence(i + k) for k in range(3)], "answer": sentence(2 * i)},
+        "completion",
+        {
+            "prompt": "Options: {options[0]}\n\nOptions: {options[1]}\n\nOptions: {options[2]}\n\n"
+            "Question: {question}\nAnswer:",
+            "completion": " {answer}",
+        },
+    ),
+    "dpo.jsonl": (
+        lambda i: {"prompt": sentence(i), "chosen": sentence(2 * i), "rejected": sentence(3 * i)},
+        "completion",
+        {"prompt": "{prompt}\n", "completion": "{chosen}"},
+    ),
+    "dpo_chats.jsonl": (
+        lambda i: {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": TURNS[1:], "score": 3},
+        "chat",
+        {"messages": ["prompt", "chosen"]},
+    ),
+    "dpo_full.jsonl": (
+        lambda i: {"prompt": sentence(i), "chosen": TURNS, "rejected": TURNS},
+        "chat",
+        {"messages": "chosen"},
+    ),
+    "turns.jsonl": (
+        lambda i: {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        "chat",
+        {"messages": ["prompt", "completion"]},
+    ),
+    "text_of_chats.csv": (lambda i: {"messages": json.dumps(TURNS)}, "chat", {"messages": "messages"}),
+    "oasst.jsonl": (
+        lambda i: {"messages": [{"role": "prompter", "content": sentence(i)}, TURNS[1]], "lang": "en"},
+        "chat",
+        {"messages": "messages", "roles": {"prompter": "user"}},
     ),
     "chat.jsonl": (lambda i: {"id": i, "messages": TURNS}, "chat", {"messages": "messages"}),
     "shared.jsonl": (
@@ -141,6 +208,92 @@ def test_the_config_passes_check(tmp_path, base, name, capsys):
     create_config(path, str(base), write(tmp_path / name, CASES[name][0]), None, None, False)
     check(load_config(path), as_json=True)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] > 0
+
+
+def test_columns_that_are_not_used_are_named(tmp_path, capsys):
+    data = write(tmp_path / "dolly.jsonl", CASES["dolly.jsonl"][0])
+    assert suggest(data).unused == ("category",)
+    create_config(tmp_path / "c.yaml", "gpt2", data, None, None, False)
+    assert "not used: category" in (tmp_path / "c.yaml").read_text() and "not used: category" in capsys.readouterr().out
+
+
+def test_preferences_are_said_to_be_learned_from_the_chosen_answers_alone(tmp_path, capsys):
+    data = write(tmp_path / "dpo.jsonl", CASES["dpo.jsonl"][0])
+    create_config(tmp_path / "c.yaml", "gpt2", data, None, None, False)
+    assert "preferences: only the chosen answers are learned" in capsys.readouterr().out
+    data = write(
+        tmp_path / "kto.jsonl", lambda i: {"prompt": sentence(i), "completion": sentence(2 * i), "label": i > 9}
+    )
+    with pytest.raises(ConfigError, match="`label` .preferences, as for KTO.*Keep the rows whose label is true"):
+        suggest(data)
+    tree = write(tmp_path / "tree.jsonl", lambda i: {"parent_id": str(i), "role": "prompter", "text": sentence(i)})
+    with pytest.raises(ConfigError, match="one message of a tree"):
+        suggest(tree)
+
+
+def test_a_model_with_a_chat_template_gets_chats(tmp_path):
+    data = write(tmp_path / "dolly.jsonl", CASES["dolly.jsonl"][0])
+    expected = [{"user": "{instruction}[[\n\n{context}]]"}, {"assistant": "{response}"}]
+    assert suggest(data, chat=True).data.settings == {"messages": expected}
+    row = {"instruction": "And 2?", "output": "It is 2.", "system": "Count.", "history": [["First?", "It was 1."]]}
+    data = write(tmp_path / "history.jsonl", lambda i: row | {"history": row["history"] * (i % 2)})
+    suggestion = suggest(data, chat=True)
+    expected = ["history", {"user": "{instruction}"}, {"assistant": "{output}"}]
+    assert suggestion.data.settings == {"messages": expected} and not suggestion.unused
+    data = write(tmp_path / "words.csv", CASES["words.csv"][0])
+    assert "prompt" in suggest(data, chat=True).data.settings  # labels are compared as completions
+
+
+@pytest.mark.parametrize(
+    "content, format, columns",
+    [
+        ('prompt;completion\n"a; b";"c"\n', {}, ["prompt", "completion"]),
+        ('prompt,completion\n"say \\"hi\\" now","yes"\n', {"escape": "\\"}, ["prompt", "completion"]),
+        (b"prompt,completion\n\x93Where\x94,here\n", {"encoding": "cp1252"}, ["prompt", "completion"]),
+        ("prompt,completion\nwhere,here\n".encode("utf-16"), {"encoding": "utf-16"}, ["prompt", "completion"]),
+        (
+            "".join(f"Where is number {i}?,In the town {i}.\n" for i in range(30)),
+            {"header": ["prompt", "completion"]},
+            ["prompt", "completion"],
+        ),
+        (
+            "".join(f"{sentence(i)},{'good' if i % 2 else 'bad'}\n" for i in range(30)),
+            {"header": ["text", "label"]},
+            [],
+        ),
+        ("".join(f"{i % 2},{sentence(i)}\n" for i in range(30)), {"header": ["label", "text"]}, []),
+        ("What is your age?,What do you think of it?\n23,it is good\n31,it is bad\n", {}, []),
+    ],
+)
+def test_formats_of_files_are_found_and_written(tmp_path, content, format, columns):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert suggest_format(str(path), name_columns)[0] == format
+    create_config(tmp_path / "c.yaml", "gpt2", str(path), None, None, False)
+    found = load_config(tmp_path / "c.yaml").data
+    assert {k: list(v) if k == "header" else v for k, v in (found.format or {}).items()} == format
+    if columns:
+        assert (found.prompt, found.completion) == ("{prompt}\n", "{completion}")
+
+
+def test_max_length_holds_the_longest_example_in_tokens(tmp_path, base):
+    """Chinese has three tokens per character in this tokenizer, and the template is counted too."""
+    data = write(tmp_path / "a.jsonl", lambda i: {"prompt": "\u4f60" * (i + 1), "completion": "\u597d"})
+    create_config(tmp_path / "c.yaml", str(base), data, None, None, False)
+    config = load_config(tmp_path / "c.yaml")
+    longest = 3 * 40 + 1 + 3 + 1  # prompt, line end, completion, end token
+    assert longest <= config.data.max_length == 128
+    assert f"the longest of 40 examples has {longest}" in (tmp_path / "c.yaml").read_text()
+
+
+def test_a_test_set_is_held_out_of_many_rows_and_several_files_are_read(tmp_path):
+    one, two = (write(tmp_path / name, CASES["qa.csv"][0], 150) for name in ("a.csv", "b.csv"))
+    create_config(tmp_path / "c.yaml", "gpt2", [one, two], None, None, False)
+    config = load_config(tmp_path / "c.yaml")
+    assert config.data.train == (one, two) and config.data.eval == {"dev": 0.1, "test": 0.1}
+    assert config.train.metric_for_best_model == "dev_loss"
+    create_config(tmp_path / "d.yaml", "gpt2", one, None, None, False, two)
+    assert load_config(tmp_path / "d.yaml").data.eval == (two,)
 
 
 def test_the_task_option_overrides_the_suggestion(tmp_path):

@@ -73,7 +73,10 @@ def test_brackets_that_are_not_closed(template):
         template_columns(template)
 
 
-@pytest.mark.parametrize("template", ["{", "}", "{a", "{}", "{ }", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a:{b}}"])
+@pytest.mark.parametrize(
+    "template",
+    ["{", "}", "{a", "{}", "{ }", "{a.b}", "{a[0}", "{[0]}", "{a[]}", "{a[{b}]}", "{a!r}", "{a:>3}", "{a:{b}}"],
+)
 def test_braces_without_a_column_name(template):
     with pytest.raises(ValueError, match="column name"):
         template_columns(template)

@@ -6,9 +6,10 @@ import datasets
 import pytest
 
 from lora_ft.core.errors import DataError
+from lora_ft.data.chats.turns import read_conversation
 from lora_ft.data.encode import load_examples
 from lora_ft.data.sources import iter_rows
-from lora_ft.data.template import Template
+from lora_ft.data.template import BadRow, Template
 
 CALLS = (  # as Qwen2.5: tools in the system turn, calls as JSON
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
@@ -201,3 +202,21 @@ def test_roles_of_the_config(write, plain):
     with pytest.raises(DataError, match='unknown role "input"'):
         load(path, plain)
     assert supervised(load(path, plain, roles={"input": "user", "output": "assistant"}), plain) == ["it goes" + E]
+
+
+def test_turns_of_several_columns_and_of_templates():
+    """Of a list only the last part is supervised; a history of pairs and a system column come first."""
+    row = {"q": "And 2?", "input": "", "a": "It is 2.", "system": "Count.", "history": [["First?", "It was 1."]]}
+    parts = ("history", {"user": "{q}"}, {"assistant": "{a}"})
+    found = read_conversation(row, parts)
+    expected = [("system", "Count."), ("user", "First?"), ("assistant", "It was 1."), ("user", "And 2?")]
+    expected.append(("assistant", "It is 2."))
+    assert [(turn["role"], turn["content"]) for turn in found.turns] == expected and found.supervised == [4]
+    assert len(read_conversation(row | {"history": []}, parts).turns) == 3
+    user, assistant = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    found = read_conversation({"prompt": [user, assistant, user], "chosen": [assistant]}, ("prompt", "chosen"))
+    assert len(found.turns) == 4 and found.supervised == [3]
+    with pytest.raises(BadRow, match="last part.*no assistant turn"):
+        read_conversation({"prompt": [user, assistant], "chosen": [user]}, ("prompt", "chosen"))
+    with pytest.raises(BadRow, match='no column "q"'):
+        read_conversation({"history": []}, parts)

@@ -249,11 +249,20 @@ def test_malformed_lines_are_bad_rows(write, plain):
         assert str(caught.value).startswith(f"{path}:{2 if 'json' in name else 3}: ")
 
 
-def test_hints_for_wrong_separators_and_misspelled_labels(write, plain):
-    with pytest.raises(DataError, match=r'no column "text".*separated by ";": convert it'):
-        load(write("a.csv", "text;label\nx;y\n"), PAIR, plain)
+def test_hints_for_missing_headers_and_misspelled_labels(write, plain):
+    with pytest.raises(DataError, match=r'no column "text".*no header line.*data.format: {header: '):
+        load(write("a.csv", "Where is it?,0\nWhere am I?,1\n"), PAIR, plain)
     with pytest.raises(DataError, match=r'is "Positive".* Did you mean "positive"\?'):
         load(write("a.jsonl", [{"text": "x", "label": "Positive"}]), CLASSES, plain)
+
+
+def test_values_inside_columns(write, plain):
+    path = write("a.jsonl", [{"q": "when", "a": {"text": ["1910", "in 1910"], "at": [3, 4]}}])
+    (example,) = load(path, Template("{q}", " {a[text][0]} {a[at][1]}"), plain).dataset
+    assert plain.decode(example["input_ids"]) == "when 1910 4</s>"
+    for wrong in ("{a[text][2]}", "{a[texts][0]}", "{q[text]}"):
+        with pytest.raises(DataError, match=r"a\.jsonl:1: column .* has no value for"):
+            load(path, Template("{q}", wrong), plain)
 
 
 def test_numbers_in_templates_and_label_words_of_digits(write, plain):

@@ -1,6 +1,7 @@
 """Rows and their locations in every kind of file, and the messages about files that cannot be read."""
 
 import csv
+import gzip
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from lora_ft.core.errors import DataError
+from lora_ft.data.files import FileFormat
 from lora_ft.data.sources import content_hash, iter_rows
 
 
@@ -109,18 +111,92 @@ def test_broken_csv(write, content, message):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", "text;label\ngood, but long;1\n", 'delimiter=";"))\' < OLD > NEW'),
-        ("a.csv", "text\tlabel\ngood, but long\t1\n", 'separated by "\\t": name it .tsv'),
-        ("a.tsv", "text,label\ngood\tbad,1\n", 'separated by ",": name it .csv'),
+        ("a.csv", "text;a, b\ngood; but, long\nbad;a, b, c\n", 'set data.format: {separator: ";"}'),
+        ("a.csv", 'a,b\n"say \\"hi\\" now","x"\n', 'set data.format: {escape: "\\\\"}'),
+        ("a.csv", 'a,b\n"oh" he said,x\n', "set data.format: {quote: none}"),
+        ("a.csv", b"a,b\n\x93hi\x94,x\n", "set data.format: {encoding: cp1252}"),
+        ("a.csv", "a,b\nx,y\n".encode("utf-16"), "set data.format: {encoding: utf-16}"),
+        ("a.csv", "yes,yes\na,b\n", "data.format: {header: [prompt, completion]}"),
         ("a.csv", "text,label\rgood,1\rbad,0\r", "tr '\\r' '\\n' < OLD > NEW"),
         ("a.jsonl", '{"text": "good"}\r{"text": "bad"}\r', "tr '\\r' '\\n' < OLD > NEW"),
-        ("a.jsonl.gz", b"\x1f\x8b", ".parquet. Unpack it first."),
+        ("a.parquet.gz", b"\x1f\x8b", "Unpack it first."),
+        ("a.jsonl.xz", b"\x1f\x8b", "Unpack it first."),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00", "damaged compressed file"),
         ("a.xlsx", b"PK", "Save it as .csv"),
         ("a.txt", "It was", "data.long_text: split"),
     ],
 )
 def test_unsupported_files_get_a_hint_on_converting_them(write, name, content, message):
     assert message in refused(write(name, content))
+
+
+@pytest.mark.parametrize(
+    "name, content, format",
+    [
+        ("a.csv", 'text;label\n"good; but, long";1\n', {}),
+        ("a.csv", "text\tlabel\ngood; but, long\t1\n", {}),
+        ("a.csv", "text|label\ngood; but, long|1\n", {}),
+        ("a.tsv", 'text;label\n"good; but, long";1\n', {}),
+        ("a.csv", "good; but, long#1\n", {"separator": "#", "header": ("text", "label")}),
+        ("a.csv", '"text";"label"\n\'good; but, long\';1\n', {"quote": "'", "header": None}),
+        ("a.csv", 'text,label\n"good; but, long","1"\n'.encode("utf-16"), {"encoding": "utf-16"}),
+        ("a.jsonl", '{"text": "good; but, long", "label": "1"}\n'.encode("utf-16"), {"encoding": "utf-16"}),
+    ],
+)
+def test_formats_of_files(write, name, content, format):
+    path = write(name, content)
+    (row,) = iter_rows(path, FileFormat(**format))
+    if "quote" in format:
+        assert list(row.columns.values()) == ["good; but, long", "1"]
+    else:
+        assert row.columns == {"text": "good; but, long", "label": "1"}
+
+
+def test_the_format_is_part_of_the_content(write):
+    path = write("a.csv", b"text\n\x93hi\x94\n")
+    (row,) = iter_rows(path, FileFormat("cp1252"))
+    assert row.columns == {"text": "\u201chi\u201d"}
+    assert content_hash(path, FileFormat("cp1252")) != content_hash(path, FileFormat("latin-1")) != content_hash(path)
+    with pytest.raises(DataError, match=r"a\.csv:1: not text in ascii"):
+        list(iter_rows(path, FileFormat("ascii")))
+
+
+def test_compressed_files_folders_and_patterns(tmp_path, write):
+    lines = [json.dumps({"a": "x" * 999, "n": i}) + "\n" for i in range(300)]
+    (tmp_path / "parts").mkdir()
+    for i, (suffix, part) in enumerate({".gz": lines[:100], ".zst": lines[100:200], ".bz2": lines[200:]}.items()):
+        half = len(part) // 2
+        with pa.output_stream(str(tmp_path / f"parts/{i}.jsonl{suffix}"), compression="detect") as file:
+            file.write("".join(part[:half]).encode())
+            file.write("".join(part[half:]).encode())
+    for source in (f"{tmp_path}/parts", f"{tmp_path}/parts/*", f"{tmp_path}/*/*.jsonl*", f"{tmp_path}/**/*.jsonl.*"):
+        assert [row.columns["n"] for row in iter_rows(source)] == list(range(300))
+        assert content_hash(source) == content_hash(f"{tmp_path}/parts")
+    assert next(iter_rows(f"{tmp_path}/parts")).where == f"{tmp_path}/parts/0.jsonl.gz:1"
+    two = gzip.compress(lines[0].encode()) + gzip.compress(lines[1].encode())
+    assert [row.columns["n"] for row in iter_rows(write("two.jsonl.gz", two))] == [0, 1]
+    assert "damaged compressed file" in refused(write("cut.jsonl.gz", gzip.compress("".join(lines).encode())[:-300]))
+    assert "matches no file" in refused(f"{tmp_path}/*.csv")
+
+
+def test_a_folder_that_may_not_be_one_data_set_is_refused(tmp_path, write):
+    (tmp_path / "parts").mkdir()
+    assert "without a data file" in refused(f"{tmp_path}/parts")
+    for name in ("train-0.jsonl", "test.jsonl"):
+        (tmp_path / "parts" / name).write_text("{}\n")
+    assert f"a pattern such as {tmp_path}/parts/train*" in refused(f"{tmp_path}/parts")
+    assert "Its folders do: parts" in refused(str(tmp_path))
+
+
+def test_nested_squad_is_read_by_question(write):
+    qas = [{"id": "1", "question": "When?", "answers": [{"text": "1800", "answer_start": 9}]}]
+    article = {"title": "Bridges", "paragraphs": [{"context": "Built in 1800.", "qas": qas + [{"question": "Who?"}]}]}
+    first, second = rows(write("squad.json", json.dumps({"version": "1.1", "data": [article]})))
+    assert first[0] == " row 1, paragraph 1, question 1"
+    answers = {"text": ["1800"], "answer_start": [9]}
+    shared = {"title": "Bridges", "context": "Built in 1800."}
+    assert first[1] == shared | {"id": "1", "question": "When?", "answers": answers}
+    assert second[1] == shared | {"question": "Who?", "answers": {"text": []}}
 
 
 TABLE = [["text", "n"], ['say "hi"', "1"], ["two\nlines", "2"], ["a\ttab", "3"], ['"all"', "4"], ["plain", "5"]]
@@ -184,6 +260,7 @@ def test_a_saved_data_set_gets_a_hint_on_converting_it(tmp_path):
 
 def test_folders_missing_unsupported_and_empty_files(tmp_path, write):
     write("x.jsonl", "{}")
+    write("y.csv", "a\n1\n")
     assert "a folder" in refused(str(tmp_path)) and "x.jsonl" in refused(str(tmp_path))
     assert "no such file" in refused(str(tmp_path / "missing.jsonl"))
     assert f"Did you mean {tmp_path}/x.jsonl?" in refused(str(tmp_path / "x.jsnl.json"))

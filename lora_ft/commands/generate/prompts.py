@@ -19,8 +19,9 @@ from lora_ft.core.messages import printable
 from lora_ft.core.names import template_columns
 from lora_ft.core.paths import local_path, refuse_special
 from lora_ft.data.chats.format import ChatFormat, chat_format
+from lora_ft.data.chats.raw_turns import asked_messages, message_columns
 from lora_ft.data.chats.turns import Turn, read_prompt
-from lora_ft.data.delimited import text_lines
+from lora_ft.data.files import text_lines
 from lora_ft.data.prepare import template_of
 from lora_ft.data.sources import SourceRow, iter_rows
 from lora_ft.data.template import BadRow, Template, check_unicode, renderer
@@ -100,14 +101,11 @@ class PromptFormat:
 
     def takes(self, columns: dict[str, Any], given: Mapping[str, str]) -> bool:
         """Whether `from_row` finds in a row what it needs for a prompt."""
-        is_chat = self.chat is not None and self._chat_column(columns) is not None
+        is_chat = self.chat is not None and asked_messages(columns, self.template.messages) is not None
         return is_chat or self._fills_template(columns, given) or isinstance(columns.get("prompt"), str)
 
     def _fills_template(self, columns: dict[str, Any], given: Mapping[str, str]) -> bool:
         return any(c in columns for c in self.columns) and all(c in columns or c in given for c in self.needed)
-
-    def _chat_column(self, columns: dict[str, Any]) -> str | None:
-        return next((c for c in (self.template.messages, "messages") if c and columns.get(c)), None)
 
     def from_row(
         self, columns: dict[str, Any], given: Mapping[str, str] = MappingProxyType({})
@@ -118,11 +116,12 @@ class PromptFormat:
         """
         if self._fills_template(columns, given):
             return self.from_columns({**given, **columns})
-        if column := self._chat_column(columns):
-            return self.from_turns(*read_prompt(columns, column, self.template.roles))
+        if (messages := asked_messages(columns, self.template.messages)) is not None:
+            return self.from_turns(*read_prompt(columns, messages, self.template.roles))
         if isinstance(columns.get("prompt"), str):
             return self.from_text(columns["prompt"], given=given)
-        choices = " or ".join(dict.fromkeys(['"prompt"', f'"{self.template.messages or "messages"}"']))
+        turns = ", ".join(message_columns(self.template.messages or "messages"))
+        choices = " or ".join(dict.fromkeys(['"prompt"', f'"{turns}"']))
         choices += f", or the template's {', '.join(self.needed or self.columns)}" if self.columns else ""
         raise BadRow(f"a row needs {choices}; this one has {printable(', '.join(map(str, columns))) or 'nothing'}")
 

@@ -6,15 +6,16 @@ A turn has `role` and `content` (text, "" for none), and where the row has them 
 Parquet file could not be told from JSON Lines otherwise.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from lora_ft.core.messages import format_value, printable
 from lora_ft.core.names import nearest
-from lora_ft.data.template import BadRow, check_unicode, column_value, type_in_words
+from lora_ft.data.chats.raw_turns import message_parts, parse_json, with_system
+from lora_ft.data.template import BadRow, Messages, check_unicode, type_in_words
 
 Turn = dict[str, Any]
 
@@ -44,19 +45,21 @@ class Conversation:
 
 
 def read_conversation(
-    columns: Mapping[str, Any], column: str, roles: Mapping[str, str] | None = None, supervise: str = "all"
+    columns: Mapping[str, Any], messages: Messages, roles: Mapping[str, str] | None = None, supervise: str = "all"
 ) -> Conversation:
-    """The conversation in a row: its turns in `column`, and the columns `system` and `tools` (or `functions`) if it has any.
+    """The conversation in a row: its turns, and the columns `system` and `tools` (or `functions`) if it has any.
 
-    roles: role in the row -> role for the chat template, before those known here. supervise: "all" assistant turns, or the
-    "last" one.
+    messages: their column, or a list of columns and of turns {role: text with columns in braces}; of a list only the last
+    part is supervised. roles: role in the row -> role for the chat template, before those known here. supervise: "all"
+    assistant turns, or the "last" one.
 
     Raises:
         BadRow: the column is not a list of turns, a turn has no text, an unknown role or broken tool calls; or no assistant
             turn is to be supervised.
     """
     ignored: list[tuple[str, int]] = []
-    raw = _with_system(_list_of_turns(column_value(dict(columns), column)), columns, ignored)
+    parts = message_parts(columns, messages)
+    raw = with_system(list(chain.from_iterable(parts)), columns, ignored)
     turns = [_turn(turn, number, roles or {}, ignored) for number, turn in enumerate(raw, 1)]
     ignored += [(f"the column `{c}`: only text is trained on", 0) for c in ("image", "images") if columns.get(c)]
     supervised = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and _is_trained(raw[i], i + 1)]
@@ -65,28 +68,23 @@ def read_conversation(
             raise BadRow("every assistant turn has weight 0 (or train: false), so nothing is supervised")
         names = printable(", ".join(dict.fromkeys(turn["role"] for turn in turns)))
         raise BadRow(f"no assistant turn, so nothing is supervised; its roles are {names}")
+    supervised = [i for i in supervised if i >= len(turns) - len(parts[-1])]
+    if not supervised:
+        raise BadRow("the last part of data.messages has no assistant turn, so nothing is supervised")
     return Conversation(turns, _tools(columns), supervised if supervise == "all" else supervised[-1:], ignored)
 
 
 def read_prompt(
-    columns: Mapping[str, Any], column: str, roles: Mapping[str, str] | None = None
+    columns: Mapping[str, Any], messages: Messages, roles: Mapping[str, str] | None = None
 ) -> tuple[list[Turn], list[dict] | None]:
-    """The turns and tools of a row that asks for an answer; a final turn of the assistant is that answer, and left out.
+    """The turns and tools of a row that asks for an answer: without a final turn of the assistant.
 
     Raises:
         BadRow: as `read_conversation`.
     """
-    raw = _with_system(_list_of_turns(column_value(dict(columns), column)), columns, [])
+    raw = with_system(list(chain.from_iterable(message_parts(columns, messages))), columns, [])
     turns = [_turn(turn, number, roles or {}, []) for number, turn in enumerate(raw, 1)]
     return turns[:-1] if turns[-1]["role"] == "assistant" else turns, _tools(columns)
-
-
-def parse_json(text: str, what: str) -> Any:
-    """The value of a JSON text; a BadRow that names `what` if it is broken."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise BadRow(f"{what} is not valid JSON: {printable(text, 60)}") from e
 
 
 def without_nulls(value: Any) -> Any:
@@ -94,31 +92,6 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_nulls(v) for key, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _list_of_turns(value: Any) -> list[Any]:
-    """A column's value as a list of turns: a list, its JSON text, or the object of lists that a hub data set may have."""
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        value = parse_json(value, "its text of messages")
-    if isinstance(value, Mapping) and ("role" in value or "from" in value):
-        keys = [key for key, several in value.items() if isinstance(several, list)]
-        value = [dict(zip(keys, turn, strict=True)) for turn in zip(*(value[key] for key in keys), strict=False)]
-    if not isinstance(value, list) or not value:
-        shown = "an empty list" if value == [] else type_in_words(value)
-        raise BadRow(f"its messages are {shown}, not a list of turns with role and content, or from and value")
-    return value
-
-
-def _with_system(turns: list[Any], columns: Mapping[str, Any], ignored: list[tuple[str, int]]) -> list[Any]:
-    """The turns, with the column `system` as the first if they have no system turn."""
-    system, first = columns.get("system"), turns[0] if isinstance(turns[0], dict) else {}
-    if not isinstance(system, str) or not system.strip():
-        return turns
-    if first.get("role", first.get("from")) not in ("system", "developer"):
-        return [{"role": "system", "content": system}, *turns]
-    if first.get("content", first.get("value")) != system:
-        ignored.append(("the column `system`, as the turns start with a system turn", 0))
-    return turns
 
 
 def _turn(raw: Any, number: int, roles: Mapping[str, str], ignored: list[tuple[str, int]]) -> Turn:
@@ -142,7 +115,7 @@ def _turn(raw: Any, number: int, roles: Mapping[str, str], ignored: list[tuple[s
             f"data.roles: {{{printable(said, 30)}: {target}}}"
         )
     where = f"turn {number} ({printable(role, 30)})"
-    content = _join_parts(content, number) if isinstance(content, list) else content
+    content = _joinmessage_parts(content, number) if isinstance(content, list) else content
     content = "" if content is None and calls else content
     if not isinstance(content, str):
         raise BadRow(f"{where}: its content is {type_in_words(content)}, not text")
@@ -211,7 +184,7 @@ def _tools(columns: Mapping[str, Any]) -> list[dict] | None:
     return tools or None
 
 
-def _join_parts(parts: list, number: int) -> str:
+def _joinmessage_parts(parts: list, number: int) -> str:
     """The text of content parts: [{"type": "text", "text": ...}, ...], with the text under `text` or `value`."""
     texts = []
     for part in parts:

@@ -1,0 +1,103 @@
+"""Suggestions for chats: columns of turns, preferences, and instructions through a chat template."""
+
+from dataclasses import replace
+from typing import Any
+
+from lora_ft.commands.init.columns import SAMPLE, DataSettings, Table, base_name, is_history
+from lora_ft.core.errors import ConfigError
+from lora_ft.data.chats.raw_turns import message_parts
+from lora_ft.data.chats.turns import CALL_ROLES, KNOWN_ROLES, SYNONYMS
+
+CHAT_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
+ASKS = ("prompt", "question", "instruction", "query", "input")
+HELPERS = ("system", "tools", "functions")  # columns that chats read by themselves
+ONLY_CHOSEN = "preferences: only the chosen answers are learned, not that they are better than the rejected ones"
+
+
+def detect_chat(table: Table) -> DataSettings | None:
+    """Settings for a column of turns, or for a prompt and a completion that are turns."""
+    helpers = [name for name in HELPERS if any(row.get(name) for row in table.rows)]
+    prompt, completion = table.find(["prompt"], table.chats), table.find(["completion"], table.chats)
+    if prompt and completion:
+        settings: dict[str, Any] = {"messages": [prompt, completion]}
+        note = "joined to one chat; only the assistant turns of the last are supervised"
+        settings |= _roles(table, [prompt, completion])
+        return DataSettings(settings, {"messages": note}, (prompt, completion, *helpers), tuple(helpers))
+    if table.chats:
+        column = table.find(CHAT_NAMES, table.chats) or table.chats[0]
+        others = [name for name in table.chats if name != column]
+        notes = {"messages": f"the column with the turns; {', '.join(others)} also has some"} if others else {}
+        return DataSettings({"messages": column} | _roles(table, [column]), notes, (column, *helpers), tuple(helpers))
+    if table.find(["parent_id"]) and table.find(["role"]) and table.find(["text"]):
+        raise ConfigError(
+            "each row is one message of a tree (parent_id, role, text). Join the messages from a root to a leaf into one "
+            'row, {"messages": [{"role": ..., "content": ...}, ...]}, first.'
+        )
+    return None
+
+
+def _roles(table: Table, columns: list[str]) -> dict[str, Any]:
+    """data.roles for roles that are not known: the user's if only the assistant's are known, else by who starts."""
+    roles: dict[str, None] = {}
+    for row in table.rows[:SAMPLE]:
+        for column in columns:
+            if row.get(column):
+                turns = message_parts(row, column)[0]
+                roles |= dict.fromkeys(str(turn.get("role", turn.get("from"))) for turn in turns)
+    known = {role: SYNONYMS.get(role, role) for role in roles if role in (*KNOWN_ROLES, *SYNONYMS, *CALL_ROLES)}
+    unknown = [role for role in roles if role not in known]
+    free = [role for role in ("user", "assistant") if role not in known.values()]
+    return {"roles": dict(zip(unknown, free, strict=False))} if unknown and len(unknown) <= len(free) else {}
+
+
+def detect_preferences(table: Table) -> DataSettings | None:
+    """Settings that learn the chosen answers alone, for rows with chosen and rejected ones.
+
+    Raises:
+        ConfigError: rows with good and bad answers, told apart by a label.
+    """
+    every = [*table.columns, *table.chats]
+    chosen, rejected, ask = table.find(["chosen"], every), table.find(["rejected"], every), table.find(ASKS, every)
+    if not chosen or not rejected:
+        answer, label = table.find(["completion", "response"], every), table.find(["label"])
+        marks = set(table.values(label)) if label and ask and answer else set()
+        if marks and all(isinstance(mark, bool) or mark in ("true", "false", "True", "False") for mark in marks):
+            raise ConfigError(
+                f"the rows are good and bad answers, told apart by `{label}` (preferences, as for KTO), and lora-ft would "
+                f"learn both. Keep the rows whose {label} is true, and run init on them: python -c 'import json, sys; "
+                f'sys.stdout.writelines(line for line in sys.stdin if json.loads(line)["{label}"])\' < OLD.jsonl > NEW.jsonl'
+            )
+        return None
+    if chosen in table.chats:
+        complete = max(len(message_parts(row, chosen)[0]) for row in table.rows[:SAMPLE] if row.get(chosen)) > 1
+        first = [] if complete or not ask else [ask if ask in table.chats else {"user": f"{{{ask}}}"}]
+        helpers = [name for name in HELPERS if any(row.get(name) for row in table.rows)]
+        settings = {"messages": [*first, chosen] if first else chosen} | _roles(table, [chosen])
+        columns = (*([ask] if first and ask else []), chosen, *helpers)
+        return DataSettings(settings, {"messages": ONLY_CHOSEN}, columns, tuple(helpers))
+    if ask in table.columns:
+        settings = {"prompt": f"{{{ask}}}\n", "completion": f"{{{chosen}}}"}
+        return DataSettings(settings, {"completion": ONLY_CHOSEN}, (ask, chosen))
+    return DataSettings({"text": f"{{{chosen}}}"}, {"text": ONLY_CHOSEN}, (chosen,))
+
+
+def through_chat_template(table: Table, data: DataSettings) -> DataSettings:
+    """A prompt and completion as turns of a chat: for a model with a chat template."""
+    *asked, answer = data.columns
+    system = next((c for c in asked if base_name(c) == "system"), None)
+    asked = [c for c in asked if c != system]
+    first = next((c for c in asked if base_name(c) in (*ASKS, "text", "source")), asked[0])
+    rest = [c for c in asked if c != first]
+    text = f"{{{first}}}" + "".join(f"[[\n\n{{{c}}}]]" if c in data.optional else f"\n\n{{{c}}}" for c in rest)
+    histories = [c for c in ("history",) if all(is_history(row.get(c, [])) for row in table.rows[:SAMPLE])]
+    histories = [c for c in histories if any(row.get(c) for row in table.rows)]
+    messages = [*histories, {"user": text}, {"assistant": f"{{{answer}}}"}]
+    settings = {name: value for name, value in data.settings.items() if name not in ("prompt", "completion")}
+    note = data.notes.get("completion", "") or "through the model's chat template; only the last part is supervised"
+    if data.optional:
+        note += f"; [[...]] is left out where {', '.join(data.optional)} is empty"
+    optional = tuple(c for c in data.optional if c != system) + ((system,) if system else ()) + tuple(histories)
+    columns = (*data.columns, *histories)
+    return replace(
+        data, settings={"messages": messages} | settings, notes={"messages": note}, columns=columns, optional=optional
+    )
