@@ -4,13 +4,15 @@ labels[i] is input_ids[i] (not shifted) or IGNORE. The first token is never supe
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
+
+from lora_ft.data.pieces import PIECE, encode_long, groups
 
 IGNORE = -100
 Ids = list[int]
@@ -49,14 +51,30 @@ class TextEncoder:
     after: Ids
     eos: Ids
 
-    def encode_prompts(self, texts: list[str]) -> list[Ids]:
+    def encode_prompts(self, texts: Sequence[str]) -> Iterator[Ids]:
         """Ids as at inference, without those that the tokenizer adds after a text: generation continues from there."""
-        rows = (encoding.ids for encoding in self.backend.encode_batch_fast(texts))
-        return [ids[: len(ids) - len(self.after)] for ids in rows]
+        for group in groups(texts):
+            if len(group[0]) > PIECE:
+                yield self.before + self.encode_bare(group[0])
+            else:
+                rows = (encoding.ids for encoding in self.backend.encode_batch_fast(group))
+                yield from (ids[: len(ids) - len(self.after)] for ids in rows)
 
     def encode_bare(self, text: str) -> Ids:
         """Ids of the text alone, nothing added."""
-        return self.bare.encode(text).ids
+        if len(text) <= PIECE:
+            return self.bare.encode(text).ids
+        known: dict[int, int] = {}  # an int is 28 bytes: equal ids share one
+        return [known.setdefault(i, i) for i in encode_long(self.bare, text)[0].data]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids (tokens,) and character offsets (tokens, 2) of each text alone, nothing added."""
+        for group in groups(texts):
+            if len(group[0]) > PIECE:
+                yield encode_long(self.bare, group[0])
+            else:
+                for encoding in self.bare.encode_batch(group):
+                    yield np.array(encoding.ids), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
     def truncate_start(self, prompt: Ids, max_length: int) -> Ids:
         """At most `max_length` ids of the prompt: what the tokenizer adds before a text (BOS), then the prompt's end."""
@@ -151,21 +169,19 @@ def encode_chats(texts: list[str], spans: list[list[int]], max_length: int, enco
 
     spans: for each chat start, end, start, end, ... in characters.
     """
-    for text, row, encoding in zip(texts, spans, encoder.bare.encode_batch(texts), strict=True):
-        ids, offsets = encoding.ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)  # (tokens, [start, end])
+    for text, row, (ids, offsets) in zip(texts, spans, encoder.encode_with_offsets(texts), strict=True):
         cuts = [c for c in row if ((offsets[:, 0] < c) & (c < offsets[:, 1])).any()]
         if cuts:
-            parts = [(start, text[start:end]) for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-            encoded = [(start, encoder.bare.encode(part)) for start, part in parts]
-            ids = [token for _, part in encoded for token in part.ids]
-            offsets = np.array([(start + a, start + b) for start, part in encoded for a, b in part.offsets]).reshape(
-                -1, 2
-            )
+            starts = [0, *cuts]
+            parts = [text[start:end] for start, end in zip(starts, [*cuts, len(text)], strict=True)]
+            encoded = list(zip(starts, encoder.encode_with_offsets(parts), strict=True))
+            ids = np.concatenate([part for _, (part, _) in encoded])
+            offsets = np.concatenate([start + part for start, (_, part) in encoded])
         bounds = np.array([*row, 2**62, 2**62]).reshape(-1, 2)
         # for each token, the first span that ends after the token's start
         span = bounds[np.searchsorted(bounds[:, 1], offsets[:, 0], side="right")]
-        labels = np.where(span[:, 0] < offsets[:, 1], np.array(ids, dtype=np.int64), IGNORE)
+        labels = np.where(span[:, 0] < offsets[:, 1], ids.astype(np.int64), IGNORE)
         labels[:1] = IGNORE
         truncated, blank = len(ids) > max_length, bool((labels == IGNORE).all())
         kept = labels[:max_length].tolist()
-        yield Encoded(ids[:max_length], kept, len(ids), truncated=truncated, blank=blank)
+        yield Encoded(ids[:max_length].tolist(), kept, len(ids), truncated=truncated, blank=blank)

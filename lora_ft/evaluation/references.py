@@ -88,7 +88,7 @@ def group_by_prompt(
     if max_prompts is not None and max_prompts < len(texts):
         texts = [texts[i] for i in sample_indices(len(texts), max_prompts, seed)]
     # a chat's text contains its special tokens already
-    ids = [encoder.encode_bare(text) for text in texts] if template.messages else encoder.encode_prompts(texts)
+    ids = [encoder.encode_bare(text) for text in texts] if template.messages else [*encoder.encode_prompts(texts)]
     cut = sum(len(row) > max_tokens for row in ids)
     ids = [encoder.truncate_start(row, max_tokens) for row in ids]
     return EvalPrompts(texts, ids, [references[text] for text in texts], cut)

@@ -143,7 +143,7 @@ class PromptFormat:
         check_unicode(text)
         if not text:
             raise BadRow("the prompt is empty")
-        return text, self.encoder.encode_prompts([text])[0]
+        return text, next(self.encoder.encode_prompts([text]))
 
 
 def prompt_format(config: Config | None, tokenizer: PreTrainedTokenizerBase, raw: bool) -> PromptFormat:
