@@ -14,9 +14,9 @@ from lora_ft.config.load import changes
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import EXIT_OUT_OF_MEMORY, ConfigError, FilesError, ModelError, NumbersError
 from lora_ft.core.messages import info
-from lora_ft.core.run_folder import RECORD, checkpoints
+from lora_ft.core.run_folder import RECORD, checkpoints, read_record
 from lora_ft.core.signals import Stopped
-from lora_ft.core.storage import read_json, write_file
+from lora_ft.core.storage import write_file
 from lora_ft.report.figures import config_text
 
 # The variant does not fit the model, its numbers overflow, or it needs too much memory: it is left out of the comparison.
@@ -34,7 +34,7 @@ class RunFailed(Exception):
 def newest_record(output: Path) -> dict | None:
     """The record of a finished run, else of its newest checkpoint, as its `kind` says; None if there is neither."""
     folders = [folder for folder in (*checkpoints(output), output) if (folder / RECORD).is_file()]
-    return read_json(folders[-1] / RECORD, FilesError) if folders else None
+    return read_record(folders[-1], FilesError) if folders else None
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lora_ft.commands.generate.prompts import PromptFormat, prompt_format
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
+from lora_ft.core.run_folder import read_record
 from lora_ft.core.trust import Trust
 from lora_ft.data.chats.format import end_tokens
 from lora_ft.data.chats.turns import Turn
@@ -20,7 +21,7 @@ from lora_ft.data.template import BadRow
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import check_names, mixed, use
 from lora_ft.methods.lora.peft import read_adapter
-from lora_ft.methods.trained import Trained, read_record, run_settings
+from lora_ft.methods.trained import Trained, run_settings
 from lora_ft.model.device import prepare_device
 from lora_ft.model.files import resolve
 from lora_ft.model.generate import Generated, generate, position_limit, to_text
