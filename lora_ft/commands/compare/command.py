@@ -109,7 +109,9 @@ def compare_command(
 def _check_distinct(option: str, names: Sequence[str]) -> None:
     """Raise ConfigError if two values get the same folder name, of letters, digits and at most 60 characters."""
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"{option}: two values have the same folder name, {twice}; compare them in separate comparisons")
+        raise ConfigError(
+            f"{option}: two values have the same folder name, {twice}; compare them in separate comparisons"
+        )
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -4,6 +4,8 @@ All state is in the runs' folders: a comparison that was stopped resumes when th
 run with the same settings is reused, an unfinished one resumes from its newest checkpoint.
 """
 
+import ctypes
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,8 @@ from lora_ft.report.figures import config_text
 
 # The variant does not fit the model, its numbers overflow, or it needs too much memory: it is left out of the comparison.
 SKIPPED_EXIT_CODES = (ModelError.exit_code, NumbersError.exit_code, EXIT_OUT_OF_MEMORY)
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class RunFailed(Exception):
@@ -84,10 +88,18 @@ class Runner:
 def run_and_stream(command: list[str]) -> tuple[int, str]:
     """Run a command with its messages indented on stderr; returns its exit code and the last line of them.
 
-    The command has its own process group, out of reach of Ctrl-C: a signal to this process is passed on once.
+    The command has its own process group, out of reach of Ctrl-C: a signal to this process is passed on once. If this process
+    is killed, Linux ends the command with SIGTERM, so that it saves its last step.
     """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        process_group=0,
+        preexec_fn=(lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)) if libc else None,
     )
     assert child.stderr is not None
     last_line = ""
