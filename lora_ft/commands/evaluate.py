@@ -9,7 +9,7 @@ from lora_ft.config.rules import FORMS
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import echo_json, info
-from lora_ft.core.run_folder import RECORD
+from lora_ft.core.run_folder import RECORD, read_record
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare_eval_sets, template_of
@@ -21,7 +21,7 @@ from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import use
 from lora_ft.methods.lora.peft import read_adapter
-from lora_ft.methods.trained import Trained, is_model, read_record, run_settings
+from lora_ft.methods.trained import Trained, is_model, run_settings
 from lora_ft.model.device import micro_batch_tokens, prepare_device
 from lora_ft.model.files import resolve
 from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer

@@ -9,8 +9,9 @@ output/checkpoints/step-N/
 
 import re
 from pathlib import Path
+from typing import Any
 
-from lora_ft.core.errors import FilesError
+from lora_ft.core.errors import FilesError, ModelError, UserError
 from lora_ft.core.storage import read_json, verify_manifest
 
 RECORD, LOG = "lora_ft.json", "log.jsonl"
@@ -23,6 +24,38 @@ MODEL_FILES = (  # of full fine-tuning, whose output is a complete model
     *("tokenizer.json", "tokenizer_config.json"),
 )
 UNHASHED = (LOG, "tensorboard", *REPORTS)  # listed in an adapter's manifest by name only
+
+
+# The types of what is read from a record, where it has them; an entry of a section may be null
+RECORD_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("base", "config"), dict),
+    **dict.fromkeys(("data", "versions", "machine", "metrics", "base_metrics", "slices", "files"), dict | None),
+    **dict.fromkeys(("config.adapter", "config.data", "config.train", "config.model"), dict | None),
+    **dict.fromkeys(("base.name", "base.revision", "base.fingerprint", "base.dtype"), str | None),
+    **dict.fromkeys(("kind", "tokenizer", "chat_template", "config.adapter.method"), str | None),
+    **dict.fromkeys(("step", "steps", "planned_steps", "parameters", "trainable_parameters"), int | None),
+}
+TYPE_NAMES = {dict: "an object", str: "a string", int: "an integer"}
+
+
+def read_record(folder: Path, error: type[UserError] = ModelError) -> dict[str, Any] | None:
+    """The record of a run, a checkpoint or a merged model, not verified; None if there is none.
+
+    Raises:
+        error: it is damaged, or an entry has another type than RECORD_TYPES.
+    """
+    if not (folder / RECORD).is_file():
+        return None
+    record = read_json(folder / RECORD, error)
+    for name, kind in RECORD_TYPES.items():
+        section, _, key = name.rpartition(".")
+        parent: Any = record
+        for part in filter(None, section.split(".")):
+            parent = parent.get(part) or {}
+        if key in parent and (not isinstance(parent[key], kind) or isinstance(parent[key], bool)):
+            wanted = next(words for type_, words in TYPE_NAMES.items() if isinstance(type_(), kind))
+            raise error(f"{folder / RECORD}: damaged: {name} is not {wanted}. Restore it from a backup.")
+    return record
 
 
 def checkpoint_folders(output: Path) -> list[Path]:

@@ -76,6 +76,6 @@ def load_into(model: PreTrainedModel, trained: Trained) -> None:
 def nonlinearity_of(trained: Trained) -> str:
     """The nonlinearity in a bottleneck's config; ModelError if it is missing or unknown."""
     nonlinearity = trained.adapter_config.get("nonlinearity")
-    if nonlinearity not in NONLINEARITIES:
+    if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
         raise ModelError(f"{trained.folder / CONFIG}: nonlinearity must be one of {', '.join(NONLINEARITIES)}.")
     return nonlinearity

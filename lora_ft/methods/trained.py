@@ -22,7 +22,7 @@ from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError, UserError
 from lora_ft.core.messages import info, printable, warn
 from lora_ft.core.paths import local_path
-from lora_ft.core.run_folder import RECORD, TEMPLATE, checkpoints
+from lora_ft.core.run_folder import RECORD, TEMPLATE, checkpoints, read_record
 from lora_ft.core.storage import read_json, verify_manifest
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.peft_config import CONFIG
@@ -63,6 +63,8 @@ class Trained:
             way_out = "Train first with `lora-ft train CONFIG`, or give the folder that a training run or PEFT wrote."
             raise ModelError(f"{folder}: {problem}. {way_out}")
         adapter_config = read_json(folder / CONFIG, ModelError) if (folder / CONFIG).is_file() else {}
+        if not isinstance(name := adapter_config.get("base_model_name_or_path"), str | None):
+            raise ModelError(f"{folder / CONFIG}: base_model_name_or_path is {name!r:.100}; it must be a name.")
         return cls(folder, _method(folder, adapter_config), record, adapter_config)
 
     @cached_property
@@ -135,17 +137,6 @@ def run_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | No
     if settings and (settings.get("data") or {}).get("messages") and template.is_file():
         settings = {**settings, "data": {**settings["data"], "chat_template": str(template)}}
     return settings
-
-
-def read_record(folder: Path, error: type[UserError] = ModelError) -> dict[str, Any] | None:
-    """The record of a run, a checkpoint or a merged model, not verified; None if there is none. Raises `error` if damaged."""
-    if not (folder / RECORD).is_file():
-        return None
-    record = read_json(folder / RECORD, error)
-    for key in ("base", "config"):
-        if not isinstance(record.get(key, {}), dict):
-            raise error(f"{folder / RECORD}: damaged: {key} is not an object. Restore it from a backup.")
-    return record
 
 
 def is_trained(folder: Path, error: type[UserError] = ModelError) -> bool:

@@ -29,7 +29,7 @@ def check_config_files(base: Base) -> None:
     for path in (base.folder / name for name in CONFIGS if (base.folder / name).is_file()):
         if problem := damage(path):  # of these two, transformers ignores a damaged generation_config.json
             raise ModelError(f"{path}: {problem}. Copy the file again.")
-        if count := _absurd_count(read_json(path, ModelError)):
+        if count := absurd_count(read_json(path, ModelError)):
             raise ModelError(f"{path}: {count}; the limit is {MOST_MODULES:,}. Copy the file again.")
 
 
@@ -43,9 +43,9 @@ def damage(path: Path) -> str | None:
     return f"holds a {type(content).__name__}, not an object" if objects and not isinstance(content, dict) else None
 
 
-def _absurd_count(content: Any, key: str = "") -> str | None:
+def absurd_count(content: Any, key: str = "") -> str | None:
     """The first number of layers, experts, heads or blocks above MOST_MODULES in a config: each would be a module."""
     if isinstance(content, dict):
-        return next((found for k, v in content.items() if (found := _absurd_count(v, k))), None)
+        return next((found for k, v in content.items() if (found := absurd_count(v, k))), None)
     is_number = isinstance(content, int | float) and not isinstance(content, bool)
     return f"{key} is {content}" if is_number and COUNTS.fullmatch(key) and content > MOST_MODULES else None

@@ -20,7 +20,7 @@ from transformers import (
 
 from lora_ft.core.errors import ConfigError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import info, listed, printable
-from lora_ft.model.config_files import CONFIGS, SMALL_LIMIT, check_config_files, damage
+from lora_ft.model.config_files import CONFIGS, MOST_MODULES, SMALL_LIMIT, absurd_count, check_config_files, damage
 from lora_ft.model.files import Base, digest, is_finite, shape_and_dtype, stored_dtype, stored_weights
 from lora_ft.model.generate import position_limit
 from lora_ft.nn.mlp import fuse_gelu
@@ -36,6 +36,8 @@ def load_model_config(base: Base) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(base.folder, **_options(base))
         # a config may not choose kernels, or attention that `nn/attention.py` was not made for
         config._attn_implementation = config._experts_implementation = None
+    if base.gguf and (count := absurd_count(config.to_dict())):
+        raise ModelError(f"model {base.name}: {count}; the limit is {MOST_MODULES:,}. Copy the file again.")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {base.name}: {config.model_type} is an encoder-decoder, not a causal language model.")
     return config

@@ -41,8 +41,7 @@ def read_run_data(folder: Path, record: dict | None = None, stop_reason: str | N
     """
     path = folder / run_folder.RECORD
     checkpoints = run_folder.checkpoints(folder)
-    if record is None and path.is_file():
-        record = read_json(path, FilesError)
+    if record is None and (record := run_folder.read_record(folder, FilesError)):
         if record.get("kind") == "checkpoint":
             raise ModelError(f"{folder}: is a checkpoint. Give the output folder of its run: {folder.parent.parent}.")
         if record.get("kind") != "adapter":
@@ -51,7 +50,7 @@ def read_run_data(folder: Path, record: dict | None = None, stop_reason: str | N
         if not checkpoints:
             raise ModelError(f"{folder}: holds no run. Give the output folder of one: lora-ft report OUT.")
         path = checkpoints[-1] / run_folder.RECORD
-        record = read_json(path, FilesError) | {"kind": "unfinished"}
+        record = (run_folder.read_record(checkpoints[-1], FilesError) or {}) | {"kind": "unfinished"}
     for name in ("config", "base", "data"):
         if not isinstance(record.get(name), dict):
             raise FilesError(f"{path}: damaged: {name} is missing. Restore it from a copy.")

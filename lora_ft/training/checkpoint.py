@@ -130,6 +130,11 @@ class State:
             raise FilesError(f"{folder / JSON}: has no step, so it is not the state of a run.")
         return cls(values["step"], read_tensors(folder / TENSORS), values)
 
+    def forget_best(self) -> None:
+        """Let the next evaluation be the best so far."""
+        self.values["trainer"] |= {"best_global_step": None, "best_metric": None}
+        self.values.pop("best", None)
+
     def restore_optimizer(self, model: nn.Module, optimizer, scheduler) -> None:
         """Restore the optimizer's moments and settings, on the parameters' devices, and the schedule's position."""
         inner = _inner(optimizer)
@@ -153,6 +158,13 @@ class State:
 
 def _inner(optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+
+def best_step(values: dict) -> int | None:
+    """The step of the best checkpoint so far, of a State's values; None if there was no evaluation."""
+    trainer = values.get("trainer")
+    step = trainer.get("best_global_step") if isinstance(trainer, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def is_intact(folder: Path) -> bool:

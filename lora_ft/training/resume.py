@@ -8,9 +8,10 @@ from lora_ft.config.schema import Config
 from lora_ft.core import run_folder
 from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
 from lora_ft.core.messages import info, warn
+from lora_ft.core.storage import read_json
 from lora_ft.data.examples import Examples
-from lora_ft.methods.trained import is_trained, read_record
-from lora_ft.training.checkpoint import State, is_intact
+from lora_ft.methods.trained import is_trained
+from lora_ft.training.checkpoint import JSON, State, best_step, is_intact
 from lora_ft.training.output import check_foreign, check_removable, truncate_log
 
 # What a record contains that resuming reads, and its type
@@ -40,7 +41,7 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
         check_settings(ended, config)
         if not changes(ended["config"], config)["longer"]:
             return output
-    checkpoint = newest_checkpoint(output)
+    checkpoint = newest_checkpoint(output, config.train.load_best_model_at_end)
     if checkpoint is None:
         info(f"nothing to resume in {output}: starting at step 0")
         return None
@@ -57,7 +58,7 @@ def read_run(folder: Path) -> dict | None:
     Raises:
         FilesError: it is damaged (no hash covers the record itself), or does not belong to a run.
     """
-    record = read_record(folder)
+    record = run_folder.read_record(folder)
     if record is None:
         return None
     if record.get("kind") not in ("checkpoint", "adapter"):
@@ -107,17 +108,26 @@ def announce_resume(before: dict, record: dict, state: State | None, steps: int,
     truncate_log(output, state.values["log_size"])
 
 
-def newest_checkpoint(output: Path) -> Path | None:
+def newest_checkpoint(output: Path, needs_best: bool = False) -> Path | None:
     """The newest intact checkpoint; each skipped one is named on stderr.
+
+    needs_best: rather one whose best checkpoint so far is intact too, if any; the run then writes the damaged one again.
 
     Raises:
         FilesError: all checkpoints are damaged, or there is an adapter without checkpoints.
     """
-    found = run_folder.checkpoint_folders(output)
+    found, without_best = run_folder.checkpoint_folders(output), []
     for folder in reversed(found):
-        if is_intact(folder):
+        if not is_intact(folder):
+            info(f"skipped checkpoint {folder}: damaged or incomplete")
+        elif needs_best and lost_best(folder):
+            without_best.append(folder)
+        else:
+            for newer in without_best:
+                info(f"skipped checkpoint {newer}: the best one so far, {lost_best(newer)}, is damaged or missing")
             return folder
-        info(f"skipped checkpoint {folder}: damaged or incomplete")
+    if without_best:
+        return without_best[0]
     if found:
         raise FilesError(
             f"{output}: all {len(found)} checkpoints are damaged. Restore one from a backup, or start over with --overwrite."
@@ -125,6 +135,24 @@ def newest_checkpoint(output: Path) -> Path | None:
     if is_trained(output, FilesError):
         raise FilesError(f"{output}: has an adapter but no checkpoints to resume from. Start over with --overwrite.")
     return None
+
+
+def lost_best(checkpoint: Path) -> Path | None:
+    """The best checkpoint so far of an intact one, if that is damaged or missing."""
+    step = best_step(read_json(checkpoint / JSON, FilesError))
+    best = checkpoint.with_name(f"step-{step}")
+    return best if step is not None and not is_intact(best) else None
+
+
+def read_state(checkpoint: Path, needs_best: bool) -> State:
+    """The state to resume from. If its best checkpoint is lost, and needed, the best of the coming steps takes its place."""
+    state = State.read(checkpoint)
+    if needs_best and (best := lost_best(checkpoint)):
+        warn(
+            f"the best checkpoint so far, {best}, is damaged or missing: the best after step {state.step} takes its place."
+        )
+        state.forget_best()
+    return state
 
 
 def check_settings(record: dict, config: Config) -> None:

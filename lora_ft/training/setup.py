@@ -29,7 +29,7 @@ from lora_ft.model.load import check_length, check_vocabulary, load_base, load_t
 from lora_ft.nn.attention import Isolation
 from lora_ft.training.arguments import arguments
 from lora_ft.training.checkpoint import State
-from lora_ft.training.resume import check_data
+from lora_ft.training.resume import check_data, read_state
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")  # versions in the record
 
@@ -163,7 +163,8 @@ class RunSetup:
     @cached_property
     def state(self) -> State | None:
         """The checkpoint's state, on every process."""
-        return processes.broadcast(lambda: State.read(self.checkpoint) if self.checkpoint else None)
+        needs_best = self.config.train.load_best_model_at_end
+        return processes.broadcast(lambda: read_state(self.checkpoint, needs_best) if self.checkpoint else None)
 
     @cached_property
     def row_tokens(self) -> int:

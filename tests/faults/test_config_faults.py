@@ -129,3 +129,10 @@ def test_a_local_name_is_never_asked_of_the_network(fresh):
 
     ended = train(fresh, "train.max_steps=1", before=no_network)
     assert ended.code == 0, ended
+
+
+@pytest.mark.parametrize("option", ["--vary", "--tune"])
+def test_values_of_a_comparison_that_share_a_folder(fresh, option):
+    more = () if option == "--vary" else ("--vary", "adapter.rank=2,4")
+    command = ("compare", "config.yaml", option, "adapter.targets=[q],q", *more)
+    refused_untouched(fresh, 2, option, "targets=q", command=command)

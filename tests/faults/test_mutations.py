@@ -19,6 +19,7 @@ import pytest
 
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
+from lora_ft.core.run_folder import read_record
 from lora_ft.core.storage import manifest, write_json
 from lora_ft.data.encode import load_examples
 from lora_ft.data.examples import Examples
@@ -26,7 +27,7 @@ from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import Template
 from lora_ft.methods.lora.inject import inject_lora
 from lora_ft.methods.lora.peft import read_adapter
-from lora_ft.methods.trained import Trained, check_base, read_record
+from lora_ft.methods.trained import Trained, check_base
 from lora_ft.model.files import resolve
 from lora_ft.training.checkpoint import State
 from lora_ft.training.resume import announce_resume, check_data, find_starting_point, newest_checkpoint

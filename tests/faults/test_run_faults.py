@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, start, train, training
+from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, settings, start, train, training
 from tests.helpers.tiny import write_base, write_reviews
 
 RESUME = (*TRAIN, "--resume")
@@ -238,3 +238,30 @@ def test_modes_follow_the_umask(fresh, umask, mode):
     assert cli(fresh, "merge", "--adapter", "out", before=lambda: os.umask(umask)).code == 0
     made = [p for name in ("out", "out-merged") for p in (fresh / name).rglob("*") if p.is_file()]
     assert {p.stat().st_mode & 0o777 for p in made} == {mode}
+
+
+# ---- a damaged best checkpoint ----
+
+EVERY_STEP = settings(
+    train__save_total_limit="null", train__save_steps=1, train__eval_steps=6, train__logging_steps=100
+)
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_damaged_best_checkpoint_is_noticed_at_the_start(fresh, earlier):
+    command = (*TRAIN, *EVERY_STEP)
+    begun = start(fresh, *command)
+    begun.wait_for(lambda: (fresh / "out/checkpoints/step-7").exists())
+    begun.send(signal.SIGTERM)
+    assert begun.end().code == 143
+    damage(fresh / "out/checkpoints/step-6/adapter_model.safetensors", "cut")
+    for step in range(1, 1 if earlier else 6):
+        shutil.rmtree(fresh / f"out/checkpoints/step-{step}")
+    ended = cli(fresh, *command, "--resume")
+    assert ended.code == 0 and "out/checkpoints/step-6, is damaged" in ended.err, ended
+    assert ("resuming after step 5 of" in ended.err) == earlier
+    assert ("takes its place" in ended.err) != earlier
+    if earlier:  # as if nothing had happened
+        assert cli(fresh, *command, "--set", "output=whole").code == 0
+        adapter = "adapter_model.safetensors"
+        assert (fresh / "out" / adapter).read_bytes() == (fresh / "whole" / adapter).read_bytes()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 import lora_ft.commands.evaluate
@@ -203,3 +204,23 @@ def test_while_torch_is_being_imported(fresh, signum):
     err = process.communicate(timeout=60)[1]
     assert process.returncode == CODES[signum], err
     assert "Traceback" not in err and time.monotonic() - began < 10
+
+
+def test_a_killed_comparison_ends_its_run(fresh):
+    command = [sys.executable, "-m", "lora_ft", "compare", "config.yaml", "--vary", "adapter.rank=2,4"]
+    command += ["--set", "train.num_train_epochs=10000"]
+    with (fresh / "stderr.txt").open("w") as stderr:
+        compare = subprocess.Popen(command, cwd=fresh, stderr=stderr)
+    try:
+        until = time.monotonic() + 100
+        while not list(fresh.glob("out-compare/runs/*/log.jsonl")):
+            assert compare.poll() is None and time.monotonic() < until, (fresh / "stderr.txt").read_text()
+            time.sleep(0.05)
+        runs = psutil.Process(compare.pid).children(recursive=True)
+    finally:
+        compare.kill()
+        compare.wait()
+    _, alive = psutil.wait_procs(runs, timeout=30)
+    for run in alive:
+        run.kill()
+    assert runs and not alive

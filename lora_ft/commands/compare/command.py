@@ -58,6 +58,8 @@ def compare_command(
     if tuned and TUNING_SET in eval_sets(config.data.eval):
         raise ConfigError(f"data.eval.{TUNING_SET}: is what --tune holds out of train; give the eval set another name")
     folder = output or Path(f"{config.output.rstrip('/')}-compare")
+    _check_distinct("--vary", [variant.folder for variant in variants])
+    _check_distinct("--tune", [folder_name(point) for point in grid])
     for variant in variants:  # all config errors come before the first run
         for point in grid:
             tuning_config(variant, point, seed_list[0], folder, tune_steps)
@@ -101,6 +103,14 @@ def compare_command(
     else:
         show(write())
         echo(folder / PAGE)
+
+
+def _check_distinct(option: str, names: Sequence[str]) -> None:
+    """Raise ConfigError if two values get the same folder name, of letters, digits and at most 60 characters."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(
+            f"{option}: two values have the same folder name, {twice}; compare them in separate comparisons"
+        )
 
 
 def parse_seeds(text: str) -> list[int]:

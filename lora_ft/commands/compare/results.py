@@ -79,7 +79,7 @@ def costs(records: Sequence[dict]) -> dict:
     entry = {
         "trainable_parameters": record["trainable_parameters"],
         "trainable_share": record["trainable_parameters"] / record["parameters"],
-        "bytes_on_disk": sum((outputs[0] / name).stat().st_size for name in weights),
+        "bytes_on_disk": sum(record["files"][name]["size"] for name in weights),
     }
     if logs:
         speeds = [statistics.median(line["tokens_per_second"] for line in log) for log in logs]

@@ -4,6 +4,8 @@ All state is in the runs' folders: a comparison that was stopped resumes when th
 run with the same settings is reused, an unfinished one resumes from its newest checkpoint.
 """
 
+import ctypes
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,13 +16,15 @@ from lora_ft.config.load import changes
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import EXIT_OUT_OF_MEMORY, ConfigError, FilesError, ModelError, NumbersError
 from lora_ft.core.messages import info
-from lora_ft.core.run_folder import RECORD, checkpoints
+from lora_ft.core.run_folder import RECORD, checkpoints, read_record
 from lora_ft.core.signals import Stopped
-from lora_ft.core.storage import read_json, write_file
+from lora_ft.core.storage import write_file
 from lora_ft.report.figures import config_text
 
 # The variant does not fit the model, its numbers overflow, or it needs too much memory: it is left out of the comparison.
 SKIPPED_EXIT_CODES = (ModelError.exit_code, NumbersError.exit_code, EXIT_OUT_OF_MEMORY)
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class RunFailed(Exception):
@@ -34,7 +38,7 @@ class RunFailed(Exception):
 def newest_record(output: Path) -> dict | None:
     """The record of a finished run, else of its newest checkpoint, as its `kind` says; None if there is neither."""
     folders = [folder for folder in (*checkpoints(output), output) if (folder / RECORD).is_file()]
-    return read_json(folders[-1] / RECORD, FilesError) if folders else None
+    return read_record(folders[-1], FilesError) if folders else None
 
 
 @dataclass
@@ -84,10 +88,18 @@ class Runner:
 def run_and_stream(command: list[str]) -> tuple[int, str]:
     """Run a command with its messages indented on stderr; returns its exit code and the last line of them.
 
-    The command has its own process group, out of reach of Ctrl-C: a signal to this process is passed on once.
+    The command has its own process group, out of reach of Ctrl-C: a signal to this process is passed on once. If this process
+    is killed, Linux ends the command with SIGTERM, so that it saves its last step.
     """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        process_group=0,
+        preexec_fn=(lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)) if libc else None,
     )
     assert child.stderr is not None
     last_line = ""

@@ -14,6 +14,7 @@ from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.names import nearest
 from lora_ft.core.paths import local_path
+from lora_ft.core.run_folder import read_record
 from lora_ft.core.trust import Trust
 from lora_ft.data.chats.format import end_tokens
 from lora_ft.data.chats.turns import Turn
@@ -21,7 +22,7 @@ from lora_ft.data.template import BadRow
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import check_names, mixed, use
 from lora_ft.methods.lora.peft import read_adapter
-from lora_ft.methods.trained import Trained, read_record, run_settings
+from lora_ft.methods.trained import Trained, run_settings
 from lora_ft.model.device import prepare_device
 from lora_ft.model.files import resolve
 from lora_ft.model.generate import Generated, generate, position_limit, to_text

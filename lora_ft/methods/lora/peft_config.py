@@ -1,8 +1,10 @@
 """PEFT's adapter_config.json (peft 0.21): which settings are accepted, a module's rank and alpha, the targeted modules."""
 
-import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+
+import regex
 
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import printable, warn
@@ -44,6 +46,9 @@ KNOWN = {  # all others of PEFT 0.21; the last line: of earlier versions
 # These only initialize A and B; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also change W.
 INITS_OF_A_AND_B = ("gaussian", "eva", "orthogonal")
 
+# Limits for patterns, which an adapter's author chose and PEFT gives to `re`, where some never end
+MAX_PATTERNS, MAX_PATTERN_CHARS, MATCH_SECONDS = 10_000, 10_000, 0.1
+
 
 def check_config(path: Path, config: dict) -> None:
     """Check that an adapter with this config can be applied exactly: else raise ModelError."""
@@ -68,6 +73,7 @@ def check_config(path: Path, config: dict) -> None:
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
             raise ModelError(f"{path}: {key} must be a table of patterns.")
+        _check_patterns(path, key, list(patterns))
         for pattern, value in patterns.items():
             check(path, f"{key}[{pattern!r}]", value)
     text, number = (str, "string"), (int, "number")
@@ -77,6 +83,10 @@ def check_config(path: Path, config: dict) -> None:
         values = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(v, kind) for v in values):
             raise ModelError(f"{path}: {key} must be a {name} or a list of {name}s.")
+        if kind is str:
+            _check_patterns(path, key, [v for v in values if v is not None])
+    if not isinstance(config.get("use_rslora"), bool | None):
+        raise ModelError(f"{path}: use_rslora is {config['use_rslora']!r:.40}; it must be true or false.")
     _check_unknown(path, {key: config[key] for key in sorted(config.keys() - KNOWN) if config[key]})
 
 
@@ -114,11 +124,29 @@ def by_pattern(path: Path, patterns: dict | None, module: str, default):
     """The value of the first pattern that matches the end of the module's path (PEFT's `get_pattern_key`), or `default`."""
     for pattern, value in (patterns or {}).items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if _match(rf"(.*\.)?({pattern})$", module):
                 return value
-        except (re.error, RecursionError) as e:
-            raise ModelError(f"{path}: {pattern!r} isn't a valid pattern ({e}).") from e
+        except (regex.error, RecursionError, TimeoutError) as e:
+            raise ModelError(f"{path}: {pattern!r:.200} isn't a valid pattern ({e}).") from e
     return default
+
+
+def _check_patterns(path: Path, key: str, patterns: list[str]) -> None:
+    if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_PATTERN_CHARS for pattern in patterns):
+        limit = f"at most {MAX_PATTERNS:,} patterns of {MAX_PATTERN_CHARS:,} characters are read"
+        raise ModelError(f"{path}: {key}: {limit}.")
+
+
+_compiled = cache(regex.compile)
+
+
+def _match(pattern: str, name: str, whole: bool = False) -> regex.Match | None:
+    """`re.match` or, for the `whole` name, `re.fullmatch`. Raises TimeoutError for a pattern that backtracks without end."""
+    compiled = _compiled(pattern)
+    try:
+        return (compiled.fullmatch if whole else compiled.match)(name, timeout=MATCH_SECONDS)
+    except TimeoutError:
+        raise TimeoutError(f"matching {name} takes more than {MATCH_SECONDS} s") from None
 
 
 def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] | None:
@@ -144,17 +172,17 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
             return False
         if not layers or isinstance(wanted, str) or name in wanted:
             return True
-        matches = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns)
+        matches = (_match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns)
         return next((int(match["index"]) in layers for match in matches if match), False)
 
     try:
         return {name for name in names if chosen(name)}
-    except (re.error, RecursionError) as e:
+    except (regex.error, RecursionError, TimeoutError) as e:
         where = "target_modules, exclude_modules or layers_pattern"
         raise ModelError(f"{CONFIG}: a pattern of {where} is invalid: {e}.") from e
 
 
 def _named(patterns: str | list[str], name: str) -> bool:
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return _match(patterns, name, whole=True) is not None
     return any(f".{name}".endswith(f".{p}") for p in patterns)

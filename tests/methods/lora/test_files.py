@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import peft
@@ -473,3 +474,47 @@ def test_an_exact_path_is_targeted_in_any_layer_as_in_peft():
     settings = dict(target_modules=[path, "up_proj"], layers_to_transform=[1])
     theirs = {name for name in (path, other) if check_target_module_exists(peft.LoraConfig(**settings), name)}
     assert peft_config.targeted(settings, [path, other], None) == theirs == {path, other}
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"base": {"name": 5}}, "base.name is not a string"),
+        ({"base": {"fingerprint": ["x"]}}, "base.fingerprint is not a string"),
+        ({"tokenizer": {}}, "tokenizer is not a string"),
+        ({"config": {"adapter": []}}, "config.adapter is not an object"),
+        ({"step": "4"}, "step is not an integer"),
+        ({"files": [1]}, "files is not an object"),
+    ],
+)
+def test_an_entry_of_a_record_of_another_type_is_an_error(record, named, tmp_path):
+    saved("gpt2", tmp_path / "a", record=False)
+    storage.write_json(tmp_path / "a" / files.RECORD, {"format": 1, "kind": "adapter"} | record)
+    with pytest.raises(ModelError, match=f"lora_ft.json: damaged: {named}"):
+        Trained.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "setting", [{"base_model_name_or_path": ["x"]}, {"use_rslora": 1}, {"r": [4]}, {"target_modules": {"a": 1}}]
+)
+def test_a_setting_of_another_type_is_an_error(setting, folder):
+    path = folder / peft_config.CONFIG
+    (folder / files.RECORD).unlink()
+    storage.write_json(path, json.loads(path.read_text()) | setting)
+    with pytest.raises(ModelError, match=f"{peft_config.CONFIG}: .*{next(iter(setting))}|{next(iter(setting))} is"):
+        files.read_adapter(Trained.open(folder))
+
+
+ENDLESS = "(?:(?:.|.)+)+[A-Z]"  # for `regex` too, which ends many that `re` does not
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_backtracks_without_end_is_refused(key, folder):
+    path = folder / peft_config.CONFIG
+    (folder / files.RECORD).unlink()
+    value = {ENDLESS: 4} if key.endswith("pattern") else ENDLESS
+    storage.write_json(path, json.loads(path.read_text()) | {key: value})
+    started = time.monotonic()
+    with pytest.raises(ModelError, match="takes more than"):
+        files.load_adapter(tiny_model("gpt2"), folder)
+    assert time.monotonic() - started < 15
