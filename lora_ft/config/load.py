@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import PydanticUndefined
+
 from lora_ft.config import yaml_reader
 from lora_ft.config.json_schema import alternatives, entry_at
 from lora_ft.config.rules import broken_rules, schema_errors, unknown
@@ -49,14 +51,26 @@ def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source:
 
 
 def changes(before: dict, config: Config) -> dict[str, list[str]]:
-    """The settings that differ between a record's config and this one: "section.setting: was X, is Y", by resume class."""
-    old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    """The settings that differ between a record's config and this one: "section.setting: was X, is Y", by resume class.
+
+    A setting that the record's version did not have was as its default is.
+    """
+    new = _flat(config.model_dump(mode="json"))
+    old = {path: _default(path) for path in new} | _flat(before)
     by_class: dict[str, list[str]] = {"result": [], "rounding": [], "free": [], "longer": []}
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
             was, now = (printable(json.dumps(values.get(path), ensure_ascii=False)) for values in (old, new))
             by_class[resume_class(*path)].append(f"{'.'.join(path)}: was {was}, is {now}")
     return by_class
+
+
+def _default(path: tuple[str, ...]) -> Any:
+    """The default of a setting, as in a record; None if it has none."""
+    default = (
+        SECTIONS[path[0]].model_fields[path[1]].get_default(call_default_factory=False) if len(path) == 2 else None
+    )
+    return None if default is PydanticUndefined else list(default) if isinstance(default, tuple) else default
 
 
 def _flat(config: dict) -> dict[tuple[str, ...], Any]:

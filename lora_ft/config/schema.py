@@ -111,7 +111,7 @@ class DataConfig(Section):
     )
     max_length: int = setting(512, "maximum number of tokens of an example; longer ones are cut", ge=2, le=2**24)
     truncate: Literal["column", "start", "end"] = setting(
-        "column", "for data.prompt: a prompt too long loses the middle of its longest column, its start, or its end"
+        "column", "a prompt too long loses the middle of its longest column, its start or its end", resume="free"
     )
     long_text: Literal["truncate", "split"] = setting(
         "truncate", "for data.text: truncate long texts, or split them into pieces of max_length"

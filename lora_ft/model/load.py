@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lora_ft.core.errors import ConfigError, ModelError, is_out_of_memory
-from lora_ft.core.messages import info, listed, printable
+from lora_ft.core.messages import announce_if_slow, info, listed, printable
 from lora_ft.model.files import Base, digest, stored_dtype
 from lora_ft.model.generate import position_limit
 from lora_ft.nn.mlp import fuse_gelu
@@ -82,7 +82,7 @@ def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTraine
         ModelError: an unknown architecture, remote code that is not trusted, missing or damaged weights, NaN or inf.
     """
     config = load_model_config(base)
-    with _as_model_error(base, "can't be loaded"):
+    with _as_model_error(base, "can't be loaded"), announce_if_slow(f"loading {base.name}"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             base.folder,
             config=None if base.gguf else config,
