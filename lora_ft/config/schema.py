@@ -98,9 +98,7 @@ class DataConfig(Section):
     )
     max_train_examples: int | None = setting(None, "train on a random sample of this size (by train.seed)", ge=1)
     max_eval_examples: int | None = setting(None, "evaluate on a random sample of this size of each set", ge=1)
-    prompt: types.TemplateText | None = setting(
-        None, "first form: columns in {braces}, [[optional parts]]; not supervised"
-    )
+    prompt: types.TemplateText | None = setting(None, "first form: {column} names, [[optional parts]]; not supervised")
     completion: types.Supervised | None = setting(None, "the text after the prompt, supervised with its end token")
     text: types.Supervised | None = setting(None, "second form: a text with columns in braces, fully supervised")
     messages: data_types.Messages = setting(
@@ -112,12 +110,15 @@ class DataConfig(Section):
         "settings of the chat template, as {enable_thinking: false}; used for training and for every generation prompt",
     )
     roles: types.Roles = setting(None, "roles in the rows -> roles of the chat template, as {prompter: user}")
-    supervise: Literal["all", "last"] = setting("all", "for data.messages: the assistant turns that are learned")
-    reasoning: Literal["keep", "drop"] = setting("keep", "for data.messages: the reasoning is learned, or not")
+    supervise: Literal["all", "last"] = setting("all", "for data.messages: learn all assistant turns, or only the last")
+    reasoning: Literal["keep", "drop"] = setting("keep", "for data.messages: learn supervised turns' reasoning, or not")
     label_names: types.LabelNames = setting(
         None, "{label: [negative, positive]} maps class ids to words and makes the evaluation a classification"
     )
     max_length: int = setting(512, "maximum number of tokens of an example; longer ones are cut", ge=2, le=2**24)
+    truncate: Literal["column", "start", "end"] = setting(
+        "column", "a prompt too long loses the middle of its longest column, its start or its end", resume="free"
+    )
     long_text: Literal["truncate", "split"] = setting(
         "truncate", "for data.text: truncate long texts, or split them into pieces of max_length"
     )

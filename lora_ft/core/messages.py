@@ -4,8 +4,10 @@ import json
 import os
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 # control characters but \t and \n, C1, and those that end lines or change the direction of text
@@ -97,6 +99,18 @@ def info(message: str) -> None:
 def warn(message: str) -> None:
     """Print a message marked as a warning on stderr."""
     info(f"warning: {message}")
+
+
+@contextmanager
+def announce_if_slow(what: str, seconds: float = 1.5) -> Iterator[None]:
+    """Print what is being done if it takes longer than this."""
+    timer = threading.Timer(seconds, info, [f"{what} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def first_line(error: BaseException) -> str:

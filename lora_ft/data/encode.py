@@ -33,6 +33,7 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    truncate: Literal["column", "start", "end"] = "column",
     long_text: Literal["truncate", "split"] = "truncate",
     bad_rows: Literal["error", "skip"] = "error",
     format: FileFormat = DEFAULT,
@@ -43,9 +44,8 @@ def load_examples(
 ) -> Examples:
     """The rows of the sources, in order, as examples. Only rows that are used are encoded.
 
-    max_length: in tokens. format: how text files are written.
-    held_out, part: use only the rows of one part, as `part_indices` defines it. max_examples: use
-    only a seeded sample of this many rows, in order.
+    max_length: in tokens; truncate: what a longer prompt loses. format: how text files are written. held_out, part: use only
+    the rows of one part, as `part_indices` defines it. max_examples: use only a seeded sample of this many rows, in order.
 
     Raises:
         DataError: a source or row cannot be read or encoded, label words have equal ids, or nothing is left to train on.
@@ -64,9 +64,9 @@ def load_examples(
     sha256 = key_of(content, settings, chat)  # without versions: --resume compares it with an earlier run's record
     encoder = text_encoder(tokenizer)
     dataset, made = cached(
-        key_of(sha256, sources, ENCODING_VERSION, version("tokenizers"), version("transformers")),
+        key_of(sha256, truncate, sources, ENCODING_VERSION, version("tokenizers"), version("transformers")),
         EXAMPLES,
-        lambda write: _encode(sample, template, max_length, long_text == "split", bad_rows, encoder, write),
+        lambda write: _encode(sample, template, max_length, truncate, long_text == "split", bad_rows, encoder, write),
         "encoding",
         len(sample),
     )
@@ -82,6 +82,8 @@ def load_examples(
         counts["skipped"] = (read["skipped"] + made["skipped"])[:MAX_REPORTED_ROWS]
         counts["skipped_count"] += read["skipped_count"]
         counts |= {name: read[name] for name in ("notes", "turns", "turn_ends") if name in read}
+    if template.prompt is not None and counts["truncated"] and truncate != "start":
+        sha256 = key_of(sha256, truncate)  # earlier versions cut prompts at the start
     report = EncodingReport(**counts, content=content, sha256=sha256)
     words = template.label_names[template.label_column] if template.label_names and template.label_column else []
     return Examples(dataset, report, list(words), texts)
@@ -99,6 +101,7 @@ def _encode(
     texts: datasets.Dataset,
     template: Template,
     max_length: int,
+    truncate: str,
     split: bool,
     bad_rows: str,
     encoder: TextEncoder,
@@ -113,7 +116,8 @@ def _encode(
         elif template.text is not None:
             encoded = encode_texts(batch["completion"], max_length, split, encoder)
         else:
-            pairs = encode_pairs(batch["prompt"], batch["completion"], batch["choices"], max_length, encoder)
+            texts_of_rows = (batch["prompt"], batch["completion"], batch["choices"], batch["spans"])
+            pairs = encode_pairs(*texts_of_rows, max_length, truncate, encoder)
             encoded = ([e] for e in pairs)
             empty += sum(not completion.strip() for completion in batch["completion"])
         examples = []

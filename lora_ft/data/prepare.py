@@ -71,8 +71,6 @@ def _held_out(data: DataConfig) -> dict[str, int | float]:
 
 def _loader(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Callable[..., Examples]:
     """`load_examples` with the settings that all sets of a run share."""
-    format = file_format(data.format)
-    settings = dict(
-        max_length=data.max_length, long_text=data.long_text, bad_rows=data.bad_rows, seed=seed, format=format
-    )
-    return partial(load_examples, template=template_of(data), tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
+    names = ("max_length", "truncate", "long_text", "bad_rows")
+    settings = {name: getattr(data, name) for name in names} | {"seed": seed, "format": file_format(data.format)}
+    return partial(load_examples, template=template_of(data), tokenizer=tokenizer, **settings)

@@ -4,6 +4,7 @@ labels[i] is input_ids[i] (not shifted) or IGNORE. The first token is never supe
 """
 
 import copy
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.data.pieces import PIECE, encode_long, groups
 
 IGNORE = -100
+CUT_MARK = " [...] "  # for the middle of a column that is too long
 Ids = list[int]
 
 
@@ -34,6 +36,14 @@ class Encoded(NamedTuple):
     def supervised(self) -> int:
         """The number of supervised tokens."""
         return len(self.labels) - self.labels.count(IGNORE)
+
+
+# What prompts that are too long lose, by data.truncate
+LOST = {
+    "column": "prompts lose the middle of their longest column, marked [...]",
+    "start": "prompts are cut at the start",
+    "end": "prompts are cut at the end",
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,45 @@ class TextEncoder:
         first, kept = len(self.before), max(max_length - len(self.before), 0)
         return prompt[:first] + (prompt[first:][-kept:] if kept else [])
 
+    def cut_prompt(self, prompt: Ids, text: str, spans: list[int], max_length: int, truncate: str) -> Ids:
+        """At most `max_length` ids of a prompt, cut as data.truncate says.
+
+        text, spans: the prompt as text, and start, end, ... of the columns in it, in characters.
+        """
+        if len(prompt) <= max_length:
+            return prompt
+        if truncate == "end":
+            return prompt[: max(max_length, 0)]
+        cut = self._cut_columns(text, spans, max_length - len(self.before)) if truncate == "column" else None
+        return self.truncate_start(prompt, max_length) if cut is None else self.before + cut
+
+    def _cut_columns(self, text: str, spans: list[int], room: int) -> Ids | None:
+        """Ids in which the longest columns have CUT_MARK for their middle; None if that can't make room."""
+        encoding, mark = self.bare.encode(text), self.encode_bare(CUT_MARK)
+        ids, offsets = encoding.ids, encoding.offsets
+        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+        columns = [
+            (bisect_left(starts, s), bisect_right(ends, e)) for s, e in zip(spans[::2], spans[1::2], strict=True)
+        ]
+        lengths = [max(last - first, 0) for first, last in columns]
+        fixed = len(ids) - sum(lengths)
+        # the most tokens that a column may have: the longer ones are cut to that
+        limit = (
+            bisect_right(range(max(lengths, default=0)), room, key=lambda n: fixed + sum(min(n, m) for m in lengths))
+            - 1
+        )
+        if limit < len(mark) + 2:
+            return None
+        for (first, last), length in reversed(list(zip(columns, lengths, strict=True))):
+            if length > limit:
+                head, tail = first + (limit - len(mark) + 1) // 2, last - (limit - len(mark)) // 2
+                while head > first and starts[head] < ends[head - 1]:  # a character of several tokens stays whole
+                    head -= 1
+                while tail < last and starts[tail] < ends[tail - 1]:
+                    tail += 1
+                ids = ids[:head] + mark + ids[tail:]
+        return ids
+
     def strip_eos(self, ids: Ids) -> Ids:
         """Without a final end-of-sequence token: a text may spell it out, and it must not occur twice."""
         return ids[:-1] if self.eos and ids[-1:] == self.eos else ids
@@ -104,13 +153,19 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
 
 
 def encode_pairs(
-    prompts: list[str], completions: list[str], choices: list[list[str]], max_length: int, encoder: TextEncoder
+    prompts: list[str],
+    completions: list[str],
+    choices: list[list[str]],
+    spans: list[list[int]],
+    max_length: int,
+    truncate: str,
+    encoder: TextEncoder,
 ) -> Iterator[Encoded]:
     """Prompts and completions; choices[i] are the completions to compare in a classification, or [].
 
     The ids of a completion are those that prompt + completion, tokenized together, adds to the prompt's. Where tokens merge
-    across the boundary, the completion is tokenized alone. If an example is too long, the prompt loses its start (BOS is
-    kept) until the longest choice with end-of-sequence fits; then the completion loses its end.
+    across the boundary, the completion is tokenized alone. If an example is too long, the prompt is cut (BOS is kept) as
+    `TextEncoder.cut_prompt` does, until the longest choice with end-of-sequence fits; then the completion loses its end.
     """
     # the completion is one of the choices, if there are any
     candidates = [words or [completion] for completion, words in zip(completions, choices, strict=True)]
@@ -119,7 +174,7 @@ def encode_pairs(
         words = encoded if choices[i] else []
         completion = encoded[right] + encoder.eos
         reserved = max(len(completion), *(len(word) + len(encoder.eos) for word in words), 0)
-        kept = encoder.truncate_start(prompt, max_length - reserved)
+        kept = encoder.cut_prompt(prompt, prompts[i], spans[i], max_length - reserved, truncate)
         ids = (kept + completion)[:max_length]
         labels = [IGNORE, *([IGNORE] * len(kept) + completion)[1:]][: len(ids)]
         full_length = len(prompt) + len(completion)

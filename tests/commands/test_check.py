@@ -61,7 +61,9 @@ def test_rows_of_both_sets_are_found(made):
 
 def test_a_prompt_longer_than_max_length(made):
     facts, _ = checked(made, data__max_length=24)
-    assert facts["train"]["truncated"] and warned(facts, "data.max_length 24", "prompts are cut at the start")
+    assert facts["train"]["truncated"] and warned(
+        facts, "data.max_length 24", "lose the middle of their longest column"
+    )
     assert facts["lengths"][-1][2] == facts["train"]["truncated"]
 
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from lora_ft.commands.export import hub
 from lora_ft.commands.export.command import export_command
 from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.methods.lora.files import save_adapter
+from lora_ft.methods.lora.inject import inject_lora
 from tests.helpers.tiny import write_base
 
 IDS = torch.arange(3, 63).reshape(2, 30)
@@ -222,3 +224,25 @@ def test_a_hub_that_fails_is_told_kindly(fake, adapter, tmp_path, error, said):
     with pytest.raises(ModelError, match=said):
         export_command(adapter, "peft", push="me/mine")
     assert (tmp_path / "theirs-peft").is_dir()
+
+
+def test_peft_finds_a_local_base_and_an_export_does_not_show_its_folder(tmp_path):
+    base = write_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    inject_lora(model, rank=2)
+    (tmp_path / "ours").mkdir()
+    save_adapter(model, tmp_path / "ours", str(base))
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert torch.equal(logits(found.eval()), logits(model.eval()))
+    export_command(tmp_path / "ours", "peft", output=tmp_path / "exported", base=str(base))
+    assert str(tmp_path) not in (tmp_path / "exported/adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("to", ["peft", "gguf"])
+@pytest.mark.parametrize(
+    "config, word", [({"peft_type": "PROMPT_TUNING"}, "PEFT loads the folder"), ({"method": "bottleneck"}, "eval")]
+)
+def test_other_methods_are_refused_with_the_way_out(tmp_path, to, config, word):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"only LoRA is exported. .*{word}"):
+        export_command(tmp_path, to, output=tmp_path / "x")

@@ -235,6 +235,7 @@ REFUSED = [
     ("data.max_eval_examples", "5", "needs data.eval"),
     ("data.chat_template", "chat.jinja", "data.messages only"),
     ("data.long_text", "split", "data.text only"),
+    ("data.truncate", "middle", "column, start, end"),
     ("data.bad_rows", "skp", "did you mean skip?"),
     ("model.dtype", "fp16", "did you mean float16?"),
     ("data.max_length", "0", "from 2"),
@@ -293,6 +294,8 @@ def test_refused(wrong, place, given, word):
         ("  messages: '{m}'\n", "bare name"),
         ("  text: '{a}'\n  label_names: {a: [x, y]}\n", "needs data.prompt and data.completion"),
         ("  messages: m\n  long_text: split\n", "text only"),
+        ("  text: '{a}'\n  truncate: start\n", "data.prompt only"),
+        ("  text: '{a}[['\n", "a [[ is not closed"),
     ],
 )
 def test_invalid_forms(wrong, form, word):
@@ -414,7 +417,7 @@ def test_every_setting_has_a_description_and_a_resume_class():
     ]
     assert resume_class("train", "micro_batch_tokens") == "rounding" and resume_class("train", "seed") == "result"
     assert {n for s, n in places if s != "trainer" and resume_class(s, n) == "free"} == {
-        *("logging_steps", "save_steps", "save_total_limit", "report_to", "evaluate_base")
+        *("logging_steps", "save_steps", "save_total_limit", "report_to", "evaluate_base", "truncate")
     }
 
 

@@ -21,7 +21,7 @@ ROWS = [{"text": f"film {i} " + "warm and funny " * (i % 5), "label": "positive"
 
 
 def load(path, template, tokenizer, max_length=64, **settings):
-    return load_examples([path], template, tokenizer, max_length=max_length, **settings)
+    return load_examples([path], template, tokenizer, max_length=max_length, **{"truncate": "start"} | settings)
 
 
 def ids(tokenizer, text, special=True):
@@ -96,6 +96,51 @@ def test_end_of_sequence(write, make_tokenizer, plain):
         0,
         1,
     ]  # the one that the row spells out is kept
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("max_length", [60, 40])
+def test_a_long_prompt_loses_the_middle_of_its_longest_column(write, make_tokenizer, bos, max_length):
+    tokenizer = make_tokenizer(bos)
+    context = "so it goes " + "warm and funny " * 30 + "at the end"
+    path = write(
+        "a.jsonl",
+        [{"task": "Review", "context": context, "q": "is it \u00e9\u4e2d?"}, {"task": "a", "context": "b", "q": "c"}],
+    )
+    template = Template("{task}: {context}\nQ: {q}\nA:", " {task}")
+    examples = load(path, template, tokenizer, max_length, truncate="column")
+    text = tokenizer.decode(examples.dataset[0]["input_ids"], skip_special_tokens=True)
+    head, tail = text.split(" [...] ")
+    assert head.startswith("Review: so") and tail.endswith("\nQ: is it \u00e9\u4e2d?\nA: Review")
+    assert context.startswith(head.removeprefix("Review: ")) and context.endswith(tail.split("\n")[0])
+    assert max_length - 1 <= len(examples.dataset[0]["input_ids"]) <= max_length
+    assert examples.dataset["truncated"][:] == [True, False]
+    at_end = load(path, template, tokenizer, max_length, truncate="end")
+    kept = at_end.dataset[0]["input_ids"][: at_end.dataset[0]["prompt_length"]]
+    assert (
+        tokenizer.decode(kept, skip_special_tokens=True)
+        == f"Review: {context}"[: len(tokenizer.decode(kept, skip_special_tokens=True))]
+    )
+    assert (
+        len(
+            {
+                load(path, template, tokenizer, n, truncate=t).report.sha256
+                for n in (max_length, 999)
+                for t in ("start", "column")
+            }
+        )
+        == 3
+    )
+
+
+@pytest.mark.parametrize("max_length", range(24, 60))
+def test_no_character_is_cut_and_equal_columns_share(write, plain, max_length):
+    rows = [{"a": "\u4e2d\u6587\u00e9" * 20, "b": "\u4e2d\u6587" * 30, "c": "x"}]
+    template = Template("{a}|{b}|{c}", "{c}")
+    (example,) = load(write("a.jsonl", rows), template, plain, max_length, truncate="column").dataset
+    text = plain.decode(example["input_ids"])
+    assert "\ufffd" not in text and text.count(" [...] ") == 2 and text.endswith("|xx</s>")
+    assert max_length - 8 <= len(example["input_ids"]) <= max_length
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -11,6 +11,7 @@ from lora_ft.core.messages import printable
 from lora_ft.data.chats.format import end_tokens
 from lora_ft.data.examples import Examples, column_array
 from lora_ft.data.prepare import find_chat
+from lora_ft.data.tokens import LOST
 from lora_ft.training.setup import RunSetup
 
 FEW_LABELS = 20  # a data set with at most this many distinct completions has labels of a classification
@@ -67,7 +68,7 @@ def examine_data(setup: RunSetup, generation: GenerationConfig) -> tuple[int, di
         report = examples.report
         if report.truncated:
             longest = int(lengths(examples).max())
-            lost = "prompts are cut at the start" if data.prompt is not None else "they are cut at the end"
+            lost = LOST[data.truncate] if data.prompt is not None else "they are cut at the end"
             result.append(
                 f"data.{which}: {report.truncated:,} of {report.examples:,} examples are longer than data.max_length "
                 f"{data.max_length}: {lost}. The longest has {longest:,} tokens."

@@ -25,6 +25,11 @@ from lora_ft.model.files import Base, resolve, stored_dtype
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
 from lora_ft.model.small_files import require_inside, small_files
 
+OTHERS = {
+    "prompt": "PEFT loads the folder as it is.",
+    "bottleneck": "No other library reads this format: use it with `lora-ft eval`.",
+}
+
 
 def export_command(
     folder: Path,
@@ -73,6 +78,8 @@ def export_command(
         export_model_gguf(files, target, dtype, None, verify)
     else:
         trained = Trained.open(folder)
+        if trained.method != "lora":
+            raise ModelError(f"{folder}: of method {trained.method}; only LoRA is exported. {OTHERS[trained.method]}")
         adapter, files = read_adapter(trained), trained.base(base, trust)
         check_base(trained.record, files, trust.other_base)
         if to == "peft":

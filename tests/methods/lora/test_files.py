@@ -364,6 +364,8 @@ def test_not_finite(folder, value):
         (dict(init_lora_weights="pissa_niter_4"), ["pissa_niter_4"]),
         (dict(task_type="SEQ_CLS"), ["SEQ_CLS"]),
         (dict(use_next_years_method=True), ["use_next_years_method"]),
+        (dict(next_layers=["a"]), ["unknown setting next_layers: ['a']"]),
+        (dict(next_config={"a": 1}), ["unknown setting next_config"]),
         (dict(target_modules=7), ["target_modules"]),
         (dict(target_modules="("), ["is invalid"]),
         (dict(layers_to_transform=["a"]), ["layers_to_transform"]),
@@ -374,9 +376,14 @@ def test_configs_that_can_not_be_applied(folder, changes, why):
     refused(folder, files.CONFIG, *why)
 
 
-def test_null_settings_of_a_later_peft_are_fine(folder):
+def test_settings_of_a_later_peft_are_told_unless_they_are_off(folder, capsys):
     edit(folder, use_next_years_method=False, next_config=None, next_size=16, next_name="x", next_table={})
     files.load_adapter(tiny_model("gpt2"), folder)
+    assert "unknown here, perhaps of a later PEFT: next_name: 'x', next_size: 16." in capsys.readouterr().err
+
+
+def test_settings_of_this_peft_are_known():
+    assert peft.LoraConfig().to_dict().keys() <= peft_config.KNOWN
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, " " * (16 * 2**20 + 1), '{"a":' * 100_000 + "1" + "}" * 100_000])
