@@ -6,7 +6,8 @@ import datasets
 import pytest
 
 from lora_ft.core.errors import DataError
-from lora_ft.data.chats.turns import read_conversation
+from lora_ft.data.chats.raw_turns import asked_messages
+from lora_ft.data.chats.turns import read_conversation, read_prompt
 from lora_ft.data.encode import load_examples
 from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import BadRow, Template
@@ -220,3 +221,11 @@ def test_turns_of_several_columns_and_of_templates():
         read_conversation({"prompt": [user, assistant], "chosen": [user]}, ("prompt", "chosen"))
     with pytest.raises(BadRow, match='no column "q"'):
         read_conversation({"history": []}, parts)
+
+
+def test_a_row_that_asks_needs_no_answer():
+    parts = ("history", {"user": "{q}"}, {"assistant": "{a}"})
+    row = {"q": "And 2?", "system": "Count."}
+    turns, _ = read_prompt(row, asked_messages(row, parts))
+    assert [(turn["role"], turn["content"]) for turn in turns] == [("system", "Count."), ("user", "And 2?")]
+    assert asked_messages({"messages": [1]}, parts) == "messages" and asked_messages({"a": "x"}, parts) is None
