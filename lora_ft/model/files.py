@@ -97,7 +97,7 @@ def _local(name: str) -> Base:
         if path.suffix != ".gguf":
             raise ModelError(f"model {name}: a file that isn't .gguf. Give the folder that holds config.json.")
         return Base(name, path.parent, gguf=path)
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").exists():
         hint = " It holds an adapter: name its base model instead." if (path / "adapter_config.json").exists() else ""
         raise ModelError(f"model {name}: no config.json in that folder.{hint}")
     return Base(name, path)

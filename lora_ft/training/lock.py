@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from lora_ft.core.disk import os_errors_as_files_error
 from lora_ft.core.errors import FilesError
 from lora_ft.core.messages import warn
+from lora_ft.core.paths import refuse_special
 from lora_ft.training.output import ANOTHER, check_not_a_file, remove_if_empty, remove_leftovers
 
 LOCK, HOLDER = ".lock", ".lock.pid"
@@ -29,6 +30,8 @@ def locked(output: Path) -> Iterator[None]:
         FilesError: it is a file, can't be written or locked, or another run holds the lock (with its pid).
     """
     check_not_a_file(output)
+    for name in (LOCK, HOLDER):
+        refuse_special(output / name, FilesError)
     created, lock, holder = not output.exists(), FileLock(output / LOCK, blocking=False), output / HOLDER
     try:
         try:

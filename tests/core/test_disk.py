@@ -1,0 +1,86 @@
+"""What file systems refuse: an operation that a mount lacks is left out, any other failure names the path."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_ft.core import paths, storage
+from lora_ft.core.errors import FilesError, ModelError
+
+
+def failing(monkeypatch, owner, name: str, number: int) -> None:
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+def write_all(folder: Path) -> None:
+    storage.write_file(folder / "file", "new")
+    storage.write_tensors(folder / "tensors", {"x": torch.ones(2)})
+    with storage.atomic_folder(folder / "a" / "folder") as staged:
+        (staged / "file").write_text("new")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "chmod")])
+def test_a_mount_that_lacks_it_is_used_all_the_same(tmp_path, monkeypatch, owner, name, number):
+    failing(monkeypatch, owner, name, number)
+    write_all(tmp_path)
+    assert {p.name for p in tmp_path.rglob("*")} == {"file", "tensors", "a", "folder"}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "replace"), (Path, "write_bytes"), (os, "open")])
+def test_a_failure_names_the_path_and_keeps_what_was_there(tmp_path, monkeypatch, owner, name, number):
+    (tmp_path / "file").write_text("old")
+    with monkeypatch.context() as patch:
+        failing(patch, owner, name, number)
+        with pytest.raises(FilesError, match=r"/file: "):
+            storage.write_file(tmp_path / "file", "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
+
+
+@pytest.mark.parametrize("name", ["mkdir", "rename"])
+def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        failing(patch, Path, name, errno.EIO)
+        with (
+            pytest.raises(FilesError, match=r"/folder: .*Input/output error"),
+            storage.atomic_folder(tmp_path / "folder"),
+        ):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pipes_and_devices_are_never_read_or_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name, kind in (("pipe", "a pipe"), ("null", "a device")):
+        for use in (
+            lambda path: storage.write_file(path, "x"),
+            lambda path: storage.append_line(path, {}),
+            lambda path: storage.read_json(path, FilesError),
+        ):
+            with pytest.raises(FilesError, match=f"/{name}: {kind}, not a file"):
+                use(tmp_path / name)
+    with pytest.raises(ModelError, match="a pipe"):
+        storage.read_json(tmp_path / "pipe", ModelError)
+    assert Path("/dev/null").is_char_device()
+
+
+def test_no_place_for_temporary_files(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    with pytest.raises(FilesError, match="Set TMPDIR"):
+        paths.temporary_folder()
+
+
+def test_a_home_that_is_not_known(monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
+    assert paths.local_path("~/x") == Path("~/x") and paths.local_path("~nobody-here/x") == Path("~nobody-here/x")

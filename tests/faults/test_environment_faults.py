@@ -1,0 +1,111 @@
+"""Surroundings that a command can't work in: special files, files of others, mounts without locks, no temporary folder."""
+
+import codecs
+import errno
+import fcntl
+import os
+import tempfile
+
+import datasets
+import pytest
+
+from tests.helpers.command import cli, files, refused, refused_untouched, settings, train
+from tests.helpers.tiny import lora_ft
+
+
+@pytest.mark.parametrize(
+    "name, code",
+    [
+        ("config.yaml", 2),
+        ("train.jsonl", 3),
+        ("base/config.json", 4),
+        ("base/tokenizer.json", 4),
+        ("base/tokenizer_config.json", 4),
+        ("base/model.safetensors", 4),
+        ("base/generation_config.json", 4),
+    ],
+)
+def test_a_pipe_where_a_file_belongs(fresh, name, code):
+    (fresh / name).unlink(missing_ok=True)
+    os.mkfifo(fresh / name)
+    refused_untouched(fresh, code, name, "a pipe, not a file")
+
+
+def test_a_device_where_a_file_belongs(fresh):
+    for name, code in (("zero.jsonl", 3), ("zero.gguf", 4)):
+        (fresh / name).symlink_to("/dev/zero")
+        setting = {"data__train" if code == 3 else "model__name": name}
+        refused(cli(fresh, "train", "config.yaml", *settings(**setting)), code, name, "a device, not a file")
+    (fresh / "template.jinja").symlink_to("/dev/zero")
+    chat = settings(data__chat_template="template.jinja", data__messages="messages", data__prompt="null")
+    ended = cli(fresh, "check", "config.yaml", *chat, *settings(data__completion="null", data__label_names="null"))
+    refused(ended, 2, "template.jinja", "a device")
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", ".lock", ".lock.pid"])
+def test_a_pipe_in_the_output(fresh, name):
+    (fresh / "out").mkdir()
+    os.mkfifo(fresh / "out" / name)
+    refused(train(fresh), 6, name, "a pipe, not a file")
+    assert [p.name for p in (fresh / "out").iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "path, code",
+    [("train.jsonl", 3), ("base/model.safetensors", 4), ("base/tokenizer.json", 4), ("base", 4)],
+)
+def test_a_file_of_someone_else(fresh, path, code):
+    if os.getuid() != 0:
+        pytest.skip("needs root, to become someone else")
+    codecs.lookup("utf-8-sig")  # the library may be where only root can read
+    for place in fresh.parents[:2]:
+        place.chmod(0o755)
+    fresh.chmod(0o777)
+    (fresh / "base/model.safetensors").chmod(0o644)
+    (fresh / path).chmod(0)
+
+    def as_nobody():
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+
+    ended = train(fresh, before=as_nobody)
+    refused(ended, code, path, "Permission denied")
+    assert "no such" not in ended.err and "space" not in ended.err, ended.err
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINTR])
+def test_a_run_on_a_mount_without_locks(prepared, fresh, number):
+    def no_locks():
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        fcntl.flock = flock
+
+    ended = train(fresh, before=no_locks)
+    assert ended.code == 0 and "warning: output out: its file system can't lock it" in ended.err, ended
+    same = "out/adapter_model.safetensors"
+    assert (fresh / same).read_bytes() == (prepared / same).read_bytes()
+    assert not [name for name in files(fresh) if ".lock" in name]
+
+
+def test_no_place_for_temporary_files(fresh):
+    def nowhere():
+        tempfile.tempdir, tempfile._candidate_tempdir_list = None, lambda: ["/proc/none"]
+        datasets.config.HF_DATASETS_CACHE = fresh / "train.jsonl"
+
+    refused(train(fresh, before=nowhere), 6, "no temporary folder", "TMPDIR")
+
+
+def test_a_run_in_a_locale_without_utf8(fresh, monkeypatch):
+    """Names of files, rows, template and output outside of ASCII; the terminal shows them escaped."""
+    monkeypatch.setenv("LC_ALL", "POSIX")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    text = (fresh / "train.jsonl").read_text(encoding="utf-8").replace("film", "fílm")
+    (fresh / "trüin.jsonl").write_text(text, encoding="utf-8")
+    config = (fresh / "config.yaml").read_text(encoding="utf-8").replace("train.jsonl", "trüin.jsonl")
+    (fresh / "config.yaml").write_text(config.replace("Review", "Revïew"), encoding="utf-8")
+    ended = lora_ft("train", "config.yaml", "--set", "output=öut", "--set", "train.max_steps=1", cwd=fresh)
+    assert ended.returncode == 0 and ended.stderr.isascii() and ended.stdout == "\\xf6ut\n", ended
+    assert "Revïew" in (fresh / "öut/lora_ft.json").read_text(encoding="utf-8")
