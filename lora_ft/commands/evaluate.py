@@ -13,7 +13,8 @@ from lora_ft.core.run_folder import RECORD
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import prepare_eval_sets, template_of
-from lora_ft.evaluation.evaluate import evaluate_set
+from lora_ft.evaluation.evaluate import compare_with_base, evaluate_set
+from lora_ft.evaluation.paired import Rows
 from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.tables import EvalResult, print_result, save_texts
 from lora_ft.evaluation.texts import check_installed
@@ -86,12 +87,15 @@ def evaluate_command(
     for name, examples in sets.items():
         prompts = eval_prompts(model, tokenizer, examples, config) if config.generation.metrics else None
         result = EvalResult(name, len(examples.dataset), examples.label_words, prompts)
+        base_rows: Rows = {}
         for who in ["base", *own] if trained else own:
             if several:
                 use(model, None if who == "base" else who)
-            result.scores[who], result.texts[who] = evaluate_set(
+            metrics, result.texts[who], rows = evaluate_set(
                 model, tokenizer, examples, prompts, config, isolation, at_most, base=who == "base"
             )
+            base_rows = rows if who == "base" else base_rows
+            result.scores[who] = metrics | (compare_with_base(base_rows, rows) if who != "base" else {})
         results.append(result)
     if as_json:
         by_name = {result.name: result.as_dict(several=several) for result in results}
