@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_ft.commands.eval_data import read_eval_sets, warn_of_trained_rows
 from lora_ft.config.load import NOT_TRAINING, load_config, parse_config
 from lora_ft.config.rules import FORMS
 from lora_ft.config.schema import Config
@@ -12,7 +13,7 @@ from lora_ft.core.messages import info
 from lora_ft.core.run_folder import RECORD
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import largest_id
-from lora_ft.data.prepare import prepare_eval_sets, template_of
+from lora_ft.data.prepare import template_of
 from lora_ft.evaluation.evaluate import compare_with_base, evaluate_set
 from lora_ft.evaluation.paired import Rows
 from lora_ft.evaluation.references import eval_prompts
@@ -66,9 +67,11 @@ def evaluate_command(
         entry.check(files, tokenizer, trust.other_base, str(entry.folder) if i else None)
     for entry in trained[1:]:
         note_other_template(entry, config)
-    sets = prepare_eval_sets(config.data, tokenizer, config.train.seed)
+    sets = read_eval_sets(folder, config, tokenizer, named=bool(data))
     for name, examples in sets.items():
         info(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
+    for entry_folder, of in [(entry.folder, entry.record) for entry in trained] or [(folder, record)]:
+        warn_of_trained_rows(entry_folder, of, config, tokenizer, sets)
     model = load_base(files, config.model.dtype, device)
     check_vocabulary(model, files, max(map(largest_id, sets.values())))
     if several:
