@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_ft.commands.check import display
-from tests.helpers.command import cli, settings
+from tests.helpers.command import cli, refused, settings
 from tests.helpers.tiny import write_run
 
 CHAT = """
@@ -190,3 +190,23 @@ def test_a_shape_that_is_none_is_named(tmp_path):
 
 def test_spans():
     assert display.spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+def test_the_share_that_trains_is_of_all_parameters_that_are_there(made):
+    facts, _ = checked(made)
+    assert facts["parameters"] == facts["base_parameters"] + facts["trainable_parameters"]
+    assert facts["trainable_share"] == pytest.approx(facts["trainable_parameters"] / facts["parameters"])
+    assert f"1,088 of {facts['parameters']:,} parameters" in cli(made, "check", "config.yaml").out
+    config = (made / "config.yaml").read_text().replace("adapter: {rank: 4, alpha: 8}", "adapter: {method: full}")
+    (made / "full.yaml").write_text(config)
+    full = json.loads(cli(made, "check", "full.yaml", "--json").out)
+    assert full["trainable_parameters"] == full["parameters"] == facts["base_parameters"]
+
+
+def test_a_run_in_the_output_is_a_warning(made):
+    record = made / "held" / "checkpoints" / "step-3" / "lora_ft.json"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"kind": "checkpoint", "files": {}, "config": {}, "base": {}}')
+    facts, _ = checked(made, output="held")
+    assert warned(facts, "output held", "already contains a run", "--resume", "--overwrite")
+    refused(cli(made, "train", "config.yaml", "--set", "output=held"), 6, "already contains a run")
