@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_ft.commands.compare.runs import RunFailed
 from lora_ft.commands.compare.variants import Variant
 from lora_ft.core.intervals import student_t
-from lora_ft.core.metrics import scalars, split_set_name
+from lora_ft.core.metrics import VS_BASE, scalars, split_set_name
 from lora_ft.report.runs import eval_set_names, read_log
 
 
@@ -43,6 +43,7 @@ class VariantResult:
             entry["refused"] = str(self.failure)
         if records := list(self.records.values()):
             entry |= costs(records) | {"metrics": metrics_over_seeds(records)}
+            entry["vs_base"] = compared_with_base(records[0])
             entry["runs"] = {str(seed): record["config"]["output"] for seed, record in self.records.items()}
         return entry | ({"latency": self.latency} if self.latency else {})
 
@@ -55,6 +56,12 @@ def metrics_over_seeds(records: Sequence[dict]) -> dict[str, dict[str, dict]]:
             for metric, value in scalars(metrics).items():
                 values.setdefault(name, {}).setdefault(metric, []).append(value)
     return {name: {metric: mean_interval(v) for metric, v in of.items()} for name, of in values.items()}
+
+
+def compared_with_base(record: dict) -> dict[str, dict[str, dict]]:
+    """Eval set -> metric's key + VS_BASE -> the run's comparison with the base on the same rows."""
+    sets = split_set_name(record.get("metrics"), eval_set_names(record))
+    return {name: {key: value for key, value in of.items() if key.endswith(VS_BASE)} for name, of in sets.items()}
 
 
 def mean_interval(values: Sequence[float]) -> dict:
