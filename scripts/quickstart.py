@@ -69,9 +69,11 @@ def summary(scores: dict) -> str:
     lines = [f"On {scores['examples']} reviews it was not trained on:", f"{'':12}{'base':>10}{'adapter':>10}"]
     for key, spec in (("accuracy", ".1%"), ("macro_f1", ".3f"), ("loss", ".3f")):
         lines.append(f"  {key:10}{scores['base'][key]:>10{spec}}{scores['adapter'][key]:>10{spec}}")
-    gain = 100 * (scores["adapter"]["accuracy"] - scores["base"]["accuracy"])
+    gain = scores["adapter"]["accuracy_vs_base"]  # of the same reviews, answered by both
+    points, low, high = (f"{100 * value:+.1f}" for value in (gain["difference"], *gain["ci95"]))
     lines += [
-        f"Gained: {gain:+.1f} points of accuracy.",
+        f"Gained: {points} points of accuracy (95% interval {low} to {high}): {gain['better']} reviews right that the base",
+        f"has wrong, {gain['worse']} wrong that it has right (McNemar's exact test: p = {gain['p']:.2g}).",
         f"The adapter is in {ADAPTER} (PEFT's format), the merged model, checked against base + adapter, in {MERGED}.",
     ]
     return "\n".join(lines)

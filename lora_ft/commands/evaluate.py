@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_ft.commands.eval_data import read_eval_sets, warn_of_trained_rows
 from lora_ft.config.load import NOT_TRAINING, load_config, parse_config
 from lora_ft.config.rules import FORMS
 from lora_ft.config.schema import Config
@@ -12,8 +13,9 @@ from lora_ft.core.messages import echo_json, info
 from lora_ft.core.run_folder import RECORD, read_record
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import largest_id
-from lora_ft.data.prepare import prepare_eval_sets, template_of
-from lora_ft.evaluation.evaluate import evaluate_set
+from lora_ft.data.prepare import template_of
+from lora_ft.evaluation.evaluate import compare_with_base, evaluate_set
+from lora_ft.evaluation.paired import Rows
 from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.tables import EvalResult, print_result, save_texts
 from lora_ft.evaluation.texts import check_installed
@@ -65,9 +67,11 @@ def evaluate_command(
         entry.check(files, tokenizer, trust.other_base, str(entry.folder) if i else None)
     for entry in trained[1:]:
         note_other_template(entry, config)
-    sets = prepare_eval_sets(config.data, tokenizer, config.train.seed)
+    sets = read_eval_sets(folder, config, tokenizer, named=bool(data))
     for name, examples in sets.items():
         info(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
+    for entry_folder, of in [(entry.folder, entry.record) for entry in trained] or [(folder, record)]:
+        warn_of_trained_rows(entry_folder, of, config, tokenizer, sets)
     model = load_base(files, config.model.dtype, device)
     check_vocabulary(model, files, max(map(largest_id, sets.values())))
     if several:
@@ -86,12 +90,15 @@ def evaluate_command(
     for name, examples in sets.items():
         prompts = eval_prompts(model, tokenizer, examples, config) if config.generation.metrics else None
         result = EvalResult(name, len(examples.dataset), examples.label_words, prompts)
+        base_rows: Rows = {}
         for who in ["base", *own] if trained else own:
             if several:
                 use(model, None if who == "base" else who)
-            result.scores[who], result.texts[who] = evaluate_set(
+            metrics, result.texts[who], rows = evaluate_set(
                 model, tokenizer, examples, prompts, config, isolation, at_most, base=who == "base"
             )
+            base_rows = rows if who == "base" else base_rows
+            result.scores[who] = metrics | (compare_with_base(base_rows, rows) if who != "base" else {})
         results.append(result)
     if as_json:
         by_name = {result.name: result.as_dict(several=several) for result in results}

@@ -11,18 +11,19 @@ from pathlib import Path
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import NumbersError
 from lora_ft.core.messages import echo, info
-from lora_ft.core.metrics import format_metrics
-from lora_ft.core.run_folder import LOG
+from lora_ft.core.metrics import format_difference, format_metric, format_metrics, metric_of, scalars, verdict
+from lora_ft.core.run_folder import LOG, REPORT
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.core.storage import append_line
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.prepare import find_chat
 from lora_ft.distributed import processes
 from lora_ft.distributed.environment import with_accelerate_settings
-from lora_ft.evaluation.evaluate import evaluator
+from lora_ft.evaluation.evaluate import Evaluator
 from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.model.device import prepare_device
+from lora_ft.report.runs import evaluation_steps, read_log
 from lora_ft.report.write import write_report
 from lora_ft.training import resume as resuming
 from lora_ft.training.lock import locked
@@ -62,7 +63,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
             setup.read_files()
         model, plan, state = setup.model, setup.plan, setup.state
         setup.print_summary()
-        evaluate = evaluator(
+        evaluate = Evaluator(
             model, setup.tokenizer, setup.eval_sets, config, setup.isolation, setup.row_tokens, setup.shard
         )
         record = setup.record | _base_scores(setup, evaluate)
@@ -74,7 +75,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         elif is_main:
             clear(output)  # with --overwrite a run; else at most the log of one killed before its first checkpoint
         stopper.hint = resume_hint(started=True)
-        saver = Saver(output, setup, record, partial(evaluate, stopper.check))
+        saver = Saver(output, setup, record, partial(evaluate, stopper.check), evaluate.base_rows)
         args.max_steps = len(plan)
         trainer = LoRATrainer(
             model=model,
@@ -109,10 +110,35 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         result = saver.load_best(step, last) | {"timings": {"seconds": round(seconds, 1)}}
         write_report(output, record | result, samples=_samples(setup, max(10.0, 0.05 * seconds)))
         saver.finish(result)
-        which = f"step {step}, the best of {last}" if step != last else f"step {step}"
-        scores = f" ({format_metrics(result['metrics'])})" if result["metrics"] else ""
-        info(f"done in {seconds:.0f} s: {output} holds the adapter of {which}{scores}")
+        info(f"done in {seconds:.0f} s: {output} holds the adapter of step {step}{_chosen(config, output)}")
+        info("\n".join(closing_lines(output, record | result)))
         echo(output)
+
+
+def _chosen(config: Config, output: Path) -> str:
+    """By what the adapter's step was chosen: `, the best of 4 evaluations by loss`; "" if by nothing."""
+    evaluations = len(evaluation_steps(read_log(output)))
+    if not config.train.load_best_model_at_end or evaluations < 2:
+        return ""
+    return f", the best of {evaluations} evaluations by {metric_of(config.train.metric_for_best_model).title}"
+
+
+def closing_lines(output: Path, record: dict) -> list[str]:
+    """What came of a run: its scores beside the base's, where its report is, and the next commands."""
+    base, own = record.get("base_metrics", {}), record["metrics"]
+    keys = [key for key in scalars(own) if not key.endswith("perplexity")]
+    width = max((len(metric_of(key).title) for key in keys), default=0)
+    lines = []
+    for key in keys:
+        before = f"{format_metric(key, base[key])} -> " if key in base else ""
+        compared = f", {format_difference(key, own)}, {verdict(key, own)}" if verdict(key, own) else ""
+        lines.append(f"  {metric_of(key).title:{width}}  {before}{format_metric(key, own[key])}{compared}")
+    if lines and base:
+        lines.insert(0, "base -> adapter on the eval data, the difference and its 95% interval:")
+    folder, lora = shlex.quote(str(output)), record["config"]["adapter"]["method"] == "lora"
+    second = f"lora-ft merge --adapter {folder}" if lora else f"lora-ft eval {folder}"
+    report = [f"report: {output / REPORT}"] if (output / REPORT).is_file() else []
+    return [*lines, *report, f"next:   lora-ft generate {folder}", f"        {second}"]
 
 
 def resume_hint(started: bool) -> str:
@@ -121,9 +147,10 @@ def resume_hint(started: bool) -> str:
     return f"Continue with: {shlex.join(['lora-ft', *words, '--resume' if started else '--overwrite'])}"
 
 
-def _base_scores(setup: RunSetup, evaluate: Callable[..., dict]) -> dict:
+def _base_scores(setup: RunSetup, evaluate: Evaluator) -> dict:
     """The record's scores of the base: those of the resumed run, or new ones if `train.evaluate_base` asks for them."""
     if setup.before and "base_metrics" in setup.before:
+        evaluate.base_rows = setup.state.base_rows() if setup.state else {}
         return {key: setup.before[key] for key in ("base_metrics", "base_seconds")}
     if not setup.eval_sets or not setup.config.train.evaluate_base:
         return {}

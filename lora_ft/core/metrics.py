@@ -16,13 +16,14 @@ class Metric:
 
 METRICS = {
     "loss": Metric("loss", ".4f", lower_is_better=True),
-    "perplexity": Metric("perplexity", ".4f", lower_is_better=True),
+    "perplexity": Metric("perplexity", "#,.4g", lower_is_better=True),
     "accuracy": Metric("accuracy", ".1%"),
     "macro_f1": Metric("macro-F1", ".4f"),
     "bleu": Metric("BLEU", ".2f"),
     "rouge_l": Metric("ROUGE-L", ".4f"),
     "exact_match": Metric("exact match", ".1%"),
 }
+VS_BASE = "_vs_base"  # ends the key of a metric's comparison with the base: {difference, ci95, ...}
 TEXT_METRICS = ("bleu", "rouge_l", "exact_match")  # of generated texts; the others come from the model's probabilities
 SELECTION_METRICS = tuple(key for key in METRICS if key != "perplexity")  # the values of train.metric_for_best_model
 
@@ -41,8 +42,33 @@ def metric_of(key: str) -> Metric:
 
 
 def format_metric(key: str, value: float) -> str:
-    """A value as tables, charts and messages show it: `0.1553`, `85.4%`."""
-    return format(value, metric_of(key).format)
+    """A value as tables, charts and messages show it: `0.1553`, `85.4%`, a perplexity of `5.231` or `49,219`."""
+    spec = metric_of(key).format
+    return format(value, ",.0f" if spec.endswith("g") and 1000 <= abs(value) < 1e9 else spec)
+
+
+def format_difference(key: str, metrics: Mapping[str, Any]) -> str:
+    """How a metric differs from the base's, with its 95% interval: `+12.5 points (8.1 to 16.9)`; "" if not compared."""
+    entry = metrics.get(f"{key}{VS_BASE}")
+    if not isinstance(entry, dict):
+        return ""
+    values = [entry["difference"], *entry["ci95"]]
+    if metric_of(key).format.endswith("%"):
+        first, low, high = (f"{100 * value:+.1f}" for value in values)
+        return f"{first} points ({low} to {high})"
+    first, low, high = (f"{value:{'+' + metric_of(key).format}}" for value in values)
+    return f"{first} ({low} to {high})"
+
+
+def verdict(key: str, metrics: Mapping[str, Any]) -> str:
+    """Whether it is "better" or "worse" than that of the base; "uncertain" if the difference may be 0, "" if not compared."""
+    entry = metrics.get(f"{key}{VS_BASE}")
+    if not isinstance(entry, dict):
+        return ""
+    low, high = entry["ci95"]
+    if low <= 0 <= high:
+        return "uncertain"
+    return "better" if (high < 0) == metric_of(key).lower_is_better else "worse"
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
@@ -74,6 +100,12 @@ def split_set_name(metrics: object, names: Collection[str]) -> dict[str, dict[st
         name = max((n for n in names if key.startswith(f"{n}_")), key=len, default="")
         sets.setdefault(name, {})[key.removeprefix(f"{name}_") if name else key] = value
     return sets
+
+
+def loss_beside(key: str) -> str:
+    """The key of the loss of the same eval set: `dev_loss` for `dev_accuracy`."""
+    metric = max((name for name in METRICS if key == name or key.endswith(f"_{name}")), key=len)
+    return key.removesuffix(metric) + "loss"
 
 
 def selection_metric(key: str, names: Collection[str]) -> tuple[str, str] | None:

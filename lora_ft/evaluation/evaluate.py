@@ -3,15 +3,17 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.schema import Config
 from lora_ft.core.metrics import add_set_name
 from lora_ft.data.batches import UNSHARDED, Shard
 from lora_ft.data.examples import Examples
+from lora_ft.evaluation.paired import Rows, compare_rows
 from lora_ft.evaluation.references import EvalPrompts, eval_prompts
-from lora_ft.evaluation.scoring import score
-from lora_ft.evaluation.texts import generate_texts, text_metrics
+from lora_ft.evaluation.scoring import confusion_of, macro_f1, score
+from lora_ft.evaluation.texts import bleu_of, generate_texts, text_metrics
 from lora_ft.methods.interface import bare, virtual_ids
 from lora_ft.nn.attention import Isolation
 
@@ -27,41 +29,60 @@ def evaluate_set(
     check: Callable[[], None] = lambda: None,
     shard: Shard = UNSHARDED,
     base: bool = False,
-) -> tuple[dict, list[str]]:
-    """One set's metrics by key, of the bare base if `base`, and the texts generated for `prompts` ([] if None); see `score`."""
+) -> tuple[dict, list[str], Rows]:
+    """One set's metrics, of the bare base if `base`, texts generated for `prompts` ([] if None), and rows. See `score`."""
     ids = [] if base else virtual_ids(model)
     with bare(model) if base else nullcontext():
-        metrics = score(model, examples.with_prefix(ids).dataset, isolation, micro_batch_tokens, check, shard).metrics()
+        scores = score(model, examples.with_prefix(ids).dataset, isolation, micro_batch_tokens, check, shard)
         if not prompts:
-            return metrics, []
+            return scores.metrics(), [], scores.rows
         texts = generate_texts(model, tokenizer, prompts.with_prefix(ids), config, check, shard)
-    return metrics | text_metrics(config.generation.metrics, texts, prompts.references), texts
+    metrics, rows = text_metrics(config.generation.metrics, texts, prompts.references)
+    return scores.metrics() | metrics, texts, scores.rows | rows
 
 
-def evaluator(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    eval_sets: Mapping[str, Examples],
-    config: Config,
-    isolation: Isolation,
-    micro_batch_tokens: int,
-    shard: Shard,
-) -> Callable[..., dict]:
-    """The evaluation of a training run: a function that returns all sets' current metrics by the keys of the log.
+def compare_with_base(base: Rows, own: Rows) -> dict[str, dict]:
+    """Each metric's difference from the base on the same rows, see `compare_rows`."""
+    return compare_rows(base, own, {"macro_f1": _macro_f1_of, "bleu": bleu_of})
 
-    It takes an optional `check`, see `score`; with base=True it scores the base, in a model that was injected into but
-    not trained: every method starts as its base.
+
+def _macro_f1_of(rows: np.ndarray) -> float:
+    return macro_f1(confusion_of(rows, 1 + int(rows.max())))
+
+
+class Evaluator:
+    """The evaluation of a training run; called, it returns all sets' current metrics by the keys of the log.
+
+    The call takes an optional `check`, see `score`; with base=True it scores the base, in a model that was injected into but
+    not trained: every method starts as its base. base_rows: eval set -> the base's rows, with which later calls compare.
     """
-    prompts = {
-        name: eval_prompts(model, tokenizer, examples, config) if config.train.predict_with_generate else None
-        for name, examples in eval_sets.items()
-    }
 
-    def metrics(check: Callable[[], None] = lambda: None, base: bool = False) -> dict:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        eval_sets: Mapping[str, Examples],
+        config: Config,
+        isolation: Isolation,
+        micro_batch_tokens: int,
+        shard: Shard,
+    ):
+        self.model, self.tokenizer, self.eval_sets, self.config = model, tokenizer, eval_sets, config
+        self.isolation, self.micro_batch_tokens, self.shard = isolation, micro_batch_tokens, shard
+        self.base_rows: dict[str, Rows] = {}
+        self.prompts = {
+            name: eval_prompts(model, tokenizer, examples, config) if config.train.predict_with_generate else None
+            for name, examples in eval_sets.items()
+        }
+
+    def __call__(self, check: Callable[[], None] = lambda: None, base: bool = False) -> dict:
         result: dict = {}
-        for name, examples in eval_sets.items():
-            arguments = examples, prompts[name], config, isolation, micro_batch_tokens, check, shard, base
-            result |= add_set_name(name, evaluate_set(model, tokenizer, *arguments)[0])
+        how = self.config, self.isolation, self.micro_batch_tokens, check, self.shard, base
+        for name, examples in self.eval_sets.items():
+            metrics, _, rows = evaluate_set(self.model, self.tokenizer, examples, self.prompts[name], *how)
+            if base:
+                self.base_rows[name] = rows
+            else:
+                metrics |= compare_with_base(self.base_rows.get(name, {}), rows)
+            result |= add_set_name(name, metrics)
         return result
-
-    return metrics

@@ -8,16 +8,19 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from statistics import NormalDist, fmean
+from statistics import fmean
 
 import datasets
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lora_ft.core.errors import NumbersError
+from lora_ft.core.intervals import wilson_interval
 from lora_ft.data.batches import EMPTY_EXAMPLE, UNSHARDED, RowPacking, Shard, split_evenly
 from lora_ft.distributed import processes
+from lora_ft.evaluation.paired import Rows
 from lora_ft.nn.adapted import eval_mode
 from lora_ft.nn.attention import Isolation, flat_row
 from lora_ft.nn.loss import logits_in_chunks
@@ -25,12 +28,26 @@ from lora_ft.nn.loss import logits_in_chunks
 
 @dataclass
 class Scores:
-    """loss_sum: cross-entropy in nats over all supervised `tokens`. confusion[true][predicted]: a classification's examples."""
+    """loss_sum: cross-entropy in nats over all supervised `tokens`. confusion[true][predicted]: a classification's examples.
+
+    rows: what each example contributes to each metric.
+    """
 
     examples: int = 0
     loss_sum: float = 0.0
     tokens: int = 0
     confusion: list[list[int]] = field(default_factory=list)
+    rows: Rows = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, rows: np.ndarray, choices: int) -> "Scores":
+        """Of one row (nats, tokens, label, predicted) per example; the last two count only where there are choices."""
+        scores = cls(len(rows), float(rows[:, 0].sum()), int(rows[:, 1].sum()), rows={"loss": rows[:, :2]})
+        if choices:
+            pairs = rows[:, 2:].astype(int)
+            scores.confusion = confusion_of(pairs, choices)
+            scores.rows |= {"accuracy": (pairs[:, :1] == pairs[:, 1:]).astype(float), "macro_f1": pairs.astype(float)}
+        return scores
 
     def metrics(self) -> dict:
         """loss, perplexity; of a classification also accuracy with its 95% interval (Wilson), macro-F1 and confusion."""
@@ -43,12 +60,10 @@ class Scores:
         return metrics | {"macro_f1": macro_f1(self.confusion), "confusion": self.confusion}
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """The 95% score interval of a proportion (Wilson 1927): within [0, 1] even for small n and extreme proportions."""
-    z, share = NormalDist().inv_cdf(0.975), successes / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+def confusion_of(pairs: np.ndarray, choices: int) -> list[list[int]]:
+    """confusion[true][predicted] of rows (true, predicted)."""
+    cells = pairs[:, 0].astype(int) * choices + pairs[:, 1].astype(int)
+    return np.bincount(cells, minlength=choices * choices).reshape(choices, choices).tolist()
 
 
 def macro_f1(confusion: list[list[int]]) -> float:
@@ -97,13 +112,16 @@ def score(
     """
     packing = RowPacking(micro_batch_tokens, isolation is Isolation.ONE_PER_ROW)
     choices = len(dataset[0]["choices"]) if len(dataset) else 0
-    scores = Scores(len(dataset), confusion=[[0] * choices for _ in range(choices)])
+    values = np.zeros(
+        (len(dataset), 4)
+    )  # of each example: nats, tokens, label, predicted; 0 where another rank has them
     block = 256 * shard.world_size  # examples sorted by length at a time: well-filled rows in constant memory
     bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=None)
     with eval_mode(model), bar:
         for start in range(0, len(dataset), block):
             lengths = [len(ids) for ids in dataset[start : start + block]["input_ids"]]
-            examples = [dataset[start + i] for i in split_evenly(lengths, shard.world_size)[shard.rank]]
+            places = [start + i for i in split_evenly(lengths, shard.world_size)[shard.rank]]
+            examples = [dataset[i] for i in places]
             by_sequence: dict[tuple[int, tuple[int, ...]], list[_Query]] = {}
             for query in itertools.chain.from_iterable(_queries(i, example) for i, example in enumerate(examples)):
                 by_sequence.setdefault((query.example, tuple(query.ids)), []).append(query)
@@ -117,23 +135,20 @@ def score(
                         problem = "the model's log-probabilities are not finite, so scores mean nothing"
                         raise NumbersError(f"{examples[query.example]['where']}: {problem}.")
                     if query.choice < 0:
-                        scores.loss_sum -= sum(logprobs)
-                        scores.tokens += len(logprobs)
+                        values[places[query.example], :2] = -sum(logprobs), len(logprobs)
                     else:
                         choice_logprobs[query.example][query.choice] = sum(logprobs)
-            for example, values in zip(examples, choice_logprobs, strict=True):
-                if values:
-                    scores.confusion[example["label"]][max(range(len(values)), key=values.__getitem__)] += 1
+            for place, example, found in zip(places, examples, choice_logprobs, strict=True):
+                if found:
+                    values[place, 2:] = example["label"], max(range(len(found)), key=found.__getitem__)
             for _ in range(max(processes.all_gather(len(rows))) - len(rows) if shard.padded else 0):
                 list(_log_probabilities(model, isolation, [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]]))
             bar.update(len(lengths))
     if shard.world_size > 1:
-        numbers = [scores.loss_sum, scores.tokens, *(n for row in scores.confusion for n in row)]
-        totals = torch.tensor(numbers, dtype=torch.float64, device=model.device)
+        totals = torch.from_numpy(values).to(model.device)
         processes.all_reduce_sum([totals])
-        scores.loss_sum, scores.tokens = totals[0].item(), int(totals[1])
-        scores.confusion = totals[2:].long().view(choices, choices).tolist()
-    return scores
+        values = totals.cpu().numpy()
+    return Scores.of(values, choices)
 
 
 def _log_probabilities(

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_ft.core.messages import json_text, printable
-from lora_ft.core.metrics import METRICS, TEXT_METRICS, format_metric, interval
+from lora_ft.core.metrics import METRICS, TEXT_METRICS, VS_BASE, format_difference, format_metric, interval
 from lora_ft.core.storage import write_file
 from lora_ft.evaluation.references import EvalPrompts
 
@@ -47,8 +47,9 @@ def print_result(result: EvalResult) -> None:
                 rows = {name: [with_interval(key, scores) for key in some] for name, scores in result.scores.items()}
                 console.print(table([METRICS[key].title for key in some], rows))
     else:
-        rows = {METRICS[key].title: [with_interval(key, metrics) for metrics in result.scores.values()] for key in keys}
-        console.print(table(list(result.scores), rows))
+        console.print(comparison(result, keys))
+        for line in mended(result):
+            console.print(Text(line))
     for model, metrics in result.scores.items():
         if "confusion" in metrics:
             console.print(Text(f"{printable(model)}, rows: true label, columns: predicted"))
@@ -61,6 +62,33 @@ def print_result(result: EvalResult) -> None:
         first = {"prompt": prompts.texts[0], "reference": prompts.references[0][0]}
         for name, text in [*first.items(), *((model, texts[0]) for model, texts in result.texts.items())]:
             console.print(Text(f"  {printable(name):10} {printable(text.strip(), 1000)}"), soft_wrap=True)
+
+
+def comparison(result: EvalResult, keys: Sequence[str]) -> Table:
+    """The metrics of one model, or of base and adapter with their difference on the same rows."""
+    *_, own = result.scores.values()
+    if not any(key.endswith(VS_BASE) for key in own):
+        rows = {METRICS[key].title: [with_interval(key, of) for of in result.scores.values()] for key in keys}
+        return table(list(result.scores), rows)
+    rows = {
+        METRICS[key].title: [
+            *(format_metric(key, of[key]) for of in result.scores.values()),
+            format_difference(key, own),
+        ]
+        for key in keys
+    }
+    return table([*result.scores, "difference (95% interval)"], rows)
+
+
+def mended(result: EvalResult) -> list[str]:
+    """In words, how many rows only one of base and adapter has right."""
+    *_, own = result.scores.values()
+    return [
+        f"{METRICS[key].title}: only the adapter is right on {entry['better']:,} rows, only the base on {entry['worse']:,} "
+        f"(McNemar's exact test: p = {entry['p']:.2g})"
+        for key in METRICS
+        if (entry := own.get(f"{key}{VS_BASE}")) and "p" in entry
+    ]
 
 
 def table(headings: Sequence[str], rows: Mapping[str, Sequence[str]], no_wrap: bool = True) -> Table:

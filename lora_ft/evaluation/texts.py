@@ -6,8 +6,9 @@ The arithmetic is sacrebleu's and rouge-score's; this module only passes them pr
 import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
-from statistics import fmean
+from typing import Any
 
+import numpy as np
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.schema import Config
@@ -16,6 +17,7 @@ from lora_ft.data.batches import UNSHARDED, Shard, split_evenly
 from lora_ft.data.chats.format import end_tokens
 from lora_ft.data.prepare import find_chat
 from lora_ft.distributed import processes
+from lora_ft.evaluation.paired import Rows
 from lora_ft.evaluation.references import EvalPrompts
 from lora_ft.model.generate import generate_in_batches, to_text
 
@@ -30,8 +32,10 @@ def check_installed(metrics: Sequence[str]) -> None:
         raise ConfigError(f"generation.metrics: {', '.join(missing)}, which is not installed: {way}")
 
 
-def text_metrics(metrics: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict:
-    """Score one text per prompt against that prompt's references; surrounding white space is ignored.
+def text_metrics(
+    metrics: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[dict[str, Any], Rows]:
+    """Score one text per prompt against that prompt's references, and what each adds; surrounding white space is ignored.
 
     bleu: corpus BLEU, 0 to 100, with sacrebleu's default tokenization, and its signature. rouge_l: the mean over prompts of
     the best F-measure among the references, 0 to 1, without stemming; rouge-score reads only the letters a to z and digits.
@@ -39,7 +43,8 @@ def text_metrics(metrics: Sequence[str], texts: Sequence[str], references: Seque
     """
     texts = [text.strip() for text in texts]
     references = [[reference.strip() for reference in several] for several in references]
-    scores: dict = {}
+    scores: dict[str, Any] = {}
+    rows: Rows = {}
     if "bleu" in metrics:
         from sacrebleu.metrics import BLEU
 
@@ -49,15 +54,26 @@ def text_metrics(metrics: Sequence[str], texts: Sequence[str], references: Seque
         bleu = BLEU(force=True)  # force: no warning about texts that are tokenized already
         scores["bleu"] = bleu.corpus_score(texts, streams).score  # type: ignore[arg-type]
         scores["bleu_signature"] = str(bleu.get_signature())
+        one = BLEU(effective_order=True)  # for its counts, which are those of the corpus; True: no warning
+        parts = [one.sentence_score(text, several) for text, several in zip(texts, references, strict=True)]
+        rows["bleu"] = np.array([[*p.counts, *p.totals, p.sys_len, p.ref_len] for p in parts], dtype=float)
     if "rouge_l" in metrics:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer(["rougeL"])
         pairs = zip(references, texts, strict=True)
-        scores["rouge_l"] = fmean(scorer.score_multi(several, text)["rougeL"].fmeasure for several, text in pairs)
+        rows["rouge_l"] = np.array([[scorer.score_multi(several, text)["rougeL"].fmeasure] for several, text in pairs])
     if "exact_match" in metrics:
-        scores["exact_match"] = sum(t in r for r, t in zip(references, texts, strict=True)) / len(texts)
-    return scores
+        rows["exact_match"] = np.array([[float(t in r)] for r, t in zip(references, texts, strict=True)])
+    return scores | {key: float(rows[key].mean()) for key in rows if key != "bleu"}, rows
+
+
+def bleu_of(rows: np.ndarray) -> float:
+    """Corpus BLEU of the rows of `text_metrics`."""
+    from sacrebleu.metrics import BLEU
+
+    counts = rows.sum(0).astype(int).tolist()
+    return BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score
 
 
 def generate_texts(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_ft.core.metrics import metric_of, scalars
+from lora_ft.core.metrics import format_difference, metric_of, scalars
 from lora_ft.core.names import portable_name
 from lora_ft.report.charts import Chart, run_look
 from lora_ft.report.curves import comparison_charts
@@ -70,6 +70,12 @@ def compare_runs(runs: Sequence[RunData]) -> str:
     return comparison_page(f"{len(runs)} runs compared", sections)
 
 
+def _cell(key: str, metrics: dict) -> dict[str, str]:
+    """A metric of a run and how it differs from the base's on the same rows; its own interval if they were not compared."""
+    cell, compared = metric_cell(key, metrics), format_difference(key, metrics)
+    return cell | ({"interval": f"base {compared}"} if compared else {})
+
+
 def _eval_hashes(run: RunData) -> tuple:
     """What identifies a run's eval data: the hash of each set."""
     data = run.record["data"].get("eval") or {}
@@ -88,7 +94,7 @@ def _score_tables(runs: Sequence[RunData], names: Sequence[str]) -> list[Table]:
                 cells = [metric_cell(key, base) for key in keys]
                 title = f"base {portable_name(str(run.record['base'].get('name')))}"
                 bases.setdefault(tuple(cell["value"] for cell in cells), Row(title, [*cells, ""], "base"))
-            cells = [metric_cell(key, run.metrics.get(set_name, {})) for key in keys]
+            cells = [_cell(key, run.metrics.get(set_name, {})) for key in keys]
             rows.append(Row(name, [*cells, str(run.step)], run_look(i), "" if run.finished else "not finished"))
         columns = [*(metric_of(key).title for key in keys), "step"]
         tables.append(Table(columns, [*bases.values(), *rows], set_name))

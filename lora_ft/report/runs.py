@@ -82,6 +82,11 @@ def read_log(folder: Path) -> list[dict]:
     return lines
 
 
+def evaluation_steps(log: list[dict]) -> list[int]:
+    """The steps, from 1, after which the run was evaluated."""
+    return [line["step"] for line in log if line["step"] and any(key.startswith("eval_") for key in line)]
+
+
 def eval_set_names(record: dict) -> list[str]:
     """The names of a run's eval sets; [] for a single set without a name."""
     data = record["config"].get("data")

@@ -2,7 +2,16 @@
 
 from typing import Any
 
-from lora_ft.core.metrics import METRICS, add_set_name, format_metric, interval, metric_of, scalars
+from lora_ft.core.metrics import (
+    METRICS,
+    add_set_name,
+    format_difference,
+    format_metric,
+    interval,
+    metric_of,
+    scalars,
+    verdict,
+)
 from lora_ft.report.runs import RunData
 
 
@@ -15,8 +24,10 @@ def metric_cell(key: str, metrics: dict) -> dict[str, str]:
     }
 
 
-def change(key: str, base: float | None, adapter: float | None) -> dict[str, str]:
-    """The difference adapter - base, and whether it is better."""
+def change(key: str, base: float | None, adapter: float | None, metrics: dict) -> dict[str, str]:
+    """The difference adapter - base, with its interval if `metrics` has a comparison on the same rows; whether it is better."""
+    if compared := format_difference(key, metrics):
+        return {"text": compared, "verdict": verdict(key, metrics)}
     if base is None or adapter is None:
         return {"text": "", "verdict": ""}
     difference, metric = adapter - base, metric_of(key)
@@ -36,28 +47,38 @@ def score_tables(run: RunData) -> list[dict[str, Any]]:
                 "title": metric_of(key).title,
                 "base": metric_cell(key, base),
                 "adapter": metric_cell(key, adapter),
-                "change": change(key, scalars(base).get(key), scalars(adapter).get(key)),
+                "change": change(key, scalars(base).get(key), scalars(adapter).get(key), adapter),
             }
             for key in keys
         ]
         bars = [bar for key in keys if (bar := _interval_bar(key, base, adapter))]
         confusions = [_confusion_table(who, of, run) for who, of in (("base", base), ("adapter", adapter))]
-        sets.append({"name": name, "rows": rows, "bars": bars, "confusions": [c for c in confusions if c]})
+        compared = any(format_difference(key, adapter) for key in keys)
+        sets.append(
+            {"name": name, "rows": rows, "bars": bars, "compared": compared, "confusions": [c for c in confusions if c]}
+        )
     return sets
 
 
 def headline(run: RunData) -> dict[str, str] | None:
-    """The most important score: of the metric that selects the best step, else accuracy, else loss; None without a base."""
+    """The most important score: of the metric that selects the best step, else accuracy, else loss; None without a base.
+
+    What chose does not judge: if another part of the training data was held out, it is that part's score.
+    """
     selected_by = str((run.record["config"].get("train") or {}).get("metric_for_best_model"))
-    for name in sorted(run.metrics, key=lambda name: selected_by not in add_set_name(name, run.metrics[name])):
+    sets = (run.record["config"].get("data") or {}).get("eval")
+    chose = {name for name in run.metrics if selected_by in add_set_name(name, run.metrics[name])}
+    held_out = {name for name, of in sets.items() if isinstance(of, int | float)} if isinstance(sets, dict) else set()
+    for name in sorted(run.metrics, key=lambda name: (name not in held_out - chose, name not in chose)):
         both = scalars(run.base_metrics.get(name, {})), scalars(run.metrics[name])
         base, adapter = (add_set_name(name, values) | values for values in both)
+        compared = add_set_name(name, run.metrics[name]) | run.metrics[name]
         for key in (selected_by if not selected_by.endswith("loss") else "", "accuracy", "loss"):
             if key in base and key in adapter:
                 title = metric_of(f"{name}_{key}" if name and key in METRICS else key).title
                 values = {"base": base[key], "adapter": adapter[key]}
                 texts = {who: format_metric(key, value) for who, value in values.items()}
-                return {"title": title[0].upper() + title[1:], **texts, **change(key, **values)}
+                return {"title": title[0].upper() + title[1:], **texts, **change(key, **values, metrics=compared)}
     return None
 
 
@@ -77,9 +98,8 @@ def _interval_bar(key: str, base: dict, adapter: dict) -> dict[str, Any] | None:
         {"who": who, "low": position(ends[0]), "at": position(metrics[key]), "high": position(ends[1])}
         for who, (metrics, ends) in of.items()
     ]
-    overlap = len(of) == 2 and of["base"][1][1] >= of["adapter"][1][0] and of["adapter"][1][1] >= of["base"][1][0]
     scale = [(position(end), format_metric(key, end)) for end in (low, high)]
-    return {"title": metric_of(key).title, "marks": marks, "overlap": overlap, "ends": scale}
+    return {"title": metric_of(key).title, "marks": marks, "ends": scale}
 
 
 def _confusion_table(who: str, metrics: dict, run: RunData) -> dict[str, Any] | None:

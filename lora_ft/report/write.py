@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora_ft.core import run_folder
 from lora_ft.core.messages import echo, warn
-from lora_ft.core.metrics import selection_metric
+from lora_ft.core.metrics import metric_of, selection_metric
 from lora_ft.core.names import portable_name
 from lora_ft.core.storage import write_json
 from lora_ft.methods.model_card import what_it_is
@@ -14,7 +14,7 @@ from lora_ft.report.comparison import compare_runs
 from lora_ft.report.curves import run_charts
 from lora_ft.report.figures import config_text, data_table, provenance, run_figures
 from lora_ft.report.render import render, write_page
-from lora_ft.report.runs import RunData, eval_set_names, read_run_data
+from lora_ft.report.runs import RunData, eval_set_names, evaluation_steps, read_run_data
 from lora_ft.report.scores import headline, score_tables
 
 
@@ -76,14 +76,17 @@ def _eval_note(run: RunData) -> str:
     data, names = run.record["data"].get("eval") or {}, eval_set_names(run.record)
     counts = [f"{(data.get(name) or {}).get('examples', 0):,} of {name}" for name in names]
     note = f"On {', '.join(counts) or format(data.get('examples', 0), ',')} eval examples."
-    if not run.finished or run.step == run.last_step:
+    train = run.record["config"].get("train") or {}
+    chosen = selection_metric(str(train.get("metric_for_best_model")), names or [""])
+    evaluations = len(evaluation_steps(run.log))
+    if not run.finished or not train.get("load_best_model_at_end") or not chosen or evaluations < 2:
         return note
-    key = str((run.record["config"].get("train") or {}).get("metric_for_best_model"))
-    selected_by = selection_metric(key, names or [""])
-    where = f"those of {selected_by[0]}" if selected_by and selected_by[0] else "these same examples"
+    name, metric = chosen
+    others = [other for other in names if other != name]
+    judged = f" Those on {', '.join(others)} are not: that data chose nothing." if others else ""
     return (
-        f"{note} The adapter is that of step {run.step}, the best of {run.last_step} on {where}:"
-        " scores selected this way are slightly too good."
+        f"{note} The adapter is that of step {run.step}, the best of {evaluations} evaluations by {metric_of(metric).title} on"
+        f" {name or 'these same examples'}: scores {f'on {name} ' if name else ''}are slightly too good for that.{judged}"
     )
 
 

@@ -19,6 +19,7 @@ from lora_ft.core.storage import read_json, read_tensors, verify_manifest, write
 from lora_ft.methods.lora.inject import trainable
 
 TENSORS, JSON = "state.safetensors", "state.json"
+RowsBySet = dict[str, dict[str, np.ndarray]]  # eval set -> metric -> what each row contributes
 
 
 @dataclass
@@ -85,8 +86,8 @@ class RandomState:
 class State:
     """The state of a run after `step` complete steps.
 
-    tensors: `optimizer.<parameter>.<moment>` and `random.<generator>`, on the CPU. values: for JSON: step, trainer
-    (TrainerState), groups (optimizer settings), scheduler, random, and the caller's.
+    tensors: `optimizer.<parameter>.<moment>`, `random.<generator>`, `base_rows.<set>.<metric>`, on the CPU. values: for JSON:
+    step, trainer (TrainerState), groups (optimizer settings), scheduler, random, and the caller's.
     """
 
     step: int
@@ -150,6 +151,23 @@ class State:
         scheduler.load_state_dict(self.values["scheduler"])
         for group, peak, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = peak * factor(scheduler.last_epoch)  # unchanged, unless the run is longer now
+
+    def keep_base_rows(self, rows: RowsBySet) -> None:
+        """Add the rows of the base's evaluation, so that a resumed run compares with them as before."""
+        self.tensors |= {
+            f"base_rows.{name}.{metric}": torch.from_numpy(np.ascontiguousarray(array))
+            for name, of_set in rows.items()
+            for metric, array in of_set.items()
+        }
+
+    def base_rows(self) -> RowsBySet:
+        """What `keep_base_rows` has added; {} in a checkpoint of an earlier version."""
+        rows: RowsBySet = {}
+        for key, tensor in self.tensors.items():
+            if key.startswith("base_rows."):
+                name, _, metric = key.removeprefix("base_rows.").rpartition(".")
+                rows.setdefault(name, {})[metric] = tensor.numpy()
+        return rows
 
     def generators(self) -> RandomState:
         """The random generators' states at the start of the next step."""

@@ -14,6 +14,10 @@ from lora_ft.methods.trained import is_trained
 from lora_ft.training.checkpoint import JSON, State, best_step, is_intact
 from lora_ft.training.output import check_foreign, check_removable, truncate_log
 
+HOLDS_RUN = (
+    "already contains a run. Use --resume to continue it, --overwrite to replace it, or name another folder: "
+    "--set output=FOLDER."
+)
 # What a record contains that resuming reads, and its type
 NEEDED: dict[str, Any] = {"config": dict, "planned_steps": int, "base.fingerprint": str, "tokenizer": str}
 NEEDED |= {"data.train": dict, "data.eval": dict | None, "versions": dict | None, "machine": dict | None}
@@ -30,11 +34,8 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
         check_foreign(output)
         if overwrite:
             check_removable(output)
-        elif is_trained(output, FilesError) or run_folder.checkpoints(output):
-            raise FilesError(
-                f"output {output}: already contains a run. Use --resume to continue it, --overwrite to replace it, or name "
-                "another folder: --set output=FOLDER."
-            )
+        elif holds_run(output):
+            raise FilesError(f"output {output}: {HOLDS_RUN}")
         return None
     ended = read_run(output)
     if ended:
@@ -50,6 +51,11 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
         assert record is not None, "an intact checkpoint has a record"
         check_settings(record, config)
     return checkpoint
+
+
+def holds_run(output: Path) -> bool:
+    """Whether a run, finished or not, is in the folder. Raises FilesError if its record is damaged."""
+    return is_trained(output, FilesError) or bool(run_folder.checkpoints(output))
 
 
 def read_run(folder: Path) -> dict | None:

@@ -15,7 +15,7 @@ from lora_ft.methods.lora.inject import trainable
 from lora_ft.methods.model_card import CARD, model_card
 from lora_ft.methods.trained import Trained
 from lora_ft.training import checkpoint
-from lora_ft.training.checkpoint import is_intact
+from lora_ft.training.checkpoint import RowsBySet, is_intact
 from lora_ft.training.output import log_size, rotate
 from lora_ft.training.setup import RunSetup
 
@@ -25,11 +25,11 @@ SMALL_FILES = 2**20  # bytes at most for record, card and configs
 class Saver:
     """Writes checkpoints and the final adapter of a run, and keeps the metrics that belong to them.
 
-    record: the run's before the first step. evaluate: returns the metrics of the model as it is.
+    record: the run's before the first step. evaluate: returns the metrics of the model as it is. base_rows: see `State`.
     """
 
-    def __init__(self, output: Path, setup: RunSetup, record: dict, evaluate: Callable[[], dict]):
-        self.output, self.record, self.compute_metrics = output, record, evaluate
+    def __init__(self, output: Path, setup: RunSetup, record: dict, evaluate: Callable[[], dict], base_rows: RowsBySet):
+        self.output, self.record, self.compute_metrics, self.base_rows = output, record, evaluate, base_rows
         self.model, self.tokenizer, self.row_tokens = setup.model, setup.tokenizer, setup.row_tokens
         self.chat_template = setup.chat_template
         self.save_total_limit = setup.config.train.save_total_limit
@@ -58,6 +58,7 @@ class Saver:
             if is_intact(folder):
                 return  # an interruption wrote it, and the run reached the same step again: the same bits
             warn(f"checkpoint {folder} is damaged; renamed to {set_aside(folder)}")
+        state.keep_base_rows(self.base_rows)
         trained = 4 * sum(p.numel() for p in trainable(self.model).values())
         require_space(self.output, state.bytes + trained + SMALL_FILES)
         if best_step in self.evaluations:

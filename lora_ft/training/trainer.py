@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lora_ft.core.metrics import scalars
+from lora_ft.core.metrics import loss_beside, scalars
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.data.batches import Step, StepPlan
 from lora_ft.distributed import processes
@@ -44,7 +44,7 @@ class LoRATrainer(SeamTrainer):
         evaluation: returns the metrics after a step, without the prefix "eval_"; None without eval data.
         save: saves a checkpoint, given the state and the best step so far.
         log_line: appends a line to the log.
-        patience: evaluations without improvement after which training stops.
+        patience: evaluations without a better metric after which training stops.
         stopper: stops training between micro-batches when a signal has arrived.
     """
 
@@ -65,6 +65,7 @@ class LoRATrainer(SeamTrainer):
         self.plan, self.isolation, self.evaluation, self.save = plan, isolation, evaluation, save
         self.log_line, self.stopper = log_line, stopper or Stopper()
         self.patience, self.evaluations_since_best = patience or math.inf, 0
+        self.best_loss = math.inf
         self.totals = LogTotals()
         self.started = self.line_started = time.perf_counter()  # line_started: moved on by evaluating and saving
         self.resumed: State | None = None
@@ -94,12 +95,8 @@ class LoRATrainer(SeamTrainer):
         )
 
     def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch=None) -> torch.Tensor:
-        """Compute the gradients of an optimizer step; returns its mean loss per supervised token.
-
-        Raises:
-            Stopped: a signal came; the step has no effect.
-            NumbersError: loss or gradient is NaN or infinite.
-        """
+        """Compute the gradients of a step; returns its mean loss per supervised token. Raises Stopped, with no effect, and
+        NumbersError if loss or gradient is not finite."""
         if processes.world_size() > 1:  # a function of the step, so that a checkpoint needs only the main process
             seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_537 + processes.rank()
             torch.manual_seed(seed % 2**64)  # the largest that torch takes
@@ -121,13 +118,14 @@ class LoRATrainer(SeamTrainer):
         self.log(scalars(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
 
-        sign = 1 if self.args.greater_is_better else -1
-        value, best = metrics[self.args.metric_for_best_model], self.state.best_metric
-        if sign * value > (-math.inf if best is None else sign * best):
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
-            self.evaluations_since_best, self.control.should_save = 0, True
-        else:
-            self.evaluations_since_best += 1
+        # the best is that by its metric, then by its loss, then the later step; step 0 has no adapter to keep
+        name, best, step = self.args.metric_for_best_model, self.state.best_metric, self.state.global_step
+        value, loss, sign = metrics[name], metrics[loss_beside(name)], 1 if self.args.greater_is_better else -1
+        score, before = (sign * value, -loss), (-math.inf if best is None else sign * best, -self.best_loss)
+        if step and score >= before:
+            self.state.best_metric, self.state.best_global_step, self.best_loss = value, step, loss
+            self.control.should_save = True
+        self.evaluations_since_best = 0 if score[0] > before[0] else self.evaluations_since_best + 1
         if self.evaluations_since_best >= self.patience:
             self.control.should_training_stop = self.control.should_save = True
         return metrics
@@ -155,6 +153,7 @@ class LoRATrainer(SeamTrainer):
             "counts": asdict(self.totals),
             "seconds": started - self.started,
             "patience_used": self.evaluations_since_best,
+            "best_loss": self.best_loss,
             "owed": {"evaluate": self.control.should_evaluate, "save": self.control.should_save},
         }
         self.save(state, self.state.best_global_step)
@@ -201,6 +200,7 @@ class LoRATrainer(SeamTrainer):
         self.totals = LogTotals(**values["counts"])
         self.started -= values["seconds"]
         self.evaluations_since_best = values["patience_used"]
+        self.best_loss = values.get("best_loss", math.inf)  # a checkpoint of an earlier version has none
 
     def finish_stopped_step(self) -> None:
         """Run the evaluation during which a resumed run was stopped; train no further if patience had ended."""

@@ -12,7 +12,7 @@ from lora_ft.data.chats.render import render_chat, turn_starts
 from lora_ft.data.template import Template
 from lora_ft.data.tokens import encode_chats, text_encoder
 from tests.data.conftest import build as build_tokenizer
-from tests.helpers.command import cli, settings
+from tests.helpers.command import cli, refused, settings
 from tests.helpers.tiny import write_run
 
 CHAT = """
@@ -226,3 +226,23 @@ def test_chats_are_shown_turn_by_turn():
         "  assistant, supervised, ends in <|im_end|>",
         "<|im_start|>assistant\n»fine<|im_end|>«\n",
     ]
+
+
+def test_the_share_that_trains_is_of_all_parameters_that_are_there(made):
+    facts, _ = checked(made)
+    assert facts["parameters"] == facts["base_parameters"] + facts["trainable_parameters"]
+    assert facts["trainable_share"] == pytest.approx(facts["trainable_parameters"] / facts["parameters"])
+    assert f"1,088 of {facts['parameters']:,} parameters" in cli(made, "check", "config.yaml").out
+    config = (made / "config.yaml").read_text().replace("adapter: {rank: 4, alpha: 8}", "adapter: {method: full}")
+    (made / "full.yaml").write_text(config)
+    full = json.loads(cli(made, "check", "full.yaml", "--json").out)
+    assert full["trainable_parameters"] == full["parameters"] == facts["base_parameters"]
+
+
+def test_a_run_in_the_output_is_a_warning(made):
+    record = made / "held" / "checkpoints" / "step-3" / "lora_ft.json"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"kind": "checkpoint", "files": {}, "config": {}, "base": {}}')
+    facts, _ = checked(made, output="held")
+    assert warned(facts, "output held", "already contains a run", "--resume", "--overwrite")
+    refused(cli(made, "train", "config.yaml", "--set", "output=held"), 6, "already contains a run")

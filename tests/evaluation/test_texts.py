@@ -32,7 +32,7 @@ def test_bleu_with_several_references_equals_sacrebleu():
     most = max(map(len, REFERENCES))
     padded = [(several * most)[:most] for several in REFERENCES]
     wanted = sacrebleu.corpus_bleu([t.strip() for t in TEXTS], [list(stream) for stream in zip(*padded, strict=True)])
-    found = text_metrics(["bleu"], TEXTS, REFERENCES)
+    found = text_metrics(["bleu"], TEXTS, REFERENCES)[0]
     assert found["bleu"] == pytest.approx(wanted.score, rel=1e-12) and 0 < wanted.score < 100
     assert "tok:13a" in found["bleu_signature"]
     assert found.keys() == {"bleu", "bleu_signature"}
@@ -40,7 +40,7 @@ def test_bleu_with_several_references_equals_sacrebleu():
 
 def test_bleu_by_hand():
     # one text, five of six words right: precisions 5/6, 3/5, 1/4, and 0/3, which sacrebleu smooths to 1/6
-    found = text_metrics(["bleu"], ["the cat sat on the mat"], [["the cat is on the mat"]])["bleu"]
+    found = text_metrics(["bleu"], ["the cat sat on the mat"], [["the cat is on the mat"]])[0]["bleu"]
     assert found == pytest.approx(100 * (5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** 0.25, rel=1e-9)
 
 
@@ -50,13 +50,13 @@ def test_rouge_l_takes_the_best_reference_of_a_prompt():
         max(scorer.score(reference, text)["rougeL"].fmeasure for reference in several)
         for text, several in zip(TEXTS, REFERENCES, strict=True)
     ]
-    assert text_metrics(["rouge_l"], TEXTS, REFERENCES) == {"rouge_l": pytest.approx(sum(wanted) / 4)}
+    assert text_metrics(["rouge_l"], TEXTS, REFERENCES)[0] == {"rouge_l": pytest.approx(sum(wanted) / 4)}
     # by hand: the longest common subsequence of "a b c d" and "a c d e" is 3 of 4 and 4
-    assert text_metrics(["rouge_l"], ["a b c d"], [["x", "a c d e"]])["rouge_l"] == pytest.approx(3 / 4)
+    assert text_metrics(["rouge_l"], ["a b c d"], [["x", "a c d e"]])[0]["rouge_l"] == pytest.approx(3 / 4)
 
 
 def test_exact_match_accepts_any_reference():
-    assert text_metrics(["exact_match"], TEXTS, REFERENCES) == {"exact_match": 0.5}
+    assert text_metrics(["exact_match"], TEXTS, REFERENCES)[0] == {"exact_match": 0.5}
 
 
 def test_a_missing_library_is_reported_with_the_install_command(monkeypatch):
@@ -104,7 +104,7 @@ def test_every_set_is_scored_by_name(folder):
     lines = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if "eval_dev_loss" in line]
     assert len(evaluations) == 2 and {f"eval_{name}" for name in names} <= evaluations[0].keys()
-    best = max(evaluations, key=lambda line: line["eval_held_rouge_l"])  # the first of equals
+    best = max(evaluations, key=lambda line: (line["eval_held_rouge_l"], -line["eval_held_loss"], line["step"]))
     assert record["step"] == best["step"]
     data = record["data"]
     assert (data["train"]["used"], data["eval"]["held"]["used"], data["eval"]["dev"]["used"]) == (36, 12, 20)
@@ -118,7 +118,10 @@ def test_eval_reproduces_the_metrics_of_training(folder, capsys):
     for name, found in sets.items():
         for metric in ("loss", *ALL):
             assert found["adapter"][metric] == pytest.approx(record["metrics"][f"{name}_{metric}"], rel=1e-5)
-        assert found["base"].keys() == found["adapter"].keys()
+        assert found["base"].keys() == {key for key in found["adapter"] if not key.endswith("_vs_base")}
+        assert {f"{key}_vs_base" for key in ("loss", "accuracy", *ALL)} <= found["adapter"].keys()
+        bleu = found["adapter"]["bleu"] - found["base"]["bleu"]
+        assert found["adapter"]["bleu_vs_base"]["difference"] == pytest.approx(bleu, abs=1e-9)
     assert sets["dev"]["base"]["exact_match"] == 0  # a random model
     assert sets["dev"]["adapter"]["rouge_l"] > sets["dev"]["base"]["rouge_l"]
 

@@ -157,3 +157,40 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-5)
     for name, p in trainable(plain).items():
         assert torch.allclose(p, trainable(checkpointed)[name], atol=1e-6), name
+
+
+def evaluated(folder, metrics: dict[int, dict], best: str, greater: bool) -> tuple[int | None, list[int]]:
+    """The best step of a run whose evaluations have these metrics, and the steps that were saved."""
+    saved: list[int] = []
+    settings = dict(
+        output_dir=str(folder), use_cpu=True, per_device_train_batch_size=1, max_steps=4, save_strategy="no", report_to=[],
+        disable_tqdm=True, eval_strategy="steps", eval_steps=1, eval_on_start=0 in metrics, remove_unused_columns=False,
+        metric_for_best_model=f"eval_{best}", greater_is_better=greater,
+    )  # fmt: skip
+    trainer = LoRATrainer(
+        model=(model := adapted()),
+        args=TrainingArguments(**settings),
+        plan=StepPlan(corpus(), 8, 1, 4, RowPacking(64), seed=0),
+        isolation=Isolation.detect(model, 64),
+        evaluation=metrics.__getitem__,
+        save=lambda state, best_step: saved.append(state.step),
+        log_line=lambda line: None,
+    )
+    trainer.train_from(None)
+    return trainer.state.best_global_step, saved
+
+
+@pytest.mark.parametrize("name", ["", "dev_"])
+def test_ties_of_the_best_step_go_to_the_lower_loss_then_to_the_later_step(name, tmp_path):
+    def steps(*values):
+        return {step: {f"{name}accuracy": a, f"{name}loss": loss} for step, (a, loss) in enumerate(values, 1)}
+
+    key = f"{name}accuracy"
+    assert evaluated(tmp_path, steps((0.5, 4.5), (0.75, 2.0), (0.75, 0.8), (0.75, 0.9)), key, True)[0] == 3
+    assert evaluated(tmp_path, steps((0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.4, 0.1)), key, True) == (3, [1, 2, 3])
+    assert evaluated(tmp_path, steps((0.1, 1.0), (0.2, 0.5), (0.3, 0.5), (0.4, 0.7)), f"{name}loss", False)[0] == 3
+
+
+def test_the_untrained_model_is_never_the_best_step(tmp_path):
+    metrics = {step: {"loss": 1.0 + step} for step in range(5)}
+    assert evaluated(tmp_path, metrics, "loss", False) == (1, [1])

@@ -71,6 +71,7 @@ def sizes(model: PreTrainedModel, method: str) -> dict:
     return {
         "base_parameters": total - (parameters if method != "full" else 0),
         "trainable_parameters": parameters,
+        "parameters": total,
         "trainable_share": parameters / total,
         "adapter_bytes": bytes_on_disk(model) if method == "lora" else 4 * parameters,
         "adam_bytes": 8 * parameters,
@@ -85,7 +86,7 @@ def show(result: Inspection) -> None:
         show_data(result, out)
     if result.model:
         numbers = sizes(result.model, config.adapter.method)
-        parts = f"{numbers['trainable_parameters']:,} of {numbers['base_parameters']:,} parameters"
+        parts = f"{numbers['trainable_parameters']:,} of {numbers['parameters']:,} parameters"
         share, file = numbers["trainable_share"], display.size(numbers["adapter_bytes"])
         trained = f"  trainable: {parts} ({share:.2%}); {file} on disk"
         lines = [*display.target_lines(lora_layers(result.model)), trained]

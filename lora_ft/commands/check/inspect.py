@@ -56,10 +56,11 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
     """Touch every part of a run in the order in which `train` does; `time` measures two steps as well."""
     output = Path(config.output)
     result = Inspection(RunSetup(config, "cpu", trust))
-    setup = result.setup
+    setup, holds_run = result.setup, False
     with result.collect_errors():
         check_writable(output)
-        resume.find_starting_point(output, config, resume=False, overwrite=False)
+        resume.find_starting_point(output, config, resume=False, overwrite=True)  # a run in it is only a warning here
+        holds_run = resume.holds_run(output)
     with result.collect_errors():
         setup.device = prepare_device(config.trainer.use_cpu)
         _ = setup.arguments
@@ -78,6 +79,8 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
     if result.has_data:
         own = result.model.generation_config if result.model else GenerationConfig()
         result.ends_learned, result.in_common, result.warnings = warnings.examine_data(setup, own)
+        if holds_run:
+            result.warnings.append(f"output {output}: {resume.HOLDS_RUN}")
         isolation = Isolation.ATTENTION
         if result.model:
             isolation = Isolation.guess_from_config(result.model, setup.longest(result.model))

@@ -93,7 +93,7 @@ def compare_command(
     for result in results:
         if not result.failure:
             with skip_if_refused(result):
-                train_seeds(result, seed_list, runner, with_base=not base_metrics(results))
+                train_seeds(result, seed_list, runner)
             result.latency = latency.get(result.weights_hash, {})
             write()
     if (failure := results[0].failure) and not any(result.records for result in results):
@@ -149,12 +149,12 @@ def tune_variant(result: VariantResult, grid: Sequence[dict], steps: int | None,
     result.tuned = best(scored, key=lambda tried: tried["score"])["settings"]
 
 
-def train_seeds(result: VariantResult, seeds: Sequence[int], runner: Runner, with_base: bool) -> None:
-    """Train the tuned variant on every seed. with_base: its first run scores the base too."""
+def train_seeds(result: VariantResult, seeds: Sequence[int], runner: Runner) -> None:
+    """Train the tuned variant on every seed. Its first run scores the base too, and is compared with it row by row."""
     name = ",".join(filter(None, [result.variant.folder, folder_name(result.tuned)]))
     for seed in seeds:
         output = runner.folder / "runs" / f"{name},seed={seed}"
-        config = final_config(result.variant, result.tuned, seed, output, with_base and not result.records)
+        config = final_config(result.variant, result.tuned, seed, output, not result.records)
         result.records[seed] = runner.train(f"{result.variant.name}, seed {seed}", config)
 
 

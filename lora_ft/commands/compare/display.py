@@ -6,7 +6,7 @@ from rich import table as rich_table
 from rich.console import Console
 
 from lora_ft.core.messages import printable
-from lora_ft.core.metrics import format_metric, metric_of
+from lora_ft.core.metrics import format_difference, format_metric, metric_of, verdict
 from lora_ft.report.charts import Chart, Line, chart, run_look
 from lora_ft.report.comparison import Row, Section, Table, comparison_page
 from lora_ft.report.figures import config_text
@@ -21,12 +21,16 @@ COSTS = {  # key -> (title, format)
 }
 
 
+BASE_TITLE = "first seed against the base, row by row"
+
+
 def show(result: dict) -> None:
     """Print the tables on stdout, and which variants were skipped."""
     console = Console(highlight=False, markup=False, emoji=False)
     scores = [(f"{t.title}: {_seeds(result)}" if t.title else _seeds(result), t) for t in score_tables(result)]
     latency = [("latency (times the base's)", table) for table in latency_tables(result)]
-    for title, table in [*scores, ("cost", cost_table(result)), *latency]:
+    against = [(f"{BASE_TITLE}{f', {t.title}' if t.title else ''}", t) for t in base_tables(result)]
+    for title, table in [*scores, *against, ("cost", cost_table(result)), *latency]:
         printed = rich_table.Table(title=title)
         printed.add_column("", overflow="fold", no_wrap=all(len(row.name) <= 16 for row in table.rows))
         for i, column in enumerate(table.columns):
@@ -54,6 +58,7 @@ def page(result: dict) -> str:
     seeds = [f"seed {seed}" for seed in result["seeds"]]
     sections = [
         Section("Scores", scores, note=note if scores else "Nothing has been scored yet."),
+        Section(BASE_TITLE.capitalize(), base_tables(result)),
         Section("Cost", [cost_table(result)]),
         Section("Inference latency", latency, note="In parentheses: how many times the base's." if latency else ""),
         Section("Charts", charts=_charts(result)),
@@ -79,6 +84,20 @@ def score_tables(result: dict) -> list[Table]:
             rows.append(Row(variant["name"], cells, run_look(i), _skipped(variant)))
         columns = [key.rpartition(".")[2] for key in tuned] + [metric_of(key).title for key in keys]
         tables.append(Table(columns, rows, name))
+    return tables
+
+
+def base_tables(result: dict) -> list[Table]:
+    """A table per eval set: how each variant's first run differs from the base in the ranking metric, with its interval."""
+    metric, tables = result["metric"][1], []
+    for name in _metric_keys(result):
+        rows = []
+        for i, variant in enumerate(result["variants"]):
+            of = variant.get("vs_base", {}).get(name, {})
+            if compared := format_difference(metric, of):
+                rows.append(Row(variant["name"], [f"{compared}, {verdict(metric, of)}"], run_look(i)))
+        if rows:
+            tables.append(Table([f"{metric_of(metric).title}: difference (95% interval)"], rows, name))
     return tables
 
 

@@ -8,11 +8,9 @@ from pathlib import Path
 
 from lora_ft.commands.compare.runs import RunFailed
 from lora_ft.commands.compare.variants import Variant
-from lora_ft.core.metrics import scalars, split_set_name
+from lora_ft.core.intervals import student_t
+from lora_ft.core.metrics import VS_BASE, scalars, split_set_name
 from lora_ft.report.runs import eval_set_names, read_log
-
-# Student's t at 97.5% for 1, 2, ... degrees of freedom, from a table: scipy is too large a dependency for one column of it
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass
@@ -45,6 +43,7 @@ class VariantResult:
             entry["refused"] = str(self.failure)
         if records := list(self.records.values()):
             entry |= costs(records) | {"metrics": metrics_over_seeds(records)}
+            entry["vs_base"] = compared_with_base(records[0])
             entry["runs"] = {str(seed): record["config"]["output"] for seed, record in self.records.items()}
         return entry | ({"latency": self.latency} if self.latency else {})
 
@@ -59,13 +58,18 @@ def metrics_over_seeds(records: Sequence[dict]) -> dict[str, dict[str, dict]]:
     return {name: {metric: mean_interval(v) for metric, v in of.items()} for name, of in values.items()}
 
 
+def compared_with_base(record: dict) -> dict[str, dict[str, dict]]:
+    """Eval set -> metric's key + VS_BASE -> the run's comparison with the base on the same rows."""
+    sets = split_set_name(record.get("metrics"), eval_set_names(record))
+    return {name: {key: value for key, value in of.items() if key.endswith(VS_BASE)} for name, of in sets.items()}
+
+
 def mean_interval(values: Sequence[float]) -> dict:
     """Mean, values and, of at least two, the mean's 95% interval by Student's t: the effect of the seed alone."""
     mean, n = statistics.mean(values), len(values)
     entry: dict = {"mean": mean, "values": list(values)}
     if n > 1:
-        t = STUDENT_T[n - 2] if n - 2 < len(STUDENT_T) else 1.96
-        half = t * statistics.stdev(values) / math.sqrt(n)
+        half = student_t(n - 1) * statistics.stdev(values) / math.sqrt(n)
         entry["ci95"] = [mean - half, mean + half]
     return entry
 
