@@ -10,6 +10,7 @@ from lora_ft.config.schema import Config, DataConfig, eval_sets
 from lora_ft.core.errors import DataError, UserError
 from lora_ft.core.messages import listed, warn
 from lora_ft.core.names import template_columns
+from lora_ft.data.chats.raw_turns import message_columns
 from lora_ft.data.examples import Examples
 from lora_ft.data.prepare import prepare, prepare_eval_sets
 from lora_ft.methods.trained import run_settings
@@ -35,7 +36,7 @@ def columns_of(data: DataConfig) -> list[str]:
     """The columns that a data section reads."""
     templates = [text for text in (data.prompt, data.completion, data.text) if text]
     own = [column for text in templates for column in template_columns(text)]
-    return list(dict.fromkeys([*([data.messages] if data.messages else []), *own]))
+    return list(dict.fromkeys([*(message_columns(data.messages) if data.messages else []), *own]))
 
 
 def warn_of_trained_rows(

@@ -6,29 +6,13 @@ by `lora_ft.config.load`, which also applies the rules between settings.
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import Field, model_serializer
 from pydantic.fields import FieldInfo
 
 from lora_ft.config import data_types, types
+from lora_ft.config.section import Resume, Section, setting
 
-# The effect on `--resume` of changing a setting. result: refused, the run would differ. rounding: a warning, only rounding
-# and dropout masks change. free: none. longer: a higher value continues the run, with the schedule recomputed.
-Resume = Literal["result", "rounding", "free", "longer"]
 LogLevel = Literal["passive", "debug", "detail", "info", "warning", "error", "critical"]
-
-
-class Section(BaseModel):
-    """A closed, immutable table of settings; values are not converted between types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def setting(default: Any, text: str, *, resume: Resume = "result", methods: str = "", **bounds: Any) -> Any:
-    """A setting of a section: `text` is its meaning for messages, JSON Schema and reference page; `...` makes it required.
-
-    `methods` are the values of adapter.method that use it, separated by spaces (none: all), `bounds` pydantic's ge, gt, le, lt.
-    """
-    return Field(default, description=text, json_schema_extra={"resume": resume, "methods": methods}, **bounds)
 
 
 class ModelConfig(Section):

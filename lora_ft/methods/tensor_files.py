@@ -15,7 +15,7 @@ from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS
 from lora_ft.methods.lora.peft import differences
 from lora_ft.methods.trained import Trained
-from lora_ft.model.files import is_finite
+from lora_ft.model.stored import is_finite
 
 
 def write(folder: Path, base_name: str, tensors: Mapping[str, Tensor], config: dict) -> list[str]:

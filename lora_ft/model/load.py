@@ -21,8 +21,9 @@ from transformers import (
 from lora_ft.core.errors import ConfigError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import announce_if_slow, info, listed, printable
 from lora_ft.model.config_files import CONFIGS, MOST_MODULES, SMALL_LIMIT, absurd_count, check_config_files, damage
-from lora_ft.model.files import Base, digest, is_finite, shape_and_dtype, stored_dtype, stored_weights
+from lora_ft.model.files import Base, digest
 from lora_ft.model.generate import position_limit
+from lora_ft.model.stored import is_finite, shape_and_dtype, stored_dtype, stored_weights
 from lora_ft.nn.mlp import fuse_gelu
 
 _hashes: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()  # of `tokenizer_hash`

@@ -24,8 +24,9 @@ from lora_ft.distributed.sharding import load_sharded
 from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.model.device import micro_batch_tokens
-from lora_ft.model.files import Base, digest, resolve, stored_dtype
+from lora_ft.model.files import Base, digest, resolve
 from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer, skeleton, tokenizer_hash
+from lora_ft.model.stored import stored_dtype
 from lora_ft.nn.attention import Isolation
 from lora_ft.training.arguments import arguments
 from lora_ft.training.checkpoint import State

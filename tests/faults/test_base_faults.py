@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from lora_ft.model.files import is_finite
+from lora_ft.model.stored import is_finite
 from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, train, training
 from tests.helpers.tiny import write_base
 

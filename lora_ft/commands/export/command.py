@@ -21,9 +21,10 @@ from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.methods.usage import vllm_rank
-from lora_ft.model.files import Base, resolve, stored_dtype
+from lora_ft.model.files import Base, resolve
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
 from lora_ft.model.small_files import require_inside, small_files
+from lora_ft.model.stored import stored_dtype
 
 OTHERS = {
     "prompt": "PEFT loads the folder as it is.",

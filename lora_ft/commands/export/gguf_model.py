@@ -20,8 +20,9 @@ from lora_ft.methods.lora.merge_shards import DTYPES, check_stored_copies, finit
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, plan_edits, source_of, stored_names
 from lora_ft.methods.lora.verify import largest, logits, sample_rows
-from lora_ft.model.files import Base, opened, stored_dtype, weight_files
+from lora_ft.model.files import Base, opened, weight_files
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
+from lora_ft.model.stored import stored_dtype
 
 # Settings that change the logits and that transformers does not read from every GGUF
 COMPARED = (

@@ -23,9 +23,10 @@ from lora_ft.methods.lora.merge_shards import check_stored_copies, stored_keys, 
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, plan_edits, stored_names
 from lora_ft.methods.lora.verify import compare_logits, sample_rows
-from lora_ft.model.files import Base, stored_dtype, weight_files
+from lora_ft.model.files import Base, weight_files
 from lora_ft.model.load import load_base, load_tokenizer, skeleton
 from lora_ft.model.small_files import forget_paths, small_files
+from lora_ft.model.stored import stored_dtype
 
 
 def merge_adapter(

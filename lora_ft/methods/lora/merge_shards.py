@@ -15,7 +15,8 @@ from lora_ft.methods.lora.compatibility import check_equal
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, source_of
 from lora_ft.methods.lora.verify import matrix_error, random_signs
-from lora_ft.model.files import INDEX, is_finite, opened
+from lora_ft.model.files import INDEX, opened
+from lora_ft.model.stored import is_finite
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 2**20  # weights that are merged and verified at a time: 8 MB in float64, a few copies

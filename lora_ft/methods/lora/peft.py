@@ -19,7 +19,7 @@ from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD
 from lora_ft.methods.lora.peft_config import CONFIG, by_pattern, check_config
 from lora_ft.methods.trained import Trained
-from lora_ft.model.files import is_finite
+from lora_ft.model.stored import is_finite
 from lora_ft.nn.lora import RowBlocks, scaling
 
 WEIGHTS = "adapter_model.safetensors"
