@@ -20,7 +20,7 @@ from lora_ft.data.files import DEFAULT, FileFormat
 from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import BadRow, Columns, Template, optional_columns, pair_renderer, renderer
 
-ENCODING_VERSION = 6  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
+ENCODING_VERSION = 7  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
 BATCH = 1000  # rows
 MAX_REPORTED_ROWS = 20
 
