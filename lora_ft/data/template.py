@@ -93,7 +93,7 @@ def _spans_renderer(
     def render(columns: Columns) -> tuple[str, list[int]]:
         text, spans = "", []
         for part in parts:
-            empty = {column for column in part.columns if part.optional and _is_empty(columns.get(column))}
+            empty = {column for column in part.columns if part.optional and _is_empty(columns, column)}
             if part.optional and len(empty) == len(set(part.columns)):
                 continue
             for literal, column in part.fields:
@@ -115,7 +115,11 @@ def optional_columns(template: Template) -> set[str]:
     return {column for text in texts for column in template_columns(text, optional=True)}
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(columns: Columns, column: str) -> bool:
+    try:
+        value = column_value(columns, column)
+    except BadRow:  # the row has no such column
+        return True
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 

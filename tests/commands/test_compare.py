@@ -176,7 +176,7 @@ def test_brackets_in_names_are_printed(capsys):
     variants = [
         {"name": n, "settings": {}, "tuned": {}, "tried": []} | ({"refused": r} if r else {}) for n, r in names.items()
     ]
-    show({"variants": variants, "seeds": [0], "tuned": {}, "base": {}, "varied": {}})
+    show({"variants": variants, "seeds": [0], "tuned": {}, "base": {}, "varied": {}, "metric": ["", "loss"]})
     printed = capsys.readouterr().out
     assert all(word in printed for word in (*names, "no [k] in [/base]"))
 

@@ -86,7 +86,7 @@ def test_examples_are_the_same(bos, eos, request):
         return [
             list(encode_texts(rows, 900, True, encoder)),
             list(encode_texts(rows, 900, False, encoder)),
-            list(encode_pairs(rows, rows[::-1], [[], [], ["", "b", long], [], []], 900, encoder)),
+            list(encode_pairs(rows, rows[::-1], [[], [], ["", "b", long], [], []], [[]] * 5, 900, "start", encoder)),
             list(encode_chats(rows, spans, 10**6, encoder)),
         ]
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from lora_ft.commands.init.sizes import examine_base
+from lora_ft.commands.init.sizes import MODEL_TEMPLATE_HINT, BaseFacts, examine_base
 from lora_ft.commands.init.suggest import TASKS, Suggestion, name_columns, suggest
-from lora_ft.commands.init.text import config_text
+from lora_ft.commands.init.text import config_text, yaml_value
 from lora_ft.config import docs
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, FilesError
-from lora_ft.core.messages import format_value, info, warn
+from lora_ft.core.messages import echo, format_value, info, warn
 from lora_ft.core.storage import write_file
 from lora_ft.data.sniff import suggest_format
 from lora_ft.data.sources import iter_rows
@@ -71,6 +71,20 @@ def create_config(
     write_file(path, config_text(model, sources, suggestion, output, base, evaluation))
     load_config(path)
     write_file(path.parent / docs.FILE, docs.schema_text())
+    _report(path, sources, suggestion, base)
+
+
+def _report(path: Path, sources: Sequence[str], suggestion: Suggestion, base: BaseFacts) -> None:
+    more = " or more" * suggestion.partial
+    echo(f"{path}: {suggestion.task}, from {suggestion.rows:,}{more} rows of {', '.join(sources)}")
+    for name, value in suggestion.data.settings.items():
+        note = suggestion.data.notes.get(name)
+        echo(f"  {name}: {yaml_value(value)}" + (f"   ({note})" if note else ""))
+    if suggestion.unused:
+        echo(f"  not used: {', '.join(suggestion.unused)}. If an answer depends on one, name it in the prompt.")
+    if "messages" in suggestion.data.settings and base.tokenizer is not None and not base.has_chat_template:
+        warn(MODEL_TEMPLATE_HINT)
+    echo(f"Next: lora-ft check {path}, then lora-ft train {path}")
 
 
 def _ask_data() -> str:
