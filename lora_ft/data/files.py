@@ -78,6 +78,8 @@ def _in_folder(folder: Path) -> list[Path]:
     files, name = sorted(p for p in folder.iterdir() if p.is_file() and kind(p)), printable(str(folder))
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         raise DataError(f"{name}: a folder of `save_to_disk`. {CONVERSIONS['.arrow']}")
+    if (folder / "config.json").is_file():
+        raise DataError(f"{name}: a model's folder, not a data set.")
     names = printable(listed([p.name for p in files], 5), 400)
     if not files:
         below = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(kind(f) for f in p.iterdir()))

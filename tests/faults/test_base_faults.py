@@ -263,8 +263,8 @@ def test_rows_longer_than_the_base_has_positions(folder, family, code):
 
 def test_a_chat_template_that_changed(fresh):
     """A warning where ids are scored or merged; a run that began with other chats can't go on."""
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    for name in ("train.jsonl", "eval.jsonl"):
+    for name, answer in (("train.jsonl", "ho"), ("eval.jsonl", "hey")):
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
         (fresh / name).write_text((json.dumps({"messages": turns}) + "\n") * 8)
     (fresh / "config.yaml").write_text(
         "model: {name: base}\ndata: {train: train.jsonl, eval: eval.jsonl, messages: messages}\n"

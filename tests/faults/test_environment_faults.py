@@ -58,7 +58,7 @@ def test_a_file_of_someone_else(fresh, path, code):
     if os.getuid() != 0:
         pytest.skip("needs root, to become someone else")
     codecs.lookup("utf-8-sig")  # the library may be where only root can read
-    for place in fresh.parents[:2]:
+    for place in (p for p in fresh.parents if "pytest" in str(p)):
         place.chmod(0o755)
     fresh.chmod(0o777)
     (fresh / "base/model.safetensors").chmod(0o644)

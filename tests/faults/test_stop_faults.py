@@ -54,7 +54,7 @@ def at(place: object, name: str, call: int, signum: int, times: int = 1) -> Call
                     os.kill(os.getpid(), signum)
             return original(*args, **options)
 
-        setattr(place, name, staticmethod(counted) if name == "from_pretrained" else counted)
+        setattr(place, name, counted)
 
     return arm
 
@@ -62,7 +62,7 @@ def at(place: object, name: str, call: int, signum: int, times: int = 1) -> Call
 BEFORE_THE_FIRST_STEP = {
     "tokenizer": (lora_ft.training.setup, "load_tokenizer", 1),
     "encoding": (lora_ft.data.encode, "encode_pairs", 1),
-    "loading": (lora_ft.model.load.AutoModelForCausalLM, "from_pretrained", 1),
+    "loading": (lora_ft.model.load, "stored_weights", 1),
     "adapting": (lora_ft.methods.lora.method, "inject", 1),
     "the first step": (lora_ft.training.step, "supervised_loss", 1),
 }

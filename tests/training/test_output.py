@@ -192,7 +192,7 @@ def test_an_overwrite_does_not_follow_links(tmp_path, name):
     before = sorted(folder.iterdir())
     with pytest.raises(FilesError, match=f"{name}: a link. .*--set output="):
         writing.check_removable(tmp_path / "out")
-    with writing.locked(tmp_path / "out"):
+    with lock.locked(tmp_path / "out"):
         pass
     assert sorted(folder.iterdir()) == before
 
@@ -212,6 +212,6 @@ def test_a_manifest_does_not_lead_out_through_a_link(tmp_path):
 def test_the_pid_of_the_lock_is_not_written_through_a_link(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / writing.HOLDER).symlink_to(tmp_path / "precious")
-    with writing.locked(tmp_path / "out"):
+    (tmp_path / "out" / lock.HOLDER).symlink_to(tmp_path / "precious")
+    with lock.locked(tmp_path / "out"):
         assert (tmp_path / "precious").read_text() == "mine"
