@@ -9,6 +9,7 @@ import tempfile
 import datasets
 import pytest
 
+from lora_ft.data import cache
 from tests.helpers.command import cli, files, refused, refused_untouched, settings, train
 from tests.helpers.tiny import lora_ft
 
@@ -93,6 +94,7 @@ def test_no_place_for_temporary_files(fresh):
     def nowhere():
         tempfile.tempdir, tempfile._candidate_tempdir_list = None, lambda: ["/proc/none"]
         datasets.config.HF_DATASETS_CACHE = fresh / "train.jsonl"
+        cache._replacement.cache_clear()  # another test may have needed one
 
     refused(train(fresh, before=nowhere), 6, "no temporary folder", "TMPDIR")
 
