@@ -3,6 +3,7 @@ and exit codes."""
 
 # ruff: noqa: E402
 
+import codecs
 import os
 import signal
 import sys
@@ -98,6 +99,21 @@ def start(folder: Path, *arguments: str, before: Callable[[], object] = lambda: 
         print(f"Traceback: {type(e).__name__}: {e}", file=sys.stderr)
         code = 1
     os._exit(code)
+
+
+def without_rights(folder: Path) -> Callable[[], None]:
+    """What takes a process the rights of root, whom permissions don't bind; `folder` and those above stay reachable."""
+    codecs.lookup("utf-8-sig")  # the library may be where only root can read
+    for place in (p for p in (folder, *folder.parents) if "pytest" in str(p)):
+        place.chmod(0o755)
+
+    def drop() -> None:
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+
+    return drop
 
 
 def cli(folder: Path, *arguments: str, before: Callable[[], object] = lambda: None) -> Ended:
