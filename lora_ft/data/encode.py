@@ -8,6 +8,7 @@ from typing import Literal
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from lora_ft.config.schema import CHAT_SETTINGS
 from lora_ft.core.errors import DataError
 from lora_ft.data.cache import Write, cached, key_of
 from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, part_indices, sample_indices, totals
@@ -91,9 +92,9 @@ def load_examples(
 
 def _identity(template: Template) -> dict:
     """The template for a hash that records contain: settings of chats only where they are set, as earlier versions had none."""
-    later = ("chat_template_kwargs", "roles", "supervise", "reasoning")
-    kept = {name: value for name, value in asdict(template).items() if name not in later}
-    chats = {name: getattr(template, name) for name in later if getattr(template, name) != getattr(Template, name)}
+    kept = {name: value for name, value in asdict(template).items() if name not in CHAT_SETTINGS}
+    set_here = (name for name in CHAT_SETTINGS if getattr(template, name) != getattr(Template, name))
+    chats = {name: getattr(template, name) for name in set_here}
     return kept | chats | ({"spans": 2} if template.messages else {})  # 2: a turn ends with its first end marker
 
 

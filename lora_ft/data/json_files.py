@@ -22,9 +22,10 @@ class SourceRow(NamedTuple):
 
 def read_jsonl(path: Path, encoding: str) -> Iterator[SourceRow]:
     """The rows of a .jsonl file; blank lines are skipped."""
+    name = printable(str(path))
     for number, line in enumerate(text_lines(path, encoding), 1):
         if line.strip():
-            where = f"{printable(str(path))}:{number}"
+            where = f"{name}:{number}"
             try:
                 row = _json_row(json.loads(line), where)
             except (ValueError, RecursionError) as e:

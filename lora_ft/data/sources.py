@@ -44,8 +44,8 @@ def _read(path: Path, format: FileFormat) -> Iterator[SourceRow]:
         case ".parquet":
             yield from _parquet(path)
         case _:
-            records = read_delimited(path, format)
-            yield from (SourceRow(f"{_name(path)}:{line}", columns, problem) for line, columns, problem in records)
+            name, records = _name(path), read_delimited(path, format)
+            yield from (SourceRow(f"{name}:{line}", columns, problem) for line, columns, problem in records)
 
 
 def content_hash(source: str, format: FileFormat = DEFAULT) -> str:
@@ -71,12 +71,13 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
     import pyarrow
     import pyarrow.parquet
 
+    name = _name(path)
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
             rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            yield from (SourceRow(f"{_name(path)} row {i}", row) for i, row in enumerate(rows, 1))
+            yield from (SourceRow(f"{name} row {i}", row) for i, row in enumerate(rows, 1))
     except pyarrow.ArrowException as e:
-        raise DataError(f"{_name(path)}: damaged Parquet file: {first_line(e)}") from e
+        raise DataError(f"{name}: damaged Parquet file: {first_line(e)}") from e
 
 
 @lru_cache(maxsize=8)  # a source is hashed, then read

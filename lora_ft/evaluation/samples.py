@@ -38,15 +38,16 @@ def generate_samples(
     limit = min(MAX_TOKENS, max(16, *(3 * (end - start) // 2 for start, end in spans)))
     ends = end_tokens(tokenizer, model.generation_config, chat)
     positions = position_limit(model) or 2**31
+    encoder, row_numbers = text_encoder(tokenizer), column_array(examples.texts, "row")
     template = ""  # special tokens of a chat template are part of an answer
     samples, deadline = [], time.perf_counter() + seconds
     for i, (row, (start, end)) in enumerate(zip(rows, spans, strict=True)):
         asked, expected = row["input_ids"][:start], row["input_ids"][start:end]
         prompt_text, reference = to_text(tokenizer, asked), to_text(tokenizer, expected)
-        text = examples.texts[int(np.searchsorted(column_array(examples.texts, "row"), row["row"]))]
+        text = examples.texts[int(np.searchsorted(row_numbers, row["row"]))]
         if chat and of_chats and not row["truncated"]:
             prompt_text, reference = prompt_and_reference(text, chat)
-            asked, template = text_encoder(tokenizer).encode_bare(prompt_text), chat.template
+            asked, template = encoder.encode_bare(prompt_text), chat.template
         sample: dict = {"where": row["where"], "cut": []}
         sample |= {"prompt": _shortened(prompt_text), "reference": _shortened(reference)}
         for j, (name, before) in enumerate((("base", []), ("adapter", prefix))):

@@ -136,14 +136,15 @@ class ChatFormat:
     @cached_property
     def stops(self) -> frozenset[str]:
         """The markers after which an answer at the end of a chat is complete."""
-        return frozenset(self._closings()[0])
+        return frozenset(self._closings[0])
 
     @cached_property
     def ends(self) -> frozenset[str]:
         """The markers that end an assistant's turn, anywhere in a chat; some templates end the last one differently."""
-        stops, between = self._closings()
+        stops, between = self._closings
         return frozenset(stops | between | {self.tokenizer.eos_token or ""} - {""})
 
+    @cached_property
     def _closings(self) -> tuple[set[str], set[str]]:
         """(markers that close an assistant's turn at the end of a chat, those that close it before another turn).
 
@@ -167,9 +168,18 @@ class ChatFormat:
         rest = (self.try_render(list(turns)) or "").partition(PROBE)[2].strip()
         return self.markers.findall(rest) if not directly or self.markers.match(rest) else []
 
+    @cached_property
+    def next_marker(self) -> re.Pattern[str]:
+        """Matches white space and the marker after it, which is group 1."""
+        return re.compile(rf"\s*({self.markers.pattern})")
+
+    @cached_property
+    def _tokens(self) -> set[str]:
+        return {*self.tokenizer.get_added_vocab(), self.tokenizer.eos_token}
+
     def is_token(self, marker: str) -> bool:
         """Whether a marker is a token of its own."""
-        return marker in self.tokenizer.get_added_vocab() or marker == self.tokenizer.eos_token
+        return marker in self._tokens
 
     @cached_property
     def reasoning_close(self) -> str:

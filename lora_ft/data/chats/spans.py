@@ -15,7 +15,6 @@ The template's own {% generation %} marks are used where it has them. Otherwise 
 A row where neither works is bad: spans are never guessed.
 """
 
-import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -164,7 +163,7 @@ def _words_end(text: str, start: int, chat: ChatFormat) -> int:
 def _with_end(text: str, turn: Located, chat: ChatFormat) -> Located:
     """The turn up to the marker that ends it: the first one after its words, a token of its own if there is one."""
     found, position = [], turn.words_end
-    while match := re.compile(rf"\s*({chat.markers.pattern})").match(text, position):
+    while match := chat.next_marker.match(text, position):
         found.append(match)
         position = match.end()
     ends = [match for match in found if match[1] in chat.ends]
