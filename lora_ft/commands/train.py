@@ -135,10 +135,11 @@ def closing_lines(output: Path, record: dict) -> list[str]:
         lines.append(f"  {metric_of(key).title:{width}}  {before}{format_metric(key, own[key])}{compared}")
     if lines and base:
         lines.insert(0, "base -> adapter on the eval data, the difference and its 95% interval:")
-    folder, lora = shlex.quote(str(output)), record["config"]["adapter"]["method"] == "lora"
-    second = f"lora-ft merge --adapter {folder}" if lora else f"lora-ft eval {folder}"
+    folder, method = shlex.quote(str(output)), record["config"]["adapter"]["method"]
+    usable = [f"lora-ft generate {folder}"] if method in ("lora", "full") else []  # what `generate` serves
+    usable.append(f"lora-ft merge --adapter {folder}" if method == "lora" else f"lora-ft eval {folder}")
     report = [f"report: {output / REPORT}"] if (output / REPORT).is_file() else []
-    return [*lines, *report, f"next:   lora-ft generate {folder}", f"        {second}"]
+    return [*lines, *report, "next:   " + "\n        ".join(usable)]
 
 
 def resume_hint(started: bool) -> str:

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from lora_ft.commands.train import closing_lines
 from tests.helpers.command import cli, refused, train
 from tests.helpers.tiny import write_reviews, write_run
 
@@ -62,3 +64,19 @@ def test_a_run_ends_with_what_came_of_it(folder):
     assert "next:   lora-ft generate out\n        lora-ft merge --adapter out\n" in said
     assert all(len(line) <= 80 for line in said.splitlines()), said
     assert ended.out == "out\n"
+
+
+@pytest.mark.parametrize(
+    "method, commands",
+    [
+        ("lora", ["generate o", "merge --adapter o"]),
+        ("full", ["generate o", "eval o"]),
+        ("bottleneck", ["eval o"]),
+        ("prompt", ["eval o"]),
+    ],
+)
+def test_the_commands_named_at_the_end_of_a_run_accept_its_method(tmp_path, monkeypatch, method, commands):
+    """`generate` serves no bottleneck and no prompt, `merge` only LoRA."""
+    monkeypatch.chdir(tmp_path)
+    lines = closing_lines(Path("o"), {"metrics": {}, "config": {"adapter": {"method": method}}})
+    assert "\n".join(lines) == "next:   " + "\n        ".join(f"lora-ft {command}" for command in commands)
