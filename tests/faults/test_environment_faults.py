@@ -8,6 +8,7 @@ import tempfile
 import datasets
 import pytest
 
+from lora_ft.core import paths
 from lora_ft.data import cache
 from tests.helpers.command import cli, files, refused, refused_untouched, settings, train, without_rights
 from tests.helpers.tiny import lora_ft
@@ -81,11 +82,13 @@ def test_a_run_on_a_mount_without_locks(prepared, fresh, number):
     assert not [name for name in files(fresh) if ".lock" in name]
 
 
-def test_no_place_for_temporary_files(fresh):
+def test_no_place_for_temporary_files(fresh, monkeypatch):
+    # another test may have needed one; clearing the function's cache in the fork would remove this process's folder
+    monkeypatch.setattr(cache, "_replacement", paths.temporary_folder)
+
     def nowhere():
         tempfile.tempdir, tempfile._candidate_tempdir_list = None, lambda: ["/proc/none"]
         datasets.config.HF_DATASETS_CACHE = fresh / "train.jsonl"
-        cache._replacement.cache_clear()  # another test may have needed one
 
     refused(train(fresh, before=nowhere), 6, "no temporary folder", "TMPDIR")
 
