@@ -74,7 +74,7 @@ def run(
         config.train.batch_size,
         1,
         steps,
-        RowPacking(micro_batch_tokens(config.train.micro_batch_tokens, device)),
+        RowPacking(micro_batch_tokens(config.train.micro_batch_tokens, device), share=ours),
         0,
     )
     tokens = [sum(data[i]["tokens"] for i in plan.examples(s)) for s in range(steps)]

@@ -12,6 +12,7 @@ from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import echo_json, info
 from lora_ft.core.run_folder import RECORD, read_record
 from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.data.batches import RowPacking
 from lora_ft.data.examples import largest_id
 from lora_ft.data.prepare import template_of
 from lora_ft.evaluation.evaluate import compare_with_base, evaluate_set
@@ -84,6 +85,7 @@ def evaluate_command(
 
     isolation = Isolation.detect(model, longest)
     at_most = micro_batch_tokens(config.train.micro_batch_tokens, device)
+    packing = RowPacking.of(model, isolation, at_most, config.train.share_prefixes == "auto")
     own = ["adapter" if trained and trained[0].method != "full" else "model"]
     own = [str(entry.folder) for entry in trained] if several else own
     results = []
@@ -95,7 +97,7 @@ def evaluate_command(
             if several:
                 use(model, None if who == "base" else who)
             metrics, result.texts[who], rows = evaluate_set(
-                model, tokenizer, examples, prompts, config, isolation, at_most, base=who == "base"
+                model, tokenizer, examples, prompts, config, isolation, packing, base=who == "base"
             )
             base_rows = rows if who == "base" else base_rows
             result.scores[who] = metrics | (compare_with_base(base_rows, rows) if who != "base" else {})

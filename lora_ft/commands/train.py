@@ -64,7 +64,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         model, plan, state = setup.model, setup.plan, setup.state
         setup.print_summary()
         evaluate = Evaluator(
-            model, setup.tokenizer, setup.eval_sets, config, setup.isolation, setup.row_tokens, setup.shard
+            model, setup.tokenizer, setup.eval_sets, config, setup.isolation, setup.packing, setup.shard
         )
         record = setup.record | _base_scores(setup, evaluate)
         setup.load_initial_adapter(model)  # after scoring the base: some methods change its own weights

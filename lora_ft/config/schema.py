@@ -118,6 +118,9 @@ class TrainConfig(Section):
     micro_batch_tokens: types.MicroBatchTokens = setting(
         "auto", "tokens per micro-batch: affects memory, speed, rounding and dropout masks only", resume="rounding"
     )
+    share_prefixes: types.AutoOrOff = setting(
+        "auto", "compute what examples of a micro-batch begin with alike once; or off", resume="rounding"
+    )
     learning_rate: float = setting(5e-4, "the schedule's maximum", gt=0)
     lr_scheduler_type: types.Scheduler = setting("linear", "the learning rate schedule, by its name in transformers")
     warmup_steps: types.StepsOrZero = setting(0.06, "below 1 a fraction of the run, from 1 a number of steps; 0: none")

@@ -92,6 +92,10 @@ def _micro_batch_tokens(value: Any) -> Any:
     return value
 
 
+def _auto_or_off(value: Any) -> Any:
+    return "off" if value is False else value  # off is false in YAML
+
+
 def _eval_set(value: Any) -> Any:
     """Data sources, or the part of the training data to hold out. Checks everything itself: a union's errors say little."""
     sources = as_tuple(value)
@@ -218,6 +222,9 @@ Steps = Annotated[int | float, BeforeValidator(_steps), json_schema(FRACTION, CO
 StepsOrZero = Annotated[int | float, BeforeValidator(_steps_or_zero), json_schema(FRACTION, COUNT | {"minimum": 0})]
 _AUTO_OR_COUNT = json_schema({"const": "auto"}, COUNT)
 MicroBatchTokens = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), _AUTO_OR_COUNT]
+AutoOrOff = Annotated[
+    Literal["auto", "off"], BeforeValidator(_auto_or_off), json_schema({"enum": ["auto", "off", False]})
+]
 _REPORTER = Literal[*REPORTERS]  # type: ignore[valid-type]
 _NONE = BeforeValidator(lambda value: [] if value == "none" else value)
 Reporters = Annotated[OneOrMore[_REPORTER], _NONE, json_schema({"const": "none"}, *_one_or_more(*REPORTERS))]

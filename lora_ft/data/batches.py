@@ -1,4 +1,4 @@
-"""Which examples make up an optimizer step, and how a step is packed into flat micro-batches.
+"""Which examples make up an optimizer step, and how a step is packed into flat micro-batches (nn/rows.py).
 
 An item of a StepPlan is one optimizer step, or one rank's shard of it: a pure function of the seed and the step's number, so a
 run can resume anywhere. How a step is sharded and packed (`micro_batch_tokens`) changes neither its examples nor, except for
@@ -13,24 +13,27 @@ import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
-from lora_ft.nn.attention import flat_row
+from lora_ft.nn.attention import Isolation, shares
+from lora_ft.nn.rows import Ids, Segment, Tree, flat_row
 
 EMPTY_EXAMPLE = {"input_ids": [0], "labels": [-100]}  # nothing supervised
 
 
 class MicroBatch(TypedDict):
-    """One flat row: examples one after another, without padding.
+    """One flat row of examples.
 
-    input_ids, position_ids: (1, tokens); positions restart at each example. keep: (supervised,) the positions whose next
-    token is supervised. targets: (supervised,) those next tokens. lengths: the tokens of each example.
+    input_ids, position_ids: (1, tokens); positions are those in an example. keep: (supervised,) the positions whose next
+    token is supervised, once for each example that shares them. targets: (supervised,) those next tokens. segments: see
+    `FlatRow`.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     keep: Tensor
     targets: Tensor
-    lengths: list[int]
+    segments: list[Segment]
 
 
 class Step(TypedDict):
@@ -58,18 +61,49 @@ UNSHARDED = Shard()
 
 
 class RowPacking(NamedTuple):
-    """How examples share rows: at most `max_tokens` per row (a longer example has a row of its own), or one_per_row."""
+    """How examples share rows: at most `max_tokens` per row (a longer example has a row of its own), or one_per_row.
+
+    share: whether a beginning that some examples have in common is in their row once.
+    """
 
     max_tokens: int
     one_per_row: bool = False
+    share: bool = False
 
-    def rows(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of `lengths` (tokens), grouped into as few rows as fit.
+    @classmethod
+    def of(cls, model: PreTrainedModel, isolation: Isolation, max_tokens: int, share: bool = True) -> "RowPacking":
+        """Rows as a loaded model can compute them; share: whether beginnings are to be shared where it can."""
+        return cls(max_tokens, isolation is Isolation.ONE_PER_ROW, share and shares(model, isolation))
+
+    def rows(self, examples: Sequence[Ids]) -> list[list[int]]:
+        """Indices of `examples` (token ids), grouped into as few rows as fit, those that share a beginning together.
 
         The rows have nearly equal sums where that fits: the largest row determines the memory.
         """
         if self.one_per_row:
-            return [[i] for i in range(len(lengths))]
+            return [[i] for i in range(len(examples))]
+        whole = Tree.of(examples, self.share)
+        groups = [part for group in whole.groups() for part in self._parts(whole, group)]
+        rows = self._even_rows([tokens for _, tokens in groups])
+        return [[i for g in row for i in groups[g][0]] for row in rows]
+
+    def _parts(self, tree: Tree, members: list[int]) -> list[tuple[list[int], int]]:
+        """A group of examples that share beginnings, in parts that fit a row each; each part's members and tokens."""
+        parts: list[tuple[list[int], int]] = []
+        there: set[int] = set()
+        for i in members:
+            path = tree.path(i)
+            tokens = sum(tree.length(n) for n in path if n not in there)
+            if parts and parts[-1][1] + tokens <= self.max_tokens:
+                parts[-1] = ([*parts[-1][0], i], parts[-1][1] + tokens)
+            else:
+                there = set()
+                parts.append(([i], sum(map(tree.length, path))))
+            there.update(path)
+        return parts
+
+    def _even_rows(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of `lengths` (tokens) in rows; see `rows`."""
         rows = self._first_fit(lengths)
         even = split_evenly(lengths, len(rows))
         return even if all(sum(lengths[i] for i in row) <= self.max_tokens for row in even) else rows
@@ -103,18 +137,22 @@ def split_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def micro_batch(examples: Sequence[dict]) -> MicroBatch:
+def micro_batch(examples: Sequence[dict], share: bool = False) -> MicroBatch:
     """The flat row of examples with `input_ids` and `labels` (labels[i] is input_ids[i], or -100 if not supervised)."""
-    keep, targets, start = [], [], 0
-    for example in examples:
-        labels = example["labels"]
-        supervised = [i for i in range(1, len(labels)) if labels[i] >= 0]  # no position predicts a first token
-        keep += [start + i - 1 for i in supervised]
-        targets += [labels[i] for i in supervised]
-        start += len(labels)
-    ids = [example["input_ids"] for example in examples]
-    indices = {"keep": torch.tensor(keep, dtype=torch.long), "targets": torch.tensor(targets, dtype=torch.long)}
-    return MicroBatch(**flat_row(ids), **indices, lengths=list(map(len, ids)))  # type: ignore[typeddict-item]
+    row = flat_row([example["input_ids"] for example in examples], share)
+    keep, targets = [], []
+    for example, places in zip(examples, row.places, strict=True):
+        labels = torch.tensor(example["labels"])
+        supervised = (labels[1:] >= 0).nonzero()[:, 0]  # no position predicts a first token
+        keep.append(places[supervised])
+        targets.append(labels[1:][supervised])
+    return MicroBatch(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        keep=torch.cat(keep),
+        targets=torch.cat(targets),
+        segments=row.segments,
+    )
 
 
 class StepPlan(Dataset):
@@ -160,10 +198,11 @@ class StepPlan(Dataset):
         examples = [self.dataset[i] for i in self.examples(step)]
         lengths = [len(e["input_ids"]) for e in examples]
         rows_by_rank = [
-            [[group[i] for i in row] for row in self.packing.rows([lengths[i] for i in group])]
+            [[group[i] for i in row] for row in self.packing.rows([examples[i]["input_ids"] for i in group])]
             for group in split_evenly(lengths, self.shard.world_size)
         ]
-        micro = [micro_batch([examples[i] for i in row]) for row in rows_by_rank[self.shard.rank]]
+        own = rows_by_rank[self.shard.rank]
+        micro = [micro_batch([examples[i] for i in row], self.packing.share) for row in own]
         if self.shard.padded:
             micro += [micro_batch([EMPTY_EXAMPLE])] * (max(map(len, rows_by_rank)) - len(micro))
         return Step(

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.config.schema import Config
 from lora_ft.core.metrics import add_set_name
-from lora_ft.data.batches import UNSHARDED, Shard
+from lora_ft.data.batches import UNSHARDED, RowPacking, Shard
 from lora_ft.data.examples import Examples
 from lora_ft.evaluation.paired import Rows, compare_rows
 from lora_ft.evaluation.references import EvalPrompts, eval_prompts
@@ -25,7 +25,7 @@ def evaluate_set(
     prompts: EvalPrompts | None,
     config: Config,
     isolation: Isolation,
-    micro_batch_tokens: int,
+    packing: RowPacking,
     check: Callable[[], None] = lambda: None,
     shard: Shard = UNSHARDED,
     base: bool = False,
@@ -33,7 +33,7 @@ def evaluate_set(
     """One set's metrics, of the bare base if `base`, texts generated for `prompts` ([] if None), and rows. See `score`."""
     ids = [] if base else virtual_ids(model)
     with bare(model) if base else nullcontext():
-        scores = score(model, examples.with_prefix(ids).dataset, isolation, micro_batch_tokens, check, shard)
+        scores = score(model, examples.with_prefix(ids).dataset, isolation, packing, check, shard)
         if not prompts:
             return scores.metrics(), [], scores.rows
         texts = generate_texts(model, tokenizer, prompts.with_prefix(ids), config, check, shard)
@@ -64,11 +64,11 @@ class Evaluator:
         eval_sets: Mapping[str, Examples],
         config: Config,
         isolation: Isolation,
-        micro_batch_tokens: int,
+        packing: RowPacking,
         shard: Shard,
     ):
         self.model, self.tokenizer, self.eval_sets, self.config = model, tokenizer, eval_sets, config
-        self.isolation, self.micro_batch_tokens, self.shard = isolation, micro_batch_tokens, shard
+        self.isolation, self.packing, self.shard = isolation, packing, shard
         self.base_rows: dict[str, Rows] = {}
         self.prompts = {
             name: eval_prompts(model, tokenizer, examples, config) if config.train.predict_with_generate else None
@@ -77,7 +77,7 @@ class Evaluator:
 
     def __call__(self, check: Callable[[], None] = lambda: None, base: bool = False) -> dict:
         result: dict = {}
-        how = self.config, self.isolation, self.micro_batch_tokens, check, self.shard, base
+        how = self.config, self.isolation, self.packing, check, self.shard, base
         for name, examples in self.eval_sets.items():
             metrics, _, rows = evaluate_set(self.model, self.tokenizer, examples, self.prompts[name], *how)
             if base:

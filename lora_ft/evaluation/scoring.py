@@ -22,8 +22,9 @@ from lora_ft.data.batches import EMPTY_EXAMPLE, UNSHARDED, RowPacking, Shard, sp
 from lora_ft.distributed import processes
 from lora_ft.evaluation.paired import Rows
 from lora_ft.nn.adapted import eval_mode
-from lora_ft.nn.attention import Isolation, flat_row
+from lora_ft.nn.attention import Isolation
 from lora_ft.nn.loss import logits_in_chunks
+from lora_ft.nn.rows import flat_row
 
 
 @dataclass
@@ -100,17 +101,16 @@ def score(
     model: PreTrainedModel,
     dataset: datasets.Dataset,
     isolation: Isolation,
-    micro_batch_tokens: int,
+    packing: RowPacking,
     check: Callable[[], None] = lambda: None,
     shard: Shard = UNSHARDED,
 ) -> Scores:
     """Score `model`, in eval mode meanwhile, on the encoded examples of `dataset` (see `Examples`).
 
-    micro_batch_tokens: tokens in one row at most; a longer example gets a row of its own. check: called before each row; an
-    exception in it stops the scoring. shard: this rank's part of the examples; the scores returned are those of all ranks.
-    Raises NumbersError if a log-probability is NaN or infinite.
+    packing: how sequences share rows. check: called before each row; an exception in it stops the scoring. shard: this
+    rank's part of the examples; the scores returned are those of all ranks. Raises NumbersError if a log-probability is NaN
+    or infinite.
     """
-    packing = RowPacking(micro_batch_tokens, isolation is Isolation.ONE_PER_ROW)
     choices = len(dataset[0]["choices"]) if len(dataset) else 0
     values = np.zeros(
         (len(dataset), 4)
@@ -127,10 +127,10 @@ def score(
                 by_sequence.setdefault((query.example, tuple(query.ids)), []).append(query)
             sequences = list(by_sequence.values())
             choice_logprobs = [[0.0] * len(e["choices"]) for e in examples]
-            rows = packing.rows([len(s[0].ids) for s in sequences])
+            rows = packing.rows([s[0].ids for s in sequences])
             for row in rows:
                 check()
-                for query, logprobs in _log_probabilities(model, isolation, [sequences[i] for i in row]):
+                for query, logprobs in _log_probabilities(model, isolation, [sequences[i] for i in row], packing.share):
                     if not all(map(math.isfinite, logprobs)):
                         problem = "the model's log-probabilities are not finite, so scores mean nothing"
                         raise NumbersError(f"{examples[query.example]['where']}: {problem}.")
@@ -142,7 +142,11 @@ def score(
                 if found:
                     values[place, 2:] = example["label"], max(range(len(found)), key=found.__getitem__)
             for _ in range(max(processes.all_gather(len(rows))) - len(rows) if shard.padded else 0):
-                list(_log_probabilities(model, isolation, [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]]))
+                list(
+                    _log_probabilities(
+                        model, isolation, [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]], packing.share
+                    )
+                )
             bar.update(len(lengths))
     if shard.world_size > 1:
         totals = torch.from_numpy(values).to(model.device)
@@ -152,22 +156,24 @@ def score(
 
 
 def _log_probabilities(
-    model: PreTrainedModel, isolation: Isolation, row: list[list[_Query]]
+    model: PreTrainedModel, isolation: Isolation, row: list[list[_Query]], share: bool
 ) -> Iterator[tuple[_Query, list[float]]]:
     """The queries of one row of sequences (queries of the same sequence are grouped), each with its log-probabilities."""
-    lengths = [len(queries[0].ids) for queries in row]
-    starts = itertools.accumulate(lengths[:-1], initial=0)
-    queries = [(start, query) for start, same in zip(starts, row, strict=True) for query in same]
-    wanted = [(start + i, target) for start, q in queries for i, target in zip(q.positions, q.targets, strict=True)]
-    inputs = flat_row([queries[0].ids for queries in row], model.device)
-    positions, targets = torch.tensor(wanted, dtype=torch.long, device=model.device).view(-1, 2).unbind(-1)  # (wanted,)
+    flat = flat_row([queries[0].ids for queries in row], share)
+    queries = [query for same in row for query in same]
+    positions = torch.cat([places[q.positions] for places, same in zip(flat.places, row, strict=True) for q in same])
+    targets = torch.tensor(
+        [target for q in queries for target in q.targets], dtype=torch.long
+    )  # (wanted,), as `positions`
     keep, kept_rows = positions.unique(return_inverse=True)  # (kept,), (wanted,)
-    logprobs, start = torch.empty(len(wanted), device=model.device), 0
-    with isolation.row(model, lengths):
-        for logits in logits_in_chunks(model, **inputs, keep=keep):  # (chunk, vocabulary)
+    inputs = {name: x.to(model.device) for name, x in {**flat.inputs, "keep": keep}.items()}
+    targets, kept_rows = targets.to(model.device), kept_rows.to(model.device)
+    logprobs, start = torch.empty(len(targets), device=model.device), 0
+    with isolation.row(model, flat.segments):
+        for logits in logits_in_chunks(model, **inputs):  # (chunk, vocabulary)
             here = ((kept_rows >= start) & (kept_rows < start + len(logits))).nonzero()[:, 0]
             at = kept_rows[here] - start
             logprobs[here] = logits[at, targets[here]].float() - logits.float().logsumexp(-1)[at]
             start += len(logits)
     values = iter(logprobs.tolist())
-    yield from ((query, list(itertools.islice(values, len(query.targets)))) for _, query in queries)
+    yield from ((query, list(itertools.islice(values, len(query.targets)))) for query in queries)

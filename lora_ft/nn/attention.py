@@ -1,15 +1,14 @@
-"""Attention within each example of a flat row.
+"""Attention within each sequence of a flat row (nn/rows.py).
 
-A micro-batch is one row (1, tokens): several examples one after the other, without padding, positions restarting at each. In
-many families positions alone do not keep the examples apart. There are three ways to do so, best first:
+A micro-batch is one row (1, tokens): several sequences one after the other, without padding, positions restarting at each. In
+many families positions alone do not keep them apart. There are three ways to do so, best first:
 
-- ATTENTION: `packed_attention`, registered in transformers' AttentionInterface. An example costs its length squared.
-- MASK: the model's attention over the row with a block-diagonal mask, for families that have their own attention code (BLOOM,
+- ATTENTION: `packed_attention`, registered in transformers' AttentionInterface. A sequence costs its length squared.
+- MASK: the model's attention over the row with a mask of segments, for families that have their own attention code (BLOOM,
   Falcon, GPT-J, GPT-Neo, ...). A row costs its length squared.
-- ONE_PER_ROW: one example per row, for RoPE whose frequencies depend on the longest position in the row.
+- ONE_PER_ROW: one sequence per row, for RoPE whose frequencies depend on the longest position in the row.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import and_masks, eager_mask, packed_sequence_mask_function, sdpa_mask
+from transformers.masking_utils import and_masks, causal_mask_function, eager_mask, sdpa_mask
 
 from lora_ft.nn.adapted import eval_mode
+from lora_ft.nn.layout import Layout
+from lora_ft.nn.rows import WORTHWHILE, FlatRow, Segment, flat_row
 
 try:
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
@@ -30,11 +31,11 @@ except ImportError:
     varlen_attn = None
 
 NAME = "lora_ft_packed"
-_lengths: list[int] | None = None  # of the examples in the current row; a global: models pass no such argument down
+_layout: Layout | None = None  # of the current row; a global: models pass no such argument down
 
 
 class Isolation(Enum):
-    """How the examples of a row are kept apart in a model (see the module's docstring)."""
+    """How the sequences of a row are kept apart in a model (see the module's docstring)."""
 
     ATTENTION = "attention"
     MASK = "mask"
@@ -42,7 +43,7 @@ class Isolation(Enum):
 
     @classmethod
     def detect(cls, model: PreTrainedModel, longest: int) -> "Isolation":
-        """The best way that isolates examples of up to `longest` tokens, found by computing with the loaded model."""
+        """The best way that isolates sequences of up to `longest` tokens, found by computing with the loaded model."""
         if not _frequencies_follow_length(model, longest):
             for way in (cls.ATTENTION, cls.MASK):
                 if (way is cls.MASK or model._supports_attention_backend) and isolates(model, way):
@@ -59,17 +60,17 @@ class Isolation(Enum):
         return cls.ATTENTION if model._supports_attention_backend and calls_interface else cls.MASK
 
     @contextmanager
-    def row(self, model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[None]:
-        """Within it `model` computes one row of examples of these lengths (in tokens). It must include the backward."""
-        global _lengths
+    def row(self, model: PreTrainedModel, segments: Sequence[Segment]) -> Iterator[None]:
+        """Within it `model` computes one row of these segments. It must include the backward."""
+        global _layout
         default = model.config._attn_implementation
         if self is Isolation.ATTENTION:
             model.config._attn_implementation = NAME
-        _lengths = list(lengths)
+        _layout = Layout(segments)
         try:
             yield
         finally:
-            _lengths = None
+            _layout = None
             model.config._attn_implementation = default
 
 
@@ -86,30 +87,33 @@ def packed_attention(
     s_aux: Tensor | None = None,  # (heads,) sinks: one more score per head in the softmax, without a value (GPT-OSS)
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each example of the row: (1, tokens, heads, head_dim), and None for the weights."""
-    assert _lengths is not None and sum(_lengths) == query.shape[2], "packed_attention outside of Isolation.row"
+    """Causal attention within each sequence of the row: (1, tokens, heads, head_dim), and None for the weights."""
+    assert _layout is not None and _layout.tokens == query.shape[2], "packed_attention outside of Isolation.row"
     dropout = dropout if module.training else 0.0
     plain = softcap is None and s_aux is None
     if plain and not dropout and varlen_attn and _flash_supports(query, key, value):
-        return _attention_in_one_call(query, key, value, _lengths, scaling, sliding_window), None
+        return _attention_in_one_call(query, key, value, _layout, scaling, sliding_window), None
     # (kv_heads, group, tokens, head_dim): a group of query heads reads one key head, which is expanded, not copied
     groups = query.shape[1] // key.shape[1]
-    query = query[0].unflatten(0, (-1, groups))
-    key, value = (x[0].unsqueeze(1).expand(-1, groups, -1, -1) for x in (key, value))
+    queries = query[0].unflatten(0, (-1, groups)).split(_layout.lengths, dim=2)
+    keys, values = (x[0].split(_layout.lengths, dim=1) for x in (key, value))
     outputs = []
-    for q, k, v in zip(*(x.split(_lengths, dim=2) for x in (query, key, value)), strict=True):
-        length = q.shape[2]
-        window = None
-        if sliding_window is not None and sliding_window < length:
-            window = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+    for i, q in enumerate(queries):
+        k, v = (_joined(parts, _layout.reads[i]).unsqueeze(1).expand(-1, groups, -1, -1) for parts in (keys, values))
+        mask = _layout.mask(i, sliding_window, q.device)
         if plain:
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
             )
         else:
-            out = _attention_written_out(q, k, v, scaling, dropout, window, softcap, s_aux)
+            out = _attention_written_out(q, k, v, scaling, dropout, mask, softcap, s_aux)
         outputs.append(out.flatten(0, 1).transpose(0, 1))
     return torch.cat(outputs)[None], None
+
+
+def _joined(parts: Sequence[Tensor], which: list[int]) -> Tensor:
+    """Some of the parts (kv_heads, tokens, head_dim) as one tensor."""
+    return parts[which[0]] if len(which) == 1 else torch.cat([parts[i] for i in which], dim=1)
 
 
 def _flash_supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -119,49 +123,48 @@ def _flash_supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, True, query.shape[1] != key.shape[1]))
 
 
-def _attention_in_one_call(query, key, value, lengths, scaling, sliding_window) -> Tensor:
-    """All examples in one call of torch's variable-length flash attention. Shapes as in `packed_attention`."""
+def _attention_in_one_call(query, key, value, layout, scaling, sliding_window) -> Tensor:
+    """All segments in one call of torch's variable-length flash attention. Shapes as in `packed_attention`."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
-    offsets, longest, gqa = _offsets(tuple(lengths), q.device), max(lengths), q.shape[1] != k.shape[1]
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # keys before the query, keys after it
-    y = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa)
+    at, window = (
+        layout.offsets(q.device),
+        (-1 if sliding_window is None else sliding_window - 1, 0),
+    )  # before, after a query
+    if at.gather is not None:
+        k, v = k[at.gather], v[at.gather]
+    lengths = at.queries, at.keys, at.longest_query, at.longest_key
+    y = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1])
     return y[None]
 
 
-@functools.lru_cache(maxsize=1)  # the same for every layer of the model
-def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(examples + 1,) the start of each example in the row, and the end of the last."""
-    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    return (offsets.pin_memory() if device.type == "cuda" else offsets).to(device, non_blocking=True)
-
-
-def _attention_written_out(q, k, v, scaling, dropout, window, softcap, sinks) -> Tensor:
+def _attention_written_out(q, k, v, scaling, dropout, mask, softcap, sinks) -> Tensor:
     """Attention with score capping and sinks, which F.scaled_dot_product_attention does not support.
 
-    q, k, v: (kv_heads, group, tokens, head_dim), one example. window: (tokens, tokens), True where a query attends to a key.
+    q, k, v: (kv_heads, group, tokens, head_dim). mask: (queries, keys), True where a query attends to a key; None if that is
+    plainly causal.
     """
-    length = q.shape[2]
+    length = k.shape[2]
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if window is None:
-        window = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    scores = scores.float().masked_fill(~window, float("-inf"))
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    scores = scores.float().masked_fill(~mask, float("-inf"))
     if sinks is not None:
-        scores = torch.cat([scores, sinks.float().view(*q.shape[:2], 1, 1).expand(-1, -1, length, 1)], dim=-1)
+        scores = torch.cat([scores, sinks.float().view(*q.shape[:2], 1, 1).expand(-1, -1, q.shape[2], 1)], dim=-1)
     weights = F.dropout(scores.softmax(-1), dropout)[..., :length]
     return weights.to(v.dtype) @ v
 
 
 def _and_segments(mask: Callable) -> Callable:
-    """Wrap a mask function of transformers: within `Isolation.row` it masks out the other examples of the row."""
+    """Wrap a mask function of transformers: within `Isolation.row` it masks out what a token's sequence does not hold."""
 
     def masked(*args, mask_function, device="cpu", **kwargs):
-        if _lengths is not None:
-            segments = torch.arange(len(_lengths), device=device).repeat_interleave(
-                torch.tensor(_lengths, device=device), output_size=sum(_lengths)
-            )
-            mask_function = and_masks(mask_function, packed_sequence_mask_function(segments[None]))
+        if _layout is not None:
+            segment, continues = _layout.segment_of.to(device), _layout.continues.to(device)
+            if _layout.shared:  # transformers takes a position that jumps for the start of another sequence
+                mask_function = causal_mask_function
+            mask_function = and_masks(mask_function, lambda b, h, q, k: continues[segment[q], segment[k]])
             kwargs["allow_is_causal_skip"] = False
         return mask(*args, mask_function=mask_function, device=device, **kwargs)
 
@@ -173,22 +176,39 @@ AttentionMaskInterface.register("sdpa", _and_segments(sdpa_mask))
 AttentionMaskInterface.register("eager", _and_segments(eager_mask))
 
 
-def flat_row(examples: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """input_ids and position_ids (1, tokens) of a row of examples' token ids; positions restart at each example."""
-    ids = torch.tensor([[i for example in examples for i in example]], device=device)
-    positions = torch.cat([torch.arange(len(example), device=device) for example in examples])[None]
-    return {"input_ids": ids, "position_ids": positions}
+def isolates(model: PreTrainedModel, isolation: Isolation) -> bool:
+    """Whether three short random sequences in one row get the same logits as each alone."""
+    return _equal_alone(model, isolation, [_random_ids(model, n) for n in (5, 3, 7)], share=False)
+
+
+def shares(model: PreTrainedModel, isolation: Isolation) -> bool:
+    """Whether sequences whose common beginnings are there once get the same logits as each alone.
+
+    Found by computing, but for windows: a mask over a whole row measures them in the row, not in a sequence.
+    """
+    windows = (getattr(model.config, name, None) for name in ("sliding_window", "window_size", "attention_window_size"))
+    if isolation is Isolation.ONE_PER_ROW or (isolation is Isolation.MASK and any(windows)):
+        return False
+    head, middle = _random_ids(model, WORTHWHILE // 2), _random_ids(model, WORTHWHILE)
+    ends = [_random_ids(model, n) for n in (3, 2, 4)]
+    return _equal_alone(model, isolation, [head + ends[0], *(head + middle + end for end in ends[1:])], share=True)
+
+
+def _random_ids(model: PreTrainedModel, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(model.get_input_embeddings().num_embeddings, (count,), generator=generator).tolist()
 
 
 @torch.no_grad()
-def isolates(model: PreTrainedModel, isolation: Isolation) -> bool:
-    """Whether three short random examples in one row get the same logits as each alone."""
-    generator, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
-    examples = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (5, 3, 7)]
+def _equal_alone(model: PreTrainedModel, isolation: Isolation, sequences: list[list[int]], share: bool) -> bool:
+    def logits(isolation: Isolation, row: FlatRow) -> Tensor:
+        with isolation.row(model, row.segments):
+            return model(**row.inputs, use_cache=False).logits[0].float()
+
     with eval_mode(model):
-        with isolation.row(model, [len(e) for e in examples]):
-            together = model(**flat_row(examples, model.device), use_cache=False).logits[0].float()
-        alone = torch.cat([model(**flat_row([e], model.device), use_cache=False).logits[0].float() for e in examples])
+        row = flat_row(sequences, share, model.device)
+        together = logits(isolation, row)[torch.cat(row.places)]
+        alone = torch.cat([logits(isolation, flat_row([s], False, model.device)) for s in sequences])
     tolerance = 1e-3 if model.dtype is torch.float32 and model.device.type == "cpu" else 0.1  # a GPU may use TF32
     return bool((together - alone).abs().max() <= tolerance * alone.abs().max())
 

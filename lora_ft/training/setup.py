@@ -182,9 +182,15 @@ class RunSetup:
     @cached_property
     def plan(self) -> StepPlan:
         """The run's steps, as the loaded model takes them."""
-        return self.make_plan(self.isolation, virtual_ids(self.model))
+        return self.make_plan(self.packing, virtual_ids(self.model))
 
-    def make_plan(self, isolation: Isolation, prefix: list[int], max_steps: int | None = None) -> StepPlan:
+    @cached_property
+    def packing(self) -> RowPacking:
+        """How rows are made for the loaded model."""
+        share = self.config.train.share_prefixes == "auto"
+        return RowPacking.of(self.model, self.isolation, self.row_tokens, share)
+
+    def make_plan(self, packing: RowPacking, prefix: list[int], max_steps: int | None = None) -> StepPlan:
         """The run's steps, or its first `max_steps`, with the ids `prefix` before every example."""
         train = self.config.train
         return StepPlan(
@@ -192,7 +198,7 @@ class RunSetup:
             train.batch_size,
             train.num_train_epochs,
             max_steps or train.max_steps,
-            RowPacking(self.row_tokens, isolation is Isolation.ONE_PER_ROW),
+            packing,
             train.seed,
             self.shard,
         )

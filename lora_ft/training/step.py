@@ -37,7 +37,7 @@ def add_gradients(
             continue
         # copies from pinned memory are asynchronous
         inputs = {key: x.to(model.device, non_blocking=True) for key, x in micro.items() if isinstance(x, Tensor)}
-        with isolation.row(model, micro["lengths"]):  # open during the backward too: checkpointing recomputes
+        with isolation.row(model, micro["segments"]):  # open during the backward too: checkpointing recomputes
             loss = supervised_loss(model, **inputs)
             (loss / max(1, step["total"])).backward()
         total += loss.detach()

@@ -48,13 +48,13 @@ def test_packing_does_not_change_the_examples_of_a_step():
         assert sorted(fine[step]["rows"]) == sorted(coarse[step]["rows"]) == sorted(alone[step]["rows"])
         assert fine[step]["total"] == coarse[step]["total"] == alone[step]["total"]
         assert len(coarse[step]["micro"]) == 1
-        assert all(len(m["lengths"]) == 1 for m in alone[step]["micro"])
+        assert all(len(m["segments"]) == 1 for m in alone[step]["micro"])
 
 
 @pytest.mark.parametrize("limit", [4, 7, 9, 100])
 def test_rows_have_at_most_micro_batch_tokens_unless_one_example_is_longer(limit):
     lengths = [3, 9, 4, 4, 8, 1, 2, 7]
-    rows = RowPacking(limit).rows(lengths)
+    rows = RowPacking(limit).rows([range(n) for n in lengths])
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     for row in rows:
         assert sum(lengths[i] for i in row) <= limit or len(row) == 1
@@ -84,7 +84,7 @@ def test_max_steps_overrides_epochs_and_may_exceed_them():
 
 def test_rows_are_as_few_as_fit_and_of_similar_size():
     lengths = [30, 9, 14, 22, 5, 18, 27, 11, 8, 16]  # 160
-    rows = RowPacking(64).rows(lengths)
+    rows = RowPacking(64).rows([range(n) for n in lengths])
     sums = [sum(lengths[i] for i in row) for row in rows]
     assert len(rows) == 3 and max(sums) - min(sums) <= 5
 

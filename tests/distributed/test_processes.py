@@ -28,6 +28,7 @@ from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.loss import supervised_loss
+from lora_ft.nn.rows import Segment
 from tests.helpers.ranks import command, ranks, train
 from tests.helpers.tiny import CONFIG, write_base, write_run
 
@@ -156,7 +157,7 @@ def test_gradients_of_a_sharded_base_equal_those_of_an_unsharded_one(tmp_path, f
         processes.init_process_group("cpu", 60)
         models = load_base(base), load_sharded(base, "auto", "cpu")
         ids = torch.randint(3, 200, (1, 300), generator=torch.Generator().manual_seed(0))
-        positions, lengths = torch.arange(20).repeat(15)[None], [20] * 15
+        positions, segments = torch.arange(20).repeat(15)[None], [Segment(20)] * 15
         for checkpointing in (False, True):
             grads = []
             for model in models:
@@ -168,7 +169,7 @@ def test_gradients_of_a_sharded_base_equal_those_of_an_unsharded_one(tmp_path, f
                 model.zero_grad()
                 torch.manual_seed(0)  # of the model's own dropout
                 isolation, keep = Isolation.detect(model, 20), torch.arange(299)
-                with isolation.row(model, lengths):
+                with isolation.row(model, segments):
                     supervised_loss(model, ids, positions, keep, ids[0, 1:]).backward()
                 grads.append({name: p.grad for name, p in trainable(model).items()})
             largest = max(g.abs().max() for g in grads[0].values())

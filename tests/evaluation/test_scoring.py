@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_ft.core.errors import NumbersError
-from lora_ft.data.batches import Shard
+from lora_ft.data.batches import RowPacking, Shard
 from lora_ft.distributed import processes
 from lora_ft.evaluation.scoring import Scores, macro_f1, score, wilson_interval
 from lora_ft.nn import loss
@@ -66,7 +66,7 @@ def oracle(model, dataset) -> tuple[float, int, list[list[int]]]:
 def test_scores_equal_one_example_at_a_time(family, choices, micro_batch_tokens, chunk, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", chunk)
     model, dataset = build(family), classification(choices)
-    got = score(model, dataset, Isolation.detect(model, 32), micro_batch_tokens)
+    got = score(model, dataset, Isolation.detect(model, 32), RowPacking(micro_batch_tokens))
     loss_sum, count, confusion = oracle(model, dataset)
     assert (got.examples, got.tokens, got.confusion) == (len(dataset), count, confusion)
     assert got.loss_sum == pytest.approx(loss_sum, rel=1e-5)
@@ -78,7 +78,7 @@ def test_scores_equal_one_example_at_a_time(family, choices, micro_batch_tokens,
 def test_text_has_only_loss_and_perplexity():
     rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5], "row": 0, "prompt_length": 0, "choices": [], "label": -1}]
     model = build("llama")
-    got = score(model, datasets.Dataset.from_list(rows * 2), Isolation.ATTENTION, 8)
+    got = score(model, datasets.Dataset.from_list(rows * 2), Isolation.ATTENTION, RowPacking(8))
     assert got.tokens == 4  # nothing stands before a first token
     assert set(got.metrics()) == {"loss", "perplexity"}
 
@@ -89,9 +89,9 @@ def test_a_padded_row_without_supervised_tokens_changes_no_score(monkeypatch):
     monkeypatch.setattr(processes, "all_gather", lambda count: [count, count + 2])  # another rank has two rows more
     hook = model.register_forward_pre_hook(lambda _, args, inputs: rows.append(inputs["input_ids"]), with_kwargs=True)
     try:
-        padded = score(model, dataset, Isolation.ATTENTION, 64, shard=Shard(padded=True))
+        padded = score(model, dataset, Isolation.ATTENTION, RowPacking(64), shard=Shard(padded=True))
         count = len(rows)
-        assert padded == score(model, dataset, Isolation.ATTENTION, 64)
+        assert padded == score(model, dataset, Isolation.ATTENTION, RowPacking(64))
     finally:
         hook.remove()
     assert count == len(rows) - count + 2 and all(row.tolist() == [[0]] for row in rows[count - 2 : count])
@@ -101,8 +101,8 @@ def test_scoring_restores_the_mode():
     model = build("gpt2")
     model.train()
     try:
-        first = score(model, classification([[5], [6]]), Isolation.ATTENTION, 64).loss_sum
-        again = score(model, classification([[5], [6]]), Isolation.ATTENTION, 64).loss_sum
+        first = score(model, classification([[5], [6]]), Isolation.ATTENTION, RowPacking(64)).loss_sum
+        again = score(model, classification([[5], [6]]), Isolation.ATTENTION, RowPacking(64)).loss_sum
         assert model.training and first == again  # no dropout while scoring
     finally:
         model.eval()
@@ -135,5 +135,5 @@ def test_scores_that_are_not_finite_are_an_error():
     model.get_output_embeddings().weight.data[7] = float("nan")
     model.train()
     with pytest.raises(NumbersError, match=r"rows\.jsonl:\d+: .*finite"):
-        score(model, classification([[5], [6]]), Isolation.ATTENTION, 64)
+        score(model, classification([[5], [6]]), Isolation.ATTENTION, RowPacking(64))
     assert model.training, "left in eval mode"

@@ -110,6 +110,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "xglm": ("xglm", dict(d_model=32, num_layers=2, attention_heads=4, ffn_dim=40)),
     "biogpt": ("biogpt", {}),
 }
+# families whose distances are those in a row, by ALiBi or a window of their own: a beginning can't be shared
+CANNOT_SHARE = {"bloom", "mpt", "falcon_per_head", "gpt_neo"}
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:

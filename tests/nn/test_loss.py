@@ -5,7 +5,8 @@ import torch
 
 from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
 from lora_ft.nn import loss
-from lora_ft.nn.attention import Isolation, flat_row
+from lora_ft.nn.attention import Isolation
+from lora_ft.nn.rows import flat_row
 from tests.helpers.families import FAMILIES, tiny_model, token_ids
 
 EXAMPLES = [token_ids(1, n, seed=n)[0].tolist() for n in (9, 14, 4)]
@@ -14,9 +15,9 @@ KEEP = torch.tensor([1, 2, 5, 7, 9, 12, 20, 21, 24, 25])
 
 def gradients(model) -> tuple[float, list[torch.Tensor]]:
     row = flat_row(EXAMPLES)
-    targets = row["input_ids"][0][KEEP + 1]
-    with Isolation.detect(model, 64).row(model, [len(e) for e in EXAMPLES]):
-        total = loss.supervised_loss(model, **row, keep=KEEP, targets=targets)
+    targets = row.input_ids[0][KEEP + 1]
+    with Isolation.detect(model, 64).row(model, row.segments):
+        total = loss.supervised_loss(model, **row.inputs, keep=KEEP, targets=targets)
         return total.item(), list(torch.autograd.grad(total * 0.3, list(trainable(model).values())))
 
 
@@ -46,6 +47,8 @@ def test_logits_of_a_quarter_of_the_tokens_within_bounds(tokens, size):
 def test_nothing_is_kept_without_gradients(monkeypatch):
     model = tiny_model("llama")
     row = flat_row(EXAMPLES)
-    whole = loss.supervised_loss(model, **row, keep=KEEP, targets=row["input_ids"][0][KEEP + 1])
+    whole = loss.supervised_loss(model, **row.inputs, keep=KEEP, targets=row.input_ids[0][KEEP + 1])
     monkeypatch.setattr(loss, "CHUNK", 4)
-    assert loss.supervised_loss(model, **row, keep=KEEP, targets=row["input_ids"][0][KEEP + 1]) == pytest.approx(whole)
+    assert loss.supervised_loss(model, **row.inputs, keep=KEEP, targets=row.input_ids[0][KEEP + 1]) == pytest.approx(
+        whole
+    )

@@ -9,19 +9,31 @@ from peft import LoraConfig, get_peft_model
 from lora_ft.data.batches import micro_batch
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
 from lora_ft.model.load import fuse_gelu
-from lora_ft.nn.attention import Isolation
+from lora_ft.nn.attention import Isolation, shares
 from lora_ft.nn.loss import supervised_loss
 from lora_ft.nn.mlp import keep_gate_and_up
-from tests.helpers.families import FAMILIES, tiny_model, token_ids
+from tests.helpers.families import CANNOT_SHARE, FAMILIES, tiny_model, token_ids
 
 RANK, SCALING = 2, 2.0
 
 
-def examples() -> list[dict]:
+def apart() -> list[dict]:
     rows = []
     for n, prompt in ((23, 9), (9, 1), (37, 30)):
         ids = token_ids(1, n, seed=n)[0].tolist()
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def sharing() -> list[dict]:
+    """Common beginnings of up to three levels, of which the last tokens and one more are supervised."""
+    start, middle, late = (token_ids(1, n, seed=n)[0].tolist() for n in (11, 8, 16))
+    rows = []
+    for i, head in enumerate((start, start + middle, start + middle + late, start + middle + late)):
+        ids = head + [i, *token_ids(1, 4 + i, seed=90 + i)[0].tolist()]
+        rows.append(
+            {"input_ids": ids, "labels": [-100] * 10 + ids[10:11] + [-100] * (len(head) - 11) + ids[len(head) :]}
+        )
     return rows
 
 
@@ -46,7 +58,8 @@ def peft_twin(family: str, ours) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_a_plain_padded_peft_step(family):
+@pytest.mark.parametrize("examples", [apart, sharing])
+def test_gradients_equal_a_plain_padded_peft_step(family, examples):
     ours = tiny_model(family)
     fuse_gelu(ours)  # as when it is loaded
     experts = any(p.dim() == 3 for p in ours.parameters())
@@ -58,8 +71,12 @@ def test_gradients_equal_a_plain_padded_peft_step(family):
     theirs = peft_twin(family, ours)
     keep_gate_and_up(ours)  # as when it is trained
 
-    row = micro_batch(examples())
-    with Isolation.detect(ours, 64).row(ours, row.pop("lengths")):
+    isolation = Isolation.detect(ours, 64)
+    row = micro_batch(examples(), shares(ours, isolation))
+    assert (row["input_ids"].numel() < sum(len(e["input_ids"]) for e in examples())) == (
+        examples is sharing and family not in CANNOT_SHARE
+    )
+    with isolation.row(ours, row.pop("segments")):
         loss = supervised_loss(ours, **row) / len(row["keep"])
         loss.backward()
 

@@ -15,7 +15,7 @@ from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError, UserError
 from lora_ft.core.machine import resident_memory
 from lora_ft.core.trust import Trust
-from lora_ft.data.batches import StepPlan
+from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.methods.interface import METHODS, virtual_ids
@@ -84,7 +84,9 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
         isolation = Isolation.ATTENTION
         if result.model:
             isolation = Isolation.guess_from_config(result.model, setup.longest(result.model))
-        result.plan = setup.make_plan(isolation, [])
+        share = config.train.share_prefixes == "auto" and isolation is Isolation.ATTENTION
+        packing = RowPacking(setup.row_tokens, isolation is Isolation.ONE_PER_ROW, share)
+        result.plan = setup.make_plan(packing, [])
     if result.model and result.plan:
         with result.collect_errors():
             setup.check_vocabulary(result.model)

@@ -7,12 +7,14 @@ One part can't be seen this way: on a CPU, freed memory returns to the C library
 They come from everything a layer allocates, kept or recomputed, so checkpointing has as many. HEAP is their measured share.
 """
 
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,21 +28,37 @@ from lora_ft.data.batches import StepPlan
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.loss import supervised_loss
 from lora_ft.nn.mlp import keep_gate_and_up
+from lora_ft.nn.rows import Segment, Tree
 
 HEAP = 0.4  # of a step's peak without checkpointing, with glibc's malloc; 0.27 to 0.69 on four models
 SEARCHED_STEPS = 5000  # of a plan, for its largest rows
+READ_STEPS = 50  # of these, whose tokens are read
 
 
 class Row(NamedTuple):
-    """A flat row: the lengths of its examples in tokens, and how many of its tokens are supervised."""
+    """A flat row: its segments, and how many of its tokens are supervised."""
 
-    lengths: tuple[int, ...]
+    segments: list[Segment]
     supervised: int
 
+    @property
+    def tokens(self) -> int:
+        """Its tokens."""
+        return sum(s.length for s in self.segments)
+
     def with_fewer(self, at_most: int = 32) -> "Row":
-        """The same tokens in fewer examples, so that the estimate is quick: attention memory is linear in tokens."""
-        size = -(-len(self.lengths) // at_most)
-        return Row(tuple(sum(self.lengths[i : i + size]) for i in range(0, len(self.lengths), size)), self.supervised)
+        """The same tokens in fewer segments, so that the estimate is quick: attention memory is linear in tokens."""
+        size = -(-len(self.segments) // at_most)
+        parents = {s.parent for s in self.segments}
+        merged: list[Segment] = []
+        place: dict[int | None, int | None] = {None: None}  # of a segment that others continue, among `merged`
+        for parent, run in itertools.groupby(enumerate(self.segments), lambda s: (s[1].parent, s[0] in parents)):
+            alike = [*run]
+            step = 1 if parent[1] else size
+            for i in range(0, len(alike), step):
+                merged.append(Segment(sum(s.length for _, s in alike[i : i + step]), place[parent[0]]))
+                place[alike[i][0]] = len(merged) - 1
+        return Row(merged, self.supervised)
 
 
 @dataclass(frozen=True)
@@ -60,15 +78,20 @@ class Memory:
 def largest_rows(plan: StepPlan, virtual: int = 0) -> list[Row]:
     """The rows with the most tokens and with the most supervised tokens; virtual: virtual tokens before each example."""
     sizes = plan.dataset.select_columns(["tokens", "supervised"]).with_format("numpy")[:]
+    steps = [plan.examples(step) for step in range(min(len(plan), SEARCHED_STEPS))]
+    if plan.packing.share:  # needs the tokens themselves, so it reads the steps with the most
+        totals = np.array([[column[examples].sum() for column in sizes.values()] for examples in steps])
+        steps = [steps[i] for i in {*totals.argsort(0)[-READ_STEPS:].flat}]
     rows = []
-    for step in range(min(len(plan), SEARCHED_STEPS)):
-        examples = plan.examples(step)
-        lengths = [virtual + int(sizes["tokens"][i]) for i in examples]
-        for row in plan.packing.rows(lengths):
+    for examples in steps:
+        ids: list = [range(virtual + int(sizes["tokens"][i])) for i in examples]
+        if plan.packing.share:
+            ids = [[*range(-virtual, 0), *plan.dataset[i]["input_ids"]] for i in examples]
+        for row in plan.packing.rows(ids):
             supervised = sum(int(sizes["supervised"][examples[i]]) for i in row)
-            rows.append(Row(tuple(lengths[i] for i in row), supervised))
-    most = max(rows, key=lambda row: (sum(row.lengths), row.supervised))
-    heads = max(rows, key=lambda row: (row.supervised, sum(row.lengths)))
+            rows.append(Row(Tree.of([ids[i] for i in row], plan.packing.share).segments(), supervised))
+    most = max(rows, key=lambda row: (row.tokens, row.supervised))
+    heads = max(rows, key=lambda row: (row.supervised, row.tokens))
     return [most] if heads.supervised == most.supervised else [most, heads]
 
 
@@ -118,14 +141,14 @@ def estimate(
 
 def _largest_step(model: PreTrainedModel, rows: Sequence[Row], autocast: torch.dtype | None) -> dict[str, int]:
     """`_step` of the row for which that is most."""
-    isolation = Isolation.guess_from_config(model, max(max(row.lengths) for row in rows))
+    isolation = Isolation.guess_from_config(model, max(s.length for row in rows for s in row.segments))
     peaks = [_step(model, row.with_fewer(), isolation, autocast) for row in rows]
     return max(peaks, key=lambda kinds: sum(kinds.values()))
 
 
 def _step(model: PreTrainedModel, row: Row, isolation: Isolation, autocast: torch.dtype | None) -> dict[str, int]:
     """Bytes that a micro-batch allocates at its peak, beside parameters and their gradients."""
-    device, tokens = model.device, sum(row.lengths)
+    device, tokens = model.device, row.tokens
     model.train()
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None  # they exist from the first micro-batch on
@@ -134,7 +157,7 @@ def _step(model: PreTrainedModel, row: Row, isolation: Isolation, autocast: torc
     with counted:
         ids, positions = (torch.zeros(1, tokens, dtype=torch.long, device=device) for _ in range(2))
         keep, targets = (torch.zeros(row.supervised, dtype=torch.long, device=device) for _ in range(2))
-        with isolation.row(model, row.lengths):
+        with isolation.row(model, row.segments):
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 loss = supervised_loss(model, ids, positions, keep, targets)
             loss.backward()

@@ -22,6 +22,7 @@ from lora_ft.methods.lora import method as lora
 from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.model.files import Base
 from lora_ft.model.load import DTYPES, build, load_model_config
+from lora_ft.nn.rows import Segment
 
 # name -> shape. GPT-3 has GPT-2's blocks (Brown et al. 2020, table 2.1), in 16 bits as in the LoRA paper.
 SHAPES: dict[str, dict] = {
@@ -49,7 +50,7 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
     # a row filled to micro_batch_tokens (for `auto` with one example of max_length), every token supervised
     setting, length = config.train.micro_batch_tokens, config.data.max_length
     examples = 1 if setting == "auto" else max(1, setting // length)
-    row = Row((length,) * examples, examples * (length - 1))
+    row = Row([Segment(length)] * examples, examples * (length - 1))
 
     def with_lora(device: str = "cpu") -> PreTrainedModel:
         with torch.device(device):
@@ -64,7 +65,7 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
     makers: dict[str, Callable[[], PreTrainedModel]] = {"lora": with_lora, "full": full}
     memory = {name: asdict(estimate(make, [row], checkpointing=checkpointing)) for name, make in makers.items()}
     facts = {"shape": shape, "dtype": str(stored).removeprefix("torch."), **sizes(adapted, "lora")}
-    facts |= {"row_tokens": sum(row.lengths), "memory": memory}
+    facts |= {"row_tokens": row.tokens, "memory": memory}
     if as_json:
         echo_json(facts)
     else:

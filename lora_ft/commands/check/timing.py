@@ -39,7 +39,7 @@ class Timing:
 def time_steps(setup: RunSetup) -> Timing:
     """Load the model and time the run's first steps and part of an evaluation. Raises as `RunSetup.model` and training do."""
     config, model, isolation, prefix = setup.config, setup.model, setup.isolation, virtual_ids(setup.model)
-    complete, timed = setup.plan, setup.make_plan(isolation, prefix, WARM_UP + TIMED)
+    complete, timed = setup.plan, setup.make_plan(setup.packing, prefix, WARM_UP + TIMED)
     settings = config.train
     clock: list[float] = []  # the time after each step
     with temporary_folder() as folder:
@@ -64,7 +64,7 @@ def time_steps(setup: RunSetup) -> Timing:
     for examples in setup.eval_sets.values():
         some = examples.with_prefix(prefix).dataset.select(range(min(SCORED, len(examples.dataset))))
         started = time.perf_counter()
-        score(model, some, isolation, setup.row_tokens)
+        score(model, some, isolation, setup.packing)
         share = int(np.sum(some["tokens"])) / examples.report.tokens
         evaluating += evaluations * (time.perf_counter() - started) / share
     training = setup.train_set.report.tokens * len(complete) / complete.steps_per_epoch / speed
