@@ -27,6 +27,9 @@ def eval(
     texts: Annotated[
         Path | None, Option(metavar="FILE", help="Write the texts generated for generation.metrics as JSON lines.")
     ] = None,
+    again: Annotated[
+        bool, Option("--again", help="Compute scores that the run's record or the cache holds once more.")
+    ] = False,
     set: Set = None,
     trust: Trust = NO_TRUST,
 ) -> None:
@@ -48,6 +51,7 @@ def eval(
         base=base,
         as_json=as_json,
         texts_path=texts,
+        again=again,
         overrides=set or [],
         trust=trust,
     )

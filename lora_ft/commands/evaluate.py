@@ -1,8 +1,11 @@
 """`lora-ft eval`: score an adapter beside its base, several adapters, or a complete model, on eval data."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from lora_ft.commands.eval_data import read_eval_sets, warn_of_trained_rows
 from lora_ft.config.load import NOT_TRAINING, load_config, parse_config
@@ -13,9 +16,10 @@ from lora_ft.core.messages import echo_json, info
 from lora_ft.core.run_folder import RECORD, read_record
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.batches import RowPacking
-from lora_ft.data.examples import largest_id
+from lora_ft.data.examples import Examples, largest_id
 from lora_ft.data.prepare import template_of
 from lora_ft.evaluation.evaluate import compare_with_base, evaluate_set
+from lora_ft.evaluation.kept import base_scores, recorded_scores
 from lora_ft.evaluation.paired import Rows
 from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.tables import EvalResult, print_result, save_texts
@@ -26,7 +30,7 @@ from lora_ft.methods.lora.multi import use
 from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Trained, is_model, run_settings
 from lora_ft.model.device import micro_batch_tokens, prepare_device
-from lora_ft.model.files import resolve
+from lora_ft.model.files import Base, resolve
 from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer
 from lora_ft.nn.attention import Isolation
 
@@ -39,12 +43,14 @@ def evaluate_command(
     base: str | None = None,
     as_json: bool = False,
     texts_path: Path | None = None,
+    again: bool = False,
     overrides: Sequence[str] = (),
     trust: Trust = NO_TRUST,
 ) -> None:
     """Print the scores of a folder, or of several adapters of one base: as tables, or with `as_json` as one object.
 
     Several adapters are scored on the same examples: those of the command line, else the first's eval data and template.
+    again: also compute scores that the run's record or the cache holds.
 
     Raises:
         UserError: nothing trained there, no eval data, or the wrong base.
@@ -73,6 +79,46 @@ def evaluate_command(
         info(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
     for entry_folder, of in [(entry.folder, entry.record) for entry in trained] or [(folder, record)]:
         warn_of_trained_rows(entry_folder, of, config, tokenizer, sets)
+    results = None if again or texts_path or several else recorded_results(trained, config, files, sets)
+    kept = results is not None
+    if results is None:
+        results = score_sets(trained, config, files, tokenizer, sets, device, again)
+    if as_json:
+        by_name = {result.name: result.as_dict(several=several) for result in results}
+        echo_json(by_name.get("", {"sets": by_name}))
+    else:
+        for result in results:
+            print_result(result)
+        if kept:
+            info(f"from the run's record, {folder / RECORD}; --again computes them")
+    if texts_path:
+        save_texts(texts_path, results)
+
+
+def recorded_results(
+    trained: Sequence[Trained], config: Config, files: Base, sets: Mapping[str, Examples]
+) -> list[EvalResult] | None:
+    """The results of a run's own eval sets as its record has them; None if one must be computed."""
+    results = []
+    for name, examples in sets.items():
+        scores = recorded_scores(trained[0], config, files, name, examples) if trained else None
+        if scores is None:
+            return None
+        results.append(EvalResult(name, len(examples.dataset), examples.label_words, None, scores))
+    return results
+
+
+def score_sets(
+    trained: Sequence[Trained],
+    config: Config,
+    files: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Examples],
+    device: str,
+    again: bool,
+) -> list[EvalResult]:
+    """Load the model, and score each set with it and with its base; again: the base too where its scores were kept."""
+    several = len(trained) > 1
     model = load_base(files, config.model.dtype, device)
     check_vocabulary(model, files, max(map(largest_id, sets.values())))
     if several:
@@ -96,20 +142,18 @@ def evaluate_command(
         for who in ["base", *own] if trained else own:
             if several:
                 use(model, None if who == "base" else who)
-            metrics, result.texts[who], rows = evaluate_set(
-                model, tokenizer, examples, prompts, config, isolation, packing, base=who == "base"
+            compute = partial(
+                evaluate_set, model, tokenizer, examples, prompts, config, isolation, packing, base=who == "base"
             )
+            if who == "base":
+                scored, _ = base_scores(files.fingerprint, examples, config, prompts is not None, compute, again)
+            else:
+                scored = compute()
+            metrics, result.texts[who], rows = scored
             base_rows = rows if who == "base" else base_rows
             result.scores[who] = metrics | (compare_with_base(base_rows, rows) if who != "base" else {})
         results.append(result)
-    if as_json:
-        by_name = {result.name: result.as_dict(several=several) for result in results}
-        echo_json(by_name.get("", {"sets": by_name}))
-    else:
-        for result in results:
-            print_result(result)
-    if texts_path:
-        save_texts(texts_path, results)
+    return results
 
 
 def open_all(folders: Sequence[Path], base: str | None) -> list[Trained]:

@@ -64,7 +64,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         model, plan, state = setup.model, setup.plan, setup.state
         setup.print_summary()
         evaluate = Evaluator(
-            model, setup.tokenizer, setup.eval_sets, config, setup.isolation, setup.packing, setup.shard
+            model,
+            setup.tokenizer,
+            setup.eval_sets,
+            config,
+            setup.isolation,
+            setup.packing,
+            setup.shard,
+            setup.base.fingerprint,
         )
         record = setup.record | _base_scores(setup, evaluate)
         setup.load_initial_adapter(model)  # after scoring the base: some methods change its own weights
@@ -158,7 +165,8 @@ def _base_scores(setup: RunSetup, evaluate: Evaluator) -> dict:
     started = time.perf_counter()
     metrics = evaluate(base=True)
     seconds = round(time.perf_counter() - started, 1)
-    info(f"base model evaluation ({seconds:.0f} s): {format_metrics(metrics)}")
+    how = "from an earlier run" if evaluate.base_was_kept else f"{seconds:.0f} s"
+    info(f"base model evaluation ({how}): {format_metrics(metrics)}")
     return {"base_metrics": metrics, "base_seconds": seconds}
 
 

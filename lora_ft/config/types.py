@@ -222,9 +222,7 @@ Steps = Annotated[int | float, BeforeValidator(_steps), json_schema(FRACTION, CO
 StepsOrZero = Annotated[int | float, BeforeValidator(_steps_or_zero), json_schema(FRACTION, COUNT | {"minimum": 0})]
 _AUTO_OR_COUNT = json_schema({"const": "auto"}, COUNT)
 MicroBatchTokens = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), _AUTO_OR_COUNT]
-AutoOrOff = Annotated[
-    Literal["auto", "off"], BeforeValidator(_auto_or_off), json_schema({"enum": ["auto", "off", False]})
-]
+AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(_auto_or_off), json_schema({"enum": ["auto", "off"]})]
 _REPORTER = Literal[*REPORTERS]  # type: ignore[valid-type]
 _NONE = BeforeValidator(lambda value: [] if value == "none" else value)
 Reporters = Annotated[OneOrMore[_REPORTER], _NONE, json_schema({"const": "none"}, *_one_or_more(*REPORTERS))]

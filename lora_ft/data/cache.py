@@ -47,17 +47,10 @@ def cached(
     Raises:
         FilesError: no room left on the disk.
     """
+    if found := find(key):
+        return found
     folder = _folder()
     path, facts_path = folder / f"{key}.arrow", folder / f"{key}.json"
-    try:
-        facts = json.loads(facts_path.read_bytes())
-        table = datasets.Dataset.from_file(str(path))
-        if len(table) == facts.pop("rows_written"):
-            with suppress(OSError):  # a read-only cache
-                os.utime(facts_path)  # the time of last use, for `_trim`
-            return table, facts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
-        pass  # missing or incomplete: make it
     suffix = f".{os.getpid()}-{secrets.token_hex(4)}.partial"
     partial, partial_facts = folder / f"{key}.arrow{suffix}", folder / f"{key}.json{suffix}"
     try:
@@ -92,6 +85,21 @@ def cached(
     table = datasets.Dataset.from_file(str(path))
     _trim(folder)
     return table, facts
+
+
+def find(key: str) -> tuple[datasets.Dataset, dict] | None:
+    """The table with this key and the facts about it, if the cache has them."""
+    path, facts_path = (_folder() / f"{key}.{suffix}" for suffix in ("arrow", "json"))
+    try:
+        facts = json.loads(facts_path.read_bytes())
+        table = datasets.Dataset.from_file(str(path))
+        if len(table) == facts.pop("rows_written"):
+            with suppress(OSError):  # a read-only cache
+                os.utime(facts_path)  # the time of last use, for `_trim`
+            return table, facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+        pass  # missing or incomplete
+    return None
 
 
 def _trim(folder: Path) -> None:

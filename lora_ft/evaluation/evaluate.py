@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from lora_ft.config.schema import Config
 from lora_ft.core.metrics import add_set_name
 from lora_ft.data.batches import UNSHARDED, RowPacking, Shard
 from lora_ft.data.examples import Examples
+from lora_ft.evaluation.kept import base_scores
 from lora_ft.evaluation.paired import Rows, compare_rows
 from lora_ft.evaluation.references import EvalPrompts, eval_prompts
 from lora_ft.evaluation.scoring import confusion_of, macro_f1, score
@@ -55,6 +57,7 @@ class Evaluator:
 
     The call takes an optional `check`, see `score`; with base=True it scores the base, in a model that was injected into but
     not trained: every method starts as its base. base_rows: eval set -> the base's rows, with which later calls compare.
+    base_was_kept: whether its scores were those of an earlier run. fingerprint: of the base.
     """
 
     def __init__(
@@ -66,10 +69,13 @@ class Evaluator:
         isolation: Isolation,
         packing: RowPacking,
         shard: Shard,
+        fingerprint: str,
     ):
+        self.fingerprint = fingerprint
         self.model, self.tokenizer, self.eval_sets, self.config = model, tokenizer, eval_sets, config
         self.isolation, self.packing, self.shard = isolation, packing, shard
         self.base_rows: dict[str, Rows] = {}
+        self.base_was_kept = False
         self.prompts = {
             name: eval_prompts(model, tokenizer, examples, config) if config.train.predict_with_generate else None
             for name, examples in eval_sets.items()
@@ -78,11 +84,15 @@ class Evaluator:
     def __call__(self, check: Callable[[], None] = lambda: None, base: bool = False) -> dict:
         result: dict = {}
         how = self.config, self.isolation, self.packing, check, self.shard, base
+        self.base_was_kept = base
         for name, examples in self.eval_sets.items():
-            metrics, _, rows = evaluate_set(self.model, self.tokenizer, examples, self.prompts[name], *how)
+            compute = partial(evaluate_set, self.model, self.tokenizer, examples, self.prompts[name], *how)
             if base:
-                self.base_rows[name] = rows
+                texts = self.prompts[name] is not None
+                (metrics, _, rows), kept = base_scores(self.fingerprint, examples, self.config, texts, compute)
+                self.base_rows[name], self.base_was_kept = rows, self.base_was_kept and kept
             else:
+                metrics, _, rows = compute()
                 metrics |= compare_with_base(self.base_rows.get(name, {}), rows)
             result |= add_set_name(name, metrics)
         return result

@@ -1,6 +1,7 @@
 """Text generation: the tokens a model writes after each of several prompts."""
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,9 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from lora_ft.nn.adapted import eval_mode
+from lora_ft.nn.attention import has_windows
+from lora_ft.nn.rows import WORTHWHILE, shared_length
 
 
 class Generated(NamedTuple):
@@ -48,6 +52,7 @@ def generate(
     *,
     on_token: Callable[[list[Generated]], None] | None = None,
     check: Callable[[], None] | None = None,
+    begun: "Begun | None" = None,
 ) -> list[Generated]:
     """Continue a batch of prompts, at least one, with transformers' `generate`; the model's own generation config is not used.
 
@@ -55,17 +60,22 @@ def generate(
     positions from the mask. A row stops at its first end token (`ends`, see `end_tokens`).
 
     config: beams, sampling and limits; `max_new_tokens` is required. on_token: called after each step with all rows so far;
-    not with beams, which may still change their start. check: called after each step; an exception in it stops all.
+    not with beams, which may still change their start. check: called after each step; an exception in it stops all. begun:
+    the beginning of all prompts, computed.
     """
     config = copy.deepcopy(config)
     config.eos_token_id, config.max_length = sorted(ends) or None, None
     config.pad_token_id = min(ends, default=0)  # any id will do: padding is masked
-    longest = max(map(len, prompts))
+    longest, shared = max(map(len, prompts)), len(begun.ids) if begun else 0
     ids = torch.full((len(prompts), longest), config.pad_token_id)  # (prompts, longest)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
+    for row, prompt in enumerate(prompts):  # what is shared, padding, the rest
+        for own, place in (
+            (prompt[:shared], slice(shared)),
+            (prompt[shared:], slice(longest - len(prompt) + shared, None)),
+        ):
+            ids[row, place] = torch.tensor(own, dtype=torch.long)
+            mask[row, place] = 1
 
     def rows(ids: Tensor) -> list[Generated]:
         generated = []
@@ -82,8 +92,46 @@ def generate(
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (rows,): none is to stop
 
     ids, mask = ids.to(model.device), mask.to(model.device)
+    inputs = {"attention_mask": mask, "generation_config": config, "stopping_criteria": [after_step]}
+    if begun:
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
+        inputs[name] = begun.cache_for(len(prompts))
     with _generating(model, config):
-        return rows(model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[after_step]))
+        return rows(model.generate(ids, **inputs))
+
+
+class Begun(NamedTuple):
+    """A beginning of prompts that the model has read: its ids and the cache after it, of one row."""
+
+    ids: list[int]
+    cache: Cache
+
+    def cache_for(self, rows: int) -> Cache:
+        """A copy for a batch of so many rows."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+    @classmethod
+    @torch.no_grad()
+    def read(cls, model: PreTrainedModel, prompts: Sequence[list[int]], before: "Begun | None") -> "Begun | None":
+        """What all prompts begin with, or `before` if that is the same; None if reading it apart would gain nothing.
+
+        That is so in models that measure distances in the row, by windows or without positions as an input: they count the
+        padding between the beginning and the rest.
+        """
+        ids = min(prompts)[: shared_length(min(prompts), max(prompts))]
+        ids = ids[: min(map(len, prompts)) - 1]  # a token is left to read
+        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        if (len(prompts) - 1) * len(ids) < WORTHWHILE or has_windows(model) or not takes_positions:
+            return None
+        if before and before.ids == ids:
+            return before
+        row = torch.tensor([ids], device=model.device)
+        with eval_mode(model):
+            cache = model(row, use_cache=True, logits_to_keep=1).past_key_values
+        plain = {type(layer) for layer in getattr(cache, "layers", [None])} == {DynamicLayer}  # not a recurrent state
+        return cls(ids, cache) if plain else None
 
 
 def generate_in_batches(
@@ -103,9 +151,12 @@ def generate_in_batches(
     bar = tqdm(total=len(prompts), desc="generating", unit="prompts", leave=False, delay=2, disable=None)
     with bar, torch.random.fork_rng(gpus):
         torch.manual_seed(seed)
+        begun: Begun | None = None
         for start in range(0, len(prompts), batch_size):
             batch = longest_first[start : start + batch_size]
-            rows = generate(model, [prompts[i] for i in batch], config, ends, check=check)
+            own = [prompts[i] for i in batch]
+            begun = Begun.read(model, own, begun) if (config.num_beams or 1) == 1 else None
+            rows = generate(model, own, config, ends, check=check, begun=begun)
             generated |= zip(batch, rows, strict=True)
             bar.update(len(batch))
     return [generated[i] for i in range(len(prompts))]

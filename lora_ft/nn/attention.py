@@ -186,12 +186,18 @@ def shares(model: PreTrainedModel, isolation: Isolation) -> bool:
 
     Found by computing, but for windows: a mask over a whole row measures them in the row, not in a sequence.
     """
-    windows = (getattr(model.config, name, None) for name in ("sliding_window", "window_size", "attention_window_size"))
-    if isolation is Isolation.ONE_PER_ROW or (isolation is Isolation.MASK and any(windows)):
+    if isolation is Isolation.ONE_PER_ROW or (isolation is Isolation.MASK and has_windows(model)):
         return False
     head, middle = _random_ids(model, WORTHWHILE // 2), _random_ids(model, WORTHWHILE)
     ends = [_random_ids(model, n) for n in (3, 2, 4)]
     return _equal_alone(model, isolation, [head + ends[0], *(head + middle + end for end in ends[1:])], share=True)
+
+
+def has_windows(model: PreTrainedModel) -> bool:
+    """Whether a layer of the model attends to the last tokens only, as far as its config says."""
+    config = model.config.get_text_config()
+    windows = any(getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size"))
+    return windows and getattr(config, "use_sliding_window", True) is not False
 
 
 def _random_ids(model: PreTrainedModel, count: int) -> list[int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import lora_ft.commands.evaluate
 from lora_ft.commands.train import closing_lines
 from tests.helpers.command import cli, refused, train
 from tests.helpers.tiny import write_reviews, write_run
@@ -42,7 +43,7 @@ def test_wrong_columns_are_answered_with_those_of_the_run(folder):
 
 
 def test_the_adapter_is_compared_with_its_base_row_by_row(folder):
-    ended = cli(folder, "eval", "out", "--json")
+    ended = cli(folder, "eval", "out", "--json", "--again")
     scores = json.loads(ended.out)
     for key in ("loss", "accuracy"):
         entry = scores["adapter"][f"{key}_vs_base"]
@@ -53,6 +54,38 @@ def test_the_adapter_is_compared_with_its_base_row_by_row(folder):
         scores["adapter"]["loss_vs_base"]["ci95"], rel=1e-3
     )
     assert "difference (95% interval)" in cli(folder, "eval", "out").out
+
+
+def test_what_the_run_scored_is_not_scored_again(folder):
+    def forbid():
+        def load(*_, **__):
+            raise AssertionError("the model is loaded")
+
+        lora_ft.commands.evaluate.load_base = load
+
+    kept = cli(folder, "eval", "out", "--json", before=forbid)
+    assert kept.code == 0, kept.err
+    assert "from the run's record" in cli(folder, "eval", "out").err
+    again = json.loads(cli(folder, "eval", "out", "--json", "--again").out)
+    for who in ("base", "adapter"):
+        now, then = again[who], json.loads(kept.out)[who]
+        assert now["loss"] == pytest.approx(then["loss"]) and now["confusion"] == then["confusion"]
+        assert now.keys() == then.keys()
+    rows = (folder / "eval.jsonl").read_text()
+    (folder / "one_more.jsonl").write_text(rows + '{"text": "one more", "label": 1}\n')
+    for others in (["--data", "one_more.jsonl"], ["--set", "model.dtype=bfloat16"], ["--set", "data.max_length=9"]):
+        assert "the model is loaded" in cli(folder, "eval", "out", *others, before=forbid).err, others
+
+
+def test_a_base_is_scored_once_for_all_runs(folder):
+    first, second = (
+        train(folder, f"output=other{i}", "train.max_steps=1", f"adapter.rank={i}", "data.max_length=40")
+        for i in (2, 3)
+    )
+    assert "base model evaluation (0 s)" in first.err and "base model evaluation (from an earlier run)" in second.err
+    records = [json.loads((folder / f"other{i}/lora_ft.json").read_text()) for i in (2, 3)]
+    assert records[0]["base_metrics"] == records[1]["base_metrics"]
+    assert "difference" in records[1]["metrics"]["loss_vs_base"]
 
 
 def test_a_run_ends_with_what_came_of_it(folder):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lora_ft.data.batches import RowPacking, StepPlan, micro_batch
+from lora_ft.nn.rows import flat_row
 
 
 def corpus(n: int = 23) -> datasets.Dataset:
@@ -95,3 +96,26 @@ def test_virtual_tokens_are_not_counted():
     assert (longer["tokens"], longer["total"]) == (step["tokens"], step["total"])
     for s in (step, longer):
         assert sum(len(m["keep"]) for m in s["micro"]) == s["total"]
+
+
+@pytest.mark.parametrize("limit", [60, 100, 10_000])
+def test_examples_that_begin_alike_come_together_in_rows_that_fit(limit):
+    heads = [list(range(40)), list(range(100, 130))]
+    examples = [heads[i % 2] + [1000 + i] * 5 for i in range(8)] + [[2000, 2001]]
+    packing = RowPacking(limit, share=True)
+    rows = packing.rows(examples)
+    assert sorted(i for row in rows for i in row) == list(range(9))
+    sizes = [flat_row([examples[i] for i in row], share=True).input_ids.numel() for row in rows]
+    assert max(sizes) <= limit and sum(sizes) < sum(map(len, examples)) / 1.4
+    if limit == 10_000:
+        assert sizes == [40 + 30 + 8 * 5 + 2]
+    apart = RowPacking(limit).rows(examples)
+    assert all(sum(len(examples[i]) for i in row) <= limit for row in apart)
+
+
+def test_a_shared_token_is_supervised_once_for_each_example():
+    head = list(range(20))
+    rows = [{"input_ids": [*head, 30 + i], "labels": [-100] * 19 + [19, 30 + i]} for i in range(3)]
+    m = micro_batch(rows, share=True)
+    assert m["input_ids"].numel() == 23 and m["keep"].tolist() == [18, 19] * 3
+    assert m["targets"].tolist() == [19, 30, 19, 31, 19, 32]

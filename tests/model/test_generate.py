@@ -49,6 +49,21 @@ def test_greedy_in_batches_is_greedy_one_at_a_time(family):
         assert new_ids(model, PROMPTS, GREEDY, ends, batch_size=batch_size) == wanted
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_common_beginning_is_read_once(family):
+    model, head = build(family), token_ids(1, 20, seed=50)[0].tolist()
+    prompts = [head + prompt for prompt in PROMPTS]
+    wanted = [alone(model, prompt, [EOS]) for prompt in prompts]
+    read: list[int] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
+    try:
+        assert new_ids(model, prompts, GREEDY, [EOS], batch_size=4) == wanted
+    finally:
+        hook.remove()
+    in_the_row = {"exaone4", "gemma2", "gpt_oss", "bloom", "mpt"}  # windows, ALiBi: distances are measured there
+    assert read.count(20) == (family not in in_the_row)
+
+
 def test_the_models_own_settings_are_used_only_for_end_tokens():
     model = tiny_model("llama")
     wanted = [alone(model, prompt, [EOS]) for prompt in PROMPTS]

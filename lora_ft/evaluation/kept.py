@@ -1,0 +1,97 @@
+"""Scores that need not be computed again: those of a base, in the cache; those of a run's adapter, in its record.
+
+What they depend on is compared: the weights, the encoded examples, the settings of generation and the packages' versions.
+The machine, its threads and the dtype that it chose change them by rounding only, which is no reason to compute them again.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lora_ft.config.schema import Config
+from lora_ft.core.metrics import split_set_name
+from lora_ft.core.version import __version__
+from lora_ft.data.cache import cached, find, key_of
+from lora_ft.data.examples import Examples
+from lora_ft.distributed import processes
+from lora_ft.evaluation.paired import Rows
+from lora_ft.methods.trained import Trained
+from lora_ft.model.files import Base
+
+Scored = tuple[dict, list[str], Rows]  # metrics, generated texts, and what each row adds to the metrics
+VERSIONS = {"lora_ft": __version__, **{name: version(name) for name in ("torch", "transformers", "tokenizers")}}
+ROWS = pa.schema({"metric": pa.string(), "numbers": pa.int32(), "values": pa.list_(pa.float64())})
+
+
+def base_scores(
+    fingerprint: str,
+    examples: Examples,
+    config: Config,
+    texts: bool,
+    compute: Callable[[], Scored],
+    again: bool = False,
+) -> tuple[Scored, bool]:
+    """The scores of a base on one eval set, and whether they were kept; else they are computed, and kept from now on.
+
+    texts: whether texts are generated. again: compute them in any case.
+    """
+    data = config.data.model_dump(mode="json", exclude={"train", "eval"})
+    how: list[Any] = [
+        config.model.dtype,
+        config.train.seed,
+        config.generation.model_dump(mode="json") if texts else None,
+    ]
+    key = key_of("base scores", fingerprint, asdict(examples.report), data, how, VERSIONS)
+    kept = None if again else processes.broadcast(lambda: _read(key))
+    if kept:
+        return kept, True
+    scored = compute()
+    if processes.is_main():
+        _keep(key, scored)
+    return scored, False
+
+
+def _read(key: str) -> Scored | None:
+    if (found := find(key)) is None:
+        return None
+    table, facts = found
+    rows = {r["metric"]: np.array(r["values"]).reshape(-1, r["numbers"]) for r in table}
+    return facts["metrics"], facts["texts"], rows
+
+
+def _keep(key: str, scored: Scored) -> None:
+    metrics, texts, rows = scored
+
+    def write_all(write: Callable[[list[tuple]], None]) -> dict:
+        write([(metric, values.shape[1], values.ravel().tolist()) for metric, values in rows.items()])
+        return {"metrics": metrics, "texts": texts}
+
+    cached(key, ROWS, write_all, "the scores of")
+
+
+def recorded_scores(
+    trained: Trained, config: Config, files: Base, name: str, examples: Examples
+) -> dict[str, dict] | None:
+    """The scores of "base" and "adapter" (or "model", of method full) on an eval set as the run's record has them.
+
+    None if they may be others now, or if it lacks some. The folder's files were verified when it was opened.
+    """
+    record, own = trained.record, trained.config
+    then, versions = (record.get("data") or {}).get("eval") or {}, record.get("versions") or {}
+    if own is None or (then.get(name) if name else then) != asdict(examples.report) or versions | VERSIONS != versions:
+        return None
+    texts_then = own.generation if own.train.predict_with_generate else None
+    texts_now = config.generation if config.generation.metrics else None
+    if (record.get("base") or {}).get("fingerprint") != files.fingerprint:
+        return None
+    if (texts_then, own.train.seed, own.model.dtype) != (texts_now, config.train.seed, config.model.dtype):
+        return None
+    parts = {"base": "base_metrics", "model" if trained.method == "full" else "adapter": "metrics"}
+    scores = {
+        who: split_set_name(record.get(part), [name] if name else []).get(name, {}) for who, part in parts.items()
+    }
+    return scores if all("loss" in metrics for metrics in scores.values()) else None
