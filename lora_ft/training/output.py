@@ -9,7 +9,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from lora_ft.core.disk import os_errors_as_files_error, sync
+from lora_ft.core.disk import os_errors_as_files_error, rename, sync
 from lora_ft.core.errors import FilesError
 from lora_ft.core.paths import refuse_special
 from lora_ft.core.run_folder import (
@@ -132,7 +132,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint; its folder stays if it contains files of anyone else. Raises as `remove_listed`."""
     if {p.name for p in checkpoint.iterdir()} <= {RECORD, *manifest_names(checkpoint)}:
         # under this name `remove_leftovers` finds it if the process is killed halfway
-        checkpoint = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.partial-{os.getpid()}"))
+        checkpoint = rename(checkpoint, checkpoint.with_name(f".{checkpoint.name}.partial-{os.getpid()}"))
     remove_listed(checkpoint)
     remove_if_empty(checkpoint)
 
