@@ -56,7 +56,8 @@ def unwritable() -> tuple[str, OSError] | None:
                     continue
                 problem: OSError = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
             except OSError as e:
-                problem = e
+                gone = WINDOWS and e.errno == errno.EINVAL  # its answer of a pipe that nobody reads
+                problem = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) if gone else e
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             stream.flush()
             found = name, problem

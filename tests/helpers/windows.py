@@ -2,7 +2,7 @@
 
 No module, function or signal of Unix alone; folders can't be opened; an open or mapped file can't be replaced or removed, nor
 the folder around it; no names that Windows can't hold, and none that differ from another by case only; text files are cp1252
-unless an encoding is given; a program is started with what Windows' Popen takes. Other libraries are imported before: there
+unless an encoding is given, and so is the console; a program is started with what Windows' Popen takes. Other libraries are imported before: there
 they use other modules.
 """
 
@@ -11,9 +11,7 @@ import importlib
 import io
 import os
 import re
-import select
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -48,6 +46,8 @@ def imitate(before_opening: Callable[[Path], None] = lambda path: None) -> None:
     for name in ("RLIMIT_AS", "RLIM_INFINITY"):
         delattr(psutil, name)
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="cp1252", errors="strict")  # type: ignore[union-attr]
     builtins.open = io.open = _open  # type: ignore[assignment]
     subprocess.Popen = Program  # type: ignore[assignment,misc]
     sys.addaudithook(lambda event, arguments: _watch(event, arguments, before_opening))
@@ -83,7 +83,12 @@ _plain_open = io.open
 
 def _open(file, mode="r", buffering=-1, encoding=None, *more, **named):
     return _plain_open(
-        file, mode, buffering, "cp1252" if "b" not in mode and encoding in (None, "locale") else encoding, *more, **named
+        file,
+        mode,
+        buffering,
+        "cp1252" if "b" not in mode and encoding in (None, "locale") else encoding,
+        *more,
+        **named,
     )
 
 
@@ -149,7 +154,10 @@ class Program(subprocess.Popen):
         reader, writer = os.pipe()
         if pid := os.fork():
             os.close(writer)
-            self.pid, self.stderr = pid, _plain_open(reader, encoding=streams.get("encoding") or "cp1252", errors="replace")
+            self.pid, self.stderr = (
+                pid,
+                _plain_open(reader, encoding=streams.get("encoding") or "cp1252", errors="replace"),
+            )
             return
         kept, code = (sys.stdout, sys.stderr), 1  # not closed, which would close these files
         try:
