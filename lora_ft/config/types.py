@@ -42,12 +42,9 @@ def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _name(text: str) -> str:
     if not text.strip() or any(ord(c) < 32 for c in text):
-        raise ValueError(f"{format_value(text)} is not a name; give a path or a hub id")
+        hint = r"; in double quotes \t is a tab, in single quotes as it is written" if text.strip() else ""
+        raise ValueError(f"{format_value(text)} is not a name; give a path or a hub id{hint}")
     return text
-
-
-def _source(text: str) -> str:
-    return with_slashes(_name(text))
 
 
 def _role(word: str) -> str:
@@ -100,7 +97,7 @@ def _eval_set(value: Any) -> Any:
     """Data sources, or the part of the training data to hold out. Checks everything itself: a union's errors say little."""
     sources = as_tuple(value)
     if isinstance(sources, tuple) and sources and all(isinstance(source, str) for source in sources):
-        return unique(tuple(map(_source, sources)))
+        return unique(tuple(with_slashes(_name(source)) for source in sources))
     if isinstance(value, float) and 0 < value < 1 or type(value) is int and value >= 1:
         return value
     hint = "give one or more data sources, a fraction below 1 (0.05), a number of rows from 1 (500), or null"
@@ -213,7 +210,7 @@ EvalSet = tuple[str, ...] | int | float
 
 Scheduler = Literal[*SCHEDULERS]  # type: ignore[valid-type]
 Name = Annotated[str, AfterValidator(_name), json_schema(TEXT)]
-Source = Annotated[str, AfterValidator(_source), json_schema(TEXT)]
+Source = Annotated[Name, AfterValidator(with_slashes)]
 Sources = Annotated[OneOrMore[Source], json_schema(TEXT, list_of(TEXT))]
 LocalPath = Annotated[Source, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
 Names = Annotated[OneOrMore[Name], json_schema(TEXT, list_of(TEXT))]

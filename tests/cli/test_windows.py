@@ -5,10 +5,6 @@ import signal
 import sys
 from pathlib import Path
 
-import lora_ft.commands.compare.command
-import lora_ft.commands.export.command
-import lora_ft.commands.generate.command
-import lora_ft.commands.init.command
 import lora_ft.commands.merge  # noqa: F401 (imported once, before the forks)
 from lora_ft.core.storage import sha256
 from tests.helpers import windows

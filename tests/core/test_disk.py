@@ -45,7 +45,7 @@ def test_a_failure_names_the_path_and_keeps_what_was_there(tmp_path, monkeypatch
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
 
-@pytest.mark.parametrize("name", ["mkdir", "rename"])
+@pytest.mark.parametrize("name", ["mkdir", "replace"])
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, name):
     with monkeypatch.context() as patch:
         failing(patch, Path, name, errno.EIO)

@@ -20,8 +20,6 @@ silence_libraries()  # as every command does before its first heavy import
 import torch
 from tqdm import tqdm
 
-import lora_ft.commands.check.command
-import lora_ft.commands.evaluate
 import lora_ft.commands.train  # noqa: F401 (imported once, before the forks)
 from lora_ft.cli import main
 

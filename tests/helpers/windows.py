@@ -1,9 +1,9 @@
 """What Windows refuses, imitated in a process that never needs Linux again: a fork of the tests.
 
 No module, function or signal of Unix alone; folders can't be opened; an open or mapped file can't be replaced or removed, nor
-the folder around it; no names that Windows can't hold, and none that differ from another by case only; text files are cp1252
-unless an encoding is given, and so is the console; a program is started with what Windows' Popen takes. Other libraries are imported before: there
-they use other modules.
+the folder around it; no names that Windows can't hold, and none that differ from another by case only; the console and text
+files are cp1252 unless an encoding is given; a program is started with what Windows' Popen takes. Other libraries are imported
+before: there they use other modules.
 """
 
 import builtins
