@@ -2,8 +2,8 @@
 
 No module, function or signal of Unix alone; folders can't be opened; an open or mapped file can't be replaced or removed, nor
 the folder around it; no names that Windows can't hold, and none that differ from another by case only; the console and text
-files are cp1252 unless an encoding is given; a program is started with what Windows' Popen takes. Other libraries are imported
-before: there they use other modules.
+files are cp1252 unless an encoding is given; a program is started with what Windows' Popen takes. Modules and functions are
+hidden from lora_ft alone: other libraries have ways of their own there.
 """
 
 import builtins
@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
-HIDDEN = {  # but for other libraries, which have ways of their own there
+HIDDEN = {
     "os": """fork forkpty statvfs sysconf sched_getaffinity sched_setaffinity getuid geteuid getgid setpgrp getpgid getpgrp
         setsid killpg chown fchown nice getloadavg uname mkfifo pread sync ST_RDONLY O_DIRECTORY O_NOFOLLOW O_CLOEXEC
         O_NONBLOCK wait3 wait4 WNOHANG WIFEXITED WEXITSTATUS""",
@@ -40,7 +40,8 @@ def imitate(before_opening: Callable[[Path], None] = lambda path: None) -> None:
     """Make this process one of Windows, as far as Python code can tell. `before_opening` is told of every file first."""
     for name in [name for name in sys.modules if name.split(".")[0] == "lora_ft"]:
         del sys.modules[name]  # to be imported again, with what is hidden now
-    sys.modules.update(dict.fromkeys(MODULES) | {name: Partial(name) for name in HIDDEN})
+    sys.modules.update({name: Partial(name) for name in HIDDEN})
+    builtins.__import__ = _import
     memory, rss = psutil.Process.memory_info, psutil.Process().memory_info().rss
     psutil.Process.memory_info = lambda self: types.SimpleNamespace(peak_wset=rss, **memory(self)._asdict())
     for name in ("RLIMIT_AS", "RLIM_INFINITY"):
@@ -64,12 +65,14 @@ def run(*arguments: str) -> int:
 
 
 class Partial(types.ModuleType):
-    """A module of the standard library without its names in HIDDEN, as `import` gives it from now on."""
+    """A module of the standard library, for lora_ft without its names in HIDDEN, as `import` gives it from now on."""
 
     def __init__(self, name: str):
         self.__dict__.update(real=sys.modules[name], hidden=HIDDEN[name].split(), __name__=name)
 
     def __getattr__(self, name: str):
+        if not _is_ours(sys._getframe(1)):
+            return getattr(self.real, name)
         if name in self.hidden:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} on Windows")
         return "win32" if (self.__name__, name) == ("sys", "platform") else getattr(self.real, name)
@@ -78,7 +81,17 @@ class Partial(types.ModuleType):
         setattr(self.real, name, value)
 
 
-_plain_open = io.open
+def _is_ours(frame: types.FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("lora_ft")
+
+
+def _import(name: str, *others, **named):
+    if name in MODULES and _is_ours(sys._getframe(1)):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return _plain_import(name, *others, **named)
+
+
+_plain_open, _plain_import = io.open, builtins.__import__
 
 
 def _open(file, mode="r", buffering=-1, encoding=None, *more, **named):
