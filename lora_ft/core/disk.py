@@ -29,7 +29,8 @@ def os_errors_as_files_error(path: Path, needed: int | None = None) -> Iterator[
             figures = f"{needed} bytes needed, {free} free" if needed else f"{free} bytes free"
             raise FilesError(f"{path}: the disk is full ({figures}). Free some space and run again.") from e
         if number is not None:
-            raise FilesError(f"{path}: can't be written ({os.strerror(number)}).") from e
+            hint = " Does another program have it open?" if WINDOWS and number == errno.EACCES else ""
+            raise FilesError(f"{path}: can't be written ({os.strerror(number)}).{hint}") from e
         raise
 
 

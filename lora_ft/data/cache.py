@@ -79,8 +79,12 @@ def cached(
             file.flush()
             os.fsync(file.fileno())
         partial_facts.write_text(json.dumps(facts | {"rows_written": written}), encoding="utf-8")
-        rename(partial, path)
-        rename(partial_facts, facts_path)
+        try:
+            rename(partial, path)
+            rename(partial_facts, facts_path)
+        except PermissionError:  # Windows: another process made the same table, and has it mapped
+            if not path.exists():
+                raise
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FilesError(

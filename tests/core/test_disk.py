@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ft.core import paths, storage
+from lora_ft.core import disk, paths, storage
 from lora_ft.core.errors import FilesError, ModelError
 
 
@@ -84,3 +84,23 @@ def test_a_home_that_is_not_known(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
     assert paths.local_path("~/x") == Path("~/x") and paths.local_path("~nobody-here/x") == Path("~nobody-here/x")
+
+
+def test_windows_waits_for_a_file_that_another_program_has_open(tmp_path, monkeypatch):
+    file, held, replace = tmp_path / "file", [True] * 2, Path.replace
+
+    def replace_unless_held(source: Path, target: Path) -> Path:
+        if held:
+            held.pop()
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", replace_unless_held)
+    monkeypatch.setattr(disk, "WINDOWS", True)
+    monkeypatch.setattr(storage, "sync", lambda path: None)
+    storage.write_file(file, "new")
+    held += [True] * 1000
+    monkeypatch.setattr(disk, "RENAME_SECONDS", 0.01)
+    with pytest.raises(FilesError, match="/file: .*another program"):
+        storage.write_file(file, "newer")
+    assert file.read_text() == "new" and os.listdir(tmp_path) == ["file"]
