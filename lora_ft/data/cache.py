@@ -23,7 +23,7 @@ import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
-from lora_ft.core.disk import rename
+from lora_ft.core.disk import WINDOWS, rename
 from lora_ft.core.errors import FilesError
 from lora_ft.core.paths import temporary_folder
 
@@ -82,8 +82,8 @@ def cached(
         try:
             rename(partial, path)
             rename(partial_facts, facts_path)
-        except PermissionError:  # Windows: another process made the same table, and has it mapped
-            if not path.exists():
+        except PermissionError:
+            if not (WINDOWS and path.exists()):  # another process made the same table, and has it mapped
                 raise
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -50,10 +50,10 @@ def free_memory(device: str) -> int:
     """Bytes that this process can still allocate on the device."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    free = machine.free_memory().size
-    return (
-        min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) if device == "mps" else free
-    )
+    limits = [machine.free_memory().size]
+    if device == "mps":
+        limits.append(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return min(limits)
 
 
 def peak_memory_mb(device: str) -> float:
@@ -66,8 +66,9 @@ def peak_memory_mb(device: str) -> float:
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """The states of torch's random generators: of the CPU, and of the current GPU under its kind."""
-    return {"torch": torch.get_rng_state()} | {kind: gpu.get_rng_state() for kind, gpu in _gpus().items()}
+    """The states of torch's random generators: of the CPU, and of the current GPU under its kind, if it was used."""
+    used = {kind: gpu for kind, gpu in _gpus().items() if kind != "cuda" or gpu.is_initialized()}
+    return {"torch": torch.get_rng_state()} | {kind: gpu.get_rng_state() for kind, gpu in used.items()}
 
 
 def set_random_states(states: Mapping[str, torch.Tensor]) -> None:
