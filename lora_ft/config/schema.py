@@ -102,7 +102,7 @@ class DataConfig(Section):
     max_length: int = setting(512, "maximum number of tokens of an example; longer ones are cut", ge=2, le=2**24)
     truncate: Literal["column", "start", "end"] = setting(
         "column",
-        "what a row too long loses: the middle of its longest columns or turns, then of a chat its first turns; its start or end",
+        "what a row too long loses: the middle of its longest columns or turns, then first turns of a chat; its start; its end",
         resume="free",
     )
     long_text: Literal["truncate", "split"] = setting(
