@@ -22,7 +22,7 @@ TEXT_FILE = (
 TEXT_FOLDER = (
     " Make one row of each text file, with the name of its folder: python -c 'import json, pathlib, sys; "
     '[print(json.dumps({"text": p.read_text(), "label": p.parent.name})) for p in '
-    "sorted(pathlib.Path(sys.argv[1]).rglob(\"*.txt\"))]' FOLDER > NEW.jsonl"
+    'sorted(pathlib.Path(sys.argv[1]).rglob("*.txt"))]\' FOLDER > NEW.jsonl'
 )
 CONVERSIONS = {suffix: "Unpack it first." for suffix in (*COMPRESSED_SUFFIXES, ".xz", ".zip", ".tar")}
 CONVERSIONS |= {suffix: "Save it as .csv." for suffix in (".xlsx", ".xls", ".ods")}

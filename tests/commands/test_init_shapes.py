@@ -34,7 +34,7 @@ SHAPES = {
     ),
     "choices in columns, the right one by number": (
         lambda i: {"sentence": said(i), "option1": T[i % 5], "option2": T[(i + 1) % 5], "answer": str(i % 2 + 1)},
-        {"prompt": "Sentence: {sentence}\n1. {option1}\n2. {option2}\nAnswer:", "completion": " {answer}"},
+        {"prompt": "Sentence: {sentence}\n1. {option1}\n2. {option2}\nAnswer:\n", "completion": "{answer}"},
         (),
     ),
     "a part of the text in a column of its own": (
@@ -93,12 +93,12 @@ SHAPES = {
     ),
     "a number to be predicted": (
         lambda i: {"sentence1": said(i), "sentence2": said(i, 1), "label": i / 7},
-        {"prompt": "Sentence1: {sentence1}\nSentence2: {sentence2}\nLabel:", "completion": " {label}"},
+        {"prompt": "Sentence1: {sentence1}\nSentence2: {sentence2}\nLabel:\n", "completion": "{label}"},
         (),
     ),
     "many classes": (
         lambda i: {"text": said(i), "label": i % 30},
-        {"prompt": "Text: {text}\nLabel:", "completion": " {label}"},
+        {"prompt": "Text: {text}\nLabel:\n", "completion": "{label}"},
         (),
     ),
     "a question, an answer, and a column of few values": (

@@ -30,7 +30,8 @@ def detect_choices(table: Table) -> DataSettings | None:
     lines = [(c, f"{mark}. {{{c}}}\n") for c, mark in zip(choices, marks, strict=False)]
     text = "".join(f"{title(name)}: {{{name}}}\n" for name in asked)
     text += "".join(f"[[{line}]]" if table.has_gaps(c) else line for c, line in lines)
-    settings = {"prompt": f"{text}Answer:", "completion": f" {{{key}}}"} | label_names
+    end, space = ("", " ") if marks == LETTERS else ("\n", "")  # as for other classes
+    settings = {"prompt": f"{text}Answer:{end}", "completion": f"{space}{{{key}}}"} | label_names
     sign = "letter" if marks == LETTERS else "number"
     notes = {"label_names" if label_names else "completion": f"the {sign} of the right choice"}
     return DataSettings(settings, notes, (*asked, *choices, key), tuple(c for c in choices if table.has_gaps(c)))

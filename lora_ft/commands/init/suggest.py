@@ -143,7 +143,9 @@ def _detect_classification(table: Table) -> DataSettings | None:
     parts = [(name, f"{title(name)}: {{{name}}}\n") for name in texts]
     optional = tuple(name for name in texts if table.has_gaps(name) and len(texts) > 1)
     text = "".join(f"[[{part}]]" if name in optional else part for name, part in parts)
-    settings = pair(table, f"{text}{title(label)}:", f" {{{label}}}", label)
+    digits = not words and all(str(v)[:1] in "-0123456789" for v in table.values(label))
+    end, space = ("\n", "") if digits else ("", " ")  # in many vocabularies " 1" and " 2" begin with the same token
+    settings = pair(table, f"{text}{title(label)}:{end}", f"{space}{{{label}}}", label)
     columns = (*texts, label, *([ids_in] if ids_in else []))
     if not words:
         return DataSettings(settings, {"completion": note}, columns, optional)
