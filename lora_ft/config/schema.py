@@ -101,7 +101,9 @@ class DataConfig(Section):
     )
     max_length: int = setting(512, "maximum number of tokens of an example; longer ones are cut", ge=2, le=2**24)
     truncate: Literal["column", "start", "end"] = setting(
-        "column", "a prompt too long loses the middle of its longest column, its start or its end", resume="free"
+        "column",
+        "what a row too long loses: the middle of its longest columns or turns, then first turns of a chat; its start; its end",
+        resume="free",
     )
     long_text: Literal["truncate", "split"] = setting(
         "truncate", "for data.text: truncate long texts, or split them into pieces of max_length"

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.config.schema import CHAT_SETTINGS
 from lora_ft.core.errors import DataError
 from lora_ft.data.cache import Write, cached, key_of
+from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, part_indices, sample_indices, totals
 from lora_ft.data.files import DEFAULT, FileFormat
 from lora_ft.data.sources import content_hash
@@ -24,7 +25,7 @@ from lora_ft.data.texts import (
     join_names,
     load_texts,
 )
-from lora_ft.data.tokens import Encoded, TextEncoder, encode_chats, encode_pairs, encode_texts, text_encoder
+from lora_ft.data.tokens import Encoded, TextEncoder, encode_pairs, encode_texts, text_encoder
 from lora_ft.model.load import tokenizer_hash
 
 
@@ -83,8 +84,8 @@ def load_examples(
         counts["skipped"] = (read["skipped"] + made["skipped"])[:MAX_REPORTED_ROWS]
         counts["skipped_count"] += read["skipped_count"]
         counts |= {name: read[name] for name in ("notes", "turns", "turn_ends") if name in read}
-    if template.prompt is not None and counts["truncated"] and truncate != "start":
-        sha256 = key_of(sha256, truncate)  # earlier versions cut prompts at the start
+    if template.text is None and counts["truncated"] and truncate != ("end" if template.messages else "start"):
+        sha256 = key_of(sha256, truncate)  # earlier versions cut prompts at the start, chats at the end
     report = EncodingReport(**counts, content=content, sha256=sha256)
     words = template.label_names[template.label_column] if template.label_names and template.label_column else []
     return Examples(dataset, report, list(words), texts)
@@ -113,7 +114,8 @@ def _encode(
     for batch in texts.iter(batch_size=BATCH):
         encoded: Iterator[list[Encoded]]  # the pieces of each row
         if template.messages:
-            encoded = ([e] for e in encode_chats(batch["completion"], batch["spans"], max_length, encoder))
+            chats = (batch["completion"], batch["spans"], batch["turns"])
+            encoded = ([e] for e in encode_chats(*chats, max_length, truncate, encoder))
         elif template.text is not None:
             encoded = encode_texts(batch["completion"], max_length, split, encoder)
         else:

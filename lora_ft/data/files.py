@@ -19,6 +19,11 @@ TEXT_FILE = (
     "Make one row of it: python -c 'import json, sys; print(json.dumps({\"text\": sys.stdin.read()}))' < OLD > NEW.jsonl, "
     'and train on it with data.text: "{text}" and data.long_text: split.'
 )
+TEXT_FOLDER = (
+    " Make one row of each text file, with the name of its folder: python -c 'import json, pathlib, sys; "
+    '[print(json.dumps({"text": p.read_text(), "label": p.parent.name})) for p in '
+    'sorted(pathlib.Path(sys.argv[1]).rglob("*.txt"))]\' FOLDER > NEW.jsonl'
+)
 CONVERSIONS = {suffix: "Unpack it first." for suffix in (*COMPRESSED_SUFFIXES, ".xz", ".zip", ".tar")}
 CONVERSIONS |= {suffix: "Save it as .csv." for suffix in (".xlsx", ".xls", ".ods")}
 CONVERSIONS |= {suffix: "Read it with `datasets` and write it with to_parquet." for suffix in (".arrow", ".feather")}
@@ -83,7 +88,7 @@ def _in_folder(folder: Path) -> list[Path]:
     names = printable(listed([p.name for p in files], 5), 400)
     if not files:
         below = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(kind(f) for f in p.iterdir()))
-        hint = f" Its folders do: {printable(listed(below, 5))}." if below else ""
+        hint = f" Its folders do: {printable(listed(below, 5))}." if below else TEXT_FOLDER * _has_text_files(folder)
         raise DataError(f"{name}: a folder without a data file ({', '.join(DATA_SUFFIXES)}).{hint}")
     held_out = [
         p for p in files if re.search(r"(^|[^a-z])(test|valid|validation|val|dev|eval)([^a-z]|$)", p.name.lower())
@@ -95,6 +100,10 @@ def _in_folder(folder: Path) -> list[Path]:
             f"such as {pattern}"
         )
     return files
+
+
+def _has_text_files(folder: Path) -> bool:
+    return any(folder.glob("*.txt")) or any(folder.glob("*/*.txt"))
 
 
 def _check_file(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The rows of data files and hub data sets, streamed, each with its location. Only .json files are held in memory."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -61,6 +62,24 @@ def content_hash(source: str, format: FileFormat = DEFAULT) -> str:
             raise DataError(f"{_name(path)}: cannot be read: {e.strerror or e}.") from e
     hashes += [] if format == DEFAULT else [repr(format)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def class_names(source: str) -> dict[str, list[str]]:
+    """The words of the classes of a source's columns, by id, where `datasets` has stored them. Raises DataError."""
+    if not is_local(source):
+        return {name: list(f.names) for name, f in _load_hub(source).features.items() if hasattr(f, "names")}
+    path = data_files(source)[0]
+    if kind(path) != ".parquet":
+        return {}
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        stored = json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+        features = stored.get("info", {}).get("features", {}).items()
+        return {name: feature["names"] for name, feature in features if feature.get("_type") == "ClassLabel"}
+    except (ValueError, AttributeError, KeyError, pyarrow.ArrowException):
+        return {}  # other software's; damage is told when the rows are read
 
 
 def _name(path: Path) -> str:

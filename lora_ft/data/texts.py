@@ -20,7 +20,7 @@ from lora_ft.data.files import DEFAULT, FileFormat
 from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import BadRow, Columns, Template, optional_columns, pair_renderer, renderer
 
-ENCODING_VERSION = 7  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
+ENCODING_VERSION = 8  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
 BATCH = 1000  # rows
 MAX_REPORTED_ROWS = 20
 
@@ -35,6 +35,7 @@ TEXTS = pa.schema(
         "spans": pa.list_(
             pa.int32()
         ),  # start, end, ... in characters: a chat's assistant turns, the columns in a prompt
+        "turns": pa.list_(pa.int32()),  # start, end, role, ... (data/cuts.py): a chat's other turns
     }
 )
 
@@ -95,9 +96,10 @@ def load_texts(
                         done = render_chat(columns, template, chat)
                         summary.add(where, done)
                         spans = [position for span in done.spans for position in span]
-                        rendered.append((row, where, done.prompt, done.text, [], -1, spans))
+                        turns = list(itertools.chain.from_iterable(done.others))
+                        rendered.append((row, where, done.prompt, done.text, [], -1, spans, turns))
                     else:
-                        rendered.append((row, where, *render(columns)))
+                        rendered.append((row, where, *render(columns), []))
                 except BadRow as e:
                     bad.add(where, e)
             count += len(chunk)

@@ -13,10 +13,10 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
+from lora_ft.data.cuts import CUT_MARK, longest_kept
 from lora_ft.data.pieces import PIECE, encode_long, groups
 
 IGNORE = -100
-CUT_MARK = " [...] "  # for the middle of a column that is too long
 Ids = list[int]
 
 
@@ -36,14 +36,6 @@ class Encoded(NamedTuple):
     def supervised(self) -> int:
         """The number of supervised tokens."""
         return len(self.labels) - self.labels.count(IGNORE)
-
-
-# What prompts that are too long lose, by data.truncate
-LOST = {
-    "column": "prompts lose the middle of their longest column, marked [...]",
-    "start": "prompts are cut at the start",
-    "end": "prompts are cut at the end",
-}
 
 
 @dataclass(frozen=True)
@@ -115,11 +107,7 @@ class TextEncoder:
         ]
         lengths = [max(last - first, 0) for first, last in columns]
         fixed = len(ids) - sum(lengths)
-        # the most tokens that a column may have: the longer ones are cut to that
-        limit = (
-            bisect_right(range(max(lengths, default=0)), room, key=lambda n: fixed + sum(min(n, m) for m in lengths))
-            - 1
-        )
+        limit = longest_kept(lengths, room - fixed)
         if limit < len(mark) + 2:
             return None
         for (first, last), length in reversed(list(zip(columns, lengths, strict=True))):
@@ -214,29 +202,3 @@ def encode_texts(texts: list[str], max_length: int, split: bool, encoder: TextEn
             truncated, blank = len(body) > size and not split_body, len(bos) + len(body) < 2
             pieces.append(Encoded(bos + piece, labels, full_length, truncated=truncated, blank=blank))
         yield pieces
-
-
-def encode_chats(texts: list[str], spans: list[list[int]], max_length: int, encoder: TextEncoder) -> Iterator[Encoded]:
-    """Chats as the template renders them, with its special tokens; the tokens of each span are supervised.
-
-    A span starts where a model continues its prompt. Where a token would reach across its start or end, the text is
-    tokenized in parts, as at inference.
-
-    spans: for each chat start, end, start, end, ... in characters.
-    """
-    for text, row, (ids, offsets) in zip(texts, spans, encoder.encode_with_offsets(texts), strict=True):
-        cuts = [c for c in row if ((offsets[:, 0] < c) & (c < offsets[:, 1])).any()]
-        if cuts:
-            starts = [0, *cuts]
-            parts = [text[start:end] for start, end in zip(starts, [*cuts, len(text)], strict=True)]
-            encoded = list(zip(starts, encoder.encode_with_offsets(parts), strict=True))
-            ids = np.concatenate([part for _, (part, _) in encoded])
-            offsets = np.concatenate([start + part for start, (_, part) in encoded])
-        bounds = np.array([*row, 2**62, 2**62]).reshape(-1, 2)
-        # for each token, the first span that ends after the token's start
-        span = bounds[np.searchsorted(bounds[:, 1], offsets[:, 0], side="right")]
-        labels = np.where(span[:, 0] < offsets[:, 1], ids.astype(np.int64), IGNORE)
-        labels[:1] = IGNORE
-        truncated, blank = len(ids) > max_length, bool((labels == IGNORE).all())
-        kept = labels[:max_length].tolist()
-        yield Encoded(ids[:max_length].tolist(), kept, len(ids), truncated=truncated, blank=blank)

@@ -8,12 +8,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import info
+from lora_ft.data.chats.encode import cut_chat_prompt
 from lora_ft.data.chats.format import ChatFormat
+from lora_ft.data.cuts import LOST, LOST_OF_CHATS
 from lora_ft.data.examples import Examples, column_array, sample_indices
 from lora_ft.data.prepare import template_of
 from lora_ft.data.template import Template
 from lora_ft.data.texts import chat_format_of
-from lora_ft.data.tokens import LOST, Ids, text_encoder
+from lora_ft.data.tokens import Ids, text_encoder
 from lora_ft.methods.interface import virtual_ids
 from lora_ft.model.generate import position_limit
 
@@ -48,16 +50,21 @@ def eval_prompts(
         problem = f"{generation.max_new_tokens} leaves no room for a prompt in the model's {positions} positions."
         raise ConfigError(f"generation.max_new_tokens: {problem}")
     most, seed = generation.max_prompts, config.train.seed
-    truncate = "start" if data.messages else data.truncate
     prompts = group_by_prompt(
-        examples, template_of(data), tokenizer, max_tokens=max_tokens, truncate=truncate, max_prompts=most, seed=seed
+        examples,
+        template_of(data),
+        tokenizer,
+        max_tokens=max_tokens,
+        truncate=data.truncate,
+        max_prompts=most,
+        seed=seed,
     )
     readable = any(re.search("[a-zA-Z0-9]", text) for several in prompts.references for text in several)
     if "rouge_l" in generation.metrics and not readable:
         raise ConfigError("generation.metrics: rouge_l reads the letters a to z and digits, and no reference has any.")
     if prompts.cut:
         longer = f"{prompts.cut:,} of {len(prompts.ids):,} prompts are longer than {max_tokens} tokens"
-        info(f"generation: {longer}: {LOST[truncate]}")
+        info(f"generation: {longer}: {(LOST_OF_CHATS if data.messages else LOST)[data.truncate]}")
     return prompts
 
 
@@ -74,19 +81,18 @@ def group_by_prompt(
     """The distinct prompts of the examples in order, each with all the references that the complete set has for it.
 
     In a chat the last supervised turn is the reference, and the generation prompt before it the prompt. A prompt longer than
-    `max_tokens` is cut as in training; in a chat it loses its start (BOS is kept). max_prompts: take a seeded
-    sample of this size.
+    `max_tokens` is cut as in training; that of a chat never loses its end. max_prompts: take a seeded sample of this size.
     """
     encoder = text_encoder(tokenizer)
     chat = chat_format_of(template, tokenizer) if template.messages else None
     sampled = set(column_array(examples.dataset, "row").tolist())
     references: dict[str, list[str]] = {}
-    spans: dict[str, list[int]] = {}
+    rows: dict[str, dict] = {}
     chosen: dict[str, None] = {}  # a set that keeps its order
     for row in examples.texts:
         prompt, reference = prompt_and_reference(row, chat)
         references.setdefault(prompt, []).append(reference)
-        spans[prompt] = row["spans"]
+        rows[prompt] = row
         if row["row"] in sampled:
             chosen[prompt] = None
     texts = list(chosen)
@@ -95,9 +101,13 @@ def group_by_prompt(
     # a chat's text contains its special tokens already
     ids = [encoder.encode_bare(text) for text in texts] if template.messages else [*encoder.encode_prompts(texts)]
     cut = sum(len(row) > max_tokens for row in ids)
-    ids = [
-        encoder.cut_prompt(row, text, spans[text], max_tokens, truncate) for row, text in zip(ids, texts, strict=True)
-    ]
+    for i, (row, text) in enumerate(zip(ids, texts, strict=True)):
+        if chat is None:
+            ids[i] = encoder.cut_prompt(row, text, rows[text]["spans"], max_tokens, truncate)
+        elif len(row) > max_tokens and truncate == "column":
+            ids[i] = cut_chat_prompt(text, rows[text]["completion"], rows[text]["turns"], max_tokens, encoder)
+        else:
+            ids[i] = encoder.truncate_start(row, max_tokens)
     return EvalPrompts(texts, ids, [references[text] for text in texts], cut)
 
 

@@ -198,6 +198,6 @@ def check_data(record: dict, tokenizer_hash: str, train_set: Examples, eval_sets
             )
         if before.get("sha256") != examples.report.sha256:
             raise ModelError(
-                f"--resume: data.{which} is encoded differently now: the chat template has changed, or how prompts are cut "
-                "(data.truncate; earlier versions: start). Restore it."
+                f"--resume: data.{which} is encoded differently now: the chat template has changed, or how long rows are cut "
+                "(data.truncate; earlier versions: prompts at the start, chats at the end). Restore it."
             )

@@ -79,7 +79,7 @@ CASES = {
     "stars.csv": (
         lambda i: {"text": sentence(i), "stars": 1 + i % 5},
         "classification",
-        {"prompt": "Text: {text}\nStars:", "completion": " {stars}"},
+        {"prompt": "Text: {text}\nStars:\n", "completion": "{stars}"},
     ),
     "alpaca.jsonl": (
         lambda i: {"instruction": sentence(i), "input": "" if i % 2 else sentence(3 * i), "output": sentence(2 * i)},

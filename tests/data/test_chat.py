@@ -7,6 +7,7 @@ import pytest
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.data.encode import load_examples
 from lora_ft.data.template import Template
+from lora_ft.evaluation.references import group_by_prompt
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -138,16 +139,63 @@ def test_share_gpt_and_the_tokenizers_own_template(write, make_tokenizer):
     assert tokenizer.decode(example["input_ids"]) == f"<|im_start|>user\nso{E}\n<|im_start|>assistant\nit goes{E}\n"
 
 
-def test_long_chats_lose_their_end(write, plain):
+def test_long_chats_lose_their_end_if_truncate_says_so(write, plain):
+    settings = {"chat_template": CHATML, "truncate": "end"}
     full = load(write, plain, [U1, A1, U2, A2], chat_template=CHATML).dataset[0]
-    for length in range(1, len(full["input_ids"])):
+    for length in (1, 5, 12, len(full["input_ids"]) - 1):
         cut, kept = full["labels"][:length], any(x != -100 for x in full["labels"][:length])
         if kept:
-            examples = load(write, plain, [U1, A1, U2, A2], chat_template=CHATML, max_length=length)
+            examples = load(write, plain, [U1, A1, U2, A2], max_length=length, **settings)
             assert examples.dataset[0]["labels"] == cut and examples.report.truncated == 1
         else:
             with pytest.raises(DataError, match="nothing supervised is left"):
-                load(write, plain, [U1, A1, U2, A2], chat_template=CHATML, max_length=length)
+                load(write, plain, [U1, A1, U2, A2], max_length=length, **settings)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, SYSTEM_LAST], ids=["chatml", "llama3", "system last"])
+def test_long_chats_keep_their_system_turn_and_what_is_supervised(write, with_bos, template):
+    """Turns of the user lose their middle, then the earlier turns go; a supervised turn stays whole or goes whole."""
+    asked = [f"begin {i} of what I ask " + "and more " * (60 * (i == 1)) + f"end {i} of it" for i in range(4)]
+    said = [f"answer number {i} is said" for i in range(4)]
+    chat = [
+        SYSTEM,
+        *(
+            {"role": r, "content": c}
+            for pair in zip(asked, said, strict=True)
+            for r, c in zip(("user", "assistant"), pair, strict=True)
+        ),
+    ]
+    smallest, size = (
+        len(load(write, with_bos, turns, chat_template=template, max_length=5000).dataset[0]["input_ids"])
+        for turns in ([SYSTEM, *chat[-2:]], chat)
+    )
+    whole, turns_seen = re.compile("answer number [0-3] is said"), set()
+    for length in range(smallest + 10, size, 25):
+        example = load(write, with_bos, chat, chat_template=template, max_length=length).dataset[0]
+        text, learned = with_bos.decode(example["input_ids"]), supervised_texts(with_bos, example)
+        assert len(example["input_ids"]) <= length and example["truncated"] and "[...]" in text
+        assert (
+            learned and all(whole.match(turn.strip()) for turn in learned) and learned[-1].strip().startswith(said[-1])
+        )
+        assert "Be brief." in text and asked[-1] in text
+        assert (asked[0] in text) == (len(learned) == 4)  # else the first turns are gone
+        if len(learned) > 2:
+            assert "begin 1 of what I ask" in text and "end 1 of it" in text
+        turns_seen.add(len(learned))
+        again = with_bos(text, add_special_tokens=False)["input_ids"]
+        assert template is not CHATML or example["input_ids"] == again
+    assert len(turns_seen) > 1 and 4 in turns_seen
+
+
+def test_the_prompt_of_a_long_chat_keeps_its_question(write, plain):
+    chat = [SYSTEM, {"role": "user", "content": "begin here " + "and more " * 60 + "to the question?"}, A2]
+    examples = load(write, plain, chat, chat_template=CHATML)
+    (ids,) = group_by_prompt(
+        examples, Template(messages="messages", chat_template=CHATML), plain, max_tokens=60, truncate="column"
+    ).ids
+    text = plain.decode(ids)
+    assert len(ids) <= 60 and text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nbegin here")
+    assert text.endswith("the question?<|im_end|>\n<|im_start|>assistant\n") and text.count(" [...] ") == 1
 
 
 @pytest.mark.parametrize(

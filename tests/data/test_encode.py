@@ -205,7 +205,7 @@ def test_rows_with_nothing_supervised_after_truncation_are_dropped_and_counted(w
     chat = "{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
     turns = [[{"role": "user", "content": "hello " * n}, {"role": "assistant", "content": "yes"}] for n in (1, 50)]
     chats = write("c.jsonl", [{"m": t} for t in turns])
-    examples = load(chats, Template(messages="m", chat_template=chat), with_bos, max_length=30)
+    examples = load(chats, Template(messages="m", chat_template=chat), with_bos, max_length=30, truncate="end")
     assert (examples.report.rows, examples.report.used, examples.report.dropped) == (2, 1, 1)
 
 

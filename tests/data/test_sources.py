@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -265,6 +267,18 @@ def test_folders_missing_unsupported_and_empty_files(tmp_path, write):
     assert "no such file" in refused(str(tmp_path / "missing.jsonl"))
     assert f"Did you mean {tmp_path}/x.jsonl?" in refused(str(tmp_path / "x.jsnl.json"))
     assert ".parquet" in refused(write("x.txt", "hello"))
+    for folder, text in (("pos", "fine"), ("neg", "dull")):
+        (tmp_path / "films" / folder).mkdir(parents=True)
+        (tmp_path / "films" / folder / "1.txt").write_text(text)
+    message = refused(str(tmp_path / "films"))
+    command = message.partition("python -c '")[2].partition("'")[0]
+    made = subprocess.run(
+        [sys.executable, "-c", command, tmp_path / "films"], capture_output=True, text=True, check=True
+    )
+    assert [json.loads(line) for line in made.stdout.splitlines()] == [
+        {"text": "dull", "label": "neg"},
+        {"text": "fine", "label": "pos"},
+    ]
     for name in ("empty.jsonl", "empty.csv", "empty.tsv", "empty.json"):
         assert rows(write(name, "")) == []
         assert rows(write(name, " \n\n")) == []

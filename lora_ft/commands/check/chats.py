@@ -13,7 +13,12 @@ from lora_ft.data.sources import iter_rows
 
 
 def chat_turns(example: Mapping, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int]]:
-    """(kind of turn, where it starts in the chat's text) for an example of the training data, read from its row again."""
+    """(kind of turn, where it starts in the chat's text) for an example of the training data, read from its row again.
+
+    Of one that was cut none: its text is another one.
+    """
+    if example["truncated"]:
+        return []
     chat = find_chat(data, tokenizer)
     assert chat is not None
     rows = itertools.chain.from_iterable(iter_rows(source, file_format(data.format)) for source in data.train)

@@ -9,9 +9,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_ft.core.messages import printable
 from lora_ft.data.chats.format import end_tokens
+from lora_ft.data.cuts import LOST, LOST_OF_CHATS
 from lora_ft.data.examples import Examples, column_array
 from lora_ft.data.prepare import find_chat
-from lora_ft.data.tokens import LOST
 from lora_ft.training.setup import RunSetup
 
 FEW_LABELS = 20  # a data set with at most this many distinct completions has labels of a classification
@@ -68,7 +68,8 @@ def examine_data(setup: RunSetup, generation: GenerationConfig) -> tuple[int, di
         report = examples.report
         if report.truncated:
             longest = int(lengths(examples).max())
-            lost = LOST[data.truncate] if data.prompt is not None else "they are cut at the end"
+            lost = LOST_OF_CHATS[data.truncate] if data.messages else LOST[data.truncate]
+            lost = "they are cut at the end" if data.text is not None else lost
             result.append(
                 f"data.{which}: {report.truncated:,} of {report.examples:,} examples are longer than data.max_length "
                 f"{data.max_length}: {lost}. The longest has {longest:,} tokens."

@@ -4,13 +4,18 @@ from dataclasses import replace
 from typing import Any
 
 from lora_ft.commands.init.columns import SAMPLE, DataSettings, Table, base_name, is_history
+from lora_ft.commands.init.names import ASKS, CHATS, HELPERS, SYSTEMS
 from lora_ft.core.errors import ConfigError
 from lora_ft.data.chats.raw_turns import message_parts
 from lora_ft.data.chats.turns import CALL_ROLES, KNOWN_ROLES, SYNONYMS
 
-CHAT_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
-ASKS = ("prompt", "question", "instruction", "query", "input")
-HELPERS = ("system", "tools", "functions")  # columns that chats read by themselves
+TREE = (
+    'python -c \'import json, sys; rows = {r["message_id"]: r for r in map(json.loads, sys.stdin)}; '
+    'path = lambda i: [*path(rows[i]["parent_id"]), rows[i]] if i in rows else []; '
+    'inner = {r["parent_id"] for r in rows.values()}; '
+    '[print(json.dumps({"messages": [{"role": r["role"], "content": r["text"]} for r in path(i)]})) '
+    "for i in rows if i not in inner and len(path(i)) > 1]' < OLD.jsonl > NEW.jsonl"
+)
 ONLY_CHOSEN = "preferences: only the chosen answers are learned, not that they are better than the rejected ones"
 
 
@@ -24,14 +29,14 @@ def detect_chat(table: Table) -> DataSettings | None:
         settings |= _roles(table, [prompt, completion])
         return DataSettings(settings, {"messages": note}, (prompt, completion, *helpers), tuple(helpers))
     if table.chats:
-        column = table.find(CHAT_NAMES, table.chats) or table.chats[0]
+        column = table.find(CHATS, table.chats) or table.chats[0]
         others = [name for name in table.chats if name != column]
         notes = {"messages": f"the column with the turns; {', '.join(others)} also has some"} if others else {}
         return DataSettings({"messages": column} | _roles(table, [column]), notes, (column, *helpers), tuple(helpers))
     if table.find(["parent_id"]) and table.find(["role"]) and table.find(["text"]):
         raise ConfigError(
-            "each row is one message of a tree (parent_id, role, text). Join the messages from a root to a leaf into one "
-            'row, {"messages": [{"role": ..., "content": ...}, ...]}, first.'
+            "each row is one message of a tree (parent_id, role, text). Make a chat of every path from a root to a leaf, and "
+            f"run init on them: {TREE}"
         )
     return None
 
@@ -76,28 +81,36 @@ def detect_preferences(table: Table) -> DataSettings | None:
         columns = (*([ask] if first and ask else []), chosen, *helpers)
         return DataSettings(settings, {"messages": ONLY_CHOSEN}, columns, tuple(helpers))
     if ask in table.columns:
-        settings = {"prompt": f"{{{ask}}}\n", "completion": f"{{{chosen}}}"}
-        return DataSettings(settings, {"completion": ONLY_CHOSEN}, (ask, chosen))
+        system = [c for c in [table.find(SYSTEMS)] if c]
+        prompt = "".join(f"[[{{{c}}}\n\n]]" for c in system) + f"{{{ask}}}\n"
+        settings = {"prompt": prompt, "completion": f"{{{chosen}}}"}
+        return DataSettings(settings, {"completion": ONLY_CHOSEN}, (*system, ask, chosen), tuple(system))
     return DataSettings({"text": f"{{{chosen}}}"}, {"text": ONLY_CHOSEN}, (chosen,))
 
 
 def through_chat_template(table: Table, data: DataSettings) -> DataSettings:
     """A prompt and completion as turns of a chat: for a model with a chat template."""
     *asked, answer = data.columns
-    system = next((c for c in asked if base_name(c) == "system"), None)
+    system = next((c for c in asked if base_name(c) in SYSTEMS), None)
+    reasoning = data.reasoning
+    asked = [c for c in asked if c != reasoning]
     asked = [c for c in asked if c != system]
     first = next((c for c in asked if base_name(c) in (*ASKS, "text", "source")), asked[0])
     rest = [c for c in asked if c != first]
     text = f"{{{first}}}" + "".join(f"[[\n\n{{{c}}}]]" if c in data.optional else f"\n\n{{{c}}}" for c in rest)
     histories = [c for c in ("history",) if all(is_history(row.get(c, [])) for row in table.rows[:SAMPLE])]
     histories = [c for c in histories if any(row.get(c) for row in table.rows)]
-    messages = [*histories, {"user": text}, {"assistant": f"{{{answer}}}"}]
+    said = data.settings["completion"].strip() if reasoning else f"{{{answer}}}"
+    messages = [*histories, {"user": text}, {"assistant": said}]
+    if system and base_name(system) != "system":  # a column of that name is read by itself
+        messages = [{"system": f"[[{{{system}}}]]" if table.has_gaps(system) else f"{{{system}}}"}, *messages]
+    helpers = [c for c in HELPERS if any(row.get(c) for row in table.rows)]
     settings = {name: value for name, value in data.settings.items() if name not in ("prompt", "completion")}
     note = data.notes.get("completion", "") or "through the model's chat template; only the last part is supervised"
-    if data.optional:
-        note += f"; [[...]] is left out where {', '.join(data.optional)} is empty"
-    optional = tuple(c for c in data.optional if c != system) + ((system,) if system else ()) + tuple(histories)
-    columns = (*data.columns, *histories)
+    if gaps := [c for c in data.optional if base_name(c) != "system"]:
+        note += f"; [[...]] is left out where {', '.join(gaps)} is empty"
+    optional = (*(c for c in data.optional if c != system), *filter(None, [system]), *helpers, *histories)
+    columns = (*data.columns, *helpers, *histories)
     return replace(
         data, settings={"messages": messages} | settings, notes={"messages": note}, columns=columns, optional=optional
     )

@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lora_ft.commands.init import names
 from lora_ft.core.names import template_columns
 from lora_ft.data.chats.turns import parse_json
 from lora_ft.data.template import BadRow, Columns
 
-MAX_CLASSES = 20
+MAX_CLASSES, MAX_NAMED_CLASSES = 20, 200  # of a column, and of one that is named like a label
 SAMPLE = 100  # rows that show what a column holds
-LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "target", "rating", "stars")
-META = re.compile(
-    r"(^|[_ ])(u?u?id|idx|index|url|uri|link|date|time|timestamp|source|lang|language|license|path|file)s?$"
-)
+ID = re.compile(r"(?=.*\d)[\x21-\x7e]{6,}")  # a word with a digit: a key, a hash, an address
+VALUE = re.compile(r"\[(text|value|answer)\](\[0\])?$")
 TURN_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 
 
@@ -27,14 +26,17 @@ class DataSettings:
     notes: dict[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = ()  # that are read
     optional: tuple[str, ...] = ()  # of them, those that may be empty
+    reasoning: str | None = None  # the column that is learned before the answer
 
 
 class Table:
     """Rows whose columns of objects and lists are also columns of the values inside them: `answers[text][0]`."""
 
-    def __init__(self, rows: Sequence[Columns]):
+    def __init__(self, rows: Sequence[Columns], class_names: Mapping[str, list[str]] | None = None):
+        self.class_names = class_names or {}
         nested = {name for row in rows[:SAMPLE] for name, value in row.items() if isinstance(value, list | dict)}
-        self.chats = [name for name in column_names(rows) if _holds(rows, name, is_chat)]
+        tests = {name: is_list_of_said if base_name(name) in names.CHATS else is_chat for name in column_names(rows)}
+        self.chats = [name for name, test in tests.items() if _holds(rows, name, test)]
         nested -= set(self.chats)
         self.rows = [_with_parts(row, nested) for row in rows] if nested else list(rows)
         self.nested = {part: part.partition("[")[0] for part in column_names(self.rows) if "[" in part}
@@ -47,17 +49,24 @@ class Table:
 
     @cached_property
     def texts(self) -> list[str]:
-        """The columns with texts that are not addresses, dates and the like, in order; of a list only the first value."""
-        words = []
-        for name in self.columns:
-            values = self.values(name)
-            is_text = bool(values) and all(isinstance(v, str) for v in values)
-            shown = is_text and not all(v.strip().isdecimal() for v in values) and not META.search(base_name(name))
-            if shown and not (
-                self.nested.get(name) and self.values(name.rpartition("[")[0] + "[0]") and name[-3:] != "[0]"
-            ):
-                words.append(name)
-        return words
+        """The columns with texts that are not addresses, dates and the like, in order; not the items of longer lists."""
+        return [name for name in self.columns if self._is_text(name)]
+
+    def _is_text(self, name: str) -> bool:
+        values = self.values(name)
+        if not values or not all(isinstance(v, str) for v in values) or self.is_item(name):
+            return False
+        if all(v.strip().isdecimal() for v in values):
+            return False
+        worded = sum(len(v.split()) > 2 for v in values) * 2 > len(values)
+        return worded or not (names.META.search(base_name(name)) or all(ID.fullmatch(v) for v in values))
+
+    def is_item(self, name: str) -> bool:
+        """Whether a column is an item of a list that has others in some row."""
+        prefix, found, _ = name.partition("[0]")
+        return bool(re.search(r"\[[1-9]\d*\]", name)) or bool(
+            found and self.values(f"{prefix}[1]{name[len(prefix) + 3 :]}")
+        )
 
     @cached_property
     def long_texts(self) -> list[str]:
@@ -78,19 +87,32 @@ class Table:
     def is_label(self, name: str) -> bool:
         """Whether a column has few distinct short values, five rows each on average (two if it is named like a label)."""
         values = self.values(name)
-        if not values or not all(isinstance(v, str | int) or isinstance(v, float) and v.is_integer() for v in values):
+        if not values or self.is_item(name):
+            return False
+        if not all(isinstance(v, str | int) or isinstance(v, float) and v.is_integer() for v in values):
             return False
         classes = set(values)
         short = all(len(str(v)) <= 40 and "\n" not in str(v) for v in classes)
-        per_class = 2 if base_name(name) in LABEL_NAMES else 5
-        return short and 2 <= len(classes) <= min(MAX_CLASSES, len(values) // per_class)
+        named = bool(names.LIKE_A_LABEL.search(base_name(name))) or name in self.class_names
+        per_class, most = (2, MAX_NAMED_CLASSES) if named else (5, MAX_CLASSES)
+        return short and 2 <= len(classes) <= min(most, len(values) // per_class)
 
-    def find(self, names: Sequence[str], among: Sequence[str] | None = None) -> str | None:
-        """The column with the first of these names, in any case."""
+    def find(self, wanted: Sequence[str], among: Sequence[str] | None = None) -> str | None:
+        """The column with the first of these names, in any case; of an object its text or value."""
         by_name: dict[str, str] = {}
-        for column in self.columns if among is None else among:
+        for column in sorted(self.columns if among is None else among, key=lambda c: not VALUE.search(c)):
             by_name.setdefault(base_name(column), column)
-        return next(filter(None, map(by_name.get, names)), None)
+        return next(filter(None, map(by_name.get, wanted)), None)
+
+    def without_parts(self, texts: Sequence[str]) -> list[str]:
+        """The texts that are not a part of another one of them."""
+        return [c for c in texts if not any(self.contains(other, c) for other in texts if other != c)]
+
+    def contains(self, name: str, *parts: str) -> bool:
+        """Whether a text contains the values of all these other columns, in most rows."""
+        rows = [row for row in self.rows[:SAMPLE] if row.get(name)]
+        full = [row for row in rows if all(str(row.get(part) or "") in str(row[name]) for part in parts)]
+        return 2 * len(full) > len(rows)
 
 
 def base_name(column: str) -> str:
@@ -117,6 +139,11 @@ def is_chat(value: Any) -> bool:
             return False
     turns = value if isinstance(value, list) else []
     return bool(turns) and all(isinstance(t, Mapping) and any(k <= t.keys() for k in TURN_KEYS) for t in turns)
+
+
+def is_list_of_said(value: Any) -> bool:
+    """Whether a value is a chat, or a list of what the user and the assistant said in turn."""
+    return is_chat(value) or isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
 
 
 def is_history(value: Any) -> bool:

@@ -80,8 +80,8 @@ def _report(path: Path, sources: Sequence[str], suggestion: Suggestion, base: Ba
     for name, value in suggestion.data.settings.items():
         note = suggestion.data.notes.get(name)
         echo(f"  {name}: {yaml_value(value)}" + (f"   ({note})" if note else ""))
-    if suggestion.unused:
-        echo(f"  not used: {', '.join(suggestion.unused)}. If an answer depends on one, name it in the prompt.")
+    if unused := suggestion.unused_note:
+        echo(f"  {unused}")
     if "messages" in suggestion.data.settings and base.tokenizer is not None and not base.has_chat_template:
         warn(MODEL_TEMPLATE_HINT)
     echo(f"Next: lora-ft check {path}, then lora-ft train {path}")

@@ -1,18 +1,21 @@
 """Guess from the columns of data how to train on it: as chats, classification, prompts and completions, or text."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from lora_ft.commands.init import names
 from lora_ft.commands.init.chats import detect_chat, detect_preferences, through_chat_template
-from lora_ft.commands.init.columns import LABEL_NAMES, DataSettings, Table, base_name, column_names, title
+from lora_ft.commands.init.choices import choice_columns, detect_choices
+from lora_ft.commands.init.columns import DataSettings, Table, base_name, column_names, title
 from lora_ft.commands.init.labels import class_words
 from lora_ft.core.errors import ConfigError, DataError
 from lora_ft.core.messages import listed, printable
 from lora_ft.data.files import file_format
-from lora_ft.data.sources import iter_rows
+from lora_ft.data.sources import class_names, iter_rows
 from lora_ft.data.template import Columns
 
 TASKS = {
@@ -22,44 +25,7 @@ TASKS = {
     "text": "plain text: a style, a domain or a language",
 }
 MAX_ROWS = 20_000  # read from the source
-TEXT_NAMES = ("text", "sentence", "review", "content", "body", "comment", "document", "message", "title")
-ANSWERS = (
-    "output",
-    "response",
-    "completion",
-    "answer",
-    "answers",
-    "solution",
-    "reply",
-    "target",
-    "summary",
-    "highlights",
-)
-INSTRUCTION = "### Instruction:\n{%s}{CONTEXT}\n\n### Response:\n"
-QUESTION = "{CONTEXT}Question: {%s}\nAnswer:"
-SUMMARY = "{%s}\n\nSummary:"
-# (the column that asks, the columns that answer, of which one; prompt; completion; how a context column is written)
-PAIRS = (
-    (("instruction",), ANSWERS, INSTRUCTION, "{%s}", "\n\n### %s:\n{%s}"),
-    (("question",), ANSWERS, QUESTION, " {%s}", "%s: {%s}\n\n"),
-    (("prompt", "query"), ANSWERS, "{CONTEXT}{%s}\n", "{%s}", "%s: {%s}\n\n"),
-    (("source",), ("target",), "{%s}\n", "{%s}", ""),
-    (("input",), ("output", "target"), "{CONTEXT}{%s}\n", "{%s}", "%s: {%s}\n\n"),
-    (("article", "document", "text", "dialogue"), ("highlights", "summary"), SUMMARY, " {%s}", ""),
-)
-CONTEXTS: tuple[str, ...] = (
-    "input",
-    "context",
-    "passage",
-    "background",
-    "paragraph",
-    "document",
-    "article",
-    "story",
-    "facts",
-    "schema",
-)
-CONTEXTS += ("system", "options", "choices", "hint", "text", "knowledge")
+TURNS_IN_TEXT = re.compile(r"(human|user)\s*:.*(assistant|bot|gpt)\s*:", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -72,6 +38,17 @@ class Suggestion:
     partial: bool
     unused: tuple[str, ...] = ()
     examined: Sequence[Columns] = ()
+
+    @property
+    def unused_note(self) -> str:
+        """What a reader is told about the columns that no setting reads; "" if there are none."""
+        if not self.unused:
+            return ""
+        lists = [c for c in self.unused if any(isinstance(row.get(c), list) for row in self.examined)]
+        note = (
+            f"not used: {printable(listed(self.unused), 300)}. If an answer depends on a column, name it in the prompt."
+        )
+        return note + (f" Of lists, as {listed(lists, 3)}, join the items to one text first." if lists else "")
 
 
 def suggest(
@@ -93,15 +70,17 @@ def suggest(
     rows, name = [row.columns for row in source_rows[:MAX_ROWS]], printable(", ".join(sources))
     if not rows:
         raise DataError(f"{name}: no rows.")
-    table = Table(rows)
+    table = Table(rows, {name: words for source in sources for name, words in class_names(source).items()})
     for found, detect in DETECTORS:
         if task in (None, found) and (data := detect(table)) is not None:
             break
     else:
         goal = f"the task {task} ({TASKS[task]})" if task else f"any of the tasks {', '.join(TASKS)}"
+        nested = [c for c in column_names(rows) if any(isinstance(row.get(c), list) for row in rows)]
+        hint = f" Of lists, as {listed(nested, 3)}, join the items to one text first." if nested else ""
         raise ConfigError(
             f"{name}: its columns ({printable(', '.join(column_names(rows)), 400)}) do not suit {goal}. Choose another "
-            "--task, or write data.prompt, text or messages by hand: docs/config.md."
+            f"--task, or write data.prompt, text or messages by hand: docs/config.md.{hint}"
         )
     if chat and found == "completion" and "prompt" in data.settings:
         data = through_chat_template(table, data)
@@ -113,63 +92,111 @@ def suggest(
 
 
 def _detect_known_pair(table: Table) -> DataSettings | None:
-    for asks, answers, prompt, completion, section in PAIRS:
+    for asks, answers, prompt, completion, section in names.PAIRS:
         question, answer = table.find(asks), table.find(answers)
-        if (
-            not question
-            or not answer
-            or (table.is_label(answer) and base_name(answer) in LABEL_NAMES)
-            or question == answer
-        ):
+        if not question or not answer or question == answer or table.is_item(question):
             continue
-        if table.is_label(answer) and len({*map(str, table.values(answer))}) * 5 <= len(table.values(answer)):
-            continue  # few labels: a classification
-        named = [c for c in table.columns if base_name(c) in CONTEXTS and c not in (question, answer)]
-        contexts = [c for c in named if section and table.values(c) and (c in table.texts or "[" in c)]
-        parts = [(c, section % (title(c), c)) for c in contexts]
+        few = table.is_label(answer) and len({*map(str, table.values(answer))}) * 5 <= len(table.values(answer))
+        if few or (table.is_label(answer) and names.LIKE_A_LABEL.search(base_name(answer))):
+            continue  # a classification
+        choices = choice_columns(table) if section else []
+        named = [c for c in table.columns if base_name(c) in names.CONTEXTS and c not in (question, answer, *choices)]
+        contexts = [c for c in named if section and c in table.texts and not table.contains(c, question, answer)]
+        parts = [(c, section % (title(c), c)) for c in [*contexts, *choices]]
         context = "".join(f"[[{part}]]" if table.has_gaps(c) else part for c, part in parts)
         text = (prompt % question.replace("%", "%%")).replace("{CONTEXT}", context)
         settings = pair(table, text, completion % answer, answer)
+        contexts += choices
         optional = tuple(c for c in contexts if table.has_gaps(c))
         note = {"prompt": f"{listed(optional)} may be empty: [[...]] is left out then"} if optional else {}
-        if "[" in answer:
+        if "[0]" in answer:
             note["completion"] = f"the first of the values in {answer.partition('[')[0]}"
-        return DataSettings(settings, note, (question, *contexts, answer), optional)
+        if thought := next((c for c in table.texts if names.REASONING.search(base_name(c))), None):
+            first = f"[[{{{thought}}}\n\n]]" if table.has_gaps(thought) else f"{{{thought}}}\n\n"
+            settings["completion"] = settings["completion"].replace("{", first + "{", 1)
+            note["completion"] = f"first the {title(thought).lower()}; take {{{thought}}} out to learn the answer alone"
+            contexts, optional = [*contexts, thought], (*optional, *([thought] if table.has_gaps(thought) else []))
+        return DataSettings(settings, note, (question, *contexts, answer), optional, thought)
     return None
 
 
 def _detect_classification(table: Table) -> DataSettings | None:
-    labels = [name for name in table.columns if table.is_label(name)]
-    labels = [name for name in labels if base_name(name) in LABEL_NAMES] or labels
-    texts = [name for name in table.long_texts if name not in labels]
+    every = [name for name in table.columns if table.is_label(name)]
+    labels = [name for name in every if _is_named_label(table, name)]
+    texts = [c for c in table.long_texts if c not in every and not names.REASONING.search(base_name(c))]
+    if not labels and (measure := table.find(names.LABELS)) and _is_short(table, measure):
+        labels, texts = [measure], [c for c in texts if c != measure]  # a number, or too many classes for the rows
+    guessed, labels = not labels, labels or every
     if not labels or not texts:
         return None
-    label = table.find(LABEL_NAMES, labels) or labels[0]
-    words, note, ids_in = class_words(table, label)
-    texts = [name for name in texts if name != ids_in]
+    label = table.find(names.LABELS, labels) or labels[0]
+    unsure = guessed or base_name(label) in names.WEAK_LABELS
+    if unsure and len(texts) == 2 and not all(base_name(c) in names.TEXTS for c in texts):
+        return None  # rather a question and an answer
+    words, note, ids_in = (
+        class_words(table, label) if table.is_label(label) else ([], "many values, learned as text", "")
+    )
+    others = [c for c in labels if c not in (label, ids_in)]
+    note += f"; other columns with few values: {listed(others, 5)}" if others else ""
+    note += "; a guess, for another reading see --task" if guessed else ""
+    texts = table.without_parts([name for name in texts if name != ids_in])
     parts = [(name, f"{title(name)}: {{{name}}}\n") for name in texts]
     optional = tuple(name for name in texts if table.has_gaps(name) and len(texts) > 1)
     text = "".join(f"[[{part}]]" if name in optional else part for name, part in parts)
-    settings = pair(table, f"{text}{title(label)}:", f" {{{label}}}", label)
+    digits = not words and all(str(v)[:1] in "-0123456789" for v in table.values(label))
+    end, space = ("\n", "") if digits else ("", " ")  # in many vocabularies " 1" and " 2" begin with the same token
+    settings = pair(table, f"{text}{title(label)}:{end}", f"{space}{{{label}}}", label)
     columns = (*texts, label, *([ids_in] if ids_in else []))
     if not words:
         return DataSettings(settings, {"completion": note}, columns, optional)
     return DataSettings(settings | {"label_names": {label: words}}, {"label_names": note}, columns, optional)
 
 
-def _detect_two_texts(table: Table) -> DataSettings | None:
-    texts = table.long_texts
-    if len(texts) != 2:
+def _is_named_label(table: Table, name: str) -> bool:
+    """Whether a column is named like a label, is stored as one, or answers a column that asks."""
+    base = base_name(name)
+    answers = any(table.find(asks) not in (None, name) and base in answers for asks, answers, *_ in names.PAIRS)
+    return bool(names.LIKE_A_LABEL.search(base)) or name in table.class_names or answers
+
+
+def _is_short(table: Table, name: str) -> bool:
+    """Whether the values of a column are numbers, or a word or two."""
+    values = [] if table.is_item(name) else table.values(name)
+    short = all(isinstance(v, int | float) or len(v) <= 40 and len(v.split()) <= 2 for v in values)
+    return short and len(set(values)) > 1
+
+
+def _detect_texts_in_order(table: Table) -> DataSettings | None:
+    """Two texts of which the first asks for the second; or more, if none of them has the name of a text by itself."""
+    *asked, answer = table.long_texts or [""]
+    if not asked or len(asked) > 1 and table.find(names.TEXTS, [*asked, answer]):
         return None
-    settings = pair(table, f"{{{texts[0]}}}\n", f"{{{texts[1]}}}", texts[1])
-    return DataSettings(settings, {"completion": "guessed from the order of the columns"}, tuple(texts))
+    prompt = f"{{{asked[0]}}}\n" if len(asked) == 1 else "".join(f"{title(c)}: {{{c}}}\n" for c in asked)
+    settings = pair(table, prompt, f"{{{answer}}}", answer)
+    return DataSettings(settings, {"completion": "guessed from the order of the columns"}, (*asked, answer))
 
 
 def _detect_text(table: Table) -> DataSettings | None:
     if not table.long_texts:
         return None
-    text = table.find(TEXT_NAMES, table.long_texts) or table.long_texts[0]
-    return DataSettings({"text": f"{{{text}}}"}, {}, (text,))
+    text, system = (
+        table.find(names.TEXTS, table.long_texts) or table.long_texts[0],
+        table.find(names.SYSTEMS, table.texts),
+    )
+    if system and system != text:
+        settings = {"text": f"[[{{{system}}}\n\n]]{{{text}}}"}
+        return DataSettings(settings, _of_turns(table, text), (system, text), (system,))
+    return DataSettings({"text": f"{{{text}}}"}, _of_turns(table, text), (text,))
+
+
+def _of_turns(table: Table, text: str) -> dict[str, str]:
+    """A note on a text that contains turns."""
+    values = table.values(text)
+    if 2 * sum(bool(TURNS_IN_TEXT.search(value)) for value in values) <= len(values):
+        return {}
+    return {
+        "text": "the turns in it are all learned, the user's too; to learn the answers alone make data.messages of them"
+    }
 
 
 def _preferences(table: Table, form: str) -> DataSettings | None:
@@ -182,9 +209,10 @@ DETECTORS = (
     ("completion", partial(_preferences, form="prompt")),
     ("text", partial(_preferences, form="text")),
     ("chat", detect_chat),
+    ("classification", detect_choices),
     ("completion", _detect_known_pair),
     ("classification", _detect_classification),
-    ("completion", _detect_two_texts),
+    ("completion", _detect_texts_in_order),
     ("text", _detect_text),
 )
 
@@ -210,7 +238,9 @@ def _skip_gaps(table: Table, data: DataSettings) -> DataSettings:
     """Add bad_rows: skip, with a note, if rows have gaps that would stop a run: null, or an empty label."""
     labels = data.settings.get("label_names", {})
     needed = [c for c in data.columns if c not in data.optional]
-    gaps = sum(any(row.get(c) is None or c in labels and row[c] == "" for c in needed) for row in table.rows)
+    gaps = sum(
+        any(row.get(c) is None or c in labels and row[c] in ("", -1, "-1") for c in needed) for row in table.rows
+    )
     if not gaps:
         return data
     note = {"bad_rows": f"a value is missing in {gaps:,} of {len(table.rows):,} rows"}

@@ -8,7 +8,6 @@ import yaml
 from lora_ft.commands.init.sizes import BaseFacts, sizes
 from lora_ft.commands.init.suggest import TASKS, Suggestion
 from lora_ft.config import docs
-from lora_ft.core.messages import listed, printable
 from lora_ft.report import figures
 
 NOTES = {
@@ -36,9 +35,8 @@ def config_text(
     settings, notes, size = suggestion.data.settings, NOTES | suggestion.data.notes, sizes(suggestion, base)
     data = [_line("train", sources[0] if len(sources) == 1 else list(sources)), *_evaluation(suggestion, evaluation)]
     data += [_line(name, value, notes.get(name) or NOTES.get(name, "")) for name, value in settings.items()]
-    if suggestion.unused:
-        unused = printable(listed(suggestion.unused), 300)
-        data.append(f"  # not used: {unused}. If an answer depends on a column, name it in the prompt.\n")
+    if note := suggestion.unused_note:
+        data.append(f"  # {note}\n")
     data.append(_line("max_length", *size.max_length))
     if suggestion.task == "text":
         data.append(_line("long_text", "split", "longer texts become several examples"))

@@ -63,8 +63,8 @@ def parse_json(text: str, what: str) -> Any:
 
 
 def _list_of_turns(value: Any) -> list[Any]:
-    """A column's value as a list of turns: a list (also of pairs of question and answer), its JSON text, or the object of
-    lists that a hub data set may have."""
+    """A column's value as a list of turns: a list (also of pairs of question and answer, or of the texts of the user and the
+    assistant in turn), its JSON text, or the object of lists that a hub data set may have."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         value = parse_json(value, "its text of messages")
     if isinstance(value, Mapping) and ("role" in value or "from" in value):
@@ -74,6 +74,8 @@ def _list_of_turns(value: Any) -> list[Any]:
         value = [
             {"role": r, "content": text} for pair in value for r, text in zip(("user", "assistant"), pair, strict=True)
         ]
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value):
+        value = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
     if not isinstance(value, list) or not value:
         shown = "an empty list" if value == [] else type_in_words(value)
         raise BadRow(f"its messages are {shown}, not a list of turns with role and content, or from and value")

@@ -9,6 +9,7 @@ from lora_ft.data.chats.audit import dropped, reasoning_end, untrained_prompt
 from lora_ft.data.chats.format import ChatFormat, Span
 from lora_ft.data.chats.spans import locate_turns
 from lora_ft.data.chats.turns import Conversation, Turn, read_conversation
+from lora_ft.data.cuts import OTHER, SYSTEM, USER, TurnSpan
 from lora_ft.data.template import Template, check_unicode
 
 SWITCHES = (
@@ -17,6 +18,8 @@ SWITCHES = (
     ("enable_thinking", True),
     ("thinking", True),
 )  # well-known
+ROLES = {"user": USER, "system": SYSTEM, "developer": SYSTEM}
+MIN_WORDS = 12  # characters
 
 
 @dataclass
@@ -25,7 +28,8 @@ class RenderedChat:
 
     text: what the template renders. spans: its supervised parts, in order. prompt: the generation prompt for the last of
     them. notes: (what is dropped, ignored or different, number of the turn or 0). turns: kind of turn -> [how many there
-    are, how many are supervised]. ends: marker -> how many supervised turns it ends ("": nothing does).
+    are, how many are supervised]. ends: marker -> how many supervised turns it ends ("": nothing does). others: the words of
+    the turns that are not supervised.
     """
 
     text: str
@@ -34,6 +38,7 @@ class RenderedChat:
     notes: list[tuple[str, int]] = field(default_factory=list)
     turns: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
+    others: list[TurnSpan] = field(default_factory=list)
 
 
 def render_chat(columns: Mapping[str, Any], template: Template, chat: ChatFormat) -> RenderedChat:
@@ -69,7 +74,9 @@ def render_chat(columns: Mapping[str, Any], template: Template, chat: ChatFormat
     for turn in located:
         ends[turn.end_marker] = ends.get(turn.end_marker, 0) + 1
     last = located[-1]
-    return RenderedChat(text, spans, last.prompt or text[: last.start], notes, kinds, ends)
+    return RenderedChat(
+        text, spans, last.prompt or text[: last.start], notes, kinds, ends, _other_turns(text, conversation)
+    )
 
 
 def turn_starts(columns: Mapping[str, Any], template: Template, chat: ChatFormat) -> list[tuple[str, int]]:
@@ -87,6 +94,21 @@ def turn_starts(columns: Mapping[str, Any], template: Template, chat: ChatFormat
             start = chat.agreement(chat.try_render(conversation.turns[:i], conversation.tools) or "", text)
         starts.append(max(start, starts[-1]))
     return list(zip(map(_kind, conversation.turns), starts, strict=True))
+
+
+def _other_turns(text: str, conversation: Conversation) -> list[TurnSpan]:
+    """The words of the turns that are not supervised, as far as they are found in the text as they are.
+
+    Of few letters none are looked for: they may be found in a turn's header.
+    """
+    found, position = [], 0
+    for i, turn in enumerate(conversation.turns):
+        words, role = turn["content"].strip(), ROLES.get(turn["role"], OTHER)
+        few = len(words) < MIN_WORDS and words.isascii() and (role != SYSTEM or not words)
+        if i not in conversation.supervised and not few and (start := text.find(words, position)) >= 0:
+            found.append(TurnSpan(start, start + len(words), role))
+            position = position if role == SYSTEM else start + len(words)  # it may be moved into another turn
+    return found
 
 
 def _kind(turn: Turn) -> str:
