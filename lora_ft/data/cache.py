@@ -13,6 +13,7 @@ import re
 import secrets
 import tempfile
 import time
+from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -63,8 +65,8 @@ def cached(
                 def write(rows: list[tuple]) -> None:
                     nonlocal written
                     if rows:
-                        columns = dict(zip(schema.names, zip(*rows, strict=True), strict=True))
-                        stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+                        columns = map(_column, zip(*rows, strict=True), schema.types)
+                        stream.write_batch(pa.RecordBatch.from_arrays(list(columns), schema=schema))
                     written += len(rows)
                     bar.update(len(rows))
 
@@ -105,6 +107,13 @@ def find(key: str) -> tuple[datasets.Dataset, dict] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
         pass  # missing or incomplete
     return None
+
+
+def _column(values: tuple, type: pa.DataType) -> pa.Array:
+    """Values as a column; arrays of numbers are converted as what they are, not number by number."""
+    if isinstance(values[0], array):
+        values = tuple(map(np.asarray, values))
+    return pa.array(values, type)
 
 
 def _trim(folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from lora_ft.core.errors import DataError
-from lora_ft.core.messages import format_value, printable
+from lora_ft.core.messages import format_value, listed, printable
 from lora_ft.data.files import DEFAULT, FileFormat, kind, text_lines
 
 MAX_FIELD_CHARS = 16 * 2**20  # ends a quote that is never closed before it has swallowed a large file
@@ -56,8 +57,8 @@ def read_delimited(path: Path, format: FileFormat = DEFAULT) -> Iterator[Record]
         blank = not "".join(fields).strip()
         if header is None and not blank:
             header = fields
-            if repeated := sorted({column for column in header if header.count(column) > 1}):
-                names = ", ".join(repr(printable(column)) for column in repeated)
+            if repeated := sorted(column for column, count in Counter(header).items() if count > 1):
+                names = listed([repr(printable(column)) for column in repeated], 5)
                 raise DataError(f"{name}:{line}: the header has {names} more than once.{NO_HEADER}")
         elif header and len(fields) == len(header):
             yield line, dict(zip(header, fields, strict=True)), ""

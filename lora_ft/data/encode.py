@@ -1,24 +1,34 @@
 """From sources to encoded examples in two cached stages: rows to texts, then texts to ids and labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Literal
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft.config.schema import CHAT_SETTINGS
 from lora_ft.core.errors import DataError
 from lora_ft.data.cache import Write, cached, key_of
 from lora_ft.data.chats.encode import encode_chats
-from lora_ft.data.examples import EXAMPLES, EncodingReport, Examples, part_indices, sample_indices, totals
+from lora_ft.data.examples import (
+    EXAMPLES,
+    EncodingReport,
+    Examples,
+    column_array,
+    part_indices,
+    sample_indices,
+    totals,
+)
 from lora_ft.data.files import DEFAULT, FileFormat
 from lora_ft.data.sources import content_hash
 from lora_ft.data.template import Template
 from lora_ft.data.texts import (
     BATCH,
     ENCODING_VERSION,
+    MAX_BATCH_CHARS,
     MAX_REPORTED_ROWS,
     BadRows,
     chat_format_of,
@@ -111,8 +121,9 @@ def _encode(
 ) -> dict:
     """Write the examples (EXAMPLES) of the texts. Returns how many rows were used, dropped, empty and skipped."""
     bad, used, dropped, empty = BadRows(bad_rows), 0, 0, 0
-    for batch in texts.iter(batch_size=BATCH):
-        encoded: Iterator[list[Encoded]]  # the pieces of each row
+    for start, end in _batches(column_array(texts, "chars")):
+        batch = texts[start:end]
+        encoded: Iterator[Iterable[Encoded]]  # the pieces of each row
         if template.messages:
             chats = (batch["completion"], batch["spans"], batch["turns"])
             encoded = ([e] for e in encode_chats(*chats, max_length, truncate, encoder))
@@ -123,24 +134,48 @@ def _encode(
             pairs = encode_pairs(*texts_of_rows, max_length, truncate, encoder)
             encoded = ([e] for e in pairs)
             empty += sum(not completion.strip() for completion in batch["completion"])
-        examples = []
+        examples: list[tuple] = []
+        tokens = 0  # in `examples`
         for row, where, label, pieces in zip(batch["row"], batch["where"], batch["label"], encoded, strict=True):
-            if pieces[0].blank:
-                bad.add(where, "nothing in it is supervised")
-                continue
-            if pieces[0].choices and not pieces[0].prompt_length:
-                bad.add(where, "its prompt is empty or does not fit, so its label words cannot be compared")
-                continue
-            if len(set(map(tuple, pieces[0].choices))) < len(pieces[0].choices):
-                raise DataError(
-                    f"{where}: two label words have equal tokens after the prompt, so they cannot be told apart. "
-                    "Choose other words in data.label_names."
-                )
-            kept = [piece for piece in pieces if piece.supervised]
-            used, dropped = used + bool(kept), dropped + (not kept)
-            for e in kept:
-                source = (row, where, e.prompt_length, e.choices, label)
-                counts = (len(e.input_ids), e.full_length, e.supervised, e.truncated, e.merged)
-                examples.append((e.input_ids, e.labels, *source, *counts))
+            kept = 0
+            for e in pieces:
+                if problem := _problem(e, where):
+                    bad.add(where, problem)
+                    break
+                supervised = e.supervised
+                if supervised:
+                    source = (row, where, e.prompt_length, e.choices, label)
+                    counts = (len(e.input_ids), e.full_length, supervised, e.truncated, e.merged)
+                    examples.append((e.input_ids, e.labels, *source, *counts))
+                    kept, tokens = kept + 1, tokens + len(e.input_ids)
+                if tokens > MAX_BATCH_CHARS:
+                    write(examples)
+                    examples, tokens = [], 0
+            else:
+                used, dropped = used + bool(kept), dropped + (not kept)
         write(examples)
     return {"used": used, "dropped": dropped, "empty": empty} | bad.facts()
+
+
+def _batches(chars: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of BATCH rows and MAX_BATCH_CHARS characters at most, or of one row."""
+    ends, start = np.cumsum(chars), 0
+    while start < len(chars):
+        limit = (ends[start - 1] if start else 0) + MAX_BATCH_CHARS
+        end = min(start + BATCH, max(start + 1, int(np.searchsorted(ends, limit, "right"))))
+        yield start, end
+        start = end
+
+
+def _problem(example: Encoded, where: str) -> str:
+    """What is wrong with a row by its first example; "" if nothing is."""
+    if example.blank:
+        return "nothing in it is supervised"
+    if example.choices and not example.prompt_length:
+        return "its prompt is empty or does not fit, so its label words cannot be compared"
+    if len(set(map(bytes, example.choices))) < len(example.choices):
+        raise DataError(
+            f"{where}: two label words have equal tokens after the prompt, so they cannot be told apart. "
+            "Choose other words in data.label_names."
+        )
+    return ""

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple, TypeVar
 
 import pyarrow
 
@@ -29,6 +29,13 @@ CONVERSIONS |= {suffix: "Save it as .csv." for suffix in (".xlsx", ".xls", ".ods
 CONVERSIONS |= {suffix: "Read it with `datasets` and write it with to_parquet." for suffix in (".arrow", ".feather")}
 CONVERSIONS |= {".txt": TEXT_FILE, ".md": TEXT_FILE}
 MAX_SAMPLE_BYTES = 2**20
+PART, MAX_LINE = (
+    2**20,
+    2**28,
+)  # bytes (characters, in other encodings than UTF-8); of a .json file, which is one value, all of it
+
+
+Line = TypeVar("Line", str, bytes)
 
 
 class FileFormat(NamedTuple):
@@ -154,14 +161,15 @@ def text_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
     """The lines of a text file with their line ends (only `\\n` ends a line), without a byte-order mark.
 
     Raises:
-        DataError: a byte that is not text in `encoding`, or is NUL; with path and line, in UTF-8 also its position.
+        DataError: a byte that is not text in `encoding`, or is NUL; with path and line, in UTF-8 also its position. A line
+            longer than MAX_LINE.
     """
     name = printable(str(path))
     with open_bytes(path) as file:
         if codecs.lookup(encoding).name != "utf-8":
             yield from _decoded_lines(file, encoding, name)
             return
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(_bounded(file, name, b"\0"), 1):
             skipped = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
             try:
                 line, bad = raw[skipped:].decode(), raw.find(b"\0")
@@ -177,10 +185,24 @@ def text_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
             yield line
 
 
+def _bounded(file: IO[Line], name: str, nul: Line) -> Iterator[Line]:
+    """The lines of a file; one with a NUL, which is an error, may end early: a sparse file is one line of gigabytes."""
+    number = 0
+    while line := file.readline(PART):
+        number, parts, size = number + 1, [line], len(line)
+        while len(parts[-1]) == PART and nul not in parts[-1] and (part := file.readline(PART)):
+            parts.append(part)
+            if (size := size + len(part)) > MAX_LINE:
+                raise DataError(
+                    f"{name}:{number}: a line of more than {MAX_LINE / 2**20:,.0f} MiB, the limit for one row."
+                )
+        yield line if len(parts) == 1 else line[:0].join(parts)
+
+
 def _decoded_lines(file: BinaryIO, encoding: str, name: str) -> Iterator[str]:
     number = 0
     try:
-        for number, line in enumerate(io.TextIOWrapper(file, encoding, newline="\n"), 1):
+        for number, line in enumerate(_bounded(io.TextIOWrapper(file, encoding, newline="\n"), name, "\0"), 1):
             if "\0" in line:
                 raise DataError(f"{name}:{number}: a NUL character: not text in {encoding} (data.format).")
             yield line.removeprefix("\ufeff") if number == 1 else line

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import printable
 from lora_ft.data.delimited import OLD_MAC
-from lora_ft.data.files import text_lines
+from lora_ft.data.files import MAX_LINE, text_lines
+
+WITH_DATA = 'fromstream(2|truncate_stream(inputs|select(.[0][0]=="data")))'  # of {"data": [...]}
 
 
 class SourceRow(NamedTuple):
@@ -37,7 +39,7 @@ def read_jsonl(path: Path, encoding: str) -> Iterator[SourceRow]:
 
 def read_json(path: Path, encoding: str) -> Iterator[SourceRow]:
     """A list of objects, {"data": [...]} (also SQuAD's, by question), or JSON Lines, which many .json files contain."""
-    text, name = "".join(text_lines(path, encoding)), printable(str(path))
+    name, text = printable(str(path)), _text(path, encoding)
     start = len(text) - len(text.lstrip())
     if text.startswith("[", start):
         yield from _json_array(text, start, name)
@@ -50,6 +52,21 @@ def read_json(path: Path, encoding: str) -> Iterator[SourceRow]:
                 yield from _squad(row, f"{name} row {i}") or [_json_row(row, f"{name} row {i}")]
         else:
             raise DataError(f'{name}: a .json file must be a list of objects, or {{"data": [...]}}.')
+
+
+def _text(path: Path, encoding: str) -> str:
+    """The text of a .json file, which is decoded in memory. Raises DataError as soon as it is larger than MAX_LINE."""
+    name, parts, size = printable(str(path)), [], 0
+    for line in text_lines(path, encoding):
+        parts.append(line)
+        if (size := size + len(line)) > MAX_LINE:
+            start = "".join(parts[:100]).lstrip()[:1]
+            way = "fromstream(1|truncate_stream(inputs))" if start == "[" else WITH_DATA
+            raise DataError(
+                f"{name}: more than {MAX_LINE / 2**20:,.0f} MiB, the limit for a .json file. Write a row to a line: "
+                f"jq -cn --stream '{way}' < OLD > NEW.jsonl. If each line is an object already, name it .jsonl."
+            )
+    return "".join(parts)
 
 
 def _squad(article: Any, where: str) -> list[SourceRow]:

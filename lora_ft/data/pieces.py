@@ -4,34 +4,40 @@ A tokenizer decides by the near context, so two pieces that overlap agree on the
 are joined. Where they don't agree, the piece grows until it does, at worst to the complete text.
 """
 
-from collections.abc import Iterator, Sequence
+import threading
+from array import array
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 PIECE, OVERLAP = 2**18, 2**12  # characters
+Ids = array  # of int32: a list has 8 bytes for each token, and 28 for its int
 
 
-def encode_long(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+def as_ids(ids: Iterable[int] | np.ndarray) -> Ids:
+    """Token ids as an array."""
+    return array("i", ids.astype(np.int32).tobytes() if isinstance(ids, np.ndarray) else ids)
+
+
+def encode_long(tokenizer: Tokenizer, text: str) -> Ids:
+    """Ids of a text of any length, as of `tokenizer.encode(text)`."""
+    result = as_ids(())
+    for ids, _ in _parts(tokenizer, text):
+        result.frombytes(ids.tobytes())
+    return result
+
+
+def encode_long_with_offsets(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Ids (tokens,) and character offsets (tokens, 2) of a text of any length, as of `tokenizer.encode(text)`."""
-    joined: list[tuple[np.ndarray, np.ndarray]] = []
-    start, end, skip = 0, PIECE, 0  # skip: tokens of this piece that the one before has given
-    ids, offsets = _encode(tokenizer, text, start, end)
-    while end < len(text):
-        after = end - OVERLAP
-        next_ids, next_offsets = _encode(tokenizer, text, after, after + PIECE)
-        if seam := _seam(ids, offsets, next_ids, next_offsets, after):
-            joined.append((ids[skip : seam[0]], offsets[skip : seam[0]]))
-            start, end, skip = after, after + PIECE, seam[1]
-            ids, offsets = next_ids, next_offsets
-        else:
-            end += end - start
-            ids, offsets = _encode(tokenizer, text, start, end)
-    joined.append((ids[skip:], offsets[skip:]))
-    return np.concatenate([a for a, _ in joined]), np.concatenate([b for _, b in joined])
+    ids, offsets = as_ids(()), array("i" if len(text) < 2**31 else "q")
+    for part, places in _parts(tokenizer, text):
+        ids.frombytes(part.tobytes())
+        offsets.frombytes(places.tobytes())
+    return np.asarray(ids), np.asarray(offsets).reshape(-1, 2)
 
 
-def groups(texts: Sequence[str]) -> Iterator[list[str]]:
+def groups(texts: Iterable[str]) -> Iterator[list[str]]:
     """The texts in order, in lists of at most PIECE characters or one text."""
     group: list[str] = []
     size = 0
@@ -45,10 +51,46 @@ def groups(texts: Sequence[str]) -> Iterator[list[str]]:
         yield group
 
 
+def _parts(tokenizer: Tokenizer, text: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    start, end, skip = 0, PIECE, 0  # skip: tokens of this piece that the one before has given
+    ids, offsets = _encode(tokenizer, text, start, end)
+    while end < len(text):
+        # from the start of a token, which in a repeated pattern is where the same tokens follow
+        at = int(np.searchsorted(offsets[:, 0], end - OVERLAP, side="right")) - 1
+        after = int(offsets[at, 0]) if at >= 0 and offsets[at, 0] > start else end - OVERLAP
+        next_ids, next_offsets = _encode(tokenizer, text, after, after + PIECE)
+        if seam := _seam(ids, offsets, next_ids, next_offsets, after):
+            yield ids[skip : seam[0]], offsets[skip : seam[0]]
+            start, end, skip = after, after + PIECE, seam[1]
+            ids, offsets = next_ids, next_offsets
+        else:
+            end += end - start
+            ids, offsets = _encode(tokenizer, text, start, end)
+    yield ids[skip:], offsets[skip:]
+
+
 def _encode(tokenizer: Tokenizer, text: str, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    encoding = tokenizer.encode(text[start:end])
+    encoding = _waiting(tokenizer, text[start:end])
     offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     return np.array(encoding.ids, dtype=np.int32), (offsets + start).astype(np.int32 if len(text) < 2**31 else np.int64)
+
+
+def _waiting(tokenizer: Tokenizer, text: str) -> Encoding:
+    """`tokenizer.encode(text)`, computed beside the main thread, which a signal can interrupt while it waits."""
+    result: list[Encoding | BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(tokenizer.encode(text))
+        except BaseException as e:
+            result.append(e)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
 
 
 def _seam(

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import first_line, printable
@@ -13,6 +14,9 @@ from lora_ft.core.storage import sha256
 from lora_ft.data.delimited import read_delimited
 from lora_ft.data.files import DEFAULT, FileFormat, data_files, kind
 from lora_ft.data.json_files import SourceRow, read_json, read_jsonl
+
+MAX_UNPACKED, MAX_EXPANSION = 2**30, 1000  # of a Parquet file: bytes or rows; how many times its size beyond that
+BATCH_BYTES = 2**28  # what rows of a Parquet file that are read at once can take
 
 
 def iter_rows(source: str, format: FileFormat = DEFAULT) -> Iterator[SourceRow]:
@@ -93,10 +97,25 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
     name = _name(path)
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            size = _batch_rows(file.metadata, path)
+            rows = (row for batch in file.iter_batches(batch_size=size) for row in batch.to_pylist())
             yield from (SourceRow(f"{name} row {i}", row) for i, row in enumerate(rows, 1))
     except pyarrow.ArrowException as e:
         raise DataError(f"{name}: damaged Parquet file: {first_line(e)}") from e
+
+
+def _batch_rows(metadata: Any, path: Path) -> int:
+    """Rows to read at once, so that they fit into memory; DataError if the file claims to hold absurdly more than it has."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    stored, claimed = path.stat().st_size, sum(group.total_byte_size for group in groups)
+    if max(claimed, metadata.num_rows) > max(MAX_UNPACKED, MAX_EXPANSION * stored):
+        raise DataError(
+            f"{_name(path)}: its {stored:,} bytes claim to hold {metadata.num_rows:,} rows of {claimed:,} bytes, more than "
+            f"{MAX_EXPANSION:,} times as much. Damaged, or made to fill this machine; write it again if it is neither."
+        )
+    # a value is stored at least once in its row group, so a row may be as large as that, and may be repeated without end
+    largest = max((group.total_byte_size for group in groups), default=0)
+    return max(1, min(1024, BATCH_BYTES // max(1, largest)))
 
 
 @lru_cache(maxsize=8)  # a source is hashed, then read

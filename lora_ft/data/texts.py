@@ -21,7 +21,7 @@ from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import BadRow, Columns, Template, optional_columns, pair_renderer, renderer
 
 ENCODING_VERSION = 8  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
-BATCH = 1000  # rows
+BATCH, MAX_BATCH_CHARS = 1000, 2**22  # rows that are in memory at once, and their characters unless it is one row
 MAX_REPORTED_ROWS = 20
 
 TEXTS = pa.schema(
@@ -36,6 +36,7 @@ TEXTS = pa.schema(
             pa.int32()
         ),  # start, end, ... in characters: a chat's assistant turns, the columns in a prompt
         "turns": pa.list_(pa.int32()),  # start, end, role, ... (data/cuts.py): a chat's other turns
+        "chars": pa.int64(),  # of all its texts
     }
 )
 
@@ -82,28 +83,35 @@ def load_texts(
     render, optional = _text_renderer(template), optional_columns(template)
 
     def make(write: Write) -> dict:
-        bad, count, summary = BadRows(bad_rows), 0, ChatSummary()
+        bad, count, summary, chars = BadRows(bad_rows), 0, ChatSummary(), 0
         seen: dict[str, None] = {}
-        rows = enumerate(itertools.chain.from_iterable(iter_rows(source, format) for source in sources))
-        while chunk := list(itertools.islice(rows, BATCH)):
-            rendered: list[tuple] = []
-            for row, (where, columns, problem) in chunk:
-                try:
-                    if problem:
-                        raise BadRow(problem)
-                    seen |= dict.fromkeys(columns) if optional else {}
-                    if chat:
-                        done = render_chat(columns, template, chat)
-                        summary.add(where, done)
-                        spans = [position for span in done.spans for position in span]
-                        turns = list(itertools.chain.from_iterable(done.others))
-                        rendered.append((row, where, done.prompt, done.text, [], -1, spans, turns))
-                    else:
-                        rendered.append((row, where, *render(columns), []))
-                except BadRow as e:
-                    bad.add(where, e)
-            count += len(chunk)
-            write(rendered)
+        rendered: list[tuple] = []
+        rows = itertools.chain.from_iterable(iter_rows(source, format) for source in sources)
+        for row, (where, columns, problem) in enumerate(rows):
+            count = row + 1
+            try:
+                if problem:
+                    raise BadRow(problem)
+                if optional:
+                    seen |= dict.fromkeys(columns)
+                if chat:
+                    done = render_chat(columns, template, chat)
+                    summary.add(where, done)
+                    spans = [position for span in done.spans for position in span]
+                    turns = list(itertools.chain.from_iterable(done.others))
+                    values: tuple = (done.prompt, done.text, [], -1, spans, turns)
+                else:
+                    values = (*render(columns), [])
+            except BadRow as e:
+                bad.add(where, e)
+                continue
+            size = len(values[0]) + len(values[1]) + sum(map(len, values[2]))
+            rendered.append((row, where, *values, size))
+            chars += size
+            if len(rendered) == BATCH or chars > MAX_BATCH_CHARS:
+                write(rendered)
+                rendered, chars = [], 0
+        write(rendered)
         never = [_never_filled(column, seen) for column in sorted(optional - seen.keys())]
         return {"rows": count} | bad.facts() | (summary.facts() if chat else {"notes": never} if never else {})
 

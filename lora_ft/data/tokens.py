@@ -4,8 +4,7 @@ labels[i] is input_ids[i] (not shifted) or IGNORE. The first token is never supe
 """
 
 import copy
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,10 +13,9 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft.data.cuts import CUT_MARK, longest_kept
-from lora_ft.data.pieces import PIECE, encode_long, groups
+from lora_ft.data.pieces import PIECE, Ids, as_ids, encode_long, encode_long_with_offsets, groups
 
 IGNORE = -100
-Ids = list[int]
 
 
 class Encoded(NamedTuple):
@@ -27,7 +25,7 @@ class Encoded(NamedTuple):
     labels: Ids
     full_length: int
     prompt_length: int = 0
-    choices: list[Ids] = []  # noqa: RUF012
+    choices: Sequence[Ids] = ()
     truncated: bool = False
     merged: bool = False
     blank: bool = False  # nothing supervised, even before truncation
@@ -44,7 +42,7 @@ class TextEncoder:
 
     backend: with post-processing. bare: without it: nothing is added, and character offsets include white space, which
     ByteLevel's post-processing strips. before, after: ids added around a text (BOS where the tokenizer adds it). eos: the
-    id of the end-of-sequence token in a list, or [].
+    id of the end-of-sequence token, if there is one.
     """
 
     backend: Tokenizer
@@ -53,27 +51,26 @@ class TextEncoder:
     after: Ids
     eos: Ids
 
-    def encode_prompts(self, texts: Sequence[str]) -> Iterator[Ids]:
+    def encode_prompts(self, texts: Iterable[str]) -> Iterator[Ids]:
         """Ids as at inference, without those that the tokenizer adds after a text: generation continues from there."""
         for group in groups(texts):
             if len(group[0]) > PIECE:
                 yield self.before + self.encode_bare(group[0])
             else:
-                rows = (encoding.ids for encoding in self.backend.encode_batch_fast(group))
-                yield from (ids[: len(ids) - len(self.after)] for ids in rows)
+                for encoding in self.backend.encode_batch_fast(group):
+                    ids = as_ids(encoding.ids)
+                    del ids[len(ids) - len(self.after) :]
+                    yield ids
 
     def encode_bare(self, text: str) -> Ids:
         """Ids of the text alone, nothing added."""
-        if len(text) <= PIECE:
-            return self.bare.encode(text).ids
-        known: dict[int, int] = {}  # an int is 28 bytes: equal ids share one
-        return [known.setdefault(i, i) for i in encode_long(self.bare, text)[0].data]
+        return as_ids(self.bare.encode(text).ids) if len(text) <= PIECE else encode_long(self.bare, text)
 
     def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids (tokens,) and character offsets (tokens, 2) of each text alone, nothing added."""
         for group in groups(texts):
             if len(group[0]) > PIECE:
-                yield encode_long(self.bare, group[0])
+                yield encode_long_with_offsets(self.bare, group[0])
             else:
                 for encoding in self.bare.encode_batch(group):
                     yield np.array(encoding.ids), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
@@ -83,7 +80,7 @@ class TextEncoder:
         if len(prompt) <= max_length:
             return prompt
         first, kept = len(self.before), max(max_length - len(self.before), 0)
-        return prompt[:first] + (prompt[first:][-kept:] if kept else [])
+        return prompt[:first] + prompt[max(first, len(prompt) - kept) :]
 
     def cut_prompt(self, prompt: Ids, text: str, spans: list[int], max_length: int, truncate: str) -> Ids:
         """At most `max_length` ids of a prompt, cut as data.truncate says.
@@ -99,12 +96,10 @@ class TextEncoder:
 
     def _cut_columns(self, text: str, spans: list[int], room: int) -> Ids | None:
         """Ids in which the longest columns have CUT_MARK for their middle; None if that can't make room."""
-        encoding, mark = self.bare.encode(text), self.encode_bare(CUT_MARK)
-        ids, offsets = encoding.ids, encoding.offsets
-        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-        columns = [
-            (bisect_left(starts, s), bisect_right(ends, e)) for s, e in zip(spans[::2], spans[1::2], strict=True)
-        ]
+        (encoded, offsets), mark = next(self.encode_with_offsets([text])), self.encode_bare(CUT_MARK)
+        ids, (starts, ends) = as_ids(encoded), offsets.T
+        edges = np.searchsorted(starts, spans[::2], "left"), np.searchsorted(ends, spans[1::2], "right")
+        columns = list(zip(*(edge.tolist() for edge in edges), strict=True))
         lengths = [max(last - first, 0) for first, last in columns]
         fixed = len(ids) - sum(lengths)
         limit = longest_kept(lengths, room - fixed)
@@ -136,8 +131,15 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
     bare.post_processor = processors.Sequence([])
     inner, outer = bare.encode("a").ids, backend.encode("a").ids
     first = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), 0)
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return TextEncoder(backend, bare, outer[:first], outer[first + len(inner) :], eos)
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return TextEncoder(backend, bare, as_ids(outer[:first]), as_ids(outer[first + len(inner) :]), as_ids(eos))
+
+
+def _labels(unsupervised: int, supervised: Ids) -> Ids:
+    """Labels of so many unsupervised tokens and the supervised ones after them."""
+    labels = as_ids([IGNORE]) * unsupervised + supervised
+    labels[:1] = as_ids([IGNORE] * len(labels[:1]))
+    return labels
 
 
 def encode_pairs(
@@ -159,22 +161,22 @@ def encode_pairs(
     candidates = [words or [completion] for completion, words in zip(completions, choices, strict=True)]
     for i, (prompt, encoded, merges) in enumerate(_encode_after(prompts, candidates, encoder)):
         right = candidates[i].index(completions[i])
-        words = encoded if choices[i] else []
+        words = encoded if choices[i] else ()
         completion = encoded[right] + encoder.eos
         reserved = max(len(completion), *(len(word) + len(encoder.eos) for word in words), 0)
-        kept = encoder.cut_prompt(prompt, prompts[i], spans[i], max_length - reserved, truncate)
-        ids = (kept + completion)[:max_length]
-        labels = [IGNORE, *([IGNORE] * len(kept) + completion)[1:]][: len(ids)]
+        kept = encoder.cut_prompt(prompt, prompts[i], spans[i], max_length - reserved, truncate)[:max_length]
         full_length = len(prompt) + len(completion)
+        fits = completion[: max_length - len(kept)]
+        ids, labels = kept + fits, _labels(len(kept), fits)
         truncated, blank = len(ids) < full_length, full_length < 2 or not completion
-        yield Encoded(ids, labels, full_length, min(len(kept), max_length), words, truncated, merges[right], blank)
+        yield Encoded(ids, labels, full_length, len(kept), words, truncated, merges[right], blank)
 
 
 def _encode_after(
     prompts: list[str], candidates: list[list[str]], encoder: TextEncoder
 ) -> Iterator[tuple[Ids, list[Ids], list[bool]]]:
     """For each prompt its ids, the ids of each candidate after it, and whether tokens merge across the boundary."""
-    joint = iter(encoder.encode_prompts([p + c for p, texts in zip(prompts, candidates, strict=True) for c in texts]))
+    joint = encoder.encode_prompts(p + c for p, texts in zip(prompts, candidates, strict=True) for c in texts)
     for prompt, texts in zip(encoder.encode_prompts(prompts), candidates, strict=True):
         encoded, merges = [], []
         for text in texts:
@@ -184,21 +186,21 @@ def _encode_after(
         yield prompt, encoded, merges
 
 
-def encode_texts(texts: list[str], max_length: int, split: bool, encoder: TextEncoder) -> Iterator[list[Encoded]]:
+def encode_texts(texts: list[str], max_length: int, split: bool, encoder: TextEncoder) -> Iterator[Iterator[Encoded]]:
     """Texts, supervised except for BOS, with end-of-sequence after the true end: the pieces of each text.
 
     split: cut a text longer than max_length into pieces, each with BOS if the tokenizer adds it; else truncate it.
     """
     for ids in encoder.encode_prompts(texts):
-        bos = encoder.before
-        body = encoder.strip_eos(ids[len(bos) :]) + encoder.eos
-        size = max(max_length - len(bos), 0)
-        split_body = split and size > 0
-        pieces = []
-        for start in range(0, max(len(body), 1), size) if split_body else [0]:
-            piece = body[start : start + size]
-            labels = [IGNORE, *([IGNORE] * len(bos) + piece)[1:]]
-            full_length = len(bos) + len(piece if split_body else body)
-            truncated, blank = len(body) > size and not split_body, len(bos) + len(body) < 2
-            pieces.append(Encoded(bos + piece, labels, full_length, truncated=truncated, blank=blank))
-        yield pieces
+        del ids[: len(encoder.before)]
+        yield _pieces(encoder.before, encoder.strip_eos(ids) + encoder.eos, max_length, split)
+
+
+def _pieces(bos: Ids, body: Ids, max_length: int, split: bool) -> Iterator[Encoded]:
+    size = max(max_length - len(bos), 0)
+    split_body = split and size > 0
+    truncated, blank = len(body) > size and not split_body, len(bos) + len(body) < 2
+    for start in range(0, max(len(body), 1), size) if split_body else [0]:
+        piece = body[start : start + size]
+        full_length = len(bos) + len(piece if split_body else body)
+        yield Encoded(bos + piece, _labels(len(bos), piece), full_length, truncated=truncated, blank=blank)

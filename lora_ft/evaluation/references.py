@@ -15,7 +15,7 @@ from lora_ft.data.examples import Examples, column_array, sample_indices
 from lora_ft.data.prepare import template_of
 from lora_ft.data.template import Template
 from lora_ft.data.texts import chat_format_of
-from lora_ft.data.tokens import Ids, text_encoder
+from lora_ft.data.tokens import text_encoder
 from lora_ft.methods.interface import virtual_ids
 from lora_ft.model.generate import position_limit
 
@@ -25,11 +25,11 @@ class EvalPrompts:
     """Parallel lists: prompts, their ids, the references of each. cut: how many prompts were truncated."""
 
     texts: list[str]
-    ids: list[Ids]
+    ids: list[list[int]]
     references: list[list[str]]
     cut: int
 
-    def with_prefix(self, ids: Ids) -> "EvalPrompts":
+    def with_prefix(self, ids: list[int]) -> "EvalPrompts":
         """The same prompts with `ids` (virtual tokens) before each one's own."""
         return replace(self, ids=[ids + row for row in self.ids])
 
@@ -101,14 +101,16 @@ def group_by_prompt(
     # a chat's text contains its special tokens already
     ids = [encoder.encode_bare(text) for text in texts] if template.messages else [*encoder.encode_prompts(texts)]
     cut = sum(len(row) > max_tokens for row in ids)
-    for i, (row, text) in enumerate(zip(ids, texts, strict=True)):
+    kept: list[list[int]] = []
+    for row, text in zip(ids, texts, strict=True):
         if chat is None:
-            ids[i] = encoder.cut_prompt(row, text, rows[text]["spans"], max_tokens, truncate)
+            row = encoder.cut_prompt(row, text, rows[text]["spans"], max_tokens, truncate)
         elif len(row) > max_tokens and truncate == "column":
-            ids[i] = cut_chat_prompt(text, rows[text]["completion"], rows[text]["turns"], max_tokens, encoder)
+            row = cut_chat_prompt(text, rows[text]["completion"], rows[text]["turns"], max_tokens, encoder)
         else:
-            ids[i] = encoder.truncate_start(row, max_tokens)
-    return EvalPrompts(texts, ids, [references[text] for text in texts], cut)
+            row = encoder.truncate_start(row, max_tokens)
+        kept.append(row.tolist())
+    return EvalPrompts(texts, kept, [references[text] for text in texts], cut)
 
 
 def prompt_and_reference(row: dict, chat: ChatFormat | None) -> tuple[str, str]:

@@ -47,7 +47,7 @@ def generate_samples(
         text = examples.texts[int(np.searchsorted(row_numbers, row["row"]))]
         if chat and of_chats and not row["truncated"]:
             prompt_text, reference = prompt_and_reference(text, chat)
-            asked, template = encoder.encode_bare(prompt_text), chat.template
+            asked, template = encoder.encode_bare(prompt_text).tolist(), chat.template
         sample: dict = {"where": row["where"], "cut": []}
         sample |= {"prompt": _shortened(prompt_text), "reference": _shortened(reference)}
         for j, (name, before) in enumerate((("base", []), ("adapter", prefix))):

@@ -184,7 +184,7 @@ def test_ids_are_those_of_a_generation_loop(family):
         prompt = encoder.encode_bare(rendered.text[:start])
         written = [i for i in encoded.labels if i != -100]
         assert encoded.input_ids[: len(prompt)] == prompt
-        assert encoded.input_ids[len(prompt) :][: len(written)] == written
+        assert encoded.input_ids[len(prompt) :].tolist()[: len(written)] == written
         assert tokenizer.decode(written) == rendered.text[start:end]
         if rendered.text.startswith(rendered.prompt):
             assert rendered.text[:start] == rendered.prompt

@@ -1,10 +1,16 @@
 """A long text has the same tokens in pieces as in one piece, whatever the tokenizer does."""
 
+import os
 import random
+import signal
+import threading
+import time
+import tracemalloc
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.data import pieces, tokens
 from lora_ft.data.tokens import encode_chats, encode_pairs, encode_texts, text_encoder
 from tests.data.conftest import LINES, build
@@ -19,6 +25,7 @@ TEXTS = {
     "a long word among others": "So it goes. " * 300 + "ab" * 5000 + " fine thanks." * 300,
     "emoji": "👩‍👩‍👧" * 2000,
     "special tokens": "<|im_start|>" * 2000,
+    "repeated after something else": "So it goes: " + "abcd" * 9000,
 }
 
 
@@ -55,9 +62,10 @@ def small(monkeypatch):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_pieces_are_the_tokens_of_one_piece(small, name, text):
     tokenizer, text = TOKENIZERS[name](), TEXTS[text]
-    ids, offsets = pieces.encode_long(tokenizer, text)
+    ids, offsets = pieces.encode_long_with_offsets(tokenizer, text)
     whole = tokenizer.encode(text)
-    assert ids.tolist() == whole.ids and offsets.tolist() == [list(pair) for pair in whole.offsets]
+    assert pieces.encode_long(tokenizer, text).tolist() == ids.tolist() == whole.ids
+    assert offsets.tolist() == [list(pair) for pair in whole.offsets]
 
 
 def test_long_texts_are_read_in_pieces_and_short_ones_in_groups(small, monkeypatch):
@@ -76,6 +84,39 @@ def test_long_texts_are_read_in_pieces_and_short_ones_in_groups(small, monkeypat
     assert list(pieces.groups([])) == []
 
 
+def test_a_signal_stops_a_text_of_which_no_part_is_done(monkeypatch):
+    """The tokenizer works beside the main thread: one that never returns is left when a signal raises."""
+
+    class Endless:
+        def encode(self, text):
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(20)
+
+    started = time.monotonic()
+    with pytest.raises(Stopped), Stopper():
+        pieces.encode_long(Endless(), "a")
+    assert time.monotonic() - started < 5
+
+
+def test_bytes_for_each_token(monkeypatch):
+    """Ids take 4 bytes a token, labels as many, and all else of a long text is dropped as it is written."""
+    text, encoder = "qz" * 200_000, text_encoder(build())
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    try:
+        tokens_seen = sum(len(e.input_ids) for row in encode_texts([text], 512, True, encoder) for e in row)
+        split = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.reset_peak()
+        spans = [[0, len(text)]]
+        pair = next(encode_pairs([text], ["no"], [[]], spans, 512, "column", encoder))
+        cut = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert tokens_seen == len(text) + 1 and len(pair.input_ids) <= 512
+    most = 2**17 * 250  # a piece as the tokenizer returns it: a tuple of two ints for each token
+    assert split < most + 20 * len(text) and cut < most + 40 * len(text)
+
+
 @pytest.mark.parametrize("bos, eos", [(False, False), (True, False), (True, True)])
 def test_examples_are_the_same(bos, eos, request):
     encoder, long = text_encoder(build(bos=bos, eos=eos)), TEXTS["words"]
@@ -84,8 +125,8 @@ def test_examples_are_the_same(bos, eos, request):
 
     def encoded():
         return [
-            list(encode_texts(rows, 900, True, encoder)),
-            list(encode_texts(rows, 900, False, encoder)),
+            list(map(list, encode_texts(rows, 900, True, encoder))),
+            list(map(list, encode_texts(rows, 900, False, encoder))),
             list(encode_pairs(rows, rows[::-1], [[], [], ["", "b", long], [], []], [[]] * 5, 900, "start", encoder)),
             list(encode_chats(rows, spans, 10**6, encoder)),
         ]
@@ -93,4 +134,3 @@ def test_examples_are_the_same(bos, eos, request):
     expected = encoded()
     request.getfixturevalue("small")
     assert encoded() == expected
-    assert {type(i) for pieces_of in encoded()[0] for piece in pieces_of for i in piece.input_ids} == {int}

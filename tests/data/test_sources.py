@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from lora_ft.core.errors import DataError
+from lora_ft.data import files, json_files, sources
 from lora_ft.data.files import FileFormat
 from lora_ft.data.sources import content_hash, iter_rows
 
@@ -253,6 +254,60 @@ def test_parquet(tmp_path, write):
     found = rows(path)
     assert [columns for _, columns in found] == data and found[2999][0] == " row 3000"
     assert "damaged Parquet file" in refused(write("b.parquet", b"PAR1 nonsense"))
+
+
+@pytest.fixture
+def low_limits(monkeypatch):
+    """Limits of 1 KiB instead of hundreds of MiB."""
+    for module in (files, json_files):
+        monkeypatch.setattr(module, "MAX_LINE", 2**10)
+    monkeypatch.setattr(files, "PART", 2**6)
+    monkeypatch.setattr(sources, "MAX_UNPACKED", 2**10)
+    monkeypatch.setattr(sources, "BATCH_BYTES", 2**10)
+
+
+def test_lines_up_to_the_limit_are_read_in_parts(write, low_limits):
+    lines = ["x" * n for n in (0, 63, 64, 65, 128, 1023)]
+    for encoding in ("utf-8", "utf-16"):
+        path = write("a.txt", "\r\n".join(lines).encode(encoding))
+        assert "".join(files.text_lines(Path(path), encoding)).split("\r\n") == lines
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_files_that_hold_nothing(write, low_limits, name):
+    """A sparse file, whose gigabytes of NUL are one line, is refused by its start; one of spaces by the limit of a line."""
+    path = write(name, b"")
+    os.truncate(path, 2**36)
+    assert ":1: byte 1 of the line (0x00) is not UTF-8 text" in refused(path)
+    path = write(name, " " * 2**11)
+    assert f"{path}:1: a line of more than 0 MiB, the limit for one row." in refused(path)
+
+
+@pytest.mark.parametrize("content, way", [("[%s]", "fromstream(1|"), ('{"data": [%s]}', '[0][0]=="data"')])
+def test_a_json_file_above_the_limit_names_the_command_that_converts_it(write, low_limits, content, way):
+    path = write("a.json", content % ",\n".join(['{"a": 1}'] * 200))
+    message = refused(path)
+    assert "the limit for a .json file" in message and "jq -cn --stream" in message and way in message
+
+
+def test_a_parquet_file_of_absurd_expansion_is_refused_by_its_metadata(tmp_path, low_limits, monkeypatch):
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"a": pa.array([None] * 10**7, pa.int8())}), path)
+    assert "claim to hold 10,000,000 rows" in refused(str(path))
+    pa.parquet.write_table(pa.table({"a": ["x" * 2**12] * 3}), path)
+    sizes = []
+    real = pa.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pa.parquet.ParquetFile, "iter_batches", lambda *a, batch_size: sizes.append(batch_size) or real(*a, batch_size)
+    )
+    assert len(rows(str(path))) == 3 and sizes == [1]  # each value may be as large as all that is stored
+
+
+def test_many_columns(write):
+    names = [f"column {i}" for i in range(30_000)]
+    path = write("a.csv", "\n".join([",".join(names)] * 3))
+    assert [len(row.columns) for row in iter_rows(path)] == [30_000] * 2
+    assert "'column 7'" in refused(write("a.csv", ",".join([*names, "column 7"])))
 
 
 def test_a_saved_data_set_gets_a_hint_on_converting_it(tmp_path):

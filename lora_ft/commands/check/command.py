@@ -6,6 +6,7 @@ the values of the weights show (`--time` loads them). The exit code is that of t
 
 from dataclasses import asdict
 
+import numpy as np
 import yaml
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from lora_ft.commands.check.inspect import Inspection, inspect_run
 from lora_ft.config.schema import Config
 from lora_ft.core.messages import echo_json, printable
 from lora_ft.core.trust import NO_TRUST, Trust
-from lora_ft.data.examples import reports
+from lora_ft.data.examples import column_array, reports
 from lora_ft.methods.lora.files import bytes_on_disk
 from lora_ft.methods.lora.inject import lora_layers, trainable
 
@@ -125,9 +126,9 @@ def show_data(result: Inspection, out: Console) -> None:
         out.print(f"  supervised turns end in: {ends}")
     bars = display.histogram_lines(display.histogram(warnings.lengths(train), max_length), out.encoding)
     display.section(out, f"tokens per example, before truncation to max_length {max_length}", bars)
-    truncated = [i for i, is_truncated in enumerate(train.dataset["truncated"]) if is_truncated and i >= EXAMPLES_SHOWN]
+    truncated = np.flatnonzero(column_array(train.dataset, "truncated")[EXAMPLES_SHOWN:]) + EXAMPLES_SHOWN
     marks = "".join(display.marks(out.encoding))
-    for i in [*range(min(EXAMPLES_SHOWN, len(train.dataset))), *truncated[:1]]:
+    for i in [*range(min(EXAMPLES_SHOWN, len(train.dataset))), *truncated[:1].tolist()]:
         example = train.dataset[i]
         tokens = f"{example['tokens']} tokens{', truncated' if example['truncated'] else ''}"
         title = f"{example['where']}: {tokens}; supervised between {marks}"

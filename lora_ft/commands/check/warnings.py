@@ -1,7 +1,8 @@
 """What looks wrong with a run's data, though training accepts it: the counts, and for each a sentence with what to do."""
 
 import itertools
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
 
 import datasets
 import numpy as np
@@ -12,6 +13,7 @@ from lora_ft.data.chats.format import end_tokens
 from lora_ft.data.cuts import LOST, LOST_OF_CHATS
 from lora_ft.data.examples import Examples, column_array
 from lora_ft.data.prepare import find_chat
+from lora_ft.data.texts import BATCH
 from lora_ft.training.setup import RunSetup
 
 FEW_LABELS = 20  # a data set with at most this many distinct completions has labels of a classification
@@ -19,20 +21,33 @@ FEW_LABELS = 20  # a data set with at most this many distinct completions has la
 
 def ends_learned(examples: Examples, ends: set[int]) -> int:
     """How many examples have an end token as their last supervised token, and so teach generation to stop."""
-    return sum(not ends.isdisjoint(labels[labels >= 0][-1:].tolist()) for labels in _rows(examples.dataset, "labels"))
+    learned = 0
+    for labels, row_ends in _lists(examples.dataset, "labels"):
+        supervised = np.flatnonzero(labels >= 0)
+        up_to = np.searchsorted(supervised, row_ends)  # how many are in a row and those before it
+        last = supervised[up_to[np.diff(up_to, prepend=0) > 0] - 1]
+        learned += int(np.isin(labels[last], list(ends)).sum())
+    return learned
 
 
 def in_common(train: Examples, evaluation: Examples) -> int:
     """How many eval examples have exactly the tokens of a training example."""
-    seen = {ids.tobytes() for ids in _rows(train.dataset, "input_ids")}
-    return sum(ids.tobytes() in seen for ids in _rows(evaluation.dataset, "input_ids"))
+    wanted = Counter(ids.tobytes() for ids in _rows(evaluation.dataset, "input_ids"))  # usually the smaller set
+    return sum(wanted.pop(ids.tobytes(), 0) for ids in _rows(train.dataset, "input_ids"))
 
 
-def _rows(dataset: datasets.Dataset, column: str) -> Iterable[np.ndarray]:
-    """The lists of a column, as views of one array."""
-    lists = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
-    values, lengths = (array.to_numpy(zero_copy_only=False) for array in (lists.flatten(), lists.value_lengths()))
-    return np.split(values, np.cumsum(lengths)[:-1])
+def _rows(dataset: datasets.Dataset, column: str) -> Iterator[np.ndarray]:
+    """The lists of a column, one by one."""
+    for values, ends in _lists(dataset, column):
+        yield from map(values.__getitem__, map(slice, [0, *ends[:-1].tolist()], ends.tolist()))
+
+
+def _lists(dataset: datasets.Dataset, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A column of lists by batches: their values one after another, and where in these each list ends."""
+    for batch in dataset.select_columns([column]).with_format("arrow").iter(BATCH):
+        lists = batch[column].combine_chunks()
+        values, lengths = (array.to_numpy(zero_copy_only=False) for array in (lists.flatten(), lists.value_lengths()))
+        yield values, np.cumsum(lengths)
 
 
 def labels_sharing_a_first_token(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:

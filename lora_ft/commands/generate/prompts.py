@@ -22,6 +22,7 @@ from lora_ft.data.chats.format import ChatFormat, chat_format
 from lora_ft.data.chats.raw_turns import asked_messages, message_columns
 from lora_ft.data.chats.turns import Turn, read_prompt
 from lora_ft.data.files import text_lines
+from lora_ft.data.pieces import as_ids
 from lora_ft.data.prepare import template_of
 from lora_ft.data.sources import SourceRow, iter_rows
 from lora_ft.data.template import BadRow, Template, check_unicode, renderer
@@ -97,7 +98,7 @@ class PromptFormat:
             raise BadRow("the model has no chat template for messages: give a prompt")
         text = self.chat.render(turns, tools, generation_prompt=True)
         check_unicode(text)
-        return text, self.encoder.encode_bare(text)
+        return text, self.encoder.encode_bare(text).tolist()
 
     def takes(self, columns: dict[str, Any], given: Mapping[str, str]) -> bool:
         """Whether `from_row` finds in a row what it needs for a prompt."""
@@ -143,7 +144,7 @@ class PromptFormat:
         check_unicode(text)
         if not text:
             raise BadRow("the prompt is empty")
-        return text, next(self.encoder.encode_prompts([text]))
+        return text, next(self.encoder.encode_prompts([text])).tolist()
 
 
 def prompt_format(config: Config | None, tokenizer: PreTrainedTokenizerBase, raw: bool) -> PromptFormat:
@@ -161,7 +162,7 @@ def prompt_format(config: Config | None, tokenizer: PreTrainedTokenizerBase, raw
             raise
         chat = None
     is_chat = chat is not None and not raw and template.prompt is None and template.text is None
-    return PromptFormat(template, chat, is_chat, replace(text_encoder(tokenizer), eos=[]))
+    return PromptFormat(template, chat, is_chat, replace(text_encoder(tokenizer), eos=as_ids(())))
 
 
 def read_prompts(source: str) -> Iterator[SourceRow]:

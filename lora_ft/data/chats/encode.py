@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from lora_ft.data.cuts import TurnSpan, shorten_chat
-from lora_ft.data.tokens import IGNORE, Encoded, Ids, TextEncoder
+from lora_ft.data.pieces import Ids, as_ids
+from lora_ft.data.tokens import IGNORE, Encoded, TextEncoder
 
 MAX_TRIES = 5  # of shortening a chat, whose tokens are other ones once it is shorter
 LEAST = 64  # tokens of a turn (or half of max_length): before they are fewer, a chat loses earlier turns
@@ -35,7 +36,7 @@ def encode_chats(
         kept = slice(-max_length, None) if truncate == "start" else slice(max_length)
         ids, labels = ids[kept], labels[kept]
         labels[:1] = IGNORE
-        yield Encoded(ids.tolist(), labels.tolist(), full_length, truncated=full_length > max_length, blank=blank)
+        yield Encoded(as_ids(ids), as_ids(labels), full_length, truncated=full_length > max_length, blank=blank)
 
 
 def cut_chat_prompt(text: str, chat: str, turns: list[int], max_length: int, encoder: TextEncoder) -> Ids:
@@ -47,7 +48,7 @@ def cut_chat_prompt(text: str, chat: str, turns: list[int], max_length: int, enc
     if len(ids) > max_length:
         shared = len(os.path.commonprefix([text, chat]))
         inside = [n for i in range(0, len(turns), 3) if turns[i + 1] <= shared for n in turns[i : i + 3]]
-        ids = _shorten(text, [], inside, max_length, encoder)[0].tolist()
+        ids = as_ids(_shorten(text, [], inside, max_length, encoder)[0])
     return encoder.truncate_start(ids, max_length)
 
 
@@ -74,7 +75,9 @@ def _label_chat(
     text: str, spans: list[int], ids: np.ndarray, offsets: np.ndarray, encoder: TextEncoder
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels of a chat; ids, offsets: of its text as one piece."""
-    cuts = [c for c in spans if ((offsets[:, 0] < c) & (c < offsets[:, 1])).any()]
+    edges = np.array(spans, dtype=np.int64)
+    before = np.searchsorted(offsets[:, 0], edges) - 1  # the last token that starts before an edge
+    cuts = edges[(before >= 0) & (offsets[before, 1] > edges)].tolist() if len(ids) else []
     if cuts:
         starts = [0, *cuts]
         parts = [text[start:end] for start, end in zip(starts, [*cuts, len(text)], strict=True)]
@@ -84,6 +87,6 @@ def _label_chat(
     bounds = np.array([*spans, 2**62, 2**62]).reshape(-1, 2)
     # for each token, the first span that ends after the token's start
     span = bounds[np.searchsorted(bounds[:, 1], offsets[:, 0], side="right")]
-    labels = np.where(span[:, 0] < offsets[:, 1], ids.astype(np.int64), IGNORE)
+    labels = np.where(span[:, 0] < offsets[:, 1], ids.astype(np.int32), np.int32(IGNORE))
     labels[:1] = IGNORE
     return ids, labels
