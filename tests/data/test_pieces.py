@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.data import pieces, tokens
-from lora_ft.data.tokens import encode_chats, encode_pairs, encode_texts, text_encoder
+from lora_ft.data.chats.encode import encode_chats
+from lora_ft.data.tokens import encode_pairs, encode_texts, text_encoder
 from tests.data.conftest import LINES, build
 
 RANDOM = random.Random(0)
@@ -128,7 +129,7 @@ def test_examples_are_the_same(bos, eos, request):
             list(map(list, encode_texts(rows, 900, True, encoder))),
             list(map(list, encode_texts(rows, 900, False, encoder))),
             list(encode_pairs(rows, rows[::-1], [[], [], ["", "b", long], [], []], [[]] * 5, 900, "start", encoder)),
-            list(encode_chats(rows, spans, 10**6, encoder)),
+            list(encode_chats(rows, spans, [[] for _ in rows], 10**6, "column", encoder)),
         ]
 
     expected = encoded()
