@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_ft.commands.check import display
+from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.chats.format import find_chat_format
 from lora_ft.data.chats.render import render_chat, turn_starts
 from lora_ft.data.template import Template
-from lora_ft.data.tokens import encode_chats, text_encoder
+from lora_ft.data.tokens import text_encoder
 from tests.data.conftest import build as build_tokenizer
 from tests.helpers.command import cli, refused, settings
 from tests.helpers.tiny import write_run
@@ -214,7 +215,7 @@ def test_chats_are_shown_turn_by_turn():
     template = Template(messages="messages")
     done = render_chat(row, template, chat)
     spans = [position for span in done.spans for position in span]
-    (example,) = encode_chats([done.text], [spans], 100, text_encoder(tokenizer))
+    (example,) = encode_chats([done.text], [spans], [[]], 100, "column", text_encoder(tokenizer))
     lines = display.highlight_supervised(example._asdict(), tokenizer, "utf-8", turn_starts(row, template, chat))
     assert [line.plain for line in lines] == [
         "  user",

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
+from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.chats.format import chat_format
 from lora_ft.data.chats.render import render_chat
 from lora_ft.data.template import BadRow, Template
-from lora_ft.data.tokens import encode_chats, text_encoder
+from lora_ft.data.tokens import text_encoder
 
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 TOKENS = "|".join(
@@ -180,7 +181,7 @@ def test_ids_are_those_of_a_generation_loop(family):
     for turns in (TWO_TURNS, REASONED):
         rendered = render_chat({"messages": turns}, Template(messages="messages", supervise="last"), chat)
         start, end = rendered.spans[0]
-        (encoded,) = encode_chats([rendered.text], [[start, end]], 10_000, encoder)
+        (encoded,) = encode_chats([rendered.text], [[start, end]], [[]], 10_000, "column", encoder)
         prompt = encoder.encode_bare(rendered.text[:start])
         written = [i for i in encoded.labels if i != -100]
         assert encoded.input_ids[: len(prompt)] == prompt

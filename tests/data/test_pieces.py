@@ -6,7 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from lora_ft.data import pieces, tokens
-from lora_ft.data.tokens import encode_chats, encode_pairs, encode_texts, text_encoder
+from lora_ft.data.chats.encode import encode_chats
+from lora_ft.data.tokens import encode_pairs, encode_texts, text_encoder
 from tests.data.conftest import LINES, build
 
 RANDOM = random.Random(0)
@@ -87,7 +88,7 @@ def test_examples_are_the_same(bos, eos, request):
             list(encode_texts(rows, 900, True, encoder)),
             list(encode_texts(rows, 900, False, encoder)),
             list(encode_pairs(rows, rows[::-1], [[], [], ["", "b", long], [], []], [[]] * 5, 900, "start", encoder)),
-            list(encode_chats(rows, spans, 10**6, encoder)),
+            list(encode_chats(rows, spans, [[]] * 5, 10**6, "column", encoder)),
         ]
 
     expected = encoded()
