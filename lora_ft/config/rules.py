@@ -154,11 +154,11 @@ def _data_rules(config: Config) -> Iterator[Broken]:
     for name in ("chat_template", *CHAT_SETTINGS):
         if getattr(data, name) != DataConfig.model_fields[name].default and forms and data.messages is None:
             yield f"data.{name}", involved, "is for data.messages only; remove it, or use data.messages"
-    if data.truncate != "column" and forms and data.prompt is None:
+    if data.truncate != "column" and data.text is not None:
         yield (
             "data.truncate",
             involved,
-            "is for data.prompt only (other texts lose their end); remove it, or use data.prompt",
+            "is for data.prompt and data.messages only (other texts lose their end); remove it",
         )
     if data.long_text == "split" and forms and data.text is None:
         yield "data.long_text", involved, "split is for data.text only; remove it, or use data.text"

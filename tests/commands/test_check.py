@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_ft.commands.check import display
+from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.chats.format import find_chat_format
 from lora_ft.data.chats.render import render_chat, turn_starts
 from lora_ft.data.template import Template
-from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.tokens import text_encoder
 from tests.data.conftest import build as build_tokenizer
 from tests.helpers.command import cli, refused, settings

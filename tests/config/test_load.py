@@ -294,7 +294,7 @@ def test_refused(wrong, place, given, word):
         ("  messages: '{m}'\n", "bare name"),
         ("  text: '{a}'\n  label_names: {a: [x, y]}\n", "needs data.prompt and data.completion"),
         ("  messages: m\n  long_text: split\n", "text only"),
-        ("  text: '{a}'\n  truncate: start\n", "data.prompt only"),
+        ("  text: '{a}'\n  truncate: start\n", "data.prompt and data.messages only"),
         ("  text: '{a}[['\n", "a [[ is not closed"),
     ],
 )

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
+from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.chats.format import chat_format
 from lora_ft.data.chats.render import render_chat
 from lora_ft.data.template import BadRow, Template
-from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.tokens import text_encoder
 
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
