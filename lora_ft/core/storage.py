@@ -9,9 +9,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import psutil
 
@@ -99,6 +100,18 @@ def read_json(path: Path, error: type[UserError]) -> dict:
     if not isinstance(obj, dict):
         raise error(f"{path}: holds a {type(obj).__name__} where an object {{...}} is expected.")
     return obj
+
+
+def wrong_entries(obj: dict, types: Mapping[str, Any]) -> list[str]:
+    """The names in `types`, `a.b` for an entry of an entry, that `obj` lacks or has with another type."""
+
+    def fits(name: str, kind: Any) -> bool:
+        value: Any = obj
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+    return [name for name, kind in types.items() if not fits(name, kind)]
 
 
 @contextmanager

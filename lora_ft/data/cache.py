@@ -47,17 +47,10 @@ def cached(
     Raises:
         FilesError: no room left on the disk.
     """
+    if found := cached_table(key):
+        return found
     folder = _folder()
     path, facts_path = folder / f"{key}.arrow", folder / f"{key}.json"
-    try:
-        facts = json.loads(facts_path.read_bytes())
-        table = datasets.Dataset.from_file(str(path))
-        if len(table) == facts.pop("rows_written"):
-            with suppress(OSError):  # a read-only cache
-                os.utime(facts_path)  # the time of last use, for `_trim`
-            return table, facts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
-        pass  # missing or incomplete: make it
     suffix = f".{os.getpid()}-{secrets.token_hex(4)}.partial"
     partial, partial_facts = folder / f"{key}.arrow{suffix}", folder / f"{key}.json{suffix}"
     try:
@@ -91,6 +84,21 @@ def cached(
         partial_facts.unlink(missing_ok=True)
     table = datasets.Dataset.from_file(str(path))
     _trim(folder)
+    return table, facts
+
+
+def cached_table(key: str) -> tuple[datasets.Dataset, dict] | None:
+    """The table with this key and the facts about it; None if it is not in the cache, or incomplete there."""
+    path = _folder() / f"{key}.arrow"
+    try:
+        facts = json.loads(path.with_suffix(".json").read_bytes())
+        table = datasets.Dataset.from_file(str(path))
+        if len(table) != facts.pop("rows_written"):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+        return None
+    with suppress(OSError):  # a read-only cache
+        os.utime(path.with_suffix(".json"))  # the time of last use, for `_trim`
     return table, facts
 
 

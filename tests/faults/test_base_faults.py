@@ -15,7 +15,7 @@ from lora_ft.model.stored import is_finite
 from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, train, training
 from tests.helpers.tiny import write_base
 
-EVAL, MERGE = ("eval",), ("merge", "--adapter", "out")
+EVAL, MERGE, CHECK = ("eval",), ("merge", "--adapter", "out"), ("check", "config.yaml")
 
 
 def cut(data: bytes) -> bytes:
@@ -58,13 +58,15 @@ def test_a_missing_tensor(fresh):
     weights, name = fresh / "base/model.safetensors", "model.layers.1.mlp.up_proj.weight"
     save_file({k: v for k, v in load_file(weights).items() if k != name}, weights, {"format": "pt"})
     refused_untouched(fresh, 4, name, "missing")
+    refused(cli(fresh, *CHECK), 4, name, "missing")
 
 
 def test_a_tensor_of_the_wrong_shape(fresh):
     weights, name = fresh / "base/model.safetensors", "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(weights)
     save_file(tensors | {name: tensors[name][:, 1:].contiguous()}, weights, {"format": "pt"})
-    refused_untouched(fresh, 4, name)
+    refused_untouched(fresh, 4, name, "another shape")
+    refused(cli(fresh, *CHECK), 4, name, "another shape")
 
 
 # ---- 21: NaN and inf ----
@@ -328,6 +330,7 @@ def test_weights_that_are_integers(fresh, dtype):
     tensors = load_file(weights)
     save_file(tensors | {name: (tensors[name] * 100).to(dtype)}, weights, {"format": "pt"})
     refused_untouched(fresh, 4, name, "integers")
+    refused(cli(fresh, *CHECK), 4, name, "integers")
 
 
 def test_integers_beside_the_weights_are_ignored(fresh):
