@@ -11,6 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_ft.core.errors import ModelError, is_out_of_memory
+from lora_ft.core.messages import first_line
 from lora_ft.nn.adapted import eval_mode
 
 
@@ -56,6 +58,9 @@ def generate(
 
     config: beams, sampling and limits; `max_new_tokens` is required. on_token: called after each step with all rows so far;
     not with beams, which may still change their start. check: called after each step; an exception in it stops all.
+
+    Raises:
+        ModelError: transformers can't use `config`, in which a model's own may have values of any type.
     """
     config = copy.deepcopy(config)
     config.eos_token_id, config.max_length = sorted(ends) or None, None
@@ -74,7 +79,11 @@ def generate(
             generated.append(Generated(row[:end], end is not None))
         return generated
 
+    started = False
+
     def after_step(ids: Tensor, scores: object, **_: object) -> Tensor:
+        nonlocal started
+        started = True
         if check:
             check()
         if on_token and (config.num_beams or 1) == 1:
@@ -82,8 +91,17 @@ def generate(
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (rows,): none is to stop
 
     ids, mask = ids.to(model.device), mask.to(model.device)
-    with _generating(model, config):
-        return rows(model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[after_step]))
+    try:
+        with _generating(model, config):
+            return rows(
+                model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[after_step])
+            )
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:
+        if started or is_out_of_memory(e):
+            raise
+        raise ModelError(
+            f"nothing can be generated with these settings ({first_line(e)}). Check the model's generation_config.json."
+        ) from e
 
 
 def generate_in_batches(

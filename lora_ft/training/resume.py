@@ -16,7 +16,7 @@ from lora_ft.data.cache import cached_table
 from lora_ft.data.examples import Examples
 from lora_ft.methods.trained import is_trained
 from lora_ft.training.checkpoint import JSON, State, best_step, is_intact
-from lora_ft.training.output import check_foreign, check_removable, truncate_log
+from lora_ft.training.output import check_foreign, check_no_links, check_removable, truncate_log
 
 HOLDS_RUN = (
     "already contains a run. Use --resume to continue it, --overwrite to replace it, or name another folder: "
@@ -41,6 +41,7 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
         elif holds_run(output):
             raise FilesError(f"output {output}: {HOLDS_RUN}")
         return None
+    check_no_links(output / run_folder.LOG, *run_folder.checkpoint_folders(output))  # cut back; removed by rotation
     ended = read_run(output)
     if ended:
         check_settings(ended, config)

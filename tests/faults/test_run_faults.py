@@ -290,3 +290,12 @@ def test_a_state_that_is_not_of_the_run(folder, keys, value):
     (step / "lora_ft.json").write_text(json.dumps(record))
     ended = train(folder, "train.num_train_epochs=3", flags=["--resume"])
     refused(ended, 6, "state.json")
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "checkpoints/step-9"])
+def test_resuming_changes_nothing_through_a_link(folder, name):
+    """The log is cut back, and the oldest checkpoint removed: what a link leads to may be anyone's."""
+    (folder / "out" / name).rename(folder / "elsewhere")
+    (folder / "out" / name).symlink_to(folder / "elsewhere")
+    more = [*RESUME, *settings(train__num_train_epochs=3)]
+    refused_untouched(folder, 6, f"out/{name}: a link", command=more)
