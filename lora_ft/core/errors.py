@@ -4,8 +4,12 @@ A message names the problem, the place (file and line, setting or tensor) and th
 """
 
 import errno
+import os
 import re
 
+LIBRARY_VARIABLE = re.compile(
+    "(HF|HUGGING|TRANSFORMERS|DATASETS|ACCELERATE|(PY)?TORCH|TQDM|FSDP|LOCAL_|MASTER_|SLURM|OMPI|PMI|MPI)"
+)
 EXIT_BUG, EXIT_OUT_OF_MEMORY = 1, 7
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
 
@@ -45,6 +49,14 @@ def system_error(error: BaseException) -> int | None:
         return error.errno
     wrapped = re.search(r"\(os error (\d+)\)", str(error))
     return int(wrapped[1]) if wrapped else None
+
+
+def variable_behind(error: BaseException) -> str | None:
+    """NAME=value of the environment variable, of a library, whose value a library's ValueError quotes; None if none."""
+    for name, value in os.environ.items() if isinstance(error, ValueError) else ():
+        if LIBRARY_VARIABLE.match(name) and value and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", str(error)):
+            return f"{name}={value}"
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ import psutil
 from lora_ft.core.disk import os_errors_as_files_error, sync, where_supported
 from lora_ft.core.errors import FilesError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import format_value, json_text, printable
-from lora_ft.core.paths import refuse_special
+from lora_ft.core.paths import refuse_not_utf8, refuse_special
 
 NOT_UTF8 = "backslashreplace"  # other bytes of a file's name become \udcXX, which JSON reads back as the same name
 JSON_LIMIT = 16 * 2**20  # bytes; the largest JSON file of a model, its weight index, has a few MiB
@@ -121,8 +121,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     What a killed process left behind is removed by the next one with the same target.
 
     Raises:
-        FilesError: `target` exists, or its parent can't be written.
+        FilesError: `target` exists, its name is not UTF-8, or its parent can't be written.
     """
+    refuse_not_utf8(target, FilesError)
     if target.exists() or target.is_symlink():
         raise FilesError(f"{target}: exists already. Remove it or name another folder.")
     with os_errors_as_files_error(target):

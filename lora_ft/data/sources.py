@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import first_line, printable
 from lora_ft.core.names import is_local
+from lora_ft.core.paths import refuse_not_utf8
 from lora_ft.core.storage import sha256
 from lora_ft.data.delimited import read_delimited
 from lora_ft.data.files import DEFAULT, FileFormat, data_files, kind
@@ -73,6 +74,7 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
     import pyarrow.parquet
 
     name = _name(path)
+    refuse_not_utf8(path, DataError)
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
             rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())

@@ -21,7 +21,7 @@ from lora_ft.config.load import parse_config
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError, UserError
 from lora_ft.core.messages import info, printable, warn
-from lora_ft.core.paths import local_path
+from lora_ft.core.paths import local_path, refuse_not_utf8
 from lora_ft.core.run_folder import RECORD, TEMPLATE, checkpoints, read_record
 from lora_ft.core.storage import read_json, verify_manifest
 from lora_ft.core.trust import NO_TRUST, Trust
@@ -50,6 +50,7 @@ class Trained:
         Raises:
             ModelError: nothing trained there, an unfinished run, a merged model, or a damaged or changed file.
         """
+        refuse_not_utf8(folder, ModelError)
         record = read_record(folder) or {}
         if record and (found := record.get("format")) != 1:
             raise ModelError(f"{folder / RECORD}: format {found!r}; this lora-ft reads format 1. Update lora-ft.")

@@ -169,6 +169,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     check_config_files(base)  # a tokenizer's class follows from it
     with _as_model_error(base, "its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(base.folder, **_options(base))
+        tokenizer.decode(tokenizer("a")["input_ids"])  # settings of a wrong type fail only in use
     if not tokenizer.is_fast:
         raise ModelError(f"model {base.name}: its tokenizer has no fast version (tokenizer.json), which is needed.")
     return tokenizer

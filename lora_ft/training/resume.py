@@ -11,6 +11,7 @@ from lora_ft.config.schema import Config
 from lora_ft.core import run_folder
 from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
 from lora_ft.core.messages import format_value, info, listed, warn
+from lora_ft.core.paths import refuse_not_utf8
 from lora_ft.core.storage import read_json, wrong_entries
 from lora_ft.data.cache import cached_table
 from lora_ft.data.examples import Examples
@@ -31,9 +32,10 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
     """The folder to resume from: a checkpoint, `output` itself if its run has ended with this config, or None.
 
     Raises:
-        FilesError: `output` holds a run and neither flag was given, or no checkpoint is intact.
+        FilesError: `output` holds a run and neither flag was given, no checkpoint is intact, or its name is not UTF-8.
         ConfigError: the run used settings that lead to another result.
     """
+    refuse_not_utf8(output, FilesError)
     if not resume:
         check_foreign(output)
         if overwrite:

@@ -231,6 +231,19 @@ def test_small_files_that_are_damaged(folder, name, damage):
     refused_untouched(folder, 4, f"base/{name}", command=MERGE)
 
 
+@pytest.mark.parametrize(
+    "name, setting, words",
+    [
+        ("tokenizer_config.json", {"model_max_length": "many"}, "model base: its tokenizer can't be loaded"),
+        ("generation_config.json", {"eos_token_id": "</s>"}, 'eos_token_id is "</s>", not a token id'),
+    ],
+)
+def test_settings_of_a_wrong_type(fresh, name, setting, words):
+    path = fresh / "base" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    refused_untouched(fresh, 4, words)
+
+
 def test_weights_of_another_shape_than_the_config_says(fresh):
     config = json.loads((fresh / "base/config.json").read_text())
     (fresh / "base/config.json").write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
