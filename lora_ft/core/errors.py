@@ -8,8 +8,9 @@ import os
 import re
 
 LIBRARY_VARIABLE = re.compile(
-    "(HF|HUGGING|TRANSFORMERS|DATASETS|ACCELERATE|(PY)?TORCH|TQDM|FSDP|LOCAL_|MASTER_|SLURM|OMPI|PMI|MPI)"
+    "(?!.*_VERBOSITY$)(HF|HUGGING|TRANSFORMERS|DATASETS|ACCELERATE|(PY)?TORCH|TQDM|FSDP|LOCAL_|MASTER_|SLURM|OMPI|PMI|MPI)"
 )
+ORDINARY = re.compile(r"[-\d.]*|true|false|yes|no|on|off|none", re.IGNORECASE)
 EXIT_BUG, EXIT_OUT_OF_MEMORY = 1, 7
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
 
@@ -52,9 +53,13 @@ def system_error(error: BaseException) -> int | None:
 
 
 def variable_behind(error: BaseException) -> str | None:
-    """NAME=value of the environment variable, of a library, whose value a library's ValueError quotes; None if none."""
-    for name, value in os.environ.items() if isinstance(error, ValueError) else ():
-        if LIBRARY_VARIABLE.match(name) and value and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", str(error)):
+    """NAME=value of the environment variable, of a library, whose value a library's error quotes; None if none.
+
+    Numbers and flags are not counted: they are in other errors too.
+    """
+    for name, value in os.environ.items() if isinstance(error, ValueError | RuntimeError) else ():
+        quoted = rf"(['\"]|: |value ){re.escape(value)}(?![\w/])"
+        if LIBRARY_VARIABLE.match(name) and not ORDINARY.fullmatch(value) and re.search(quoted, str(error)):
             return f"{name}={value}"
     return None
 

@@ -172,6 +172,11 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         tokenizer.decode(tokenizer("a")["input_ids"])  # settings of a wrong type fail only in use
     if not tokenizer.is_fast:
         raise ModelError(f"model {base.name}: its tokenizer has no fast version (tokenizer.json), which is needed.")
+    largest, count = max(tokenizer.get_vocab().values(), default=0), len(tokenizer)
+    if largest > 8 * count + 10**6:  # the tokenizer would count up to it whenever it is written
+        raise ModelError(
+            f"model {base.name}: its tokenizer has {count:,} tokens and the id {largest:,}. Copy it again."
+        )
     return tokenizer
 
 

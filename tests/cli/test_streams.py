@@ -84,6 +84,8 @@ def test_a_variable_that_a_library_cannot_use(monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "abc")
     assert report_error(error, debug=False) == 2
     assert "HF_HUB_DOWNLOAD_TIMEOUT=abc in the environment: not usable" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert report_error(ValueError("expected: 1, abc"), debug=False) == 1
 
 
 def test_a_current_folder_that_was_deleted(tmp_path):

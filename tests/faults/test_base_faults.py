@@ -244,6 +244,14 @@ def test_settings_of_a_wrong_type(fresh, name, setting, words):
     refused_untouched(fresh, 4, words)
 
 
+def test_a_tokenizer_with_an_absurd_id(fresh):
+    path = fresh / "base/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["z"] = 2**31
+    path.write_text(json.dumps(tokenizer))
+    refused_untouched(fresh, 4, "model base: its tokenizer has", "and the id 2,147,483,648")
+
+
 def test_weights_of_another_shape_than_the_config_says(fresh):
     config = json.loads((fresh / "base/config.json").read_text())
     (fresh / "base/config.json").write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
