@@ -59,7 +59,11 @@ def variable_behind(error: BaseException) -> str | None:
     """
     for name, value in os.environ.items() if isinstance(error, ValueError | RuntimeError) else ():
         quoted = rf"(['\"]|: |value ){re.escape(value)}(?![\w/])"
-        if LIBRARY_VARIABLE.match(name) and not ORDINARY.fullmatch(value) and re.search(quoted, str(error)):
+        if (
+            LIBRARY_VARIABLE.match(name)
+            and not ORDINARY.fullmatch(value)
+            and re.search(quoted, str(error), re.IGNORECASE)
+        ):
             return f"{name}={value}"
     return None
 

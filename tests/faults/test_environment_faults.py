@@ -155,3 +155,16 @@ def test_what_the_system_refuses_to_a_command_that_writes(folder, command, name)
     ended = cli(folder, *command, before=failing)
     refused(ended, 6, "Input/output error")
     assert {k: v for k, v in files(folder).items() if not k.startswith("cache/")} == before
+
+
+def test_a_tracker_that_cannot_write(fresh):
+    """TensorBoard writes in a thread of its own, whose traceback is not for users."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    event_files = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    before = lambda: setattr(event_files.RecordWriter, "write", fail)  # noqa: E731
+    refused(
+        train(fresh, "train.report_to=[tensorboard]", before=before), 6, "out/tensorboard: can't be written (Input/"
+    )
