@@ -10,12 +10,14 @@ from lora_ft.core.errors import (
     EXIT_BROKEN_PIPE,
     EXIT_BUG,
     EXIT_OUT_OF_MEMORY,
+    ConfigError,
     FilesError,
     UserError,
     is_out_of_memory,
     system_error,
+    variable_behind,
 )
-from lora_ft.core.messages import info, printable
+from lora_ft.core.messages import first_line, info, printable
 
 WAYS_OUT = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space, or use another folder."),
@@ -38,6 +40,10 @@ def report_error(error: Exception, debug: bool) -> int:
         error = FilesError(f"{stream}: can't be written ({why.strerror}). Free some space, or redirect it elsewhere.")
     if debug:
         traceback.print_exception(error)
+    if variable := variable_behind(error):
+        error = ConfigError(
+            f"{variable} in the environment: not usable ({first_line(error)}). Correct it, or unset it."
+        )
     if isinstance(error, UserError):
         info(str(error))
         return error.exit_code

@@ -97,7 +97,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         )
         info(f"training: {len(plan)} steps of {config.train.batch_size} examples")
         try:
-            with trackers(config.train.report_to):
+            with trackers(config.train.report_to, output):
                 trainer.train_from(state, checkpoint)
         except (Stopped, NumbersError) as end:
             if is_main:

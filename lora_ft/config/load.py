@@ -4,6 +4,7 @@ Each line of the message is `path:line: section.setting: what is wrong; what to 
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def changes(before: dict, config: Config) -> dict[str, list[str]]:
     by_class: dict[str, list[str]] = {"result": [], "rounding": [], "free": [], "longer": []}
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
-            was, now = (printable(json.dumps(values.get(path), ensure_ascii=False)) for values in (old, new))
+            values = [json.dumps(settings.get(path), ensure_ascii=False) for settings in (old, new)]
+            alike = len(os.path.commonprefix(values)) - 40  # of long values, a part from before the first difference on
+            was, now = (printable(v if alike < 100 else f"...{v[alike:]}") for v in values)
             by_class[resume_class(*path)].append(f"{'.'.join(path)}: was {was}, is {now}")
     return by_class
 

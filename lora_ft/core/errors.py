@@ -4,8 +4,13 @@ A message names the problem, the place (file and line, setting or tensor) and th
 """
 
 import errno
+import os
 import re
 
+LIBRARY_VARIABLE = re.compile(
+    "(?!.*_VERBOSITY$)(HF|HUGGING|TRANSFORMERS|DATASETS|ACCELERATE|(PY)?TORCH|TQDM|FSDP|LOCAL_|MASTER_|SLURM|OMPI|PMI|MPI)"
+)
+ORDINARY = re.compile(r"[-\d.]*|true|false|yes|no|on|off|none", re.IGNORECASE)
 EXIT_BUG, EXIT_OUT_OF_MEMORY = 1, 7
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
 
@@ -45,6 +50,22 @@ def system_error(error: BaseException) -> int | None:
         return error.errno
     wrapped = re.search(r"\(os error (\d+)\)", str(error))
     return int(wrapped[1]) if wrapped else None
+
+
+def variable_behind(error: BaseException) -> str | None:
+    """NAME=value of the environment variable, of a library, whose value a library's error quotes; None if none.
+
+    Numbers and flags are not counted: they are in other errors too.
+    """
+    for name, value in os.environ.items() if isinstance(error, ValueError | RuntimeError) else ():
+        quoted = rf"(['\"]|: |value ){re.escape(value)}(?![\w/])"
+        if (
+            LIBRARY_VARIABLE.match(name)
+            and not ORDINARY.fullmatch(value)
+            and re.search(quoted, str(error), re.IGNORECASE)
+        ):
+            return f"{name}={value}"
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """Paths as users give them: `~`, files that are no plain files, and a place for temporary files."""
 
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
@@ -30,6 +31,12 @@ def refuse_special(path: Path, error: type[UserError]) -> None:
     """Raise `error` if `path` is a pipe, a device or a socket: reading one may never end, and replacing one breaks it."""
     if kind := special_kind(path):
         raise error(f"{printable(str(path))}: {kind}, not a file. Give a file; copy the content to one if necessary.")
+
+
+def refuse_not_utf8(path: Path, error: type[UserError]) -> None:
+    """Raise `error` if the name of a file or folder is not UTF-8: the libraries for tensors and Parquet can't open it."""
+    if re.search("[\ud800-\udfff]", str(path)):
+        raise error(f"{printable(str(path))}: its name is not valid UTF-8, so libraries could not open it. Rename it.")
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory:

@@ -31,9 +31,12 @@ RECORD_TYPES: dict[str, Any] = {
     **dict.fromkeys(("base", "config"), dict),
     **dict.fromkeys(("data", "versions", "machine", "metrics", "base_metrics", "slices", "files"), dict | None),
     **dict.fromkeys(("config.adapter", "config.data", "config.train", "config.model"), dict | None),
-    **dict.fromkeys(("base.name", "base.revision", "base.fingerprint", "base.dtype"), str | None),
+    **dict.fromkeys(("data.train", "data.eval"), dict | None),
+    **dict.fromkeys(("data.train.content", "base.name", "base.revision", "base.fingerprint", "base.dtype"), str | None),
     **dict.fromkeys(("kind", "tokenizer", "chat_template", "config.adapter.method"), str | None),
-    **dict.fromkeys(("step", "steps", "planned_steps", "parameters", "trainable_parameters"), int | None),
+    **dict.fromkeys(
+        ("data.train.rows", "step", "steps", "planned_steps", "parameters", "trainable_parameters"), int | None
+    ),
 }
 TYPE_NAMES = {dict: "an object", str: "a string", int: "an integer"}
 

@@ -9,16 +9,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import psutil
 
 from lora_ft.core.disk import WINDOWS, os_errors_as_files_error, rename, sync, where_supported
 from lora_ft.core.errors import FilesError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import format_value, json_text, printable
-from lora_ft.core.paths import refuse_special
+from lora_ft.core.paths import refuse_not_utf8, refuse_special
 
 NOT_UTF8 = "backslashreplace"  # other bytes of a file's name become \udcXX, which JSON reads back as the same name
 JSON_LIMIT = 16 * 2**20  # bytes; the largest JSON file of a model, its weight index, has a few MiB
@@ -103,6 +104,18 @@ def read_json(path: Path, error: type[UserError]) -> dict:
     return obj
 
 
+def wrong_entries(obj: dict, types: Mapping[str, Any]) -> list[str]:
+    """The names in `types`, `a.b` for an entry of an entry, that `obj` lacks or has with another type."""
+
+    def fits(name: str, kind: Any) -> bool:
+        value: Any = obj
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+    return [name for name, kind in types.items() if not fits(name, kind)]
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A hidden sibling folder to fill; on success it is synced and renamed to `target`, after an exception removed.
@@ -110,8 +123,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     What a killed process left behind is removed by the next one with the same target.
 
     Raises:
-        FilesError: `target` exists, or its parent can't be written.
+        FilesError: `target` exists, its name is not UTF-8, or its parent can't be written.
     """
+    refuse_not_utf8(target, FilesError)
     if target.exists() or target.is_symlink():
         raise FilesError(f"{target}: exists already. Remove it or name another folder.")
     with os_errors_as_files_error(target):

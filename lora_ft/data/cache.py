@@ -50,7 +50,7 @@ def cached(
     Raises:
         FilesError: no room left on the disk.
     """
-    if found := find(key):
+    if found := cached_table(key):
         return found
     folder = _folder()
     path, facts_path = folder / f"{key}.arrow", folder / f"{key}.json"
@@ -94,19 +94,19 @@ def cached(
     return table, facts
 
 
-def find(key: str) -> tuple[datasets.Dataset, dict] | None:
-    """The table with this key and the facts about it, if the cache has them."""
-    path, facts_path = (_folder() / f"{key}.{suffix}" for suffix in ("arrow", "json"))
+def cached_table(key: str) -> tuple[datasets.Dataset, dict] | None:
+    """The table with this key and the facts about it; None if it is not in the cache, or incomplete there."""
+    path = _folder() / f"{key}.arrow"
     try:
-        facts = json.loads(facts_path.read_bytes())
+        facts = json.loads(path.with_suffix(".json").read_bytes())
         table = datasets.Dataset.from_file(str(path))
-        if len(table) == facts.pop("rows_written"):
-            with suppress(OSError):  # a read-only cache
-                os.utime(facts_path)  # the time of last use, for `_trim`
-            return table, facts
+        if len(table) != facts.pop("rows_written"):
+            return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
-        pass  # missing or incomplete
-    return None
+        return None
+    with suppress(OSError):  # a read-only cache
+        os.utime(path.with_suffix(".json"))  # the time of last use, for `_trim`
+    return table, facts
 
 
 def _column(values: tuple, type: pa.DataType) -> pa.Array:

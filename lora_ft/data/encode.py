@@ -38,6 +38,8 @@ from lora_ft.data.texts import (
 from lora_ft.data.tokens import Encoded, TextEncoder, encode_pairs, encode_texts, text_encoder
 from lora_ft.model.load import tokenizer_hash
 
+MAX_FILES = 1_000  # whose hashes a record keeps
+
 
 def load_examples(
     sources: Sequence[str],
@@ -63,7 +65,9 @@ def load_examples(
         DataError: a source or row cannot be read or encoded, label words have equal ids, or nothing is left to train on.
         ModelError: chats without a chat template.
     """
-    content = key_of([content_hash(source, format) for source in sources])
+    hashes = [content_hash(source, format) for source in sources]
+    content = key_of([hashed for hashed, _ in hashes])
+    files = {name: hashed for _, by_name in hashes for name, hashed in by_name.items()}
     settings = [_identity(template), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed]
     settings += [list(held_out), part]
     texts, read = load_texts(sources, content, template, tokenizer, bad_rows, format)
@@ -96,6 +100,7 @@ def load_examples(
         counts |= {name: read[name] for name in ("notes", "turns", "turn_ends") if name in read}
     if template.text is None and counts["truncated"] and truncate != ("end" if template.messages else "start"):
         sha256 = key_of(sha256, truncate)  # earlier versions cut prompts at the start, chats at the end
+    counts |= {"texts": read["key"], "files": files if len(files) <= MAX_FILES else {}}
     report = EncodingReport(**counts, content=content, sha256=sha256)
     words = template.label_names[template.label_column] if template.label_names and template.label_column else []
     return Examples(dataset, report, list(words), texts)

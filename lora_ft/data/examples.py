@@ -45,7 +45,7 @@ class EncodingReport:
     Of chats: turns: kind of turn -> [how many, how many of them supervised]. turn_ends: marker -> how many supervised
     turns it ends ("": none does).
     content: SHA-256 of the sources' content. sha256: of content, template, tokenizer and settings. Records contain both,
-    and --resume compares them.
+    and --resume compares them; what differs it finds by files (name -> SHA-256; {} if many) and texts (see `cached_table`).
     """
 
     rows: int
@@ -67,6 +67,8 @@ class EncodingReport:
     turn_ends: dict[str, int] = field(default_factory=dict)
     content: str = ""
     sha256: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    texts: str = ""
 
     def summary(self) -> str:
         """One line for users with all counts that are not zero, and the first skipped rows below it."""

@@ -10,6 +10,7 @@ from typing import Any
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import first_line, printable
 from lora_ft.core.names import is_local
+from lora_ft.core.paths import refuse_not_utf8
 from lora_ft.core.storage import sha256
 from lora_ft.data.delimited import read_delimited
 from lora_ft.data.files import DEFAULT, FileFormat, data_files, kind
@@ -53,19 +54,20 @@ def _read(path: Path, format: FileFormat) -> Iterator[SourceRow]:
             yield from (SourceRow(f"{name}:{line}", columns, problem) for line, columns, problem in records)
 
 
-def content_hash(source: str, format: FileFormat = DEFAULT) -> str:
-    """SHA-256 of what is read: the bytes of a file, or of several, with their format unless it is the default; of a hub data
-    set the fingerprint, which identifies its revision and split. Raises DataError."""
+def content_hash(source: str, format: FileFormat = DEFAULT) -> tuple[str, dict[str, str]]:
+    """SHA-256 of what is read, and of each file by name: of a file's bytes, or of several files', with their format unless it
+    is the default; of a hub data set the fingerprint, which identifies its revision and split. Raises DataError."""
     if not is_local(source):
-        return hashlib.sha256(_load_hub(source)._fingerprint.encode()).hexdigest()
-    hashes = []
+        digest = hashlib.sha256(_load_hub(source)._fingerprint.encode()).hexdigest()
+        return digest, {source: digest}
+    by_name = {}
     for path in data_files(source):
         try:
-            hashes.append(sha256(path))
+            by_name[str(path)] = sha256(path)
         except OSError as e:
             raise DataError(f"{_name(path)}: cannot be read: {e.strerror or e}.") from e
-    hashes += [] if format == DEFAULT else [repr(format)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    hashes = [*by_name.values(), *([] if format == DEFAULT else [repr(format)])]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest(), by_name
 
 
 def class_names(source: str) -> dict[str, list[str]]:
@@ -95,6 +97,7 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
     import pyarrow.parquet
 
     name = _name(path)
+    refuse_not_utf8(path, DataError)
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
             size = _batch_rows(file.metadata, path)

@@ -72,7 +72,7 @@ def load_texts(
     bad_rows: str,
     format: FileFormat = DEFAULT,
 ) -> tuple[datasets.Dataset, dict]:
-    """The rows of the sources as texts (a TEXTS table, cached), with the numbers of rows read and skipped.
+    """The rows of the sources as texts (a TEXTS table, cached), with its key and the numbers of rows read and skipped.
 
     content: a hash of the sources' content. format: how their text files are written.
 
@@ -126,7 +126,7 @@ def load_texts(
     if not len(texts):
         first = "".join(f"\n  {message}" for message in facts["skipped"][:3])
         raise DataError(f"{join_names(sources)}: all {facts['rows']:,} rows are bad; the first:{first}")
-    return texts, facts
+    return texts, facts | {"key": key}
 
 
 def chat_format_of(template: Template, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:

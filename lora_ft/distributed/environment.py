@@ -2,6 +2,8 @@
 
 import os
 
+from accelerate.utils.environment import str_to_bool
+
 from lora_ft.config.load import parse_config
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
@@ -12,9 +14,10 @@ def with_accelerate_settings(config: Config) -> Config:
 
     Raises:
         ConfigError: accelerate asks for something that lora-ft does not support, or not with these settings.
+        ValueError: one of its flags is neither true nor false.
     """
     asked = {name.removeprefix("ACCELERATE_"): value for name, value in os.environ.items() if "ACCELERATE_" in name}
-    on = {name for name, value in asked.items() if value.lower() in ("true", "1")}
+    on = {name for name, value in asked.items() if name.startswith("USE_") and str_to_bool(value)}
     precision = asked.get("MIXED_PRECISION", "no")
     unsupported = on & {"USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"}
     if unsupported or precision not in ("no", "bf16"):

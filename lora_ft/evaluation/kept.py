@@ -15,7 +15,7 @@ import pyarrow as pa
 from lora_ft.config.schema import Config
 from lora_ft.core.metrics import split_set_name
 from lora_ft.core.version import __version__
-from lora_ft.data.cache import cached, find, key_of
+from lora_ft.data.cache import cached, cached_table, key_of
 from lora_ft.data.examples import Examples
 from lora_ft.distributed import processes
 from lora_ft.evaluation.paired import Rows
@@ -45,7 +45,7 @@ def base_scores(
         config.train.seed,
         config.generation.model_dump(mode="json") if texts else None,
     ]
-    key = key_of("base scores", fingerprint, asdict(examples.report), data, how, VERSIONS)
+    key = key_of("base scores", fingerprint, _content(asdict(examples.report)), data, how, VERSIONS)
     kept = None if again else processes.broadcast(lambda: _read(key))
     if kept:
         return kept, True
@@ -55,8 +55,13 @@ def base_scores(
     return scored, False
 
 
+def _content(report: dict) -> dict:
+    """What of an encoding's report does not depend on where its files are."""
+    return {key: value for key, value in report.items() if key not in ("files", "texts")}
+
+
 def _read(key: str) -> Scored | None:
-    if (found := find(key)) is None:
+    if (found := cached_table(key)) is None:
         return None
     table, facts = found
     rows = {r["metric"]: np.array(r["values"]).reshape(-1, r["numbers"]) for r in table}
@@ -82,7 +87,11 @@ def recorded_scores(
     """
     record, own = trained.record, trained.config
     then, versions = (record.get("data") or {}).get("eval") or {}, record.get("versions") or {}
-    if own is None or (then.get(name) if name else then) != asdict(examples.report) or versions | VERSIONS != versions:
+    if (
+        own is None
+        or _content((then.get(name) or {}) if name else then) != _content(asdict(examples.report))
+        or versions | VERSIONS != versions
+    ):
         return None
     texts_then = own.generation if own.train.predict_with_generate else None
     texts_now = config.generation if config.generation.metrics else None

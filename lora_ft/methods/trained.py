@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.config.load import parse_config
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError, UserError
-from lora_ft.core.messages import info, printable, warn
-from lora_ft.core.paths import local_path
+from lora_ft.core.messages import first_line, info, printable, warn
+from lora_ft.core.paths import local_path, refuse_not_utf8
 from lora_ft.core.run_folder import RECORD, TEMPLATE, checkpoints, read_record
 from lora_ft.core.storage import read_json, verify_manifest
 from lora_ft.core.trust import NO_TRUST, Trust
@@ -50,6 +50,7 @@ class Trained:
         Raises:
             ModelError: nothing trained there, an unfinished run, a merged model, or a damaged or changed file.
         """
+        refuse_not_utf8(folder, ModelError)
         record = read_record(folder) or {}
         if record and (found := record.get("format")) != 1:
             raise ModelError(f"{folder / RECORD}: format {found!r}; this lora-ft reads format 1. Update lora-ft.")
@@ -83,7 +84,10 @@ class Trained:
         if not ((self.record.get("config") or {}).get("data") or {}).get("messages") or not path.is_file():
             return None
         require_inside(self.folder, path)
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ModelError(f"{path}: can't be read ({first_line(e)}). Restore it from a backup.") from e
 
     @property
     def base_name(self) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.core.errors import ModelError
+from lora_ft.core.messages import format_value, printable
 from lora_ft.core.storage import read_json
 from lora_ft.model.files import Base
 
@@ -29,7 +30,14 @@ def check_config_files(base: Base) -> None:
     for path in (base.folder / name for name in CONFIGS if (base.folder / name).is_file()):
         if problem := damage(path):  # of these two, transformers ignores a damaged generation_config.json
             raise ModelError(f"{path}: {problem}. Copy the file again.")
-        if count := absurd_count(read_json(path, ModelError)):
+        content = read_json(path, ModelError)
+        for name, value in content.items():
+            ids = value if isinstance(value, list) else [value]
+            if name.endswith("_token_id") and value is not None and not all(type(i) is int for i in ids):
+                raise ModelError(
+                    f"{path}: {printable(name)} is {format_value(value)}, not a token id. Copy the file again."
+                )
+        if count := absurd_count(content):
             raise ModelError(f"{path}: {count}; the limit is {MOST_MODULES:,}. Copy the file again.")
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_ft.core.errors import ModelError, is_out_of_memory
 from lora_ft.core.names import is_local, with_slashes
-from lora_ft.core.paths import local_path, refuse_special
+from lora_ft.core.paths import local_path, refuse_not_utf8, refuse_special
 from lora_ft.core.storage import read_json
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.model.hub import cached_commit, snapshot
@@ -84,6 +84,7 @@ def resolve(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> 
 
 def _local(name: str) -> Base:
     path = local_path(name)
+    refuse_not_utf8(path, ModelError)
     refuse_special(path, ModelError)
     if not os.path.lexists(path):
         hint = "Give a folder with config.json, a .gguf file or a hub id."

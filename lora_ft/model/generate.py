@@ -13,6 +13,8 @@ from tqdm import tqdm
 from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from lora_ft.core.errors import ModelError, is_out_of_memory
+from lora_ft.core.messages import first_line
 from lora_ft.model.device import random_states, set_random_states
 from lora_ft.nn.adapted import eval_mode
 from lora_ft.nn.attention import has_windows
@@ -63,6 +65,9 @@ def generate(
     config: beams, sampling and limits; `max_new_tokens` is required. on_token: called after each step with all rows so far;
     not with beams, which may still change their start. check: called after each step; an exception in it stops all. begun:
     the beginning of all prompts, computed.
+
+    Raises:
+        ModelError: transformers can't use `config`, in which a model's own may have values of any type.
     """
     config = copy.deepcopy(config)
     config.eos_token_id, config.max_length = sorted(ends) or None, None
@@ -85,7 +90,11 @@ def generate(
             generated.append(Generated(row[:end], end is not None))
         return generated
 
+    started = False
+
     def after_step(ids: Tensor, scores: object, **_: object) -> Tensor:
+        nonlocal started
+        started = True
         if check:
             check()
         if on_token and (config.num_beams or 1) == 1:
@@ -97,8 +106,15 @@ def generate(
     if begun:
         name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
         inputs[name] = begun.cache_for(len(prompts))
-    with _generating(model, config):
-        return rows(model.generate(ids, **inputs))
+    try:
+        with _generating(model, config):
+            return rows(model.generate(ids, **inputs))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:
+        if started or is_out_of_memory(e):
+            raise
+        raise ModelError(
+            f"nothing can be generated with these settings ({first_line(e)}). Check the model's generation_config.json."
+        ) from e
 
 
 class Begun(NamedTuple):

@@ -93,18 +93,39 @@ def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTraine
             the model has floating-point numbers, NaN or inf.
     """
     config = load_model_config(base)
-    loaded_dtype = dtype_of(base, dtype, device)
+    options = {"dtype": dtype_of(base, dtype, device)}
+    with announce_if_slow(f"loading {base.name}"):
+        model = _load(base, config, options)
+    if base.gguf:  # dequantized while loading, so it is an ordinary model from here on
+        del model.hf_quantizer, model.config.quantization_config
+        model.is_quantized = False
+    fuse_gelu(model)
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ModelError(f"model {base.name}: the weight {name} holds NaN or inf.")
+    return model.to(device).eval()
+
+
+def check_weights(base: Base) -> None:
+    """Raise the errors of `load_base` that follow from the names, types and shapes of its weights; none of them is read."""
+    config = load_model_config(base)
+    if not base.gguf and not hasattr(config, "quantization_config"):
+        _load(base, config, {"device_map": "meta"}, device="meta")
+
+
+def _load(base: Base, config: PretrainedConfig, options: dict[str, Any], device: str = "cpu") -> PreTrainedModel:
+    """The model with its stored weights; ModelError if one is missing or of another shape. device: of a pickle's tensors."""
     # shapes of another kind are named below
-    options = {"dtype": loaded_dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     integers: list[str] = []
-    with _as_model_error(base, "can't be loaded"), announce_if_slow(f"loading {base.name}"):
+    with _as_model_error(base, "can't be loaded"):
         if base.gguf:  # transformers would apply an adapter that is beside it
             model, loading = AutoModelForCausalLM.from_pretrained(
                 base.folder, adapter_kwargs={"subfolder": "no adapter"}, **options, **_options(base)
             )
         else:
-            empty = skeleton(base, dtype=loaded_dtype)
-            with stored_weights(base) as weights:
+            empty = skeleton(base, dtype=options.get("dtype"))
+            with stored_weights(base, device) as weights:
                 if not hasattr(empty.config, "quantization_config"):
                     integers = _remove_integers(empty, weights)
                 model, loading = type(empty).from_pretrained(None, config=config, state_dict=weights, **options)
@@ -116,14 +137,7 @@ def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTraine
     for problem, names in ((absent, missing), ("weights have another shape", shapes)):
         if names:
             raise ModelError(f"model {base.name}: {problem}: {listed(names, 5)}. Copy the model again.")
-    if base.gguf:  # dequantized while loading, so it is an ordinary model from here on
-        del model.hf_quantizer, model.config.quantization_config
-        model.is_quantized = False
-    fuse_gelu(model)
-    for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise ModelError(f"model {base.name}: the weight {name} holds NaN or inf.")
-    return model.to(device).eval()
+    return model
 
 
 def _check_size(model: PreTrainedModel, base: Base) -> None:
@@ -156,8 +170,14 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     check_config_files(base)  # a tokenizer's class follows from it
     with _as_model_error(base, "its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(base.folder, **_options(base))
+        tokenizer.decode(tokenizer("a")["input_ids"])  # settings of a wrong type fail only in use
     if not tokenizer.is_fast:
         raise ModelError(f"model {base.name}: its tokenizer has no fast version (tokenizer.json), which is needed.")
+    largest, count = max(tokenizer.get_vocab().values(), default=0), len(tokenizer)
+    if largest > 8 * count + 10**6:  # the tokenizer would count up to it whenever it is written
+        raise ModelError(
+            f"model {base.name}: its tokenizer has {count:,} tokens and the id {largest:,}. Copy it again."
+        )
     return tokenizer
 
 

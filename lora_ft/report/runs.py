@@ -75,7 +75,7 @@ def read_log(folder: Path) -> list[dict]:
     for text_line in text.splitlines():
         try:
             line = json.loads(text_line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # cut by a crash
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append({k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)})

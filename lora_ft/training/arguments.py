@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from lora_ft.config.schema import Config
-from lora_ft.core.errors import ConfigError
+from lora_ft.core.errors import ConfigError, variable_behind
 from lora_ft.core.messages import first_line
 from lora_ft.core.metrics import metric_of
 
@@ -52,5 +52,7 @@ def arguments(config: Config, device: str) -> TrainingArguments:
         if args.n_gpu > 1:
             args._n_gpu = 1  # else the Trainer wraps the model in DataParallel, which would cut a row into pieces
     except (ValueError, RuntimeError, ImportError) as e:
+        if variable_behind(e):
+            raise
         raise ConfigError(f"the Trainer refuses these settings: {first_line(e)}") from e
     return args

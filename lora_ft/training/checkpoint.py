@@ -4,6 +4,8 @@ Tensors go to state.safetensors and everything else to state.json; no pickles.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,25 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from lora_ft.core.errors import FilesError
+from lora_ft.core.errors import FilesError, is_out_of_memory
+from lora_ft.core.messages import first_line, format_value
 from lora_ft.core.run_folder import RECORD
-from lora_ft.core.storage import read_json, read_tensors, verify_manifest, write_json, write_tensors
+from lora_ft.core.storage import read_json, read_tensors, verify_manifest, write_json, write_tensors, wrong_entries
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.model.device import random_states, set_random_states
 
 TENSORS, JSON = "state.safetensors", "state.json"
+# What resuming reads of a state's values, and its type
+VALUES: dict[str, Any] = {
+    **dict.fromkeys(("step", "trainer.global_step", "patience_used", "log_size", "micro_batch_tokens"), int),
+    **dict.fromkeys(("scheduler", "random", "counts"), dict),
+    **dict.fromkeys(("owed.evaluate", "owed.save"), bool),
+    "trainer.best_global_step": int | None,
+    "trainer.best_metric": int | float | None,
+    "best": dict | None,
+    "seconds": int | float,
+    "groups": list,
+}
 RowsBySet = dict[str, dict[str, np.ndarray]]  # eval set -> metric -> what each row contributes
 
 
@@ -124,9 +138,24 @@ class State:
     def read(cls, folder: Path) -> "State":
         """Read the state of a checkpoint folder whose manifest has been verified; FilesError if it is not a run's state."""
         values = read_json(folder / JSON, FilesError)
-        if not isinstance(values.get("step"), int):
-            raise FilesError(f"{folder / JSON}: has no step, so it is not the state of a run.")
+        if wrong := wrong_entries(values, VALUES):
+            raise FilesError(
+                f"{folder / JSON}: not the state of a run: {', '.join(wrong)} missing or of the wrong type."
+            )
         return cls(values["step"], read_tensors(folder / TENSORS), values)
+
+    @contextmanager
+    def as_files_error(self) -> Iterator[None]:
+        """Turn what fails while the state is restored into a FilesError: it is damaged, or another run's."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
+            if is_out_of_memory(e):
+                raise
+            raise FilesError(
+                f"checkpoint step-{self.step}: {JSON} and {TENSORS} are not a state of this run ({first_line(e)}). Remove "
+                "this checkpoint to resume from the one before, or start over with --overwrite."
+            ) from e
 
     def forget_best(self) -> None:
         """Let the next evaluation be the best so far."""
@@ -138,12 +167,18 @@ class State:
         inner = _inner(optimizer)
         names = {id(p): name for name, p in trainable(model).items()}
         for group, settings in zip(inner.param_groups, self.values["groups"], strict=True):
-            group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in settings.items()})
+            settings = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in settings.items()}
+            for name, value in group.items():
+                if name != "params" and _kinds(value) != _kinds(settings[name]):
+                    raise TypeError(f"{name} is {format_value(settings[name])}")
+            group.update(settings)
             for p in group["params"]:
                 prefix = f"optimizer.{names[id(p)]}."
                 moments = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
                 # the 0-dim `step` belongs on the CPU, except in a fused optimizer on a GPU
                 fused = bool(group.get("fused")) and p.device.type != "cpu"
+                if any(not v.is_floating_point() or v.dim() and v.shape != p.shape for v in moments.values()):
+                    raise TypeError(f"the moments of {names[id(p)]} are not those of its shape")
                 inner.state[p] = {k: v.to(p.device) if v.dim() or fused else v.clone() for k, v in moments.items()}
         scheduler.load_state_dict(self.values["scheduler"])
         for group, peak, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
@@ -169,6 +204,13 @@ class State:
     def generators(self) -> RandomState:
         """The random generators' states at the start of the next step."""
         return RandomState({k: v for k, v in self.tensors.items() if k.startswith("random.")}, self.values["random"])
+
+
+def _kinds(value: Any) -> Any:
+    """The type of a setting of an optimizer, and of what it contains; an int is a float, and None an unset flag."""
+    if isinstance(value, tuple):
+        return [_kinds(v) for v in value]
+    return bool if value is None or isinstance(value, bool) else float if isinstance(value, int) else type(value)
 
 
 def _inner(optimizer) -> torch.optim.Optimizer:

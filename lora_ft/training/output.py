@@ -69,11 +69,17 @@ def check_foreign(output: Path) -> None:
 
 def check_removable(output: Path) -> None:
     """Check that an earlier run can be removed completely, before any part of it is. Raises as `manifest_names`."""
-    for folder in (output / "checkpoints", output / "tensorboard", *checkpoint_folders(output)):
-        if folder.is_symlink():
-            raise FilesError(f"{folder}: a link. Nothing is removed through links: remove the link, or use {ANOTHER}")
+    check_no_links(output / "checkpoints", output / "tensorboard", *checkpoint_folders(output))
     for folder in (*checkpoints(output), *([output] if (output / RECORD).is_file() else [])):
         manifest_names(folder)
+
+
+def check_no_links(*paths: Path) -> None:
+    """Raise FilesError if one of a run's files or folders is a link: what it leads to may be anyone's."""
+    for path in paths:
+        if path.is_symlink():
+            way_out = f"Replace it by what it leads to, remove it, or use {ANOTHER}"
+            raise FilesError(f"{path}: a link. Nothing is changed or removed through links. {way_out}")
 
 
 def check_not_a_file(output: Path) -> None:

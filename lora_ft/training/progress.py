@@ -1,13 +1,16 @@
 """Progress of a training run on stderr, and the trackers it reports to."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from lora_ft.core.errors import FilesError
 from lora_ft.core.messages import info
 from lora_ft.core.metrics import format_metrics
 
@@ -49,14 +52,24 @@ class ProgressBar(TrainerCallback):
 
 
 @contextmanager
-def trackers(report_to: Sequence[str]) -> Iterator[None]:
-    """Redirect the trackers' output to stderr, and end the W&B run together with this one, not with the process."""
-    failed = True
+def trackers(report_to: Sequence[str], output: Path) -> Iterator[None]:
+    """Redirect the trackers' output to stderr, and end the W&B run together with this one, not with the process.
+
+    Raises:
+        FilesError: TensorBoard can't write below `output`. A thread of its own does, and passes the error on.
+    """
+    failed, of_threads, hook = True, [], threading.excepthook
+    threading.excepthook = lambda thread: of_threads.append(thread.exc_value)  # else it prints a traceback
     try:
         with redirect_stdout(sys.stderr):
             yield
         failed = False
+    except OSError as e:
+        if e not in of_threads:
+            raise
+        raise FilesError(f"{output / 'tensorboard'}: can't be written ({e.strerror}). Free some space.") from e
     finally:
+        threading.excepthook = hook
         if "wandb" in report_to:
             import wandb
 

@@ -1,18 +1,23 @@
 """Resuming a run: from which checkpoint, and whether it is still the same run."""
 
+import re
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from lora_ft.config.load import changes
 from lora_ft.config.schema import Config
 from lora_ft.core import run_folder
 from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
-from lora_ft.core.messages import info, warn
-from lora_ft.core.storage import read_json
+from lora_ft.core.messages import format_value, info, listed, warn
+from lora_ft.core.paths import refuse_not_utf8
+from lora_ft.core.storage import read_json, wrong_entries
+from lora_ft.data.cache import cached_table
 from lora_ft.data.examples import Examples
 from lora_ft.methods.trained import is_trained
 from lora_ft.training.checkpoint import JSON, State, best_step, is_intact
-from lora_ft.training.output import check_foreign, check_removable, truncate_log
+from lora_ft.training.output import check_foreign, check_no_links, check_removable, truncate_log
 
 HOLDS_RUN = (
     "already contains a run. Use --resume to continue it, --overwrite to replace it, or name another folder: "
@@ -27,9 +32,10 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
     """The folder to resume from: a checkpoint, `output` itself if its run has ended with this config, or None.
 
     Raises:
-        FilesError: `output` holds a run and neither flag was given, or no checkpoint is intact.
+        FilesError: `output` holds a run and neither flag was given, no checkpoint is intact, or its name is not UTF-8.
         ConfigError: the run used settings that lead to another result.
     """
+    refuse_not_utf8(output, FilesError)
     if not resume:
         check_foreign(output)
         if overwrite:
@@ -37,6 +43,7 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
         elif holds_run(output):
             raise FilesError(f"output {output}: {HOLDS_RUN}")
         return None
+    check_no_links(output / run_folder.LOG, *run_folder.checkpoint_folders(output))  # cut back; removed by rotation
     ended = read_run(output)
     if ended:
         check_settings(ended, config)
@@ -71,15 +78,7 @@ def read_run(folder: Path) -> dict | None:
         raise FilesError(
             f"{folder}: its {run_folder.RECORD} does not belong to a run. Name another folder: --set output=FOLDER."
         )
-
-    def entry(name: str) -> Any:
-        value: Any = record
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
-
-    damaged = [name for name, kind in NEEDED.items() if not isinstance(entry(name), kind)]
-    if damaged:
+    if damaged := wrong_entries(record, NEEDED):
         raise FilesError(
             f"{folder / run_folder.RECORD}: damaged: {', '.join(damaged)} missing or of the wrong type. Restore it from "
             "a backup, or start over with --overwrite."
@@ -194,10 +193,40 @@ def check_data(record: dict, tokenizer_hash: str, train_set: Examples, eval_sets
         before = recorded if isinstance(recorded, dict) else {}
         if before.get("content") != examples.report.content:
             raise DataError(
-                f"--resume: data.{which} has changed since the run started. Restore it, or start over with --overwrite."
+                f"--resume: data.{which} has changed since the run started{_changes(before, examples)}. Restore it, or start "
+                "over with --overwrite."
             )
         if before.get("sha256") != examples.report.sha256:
             raise ModelError(
                 f"--resume: data.{which} is encoded differently now: the chat template has changed, or how long rows are cut "
                 "(data.truncate; earlier versions: prompts at the start, chats at the end). Restore it."
             )
+
+
+def _changes(before: dict, examples: Examples) -> str:
+    """What is other in the data than a record has: rows, files, and the first row, if its text is in the cache still."""
+    old, new = before.get("files"), examples.report.files
+    rows, found = before.get("rows"), []
+    if isinstance(rows, int) and rows != examples.report.rows:
+        found.append(f"{rows:,} rows, now {examples.report.rows:,}")
+    if isinstance(old, dict) and old and new:
+        found += [f"{name} is other" for name in new if name in old and old[name] != new[name]]
+        found += [f"{name} is new" for name in new if name not in old]
+        found += [f"{name} is missing" for name in old if name not in new]
+    if row := _first_changed_row(before.get("texts"), examples.texts):
+        found.append(row)
+    return f": {listed(found)}" if found else ""
+
+
+def _first_changed_row(key: Any, texts: Dataset) -> str | None:
+    """The first of the texts that another table of texts, of that key, has not, or in other words."""
+    if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key) or not (found := cached_table(key)):
+        return None
+    position = {row: i for i, row in enumerate(found[0]["row"])}
+    for now in texts:
+        was = found[0][position[now["row"]]] if now["row"] in position else {}
+        for part in ("prompt", "completion", "choices", "label"):
+            if was.get(part) != now[part]:
+                old = f"was {format_value(was[part])}, " if was else ""
+                return f"{now['where']} is the first row that differs: its {part} {old}is {format_value(now[part])}"
+    return None

@@ -187,15 +187,13 @@ class LoRATrainer(SeamTrainer):
         finally:
             self.stopper.deferred = False
 
-    def restore(self) -> None:
-        """Continue from the state of a checkpoint, if there is one, now that optimizer and schedule exist."""
-        if self.resumed is None:
-            return
-        values = self.resumed.values
+    def restore(self, resumed: State) -> None:
+        """Continue from the state of a checkpoint, now that optimizer and schedule exist."""
+        values = resumed.values
         for name in ("global_step", "best_metric", "best_global_step"):
             setattr(self.state, name, values["trainer"][name])
-        self.resumed.restore_optimizer(self.model, self.optimizer, self.lr_scheduler)
-        self.resumed.generators().restore()
+        resumed.restore_optimizer(self.model, self.optimizer, self.lr_scheduler)
+        resumed.generators().restore()
         self.args.eval_on_start = False  # done at the start of the run
         self.totals = LogTotals(**values["counts"])
         self.started -= values["seconds"]
@@ -237,7 +235,9 @@ class _Events(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **_):
-        self.trainer.restore()
+        if self.trainer.resumed:
+            with self.trainer.resumed.as_files_error():
+                self.trainer.restore(self.trainer.resumed)
 
     def on_epoch_begin(self, args, state, control, **_):
         state.epoch = self.trainer.plan.epoch_at(state.global_step)

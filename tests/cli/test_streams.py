@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_ft.cli.exits import report_error
+
 COMMAND = [sys.executable, "-m", "lora_ft"]
 
 
@@ -73,6 +75,17 @@ def test_a_rank_beyond_the_processes(tmp_path):
     code, _, err = run("schema", cwd=tmp_path, RANK="1")
     assert code == 2 and "RANK=1 with WORLD_SIZE=1" in err
     assert run("schema", cwd=tmp_path, RANK="1", WORLD_SIZE="2") == (0, "", "")  # the other process does it
+
+
+def test_a_variable_that_a_library_cannot_use(monkeypatch, capsys):
+    """As huggingface_hub says it while it is imported."""
+    error = ValueError("invalid literal for int() with base 10: 'abc'")
+    assert report_error(error, debug=False) == 1
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "abc")
+    assert report_error(error, debug=False) == 2
+    assert "HF_HUB_DOWNLOAD_TIMEOUT=abc in the environment: not usable" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert report_error(ValueError("expected: 1, abc"), debug=False) == 1
 
 
 def test_a_current_folder_that_was_deleted(tmp_path):

@@ -174,6 +174,10 @@ def test_a_record_and_links_cannot_put_another_file_into_an_export(tmp_path, ada
     with pytest.raises(ModelError, match="chat_template.jinja: a link out of its folder"):
         export_command(adapter, to, verify=False, output=tmp_path / "second")
     (adapter / "chat_template.jinja").unlink()
+    (adapter / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match="chat_template.jinja: can't be read"):
+        export_command(adapter, to, verify=False, output=tmp_path / "second")
+    (adapter / "chat_template.jinja").unlink()
     (tmp_path / "base/passwd.json").symlink_to(tmp_path / "secret")
     if to == "merged":
         with pytest.raises(ModelError, match="passwd.json: a link out of its folder"):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from lora_ft.config.load import load_config
-from lora_ft.core.errors import ConfigError
+from lora_ft.core.errors import ConfigError, variable_behind
 from lora_ft.data.batches import RowPacking, Shard, StepPlan, split_evenly
 from lora_ft.distributed import launch, processes
 from lora_ft.distributed.environment import with_accelerate_settings
@@ -320,6 +320,10 @@ def test_the_settings_of_accelerate_follow_the_rules_of_a_config(tmp_path, monke
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="accelerate's config: trainer.fsdp: shards a frozen base"):
         with_accelerate_settings(load_config(tmp_path / "full.yaml"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
+    with pytest.raises(ValueError, match="maybe") as e:
+        with_accelerate_settings(config)
+    assert variable_behind(e.value) == "ACCELERATE_USE_CPU=maybe"
 
 
 def test_the_number_of_processes_to_start(monkeypatch):

@@ -15,7 +15,7 @@ from lora_ft.model.stored import is_finite
 from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, train, training
 from tests.helpers.tiny import write_base
 
-EVAL, MERGE = ("eval",), ("merge", "--adapter", "out")
+EVAL, MERGE, CHECK = ("eval",), ("merge", "--adapter", "out"), ("check", "config.yaml")
 
 
 def cut(data: bytes) -> bytes:
@@ -58,13 +58,15 @@ def test_a_missing_tensor(fresh):
     weights, name = fresh / "base/model.safetensors", "model.layers.1.mlp.up_proj.weight"
     save_file({k: v for k, v in load_file(weights).items() if k != name}, weights, {"format": "pt"})
     refused_untouched(fresh, 4, name, "missing")
+    refused(cli(fresh, *CHECK), 4, name, "missing")
 
 
 def test_a_tensor_of_the_wrong_shape(fresh):
     weights, name = fresh / "base/model.safetensors", "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(weights)
     save_file(tensors | {name: tensors[name][:, 1:].contiguous()}, weights, {"format": "pt"})
-    refused_untouched(fresh, 4, name)
+    refused_untouched(fresh, 4, name, "another shape")
+    refused(cli(fresh, *CHECK), 4, name, "another shape")
 
 
 # ---- 21: NaN and inf ----
@@ -229,6 +231,27 @@ def test_small_files_that_are_damaged(folder, name, damage):
     refused_untouched(folder, 4, f"base/{name}", command=MERGE)
 
 
+@pytest.mark.parametrize(
+    "name, setting, words",
+    [
+        ("tokenizer_config.json", {"model_max_length": "many"}, "model base: its tokenizer can't be loaded"),
+        ("generation_config.json", {"eos_token_id": "</s>"}, 'eos_token_id is "</s>", not a token id'),
+    ],
+)
+def test_settings_of_a_wrong_type(fresh, name, setting, words):
+    path = fresh / "base" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    refused_untouched(fresh, 4, words)
+
+
+def test_a_tokenizer_with_an_absurd_id(fresh):
+    path = fresh / "base/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["z"] = 2**31
+    path.write_text(json.dumps(tokenizer))
+    refused_untouched(fresh, 4, "model base: its tokenizer has", "and the id 2,147,483,648")
+
+
 def test_weights_of_another_shape_than_the_config_says(fresh):
     config = json.loads((fresh / "base/config.json").read_text())
     (fresh / "base/config.json").write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
@@ -328,6 +351,7 @@ def test_weights_that_are_integers(fresh, dtype):
     tensors = load_file(weights)
     save_file(tensors | {name: (tensors[name] * 100).to(dtype)}, weights, {"format": "pt"})
     refused_untouched(fresh, 4, name, "integers")
+    refused(cli(fresh, *CHECK), 4, name, "integers")
 
 
 def test_integers_beside_the_weights_are_ignored(fresh):

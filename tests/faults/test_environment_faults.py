@@ -10,7 +10,7 @@ import pytest
 
 from lora_ft.core import paths
 from lora_ft.data import cache
-from tests.helpers.command import cli, files, refused, refused_untouched, settings, train, without_rights
+from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, settings, train, without_rights
 from tests.helpers.tiny import lora_ft
 
 
@@ -105,3 +105,66 @@ def test_a_run_in_a_locale_without_utf8(fresh, monkeypatch):
     ended = lora_ft("train", "config.yaml", "--set", "output=öut", "--set", "train.max_steps=1", cwd=fresh)
     assert ended.returncode == 0 and ended.stderr.isascii() and ended.stdout == "\\xf6ut\n", ended
     assert "Revïew" in (fresh / "öut/lora_ft.json").read_text(encoding="utf-8")
+
+
+def test_names_that_are_not_utf8(folder):
+    """Linux allows them; safetensors and Parquet can't open them. What needs neither works."""
+    odd = os.fsdecode(b"o\xff")
+    for old, new in (("base", odd), ("train.jsonl", f"{odd}.jsonl"), ("out", f"{odd}-out")):
+        (folder / old).rename(folder / new)
+    base = settings(model__name=odd)
+    refused(cli(folder, *TRAIN, *base), 4, "o\\udcff: its name is not valid UTF-8")
+    (folder / odd).rename(folder / "base")
+    refused(
+        cli(folder, *TRAIN, *settings(output=f"{odd}-out"), "--resume"), 6, "o\\udcff-out: its name is not valid UTF-8"
+    )
+    refused(cli(folder, "eval", f"{odd}-out"), 4, "o\\udcff-out: its name is not valid UTF-8")
+    (folder / f"{odd}-out").rename(folder / "out")
+    refused(cli(folder, "merge", "--adapter", "out", "--output", odd), 6, "o\\udcff: its name is not valid UTF-8")
+    (folder / "data").mkdir()
+    (folder / f"{odd}.jsonl").rename(folder / f"data/{odd}.parquet")
+    refused(cli(folder, "check", "config.yaml", *settings(data__train="data")), 3, "o\\udcff.parquet: its name is not")
+    (folder / f"data/{odd}.parquet").rename(folder / f"data/{odd}.jsonl")
+    assert train(folder, "data.train=data", "output=other", "train.max_steps=1").code == 0
+
+
+@pytest.mark.parametrize(
+    "command, name",
+    [
+        (("merge", "--adapter", "out"), "fsync"),
+        (("merge", "--adapter", "out"), "rename"),
+        (("export", "out", "--to", "peft"), "mkdir"),
+        (("export", "out", "--to", "gguf"), "replace"),
+        (("export", "out", "--to", "gguf", "--merged"), "fsync"),
+        (("report", "out"), "replace"),
+        (("init", "new.yaml", "--model", "base", "--data", "train.jsonl"), "fsync"),
+        (("compare", "config.yaml", "--vary", "adapter.rank=2", "--output", "compared"), "mkdir"),
+        (("eval", "out", "--texts", "texts.jsonl", *settings(generation__metrics="[exact_match]")), "replace"),
+    ],
+)
+def test_what_the_system_refuses_to_a_command_that_writes(folder, command, name):
+    def failing():
+        def fail(*_, **__):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        datasets.config.HF_DATASETS_CACHE = folder / "cache"
+        (folder / "cache/lora_ft").mkdir(parents=True)
+        setattr(os, name, fail)
+
+    before = files(folder)
+    ended = cli(folder, *command, before=failing)
+    refused(ended, 6, "Input/output error")
+    assert {k: v for k, v in files(folder).items() if not k.startswith("cache/")} == before
+
+
+def test_a_tracker_that_cannot_write(fresh):
+    """TensorBoard writes in a thread of its own, whose traceback is not for users."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    event_files = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    before = lambda: setattr(event_files.RecordWriter, "write", fail)  # noqa: E731
+    refused(
+        train(fresh, "train.report_to=[tensorboard]", before=before), 6, "out/tensorboard: can't be written (Input/"
+    )

@@ -224,7 +224,7 @@ def test_records_that_a_run_goes_on_from(ended, checkpoint, tmp_path):
         (run / "out/lora_ft.json").unlink()
     config = load_config(run / "config.yaml", ["train.max_steps=4", "train.save_steps=3"])
     base, record = resolve(str(run / "base"), None), json.loads(path.read_text())
-    data = Examples(None, SimpleNamespace(**record["data"]["train"]), [], None)
+    data = Examples(None, SimpleNamespace(**record["data"]["train"]), [], [])
 
     def read():
         begin = find_starting_point(run / "out", config, True, False)

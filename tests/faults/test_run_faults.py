@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from lora_ft.core.storage import manifest
 from tests.helpers.command import TRAIN, cli, files, refused, refused_untouched, settings, start, train, training
 from tests.helpers.tiny import write_base, write_reviews
 
@@ -265,3 +266,36 @@ def test_a_damaged_best_checkpoint_is_noticed_at_the_start(fresh, earlier):
         assert cli(fresh, *command, "--set", "output=whole").code == 0
         adapter = "adapter_model.safetensors"
         assert (fresh / "out" / adapter).read_bytes() == (fresh / "whole" / adapter).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "keys, value",
+    [
+        (("scheduler",), None),  # seen when it is read
+        (("random", "python"), [3, [1, 2], None]),  # and these when it is restored
+        (("groups", 0, "betas"), "ab"),
+    ],
+)
+def test_a_state_that_is_not_of_the_run(folder, keys, value):
+    """Its manifest agrees with it, as if another tool had written both."""
+    step = folder / "out/checkpoints/step-12"
+    content = json.loads((step / "state.json").read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (step / "state.json").write_text(json.dumps(content))
+    record = json.loads((step / "lora_ft.json").read_text())
+    record["files"] |= manifest(step, ["state.json"])
+    (step / "lora_ft.json").write_text(json.dumps(record))
+    ended = train(folder, "train.num_train_epochs=3", flags=["--resume"])
+    refused(ended, 6, "state.json")
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "checkpoints/step-9"])
+def test_resuming_changes_nothing_through_a_link(folder, name):
+    """The log is cut back, and the oldest checkpoint removed: what a link leads to may be anyone's."""
+    (folder / "out" / name).rename(folder / "elsewhere")
+    (folder / "out" / name).symlink_to(folder / "elsewhere")
+    more = [*RESUME, *settings(train__num_train_epochs=3)]
+    refused_untouched(folder, 6, f"out/{name}: a link", command=more)

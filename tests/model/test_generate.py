@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from lora_ft.core.errors import ModelError
 from lora_ft.data.chats.format import end_tokens
 from lora_ft.methods.lora.inject import inject_lora, trainable
 from lora_ft.model.generate import generate, generate_in_batches, position_limit, to_text
@@ -165,3 +166,9 @@ def test_text_is_not_tidied_up():
     tidying = build_tokenizer(clean_up_tokenization_spaces=True)
     ids = tidying("<s>The end . It 's over .</s>")["input_ids"]
     assert to_text(tidying, ids) == "The end . It 's over ."
+
+
+def test_a_config_of_wrong_types_is_the_models_fault():
+    config = GenerationConfig(max_new_tokens=2, bos_token_id="x")
+    with pytest.raises(ModelError, match=r"nothing can be generated .*generation_config.json"):
+        generate(tiny_model("llama"), PROMPTS[:1], config, [EOS])

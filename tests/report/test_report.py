@@ -334,7 +334,7 @@ def test_folders_without_a_run_are_refused(classified, tmp_path):
 def test_a_log_with_a_cut_line_and_nan_is_read(classified, tmp_path):
     shutil.copytree(classified / "out", tmp_path / "out")
     with (tmp_path / "out/log.jsonl").open("a") as log:
-        log.write('{"step": 13, "loss": NaN, "grad_norm": 1.0}\n[]\n{"step": 14, "lo')
+        log.write('{"step": 13, "loss": NaN, "grad_norm": 1.0}\n[]\n' + "[" * 100_000 + '\n{"step": 14, "lo')
     lines = read_run_data(tmp_path / "out").log
     assert lines[-1] == {"step": 13, "grad_norm": 1.0}
     report_command([tmp_path / "out"], tmp_path / "page.html")

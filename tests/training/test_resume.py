@@ -198,14 +198,21 @@ def test_what_changes_nothing_goes_on(stopped, whole):
     same(stopped / "moved", whole)
 
 
-def test_other_content_is_refused(stopped):
+def test_other_content_is_refused_with_what_differs(stopped):
     write_reviews(stopped / "train.jsonl", 47)
-    with pytest.raises(DataError, match="data.train"):
+    with pytest.raises(DataError, match=r"data.train has .*: 48 rows, now 47, train.jsonl is other\. Restore"):
+        run(stopped, resume=True)
+    lines = write_reviews(stopped / "train.jsonl").read_text().splitlines()
+    lines[6] = lines[6].replace("film", "book")
+    (stopped / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(
+        DataError, match=r'train.jsonl:7 is the first row that differs: its prompt was "Review: the film .*book'
+    ):
         run(stopped, resume=True)
 
 
 def test_eval_data_that_the_record_lacks_is_refused():
-    examples = SimpleNamespace(report=SimpleNamespace(content="c", sha256="s"))
+    examples = SimpleNamespace(report=SimpleNamespace(content="c", sha256="s", rows=1, files={}), texts=[])
     record = {"tokenizer": "t", "data": {"train": {"content": "c", "sha256": "s"}}}
     with pytest.raises(DataError, match="data.eval has changed"):
         check_data(record, "t", examples, {"": examples})

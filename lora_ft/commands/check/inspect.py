@@ -20,7 +20,7 @@ from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.model.device import free_memory, prepare_device
-from lora_ft.model.load import dtype_of, skeleton
+from lora_ft.model.load import check_weights, dtype_of, skeleton
 from lora_ft.nn.attention import Isolation
 from lora_ft.training import resume
 from lora_ft.training.output import check_writable
@@ -73,6 +73,7 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
         return result
     with result.collect_errors():
         result.model, result.adapted = setup.dry_run
+        check_weights(setup.base)
     with result.collect_errors():
         _ = setup.data
         result.has_data = True

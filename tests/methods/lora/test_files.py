@@ -492,6 +492,7 @@ def test_an_exact_path_is_targeted_in_any_layer_as_in_peft():
         ({"config": {"adapter": []}}, "config.adapter is not an object"),
         ({"step": "4"}, "step is not an integer"),
         ({"files": [1]}, "files is not an object"),
+        ({"data": {"train": 1}}, "data.train is not an object"),
     ],
 )
 def test_an_entry_of_a_record_of_another_type_is_an_error(record, named, tmp_path):
