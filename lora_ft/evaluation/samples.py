@@ -39,7 +39,7 @@ def generate_samples(
     rows = [examples.dataset[i * len(examples.dataset) // count] for i in range(count)]
     spans = [_last_span(row["labels"]) for row in rows]
     plain = not any(label < 0 for label in rows[0]["labels"][1:]) if rows else False
-    limit = CONTINUATION_TOKENS if plain else min(MAX_TOKENS, max(32, *(2 * (end - start) for start, end in spans)))
+    limit = CONTINUATION_TOKENS if plain else min(MAX_TOKENS, max(16, *(2 * (end - start) for start, end in spans)))
     ends = end_tokens(tokenizer, model.generation_config, chat)
     positions = position_limit(model) or 2**31
     encoder, row_numbers = text_encoder(tokenizer), column_array(examples.texts, "row")

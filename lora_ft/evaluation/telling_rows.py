@@ -43,9 +43,8 @@ def describe_rows(metrics: dict, eval_sets: Mapping[str, Examples]) -> list[dict
     """The rows that a run's metrics name, as texts: set, kind, count, and of each row where, prompt, label, base, adapter."""
     described = []
     for name, of_set in split_set_name(metrics, [name for name in eval_sets if name]).items():
-        examples = eval_sets.get(name)
-        for kind, found in (of_set.get(KEY) or {}).items() if examples else ():
-            rows = [_described(examples, *place) for place in found["places"]]
+        for kind, found in (of_set.get(KEY) or {}).items():
+            rows = [_described(eval_sets[name], *place) for place in found["places"]]
             described.append({"set": name, "kind": kind, "count": found["count"], "rows": rows})
     return described
 

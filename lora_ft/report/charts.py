@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-from lora_ft.report.labels import BOTTOM, LEFT, RIGHT, TOP, Label, place_labels
+from lora_ft.report.labels import BOTTOM, LEFT, RIGHT, TOP, Label, boxes_along, place_labels
 
 WIDTH, HEIGHT = 440, 250
 MAX_POINTS = 300  # per line: more than a screen resolves
@@ -103,7 +103,7 @@ def chart(
         right, up = (scale_x(x) - x0) / (x1 - x0), (scale_y(y) - y0) / (y1 - y0)
         return round(LEFT + right * (RIGHT - LEFT), 1), round(BOTTOM - up * (BOTTOM - TOP), 1)
 
-    drawn, names = [], []
+    drawn, names, ends_of_lines = [], [], []
     for line in lines:
         positions = [position(*point) for point in line.points]
         texts = [_with_interval(y, line.intervals.get(x), y_format) for x, y in line.points]
@@ -120,10 +120,11 @@ def chart(
         summary = f"{line.name} {first}{texts[-1]}".strip()
         drawn.append(Drawn(line.name, line.look, path, dots if line.dots else [], whiskers, summary))
         names.append((line.name, *positions[-1]) if line.named else None)
-    whiskers_of_all = [whisker for line in drawn for whisker in line.whiskers]
-    drawn = [
-        replace(line, label=label) for line, label in zip(drawn, place_labels(names, whiskers_of_all), strict=True)
-    ]
+        ends_of_lines += [(positions[-1], positions[-2])] if len(positions) > 1 else []
+    covered = [(x - 3, top, x + 3, bottom) for line in drawn for x, top, bottom in line.whiskers]
+    covered += [box for at in ends_of_lines for box in boxes_along(*at)]
+    labels = place_labels(names, covered)
+    drawn = [replace(line, label=label) for line, label in zip(drawn, labels, strict=True)]
     x_values, y_values = (log_ticks if log_x else ticks)(x0, x1), (log_ticks if log_y else ticks)(y0, y1)
     x_ticks = [(position(x, ys[0])[0], x_format(x)) for x in x_values]
     y_ticks = [(position(xs[0], y)[1], without_zeros(y_format(y))) for y in y_values]
@@ -144,10 +145,11 @@ def y_range(low: float, high: float, full_scale: float | None = None, from_zero:
         start, span = 0.0, max(high * 1.04, size / 4)
     elif full_scale and start + span > full_scale:
         start = full_scale - span
-    first, second, *_ = ticks(start, start + span)
-    step = second - first
-    start = math.floor(start / step + 1e-9) * step
-    end = math.ceil((start + span) / step - 1e-9) * step
+    end = start + span
+    for _ in range(2):  # round ends may make room for other ticks, which the ends are to be among
+        first, second, *_ = ticks(start, end)
+        step = second - first
+        start, end = math.floor(start / step + 1e-9) * step, math.ceil(end / step - 1e-9) * step
     return round(start, 12) + 0.0, full_scale if full_scale and low >= 0 and end > full_scale else round(end, 12)
 
 

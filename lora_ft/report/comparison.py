@@ -58,7 +58,7 @@ def comparison_page(title: str, headline: dict[str, str], sections: Sequence[Sec
 
 def compare_runs(runs: Sequence[RunData]) -> str:
     """The page of several runs: who won, scores, curves, settings that differ, costs."""
-    names = distinct_names([str(run.folder) for run in runs])
+    shared, names = distinct_names([str(run.folder) for run in runs])
     figures = [dict(run_figures(run)) for run in runs]
     titles = dict.fromkeys(title for of in figures for title in of)
     costs = [Row(title, [of.get(title, "") for of in figures]) for title in titles]
@@ -66,7 +66,7 @@ def compare_runs(runs: Sequence[RunData]) -> str:
     same_data = len({_eval_hashes(run) for run in runs if run.metrics}) <= 1
     scores = _score_tables(runs, names)
     notice = "" if same_data else "These runs were scored on different eval data: do not compare their scores."
-    note = "Small: 95% intervals; those beside “base” are of the difference from the base on the same rows."
+    note = "Small: the difference from the base on the same rows, with its 95% interval; of the base, its own interval."
     headline, bars = _winner(runs, names, same_data)
     sections = [
         Section(
@@ -82,14 +82,15 @@ def compare_runs(runs: Sequence[RunData]) -> str:
         ),
         Section("Cost", [Table(names, costs)]),
     ]
-    return comparison_page(f"{len(runs)} runs compared", headline, sections)
+    return comparison_page(f"{len(runs)} runs compared", headline, sections, f"Folders in {shared}" if shared else "")
 
 
-def distinct_names(paths: Sequence[str]) -> list[str]:
-    """The paths without the folders that all share; a path that is given twice keeps its name."""
+def distinct_names(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """(the folders that all paths share, the paths without them); a path that is given twice keeps its name."""
     parts = [Path(path).parts for path in paths]
     shared = next((i for i, names in enumerate(zip(*parts, strict=False)) if len({*names}) > 1), 0)
-    return [str(Path(*of[shared:])) if of[shared:] else path for of, path in zip(parts, paths, strict=True)]
+    names = [str(Path(*of[shared:])) if of[shared:] else path for of, path in zip(parts, paths, strict=True)]
+    return str(Path(*parts[0][:shared])) if shared else "", names
 
 
 def _winner(
@@ -100,7 +101,7 @@ def _winner(
     scored = [(run, name, i) for i, (run, name) in enumerate(zip(runs, names, strict=True)) if main_metric(run)]
     if not same_data or len(judged_by) != 1 or len(scored) < 2:
         reason = "they were scored on different eval data" if not same_data else "there is no score that all have"
-        detail = "`lora-ft eval` scores several adapters on the same rows." if len(scored) > 1 else ""
+        detail = "lora-ft eval scores several adapters on the same rows." if len(scored) > 1 else ""
         return {"sentence": f"No winner: {reason}.", "detail": detail, "verdict": ""}, []
     ((set_name, key),) = judged_by  # type: ignore[misc]
     same_base = (
@@ -109,12 +110,14 @@ def _winner(
     metrics = [run.metrics[set_name] for run, *_ in scored]
 
     def difference(i: int, j: int) -> Sequence[float] | None:
-        compared = [of.get(f"{key}{VS_BASE}") for of in (metrics[i], metrics[j])]
-        if same_base and all(compared):
-            a, b = ((of["difference"], of["ci95"]) for of in compared)
-        else:
-            a, b = ((of[key], interval(key, of)) for of in (metrics[i], metrics[j]))
-        return difference_interval(*a, *b) if a[1] and b[1] else None
+        ends: list[tuple[float, Sequence[float] | None]] = [
+            (of[key], interval(key, of)) for of in (metrics[i], metrics[j])
+        ]
+        compared = [entry for of in (metrics[i], metrics[j]) if (entry := of.get(f"{key}{VS_BASE}"))]
+        if same_base and len(compared) == 2:  # what is hard for the base is so for both, and cancels out
+            ends = [(entry["difference"], entry["ci95"]) for entry in compared]
+        (a, a_ends), (b, b_ends) = ends
+        return difference_interval(a, a_ends, b, b_ends) if a_ends and b_ends else None
 
     found = winner(
         key, [(name, of[key]) for (_, name, _), of in zip(scored, metrics, strict=True)], difference, "of the eval rows"
@@ -130,7 +133,7 @@ def _winner(
 def _cell(key: str, metrics: dict) -> dict[str, str]:
     """A metric of a run and how it differs from the base's on the same rows; its own interval if they were not compared."""
     cell, compared = metric_cell(key, metrics), format_difference(key, metrics)
-    return cell | ({"interval": f"base {compared}"} if compared else {})
+    return cell | ({"interval": compared} if compared else {})
 
 
 def _eval_hashes(run: RunData) -> tuple:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 LEFT, RIGHT, TOP, BOTTOM = 52, 428, 12, 216  # of the plot area of a chart
 CHARACTER, HEIGHT, GAP = 7.2, 14, 9  # pixels: a wide average, so that a phone's larger letters fit as well
 MAX_NAME = 24
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,9 @@ class Label:
     leader: str
 
 
-Box = tuple[float, float, float, float]
-
-
-def place_labels(
-    dots: Sequence[tuple[str, float, float] | None], whiskers: Sequence[tuple[float, float, float]] = ()
-) -> list[Label | None]:
-    """A label for each (name, x, y); None for None. whiskers: (x, top, bottom) of what should not be covered either."""
-    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for dot in dots if dot for _, x, y in [dot]]
-    taken += [(x - 3, top, x + 3, bottom) for x, top, bottom in whiskers]
+def place_labels(dots: Sequence[tuple[str, float, float] | None], covered: Sequence[Box] = ()) -> list[Label | None]:
+    """A label for each (name, x, y); None for None. covered: what should stay visible besides the dots."""
+    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for dot in dots if dot for _, x, y in [dot]] + list(covered)
     placed: dict[int, Label] = {}
     for i in sorted((i for i, dot in enumerate(dots) if dot), key=lambda i: dots[i][2]):  # type: ignore[index]
         name, x, y = dots[i]  # type: ignore[misc]
@@ -36,6 +31,16 @@ def place_labels(
         taken.append(box)
         placed[i] = label
     return [placed.get(i) for i in range(len(dots))]
+
+
+def boxes_along(
+    end: tuple[float, float], before: tuple[float, float], count: int = 12, reach: float = 180.0
+) -> list[Box]:
+    """Small boxes over the last part of a straight line, as far as a name beside its end could cover it."""
+    length = max(abs(end[0] - before[0]), abs(end[1] - before[1]), 1.0)
+    steps = [i / count * min(1.0, reach / length) for i in range(1, count + 1)]
+    points = [(end[0] + (before[0] - end[0]) * t, end[1] + (before[1] - end[1]) * t) for t in steps]
+    return [(x - 6, y - 2, x + 6, y + 2) for x, y in points]
 
 
 def _places() -> list[tuple[str, float]]:

@@ -179,14 +179,10 @@ def interval_bars(key: str, title: str, marks: Sequence[Mark]) -> dict[str, Any]
     def position(value: float) -> float:
         return round((value - low) / (high - low), 4)
 
+    names = [shortened(who, MAX_NAME) for who, *_ in marks]
     drawn = [
-        {
-            "who": shortened(who, MAX_NAME),
-            "look": look,
-            "at": position(value),
-            "ends": [position(end) for end in ends or ()],
-        }
-        for who, look, value, ends in marks
+        {"who": name, "look": look, "at": position(value), "ends": [position(end) for end in ends or ()]}
+        for name, (_, look, value, ends) in zip(names, marks, strict=True)
     ]
     scale = [(position(value), without_zeros(format_metric(key, value))) for value in ticks(low, high)]
-    return {"title": title, "marks": drawn, "ticks": scale, "left": 16 + 7 * max(len(mark["who"]) for mark in drawn)}
+    return {"title": title, "marks": drawn, "ticks": scale, "left": 16 + 7 * max(map(len, names))}

@@ -145,13 +145,13 @@ def result_winner(result: dict) -> dict[str, str]:
     """
     set_name, metric = result["metric"]
     scored = [variant for variant in result["variants"] if score_of(variant, set_name, metric)]
-    values = [score_of(variant, set_name, metric)["values"] for variant in scored]
+    values = [variant["metrics"][set_name][metric]["values"] for variant in scored]
     by_seed = [dict(zip(variant.get("runs", {}), of, strict=False)) for variant, of in zip(scored, values, strict=True)]
     several = len(result["seeds"]) > 1
 
     def difference(i: int, j: int) -> Sequence[float] | None:
         if several:
-            differences = [by_seed[i][seed] - by_seed[j][seed] for seed in by_seed[i] if seed in by_seed[j]]
+            differences = [round(by_seed[i][s] - by_seed[j][s], 9) for s in by_seed[i] if s in by_seed[j]]
             if len({*differences}) > 1:
                 return mean_interval(differences)["ci95"]
             return None  # without any spread over the seeds there is nothing to estimate an interval from
