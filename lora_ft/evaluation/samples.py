@@ -83,9 +83,8 @@ def _last_span(labels: list[int]) -> tuple[int, int]:
 
 
 def _to_sentence_end(text: str) -> str:
-    """`text` up to the end of its last sentence, if that is not most of it away; else marked as cut."""
-    end = len(found[0]) if (found := SENTENCE_END.match(text)) else 0
-    return text[:end] if end > len(text) // 3 else f"{text} \u2026"
+    """`text` up to the end of its last complete sentence, else marked as cut."""
+    return found[0] if (found := SENTENCE_END.match(text)) else f"{text} \u2026"
 
 
 def _shortened(text: str) -> str:

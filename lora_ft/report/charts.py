@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-from lora_ft.report.labels import BOTTOM, LEFT, RIGHT, TOP, Label, boxes_along, place_labels
+from lora_ft.report.labels import BOTTOM, CHARACTER, LEFT, RIGHT, TOP, Label, boxes_along, place_labels
 
-WIDTH, HEIGHT = 440, 250
+WIDTH, HEIGHT = 440, 254
 MAX_POINTS = 300  # per line: more than a screen resolves
 RUN_COLOURS = ("#1f6feb", "#c2410c", "#15803d", "#9333ea", "#0e7490", "#be185d", "#a16207", "#4d5761")
 # look -> colour on white paper; style.css has others for dark screens
@@ -121,12 +121,12 @@ def chart(
         drawn.append(Drawn(line.name, line.look, path, dots if line.dots else [], whiskers, summary))
         names.append((line.name, *positions[-1]) if line.named else None)
         ends_of_lines += [(positions[-1], positions[-2])] if len(positions) > 1 else []
-    covered = [(x - 3, top, x + 3, bottom) for line in drawn for x, top, bottom in line.whiskers]
+    covered = [(x - 1, top, x + 1, bottom) for line in drawn for x, top, bottom in line.whiskers]
     covered += [box for at in ends_of_lines for box in boxes_along(*at)]
     labels = place_labels(names, covered)
     drawn = [replace(line, label=label) for line, label in zip(drawn, labels, strict=True)]
     x_values, y_values = (log_ticks if log_x else ticks)(x0, x1), (log_ticks if log_y else ticks)(y0, y1)
-    x_ticks = [(position(x, ys[0])[0], x_format(x)) for x in x_values]
+    x_ticks = _apart([(position(x, ys[0])[0], x_format(x)) for x in x_values])
     y_ticks = [(position(xs[0], y)[1], without_zeros(y_format(y))) for y in y_values]
     note = "logarithmic" if log_y else f"axis from {without_zeros(y_format(y0))}" if y0 else ""
     return Chart(title, x_label, x_ticks, y_ticks, drawn, note)
@@ -151,6 +151,15 @@ def y_range(low: float, high: float, full_scale: float | None = None, from_zero:
         step = second - first
         start, end = math.floor(start / step + 1e-9) * step, math.ceil(end / step - 1e-9) * step
     return round(start, 12) + 0.0, full_scale if full_scale and low >= 0 and end > full_scale else round(end, 12)
+
+
+def _apart(labels: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """The labels of a horizontal axis without those that would touch the one before."""
+    kept: list[tuple[float, str]] = []
+    for x, text in labels:
+        if not kept or x - kept[-1][0] > (len(text) + len(kept[-1][1]) + 1) * CHARACTER / 2:
+            kept.append((x, text))
+    return kept
 
 
 def _with_interval(value: float, ends: Sequence[float] | None, y_format: Callable[[float], str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 428, 12, 216  # of the plot area of a chart
-CHARACTER, HEIGHT, GAP = 7.2, 14, 9  # pixels: a wide average, so that a phone's larger letters fit as well
+CHARACTER, HEIGHT, GAP = 8.2, 16, 9  # pixels, of a phone's larger letters
 MAX_NAME = 24
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -22,12 +22,14 @@ class Label:
 
 def place_labels(dots: Sequence[tuple[str, float, float] | None], covered: Sequence[Box] = ()) -> list[Label | None]:
     """A label for each (name, x, y); None for None. covered: what should stay visible besides the dots."""
-    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for dot in dots if dot for _, x, y in [dot]] + list(covered)
+    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for dot in dots if dot for _, x, y in [dot]]
     placed: dict[int, Label] = {}
     for i in sorted((i for i, dot in enumerate(dots) if dot), key=lambda i: dots[i][2]):  # type: ignore[index]
         name, x, y = dots[i]  # type: ignore[misc]
         text = name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
-        label, box = min((_at(text, x, y, *place) for place in _places()), key=lambda at: _badness(at[1], taken, x, y))
+        label, box = min(
+            (_at(text, x, y, *place) for place in _places()), key=lambda at: _badness(at[1], taken, covered, x, y)
+        )
         taken.append(box)
         placed[i] = label
     return [placed.get(i) for i in range(len(dots))]
@@ -59,12 +61,16 @@ def _at(text: str, x: float, y: float, anchor: str, shift: float) -> tuple[Label
     return Label(text, round(right, 1), round(middle + 4, 1), anchor, leader), box
 
 
-def _badness(box: Box, taken: Sequence[Box], x: float, y: float) -> float:
-    """What is covered, in square pixels, many times what is outside of the plot, and a little for the distance."""
-    covered = sum(
+def _badness(box: Box, taken: Sequence[Box], covered: Sequence[Box], x: float, y: float) -> float:
+    """Square pixels of names and dots covered, ten times, and of the rest; what is outside of the plot; the distance."""
+    outside = sum(max(0.0, excess) for excess in (LEFT - box[0], box[2] - RIGHT - 8, TOP - 8 - box[1], box[3] - BOTTOM))
+    away = abs((box[1] + box[3]) / 2 - y) + abs((box[0] + box[2]) / 2 - x) / 100
+    return 10 * _overlap(box, taken) + _overlap(box, covered) + 100 * outside + away
+
+
+def _overlap(box: Box, others: Sequence[Box]) -> float:
+    return sum(
         max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
         * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
-        for other in taken
+        for other in others
     )
-    outside = sum(max(0.0, excess) for excess in (LEFT - box[0], box[2] - RIGHT - 8, TOP - 8 - box[1], box[3] - BOTTOM))
-    return covered + 100 * outside + abs((box[1] + box[3]) / 2 - y) / 10 + abs((box[0] + box[2]) / 2 - x) / 1000

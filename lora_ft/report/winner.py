@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from lora_ft.core.messages import listed
 from lora_ft.core.metrics import VS_BASE, format_difference, format_metric, metric_of
+from lora_ft.report.confusion import shortened
 
 Ends = Sequence[float]
 
@@ -19,6 +20,7 @@ def winner(
     The best must be better than each other one; this needs no correction for their number, as all have to be exceeded
     (an intersection-union test: Berger 1982, Technometrics 24:295).
     """
+    values = [(shortened(name, 60), value) for name, value in values]
     title, lower = metric_of(key).title, metric_of(key).lower_is_better
     if len(values) < 2:
         return {"sentence": "No winner: there is nothing to compare yet.", "detail": "", "verdict": ""}

@@ -12,6 +12,7 @@ from lora_ft.core.storage import write_json
 from lora_ft.methods.model_card import what_it_is
 from lora_ft.methods.usage import SERVED, method_of, peft_snippet
 from lora_ft.report.comparison import compare_runs
+from lora_ft.report.confusion import shortened
 from lora_ft.report.curves import run_charts
 from lora_ft.report.figures import config_text, data_table, hashes, provenance, run_figures
 from lora_ft.report.render import render, write_page
@@ -59,7 +60,7 @@ def report_page(run: RunData) -> str:
         run=run,
         folder=folder,
         adapter=what_it_is(record),
-        base=portable_name(str(record["base"].get("name"))),
+        base=shortened(portable_name(str(record["base"].get("name"))), 200),
         headline=headline(run),
         results=score_tables(run),
         selection_note=_selection_note(run),

@@ -100,6 +100,7 @@ def harmless(page: Page) -> None:
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in attributes
     assert "url(" not in page.text and "@import" not in page.text
     assert "<script>alert(1)</script><img src=" in page.text
+    assert "\u0301" * 7 not in page.text
     assert not set(page.text) & set(INVISIBLE) - {*"]0;x31m"}
 
 
