@@ -49,6 +49,7 @@ def test_of_one_seed_the_rows_decide():
             variant["vs_base"] = {"": {"accuracy_vs_base": entry}}
         found = result_winner(result)
         assert found["sentence"].startswith(words) and "--seeds" in found["detail"]
+        assert f"Against the base, a has +{100 * ahead:.1f} points" in found["detail"]
     unknown = result_winner(compared("accuracy", a=[0.9], b=[0.1]))
     assert unknown["sentence"].startswith("No winner") and "may be chance" in unknown["detail"]
 
