@@ -29,7 +29,7 @@ def label_words(run: RunData, count: int) -> list[str]:
     """The words of the labels, shortened."""
     names: list[str] = next(iter((run.record["config"]["data"].get("label_names") or {}).values()), [])
     words = [str(names[i]) if i < len(names) else str(i) for i in range(count)]
-    return [shortened(word) for word in words]
+    return [shortened(word) or "(empty)" for word in words]
 
 
 def shortened(word: str, limit: int = MAX_WORD) -> str:
