@@ -164,7 +164,7 @@ def result_winner(result: dict) -> dict[str, str]:
     )
     if not several and len(scored) > 1:
         found["detail"] += " Another seed may turn it: --seeds 0,1,2."
-    against = next((v.get("vs_base", {}).get(set_name, {}) for v in scored if v["name"] == found["best"]), {})
+    against: dict = next((v.get("vs_base", {}).get(set_name, {}) for v in scored if v["name"] == found["best"]), {})
     if compared := format_difference(metric, against):
         found["detail"] += f" Against the base, {found['best']} has {compared}: {verdict(metric, against)}."
     return found
