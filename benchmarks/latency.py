@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from lora_ft import merge
 from lora_ft.commands.compare.command import PAGE, RESULT
-from lora_ft.commands.compare.display import latency_tables, page
+from lora_ft.commands.compare.display import latency_tables
+from lora_ft.commands.compare.page import page
 from lora_ft.core.errors import FilesError
 from lora_ft.core.storage import read_json, write_json
 from lora_ft.methods.interface import METHODS, virtual_ids

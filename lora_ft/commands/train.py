@@ -21,7 +21,9 @@ from lora_ft.distributed import processes
 from lora_ft.distributed.environment import with_accelerate_settings
 from lora_ft.evaluation.evaluate import Evaluator
 from lora_ft.evaluation.samples import generate_samples
+from lora_ft.evaluation.telling_rows import describe_rows
 from lora_ft.evaluation.texts import check_installed
+from lora_ft.methods.usage import SERVED
 from lora_ft.model.device import prepare_device
 from lora_ft.report.runs import evaluation_steps, read_log
 from lora_ft.report.write import write_report
@@ -115,7 +117,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
         seconds = time.perf_counter() - started
         result = saver.load_best(step, last) | {"timings": {"seconds": round(seconds, 1)}}
-        write_report(output, record | result, samples=_samples(setup, max(10.0, 0.05 * seconds)))
+        write_report(output, record | result, samples=_samples(setup, result["metrics"], max(10.0, 0.05 * seconds)))
         saver.finish(result)
         info(f"done in {seconds:.0f} s: {output} holds the adapter of step {step}{_chosen(config, output)}")
         info("\n".join(closing_lines(output, record | result)))
@@ -143,7 +145,7 @@ def closing_lines(output: Path, record: dict) -> list[str]:
     if lines and base:
         lines.insert(0, "base -> adapter on the eval data, the difference and its 95% interval:")
     folder, method = shlex.quote(str(output)), record["config"]["adapter"]["method"]
-    usable = [f"lora-ft generate {folder}"] if method in ("lora", "full") else []  # what `generate` serves
+    usable = [f"lora-ft generate {folder}"] if method in SERVED else []
     usable.append(f"lora-ft merge --adapter {folder}" if method == "lora" else f"lora-ft eval {folder}")
     report = [f"report: {output / REPORT}"] if (output / REPORT).is_file() else []
     return [*lines, *report, "next:   " + "\n        ".join(usable)]
@@ -170,12 +172,19 @@ def _base_scores(setup: RunSetup, evaluate: Evaluator) -> dict:
     return {"base_metrics": metrics, "base_seconds": seconds}
 
 
-def _samples(setup: RunSetup, seconds: float) -> Callable[[], list[dict]] | None:
-    """Makes samples of base and adapter; None where a confusion table says more, or the base is not kept (full)."""
-    first = next(iter(setup.eval_sets.values()), None)
-    if not first or first.label_words or setup.is_sharded or setup.config.adapter.method == "full":
-        return None
-    chat = find_chat(setup.config.data, setup.tokenizer)
-    return partial(
-        generate_samples, setup.model, setup.tokenizer, first, seconds, chat, bool(setup.config.data.messages)
-    )
+def _samples(setup: RunSetup, metrics: dict, seconds: float) -> Callable[[], dict]:
+    """Makes what the report shows of the eval rows: `rows` of classifications that tell something, else `samples`.
+
+    No samples where the base is not kept (full) or the model is sharded.
+    """
+    sets = setup.eval_sets
+    first = next(iter(sets.values()), None)
+
+    def make() -> dict:
+        samples: list[dict] = []
+        if first and not (first.label_words or setup.is_sharded or setup.config.adapter.method == "full"):
+            chat, of_chats = find_chat(setup.config.data, setup.tokenizer), bool(setup.config.data.messages)
+            samples = generate_samples(setup.model, setup.tokenizer, first, seconds, chat, of_chats)
+        return {"samples": samples, "rows": describe_rows(metrics, sets)}
+
+    return make

@@ -1,6 +1,7 @@
 """95% intervals: of a proportion, of a mean, of the difference of two proportions of the same rows. Imports no torch."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 Z = NormalDist().inv_cdf(0.975)
@@ -44,6 +45,14 @@ def newcombe_interval(both: int, only_second: int, only_first: int, neither: int
         return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
 
     return difference - distance(p2 - low2, high1 - p1), difference + distance(high2 - p2, p1 - low1)
+
+
+def difference_interval(a: float, a_ends: Sequence[float], b: float, b_ends: Sequence[float]) -> tuple[float, float]:
+    """Of a - b from an interval of each (MOVER: Zou and Donner 2008, Stat. Med. 27:1693).
+
+    It is exact enough for independent estimates, and too wide for those of the same rows, which vary together.
+    """
+    return a - b - math.hypot(a - a_ends[0], b_ends[1] - b), a - b + math.hypot(a_ends[1] - a, b - b_ends[0])
 
 
 def mcnemar_p(better: int, worse: int) -> float:

@@ -25,6 +25,7 @@ METRICS = {
 }
 VS_BASE = "_vs_base"  # ends the key of a metric's comparison with the base: {difference, ci95, ...}
 TEXT_METRICS = ("bleu", "rouge_l", "exact_match")  # of generated texts; the others come from the model's probabilities
+FULL_SCALE = {"accuracy": 1.0, "macro_f1": 1.0, "bleu": 100.0, "rouge_l": 1.0, "exact_match": 1.0}  # the largest values
 SELECTION_METRICS = tuple(key for key in METRICS if key != "perplexity")  # the values of train.metric_for_best_model
 
 
@@ -39,6 +40,11 @@ def metric_of(key: str) -> Metric:
         if key.endswith(f"_{name}"):
             return Metric(f"{key.removesuffix(f'_{name}')} {metric.title}", metric.format, metric.lower_is_better)
     return Metric(key.replace("_", " "), ".4g")
+
+
+def full_scale(key: str) -> float | None:
+    """The largest value that a metric can have; None for losses."""
+    return next((most for name, most in FULL_SCALE.items() if key == name or key.endswith(f"_{name}")), None)
 
 
 def format_metric(key: str, value: float) -> str:

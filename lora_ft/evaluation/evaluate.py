@@ -15,6 +15,7 @@ from lora_ft.evaluation.kept import base_scores
 from lora_ft.evaluation.paired import Rows, compare_rows
 from lora_ft.evaluation.references import EvalPrompts, eval_prompts
 from lora_ft.evaluation.scoring import confusion_of, macro_f1, score
+from lora_ft.evaluation.telling_rows import telling_rows
 from lora_ft.evaluation.texts import bleu_of, generate_texts, text_metrics
 from lora_ft.methods.interface import bare, virtual_ids
 from lora_ft.nn.attention import Isolation
@@ -93,6 +94,7 @@ class Evaluator:
                 self.base_rows[name], self.base_was_kept = rows, self.base_was_kept and kept
             else:
                 metrics, _, rows = compute()
-                metrics |= compare_with_base(self.base_rows.get(name, {}), rows)
+                of_base = self.base_rows.get(name, {})
+                metrics |= compare_with_base(of_base, rows) | telling_rows(of_base, rows)
             result |= add_set_name(name, metrics)
         return result

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from functools import partial
 
-from lora_ft.core.metrics import add_set_name, format_metric, metric_of, scalars
+from lora_ft.core.intervals import wilson_interval
+from lora_ft.core.metrics import add_set_name, format_metric, full_scale, metric_of, scalars
 from lora_ft.report.charts import Chart, Line, chart, run_look, running_mean
-from lora_ft.report.runs import RunData
+from lora_ft.report.runs import RunData, eval_examples
 
 MAX_METRIC_CHARTS = 8
 COUNT = "{:,.0f}".format
@@ -21,7 +22,7 @@ def run_charts(run: RunData) -> list[Chart]:
         chart("Loss", loss, auto_log=True),
         chart("Learning rate", [Line("", _series(run, "learning_rate"), "mean")], from_zero=True),
         *(
-            _eval_chart(name, [*_base_line(run, name), Line("adapter", _series(run, name), "eval", dots=True)])
+            _eval_chart(name, [*_base_line(run, name), _eval_line(run, name, "adapter", "eval")])
             for name in _eval_keys([run])
             if name != "eval_loss"
         ),
@@ -36,17 +37,23 @@ def comparison_charts(runs: Sequence[RunData], names: Sequence[str]) -> list[Cha
     """The charts that compare runs: one line per run in each."""
     unit, seconds = _time_unit(runs)
 
-    def lines(y: str, x: str = "step", dots: bool = False, mean: bool = False) -> list[Line]:
+    def lines(y: str, x: str = "step", mean: bool = False) -> list[Line]:
         drawn = []
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
             points = _series(run, y, x, seconds if x == "seconds" else 1.0)
-            drawn.append(Line(name, (running_mean(points) if mean else []) or points, run_look(i), dots))
+            drawn.append(Line(name, (running_mean(points) if mean else []) or points, run_look(i)))
         return drawn
+
+    def scores(key: str) -> list[Line]:
+        return [
+            _eval_line(run, key, name, run_look(i), named=True)
+            for i, (run, name) in enumerate(zip(runs, names, strict=True))
+        ]
 
     speed, memory = lines("tokens_per_second", "seconds", mean=True), lines("peak_memory_mb", "seconds")
     charts = [
         chart("Training loss", lines("loss", mean=True), auto_log=True),
-        *(_eval_chart(name, lines(name, dots=True)) for name in _eval_keys(runs)),
+        *(_eval_chart(key, scores(key)) for key in _eval_keys(runs)),
         chart("Learning rate", lines("learning_rate"), from_zero=True),
         chart("Tokens per second", speed, unit, from_zero=True, y_format=COUNT),
         chart("Peak memory so far, MiB", memory, unit, from_zero=True, y_format=COUNT),
@@ -58,7 +65,18 @@ def _eval_chart(name: str, lines: Sequence[Line]) -> Chart | None:
     """The chart of a metric by its key in the log, such as `eval_dev_accuracy`."""
     key = name.removeprefix("eval_")
     y_format, is_loss = partial(format_metric, key), key.endswith("loss")
-    return chart(f"Eval {metric_of(key).title}", lines, y_format=y_format, auto_log=is_loss)
+    title = f"Eval {metric_of(key).title}"
+    return chart(title, lines, y_format=y_format, full_scale=full_scale(key), auto_log=is_loss)
+
+
+def _eval_line(run: RunData, name: str, title: str, look: str, named: bool = False) -> Line:
+    """A metric at each evaluation, by its key in the log; an accuracy with its interval, which the log does not have."""
+    points, set_name = _series(run, name), name.removeprefix("eval_").removesuffix("accuracy").rstrip("_")
+    examples = eval_examples(run.record, set_name) if name.endswith("accuracy") else 0
+    intervals = (
+        {x: wilson_interval(round(y * examples), examples) for x, y in points if 0 <= y <= 1} if examples else {}
+    )
+    return Line(title, points, look, dots=True, intervals=intervals, named=named)
 
 
 def _series(run: RunData, y: str, x: str = "step", per: float = 1.0) -> list[tuple[float, float]]:

@@ -47,18 +47,14 @@ DATA_TITLES = {
     "dropped": "rows dropped: no supervised token left",
     "merged": "examples with a token across the prompt's end",
     "skipped_count": "bad rows skipped",
-    "content": "SHA-256 of the sources",
-    "sha256": "SHA-256 with template, tokenizer and settings",
 }
+HASH_TITLES = {"content": "SHA-256 of the sources", "sha256": "SHA-256 with template, tokenizer and settings"}
 
 
 def data_table(run: RunData) -> dict[str, Any]:
-    """Statistics and hashes of the data: a column for train and for each eval set, a row per figure."""
-    data, config = run.record["data"], run.record["config"].get("data") or {}
-    eval_sets = {f"eval {name}": name for name in eval_set_names(run.record)}
-    sets = {name: of for name, of in data.items() if isinstance(of, dict) and not (eval_sets and name == "eval")}
-    sets |= {title: (data.get("eval") or {}).get(name) or {} for title, name in eval_sets.items()}
-    config = config | {title: config["eval"][name] for title, name in eval_sets.items()}
+    """Statistics of the data: a column for train and for each eval set, a row per figure."""
+    config, sets = run.record["config"].get("data") or {}, _data_sets(run)
+    config = config | {f"eval {name}": config["eval"][name] for name in eval_set_names(run.record)}
     rows = []
     for key, title in DATA_TITLES.items():
         values = [of.get(key) for of in sets.values()]
@@ -69,24 +65,37 @@ def data_table(run: RunData) -> dict[str, Any]:
     return {"names": list(sets), "rows": [("source", sources), *rows], "skipped": skipped}
 
 
+def _data_sets(run: RunData) -> dict[str, dict]:
+    """Title of a set, such as `eval dev`, -> its part of the record."""
+    data, names = run.record["data"], eval_set_names(run.record)
+    sets = {name: of for name, of in data.items() if isinstance(of, dict) and not (names and name == "eval")}
+    return sets | {f"eval {name}": (data.get("eval") or {}).get(name) or {} for name in names}
+
+
 def config_text(config: dict) -> str:
     """A config as YAML."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
 def provenance(run: RunData) -> list[tuple[str, str]]:
-    """Base, tokenizer, seed and versions: what is needed to repeat the run. Each as (title, text)."""
+    """Base, seed and versions: what is needed to repeat the run. Each as (title, text)."""
     record, base = run.record, run.record["base"]
     facts = [
         ("base", base.get("name")),
         ("revision", base.get("revision")),
-        ("fingerprint of its weights", base.get("fingerprint")),
         ("computed in", base.get("dtype")),
-        ("tokenizer", record.get("tokenizer")),
         ("seed", record.get("seed")),
         ("versions", ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items())),
     ]
     return [(title, str(value)) for title, value in facts if value not in (None, "")]
+
+
+def hashes(run: RunData) -> list[tuple[str, str]]:
+    """The hashes by which base, tokenizer and data are recognized. Each as (title, text)."""
+    facts = [("weights of the base", run.record["base"].get("fingerprint")), ("tokenizer", run.record.get("tokenizer"))]
+    for name, of in _data_sets(run).items():
+        facts += [(f"{name}: {title}", of.get(key)) for key, title in HASH_TITLES.items()]
+    return [(title, str(value)) for title, value in facts if value]
 
 
 def differing_settings(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:

@@ -1,5 +1,6 @@
 """Rendering the templates in pages/, and writing what they give. The results have no script and make no request."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from lora_ft.core.storage import write_file
 from lora_ft.core.version import __version__
 from lora_ft.report import charts
 
+# more marks above or below one letter than any language has: they would be drawn over the lines around it
+_MARK = "[\\u0300-\\u036f\\u1ab0-\\u1aff\\u1dc0-\\u1dff\\u20d0-\\u20ff\\ufe20-\\ufe2f]"
+MARKS = re.compile(f"({_MARK}{{6}}){_MARK}+")
+
 
 def render(template: str, **values: Any) -> str:
     """A template of pages/ with these values, all of which are escaped."""
@@ -22,15 +27,15 @@ def render(template: str, **values: Any) -> str:
         undefined=strict,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_without_controls,
+        finalize=_harmless,
     )
     environment.globals |= {"version": __version__, "plot": charts}
     return environment.get_template(template).render(**values)
 
 
-def _without_controls(value: Any) -> Any:
-    """A text for a page, without characters that reverse the text around them; the output of a macro is such text already."""
-    return escape_controls(redact(value)) if type(value) is str else value
+def _harmless(value: Any) -> Any:
+    """A text for a page, without characters that reverse or cover the text around them; a macro's output is such already."""
+    return MARKS.sub("\\1\u2026", escape_controls(redact(value))) if type(value) is str else value
 
 
 def write_page(path: Path, content: str) -> None:

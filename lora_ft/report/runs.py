@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_ft.core import run_folder
@@ -18,6 +18,7 @@ class RunData:
     record: the content of lora_ft.json; of an unfinished run, the newest checkpoint's. step: the step that `metrics` belong
     to. last_step: the last one that was trained, as far as the files show. finished: the folder holds the run's adapter.
     stop_reason: why the run has just ended early. metrics, base_metrics: eval set -> metric -> value; an unnamed set is "".
+    samples, rows: of samples.json, answers to a few eval rows, and rows of classifications, see `describe_rows`.
     """
 
     folder: Path
@@ -30,6 +31,7 @@ class RunData:
     metrics: dict[str, dict]
     base_metrics: dict[str, dict]
     samples: list[dict]
+    rows: list[dict] = field(default_factory=list)
 
 
 def read_run_data(folder: Path, record: dict | None = None, stop_reason: str | None = None) -> RunData:
@@ -62,7 +64,7 @@ def read_run_data(folder: Path, record: dict | None = None, stop_reason: str | N
         last = max([line["step"] for line in log] + [run_folder.step_of(c) for c in checkpoints], default=0)
     step, last = (value if isinstance(value, int) else 0 for value in (step, last))
     own, base = (split_set_name(found, eval_set_names(record)) for found in (metrics, record.get("base_metrics")))
-    return RunData(folder, record, log, step, last, finished, stop_reason, own, base, _read_samples(folder, step))
+    return RunData(folder, record, log, step, last, finished, stop_reason, own, base, *_read_samples(folder, step))
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -106,11 +108,16 @@ def _last_evaluation(checkpoints: list[Path], log: list[dict]) -> tuple[int, dic
     return step, {key.removeprefix("eval_"): value for key, value in lines[-1].items() if key.startswith("eval_")}
 
 
-def _read_samples(folder: Path, step: int) -> list[dict]:
-    """The samples in samples.json, if they are of this step."""
+def eval_examples(record: dict, set_name: str) -> int:
+    """The number of examples of an eval set; 0 if it is unknown."""
+    data = record["data"].get("eval") or {}
+    return int((data.get(set_name) or {} if set_name else data).get("examples") or 0)
+
+
+def _read_samples(folder: Path, step: int) -> tuple[list[dict], list[dict]]:
+    """The samples and rows in samples.json, if they are of this step."""
     path = folder / run_folder.SAMPLES
-    if not run_folder.is_own_report(path):
-        return []
-    content = read_json(path, FilesError)
-    samples = content.get("samples") if content.get("step") == step else None
-    return [s for s in samples if isinstance(s, dict)] if isinstance(samples, list) else []
+    content = read_json(path, FilesError) if run_folder.is_own_report(path) else {}
+    lists = [content.get(key) if content.get("step") == step else None for key in ("samples", "rows")]
+    samples, rows = ([of for of in found if isinstance(of, dict)] if isinstance(found, list) else [] for found in lists)
+    return samples, rows

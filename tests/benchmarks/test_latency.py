@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import latency
-from lora_ft.commands.compare.display import page
+from lora_ft.commands.compare.page import page
 from lora_ft.commands.compare.results import VariantResult
 from lora_ft.commands.compare.variants import Variant
 from lora_ft.commands.train import train

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lora_ft.commands.compare.command import compare_command, parse_seeds
-from lora_ft.commands.compare.display import page, show
+from lora_ft.commands.compare.display import show
+from lora_ft.commands.compare.page import page
 from lora_ft.commands.compare.results import mean_interval, metrics_over_seeds
 from lora_ft.commands.compare.variants import final_config, make_variants, parse_axes, ranking_metric, tuning_config
 from lora_ft.config.load import parse_config

@@ -1,5 +1,6 @@
 """report.html, curves.svg, `lora-ft report`: what they show, that they are harmless, and that no run fails by them."""
 
+import html
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from tests.helpers.tiny import lora_ft as command_line
 from tests.helpers.tiny import python, write_run
 
 HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror=z>"\'&amp;'
+INVISIBLE = "\u202e\u2066\x9b31m\u0085\x1b]0;x\x07"  # reverses text, moves a cursor, sets a title
 CLASSES = ["data.label_names={label: [negative, '" + HOSTILE.replace("'", "''") + "']}", "train.logging_steps=1"]
 
 
@@ -60,7 +62,8 @@ def classified(tmp_path_factory):
 def generated(tmp_path_factory):
     """A run with generated answers, on rows that are meant to break out of the page."""
     folder = write_run(tmp_path_factory.mktemp("generated"))
-    rows = [{"text": f"{i} {HOSTILE}", "label": f"good {HOSTILE}"} for i in range(6)]
+    rows = [{"text": f"{i} {HOSTILE} {INVISIBLE}", "label": f"good {HOSTILE}"} for i in range(6)]
+    rows[1]["text"] += " </div></main></body>" + "<svg onload=\"document.title='ran'\">" + "\u0301" * 300 + "w" * 2000
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(folder, "data.label_names=null", "data.max_length=2000")
     return folder
@@ -97,6 +100,8 @@ def harmless(page: Page) -> None:
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in attributes
     assert "url(" not in page.text and "@import" not in page.text
     assert "<script>alert(1)</script><img src=" in page.text
+    assert "\u0301" * 7 not in page.text
+    assert not set(page.text) & set(INVISIBLE) - {*"]0;x31m"}
 
 
 def test_the_result_comes_first_with_intervals_and_both_confusion_tables(classified):
@@ -105,18 +110,20 @@ def test_the_result_comes_first_with_intervals_and_both_confusion_tables(classif
     for metrics in (about["base_metrics"], about["metrics"]):
         assert f"{metrics['accuracy']:.1%}" in page.text
         assert " to ".join(f"{end:.1%}" for end in metrics["accuracy_ci95"]) in page.text
-    assert (
-        page.text.index("Result")
-        < page.text.index("Curves")
-        < page.text.index("Data")
-        < page.text.index("Complete config")
-    )
+    sections = ["Result", "What changed", "Use it", "Curves", "Data", "Complete config"]
+    assert sections == sorted(sections, key=page.text.index)
     counts = [n for metrics in (about["base_metrics"], about["metrics"]) for row in metrics["confusion"] for n in row]
     assert sum(1 for tag, a in page.tags if tag == "td" and "--share" in (a.get("style") or "")) == len(counts) == 8
     assert about["data"]["train"]["content"] in page.text and about["base"]["fingerprint"] in page.text
     charts = {a["aria-label"].partition(" by ")[0] for _, a in page.tags if "aria-label" in a}
     assert {"Loss", "Learning rate", "Eval accuracy", "Tokens per second", "Peak memory so far, MiB"} <= charts
-    assert not (classified / "out/samples.json").exists()
+    rows = {found["kind"]: found for found in json.loads((classified / "out/samples.json").read_text())["rows"]}
+    split = about["metrics"]["accuracy_vs_base"]
+    assert [rows[kind]["count"] for kind in ("fixed", "broken")] == [split["better"], split["worse"]]
+    assert all(row["prompt"] in page.text for found in rows.values() for row in found["rows"])
+    assert page.text.index("lora-ft generate out") < page.text.index("lora-ft eval out")
+    folded = page.text.index("Hashes of base")
+    assert page.text.index(about["base"]["fingerprint"]) > folded and sum(tag == "details" for tag, _ in page.tags) == 3
 
 
 def test_generated_answers_of_base_and_adapter_are_side_by_side(generated):
@@ -195,7 +202,8 @@ def test_curves_svg_needs_no_other_file(classified):
     drawn = [path for path in drawing.iter(f"{svg}path") if path.get("d") in lines]
     assert len(drawn) == len(lines) > 0 and all(path.get("stroke", "").startswith("#") for path in drawn)
     titles = {a["aria-label"].partition(" by ")[0] for _, a in page.tags if " by " in a.get("aria-label", "")}
-    assert titles <= {text.text.removesuffix(", logarithmic") for text in drawing.iter(f"{svg}text")}
+    texts = [text.text for text in drawing.iter(f"{svg}text")]
+    assert all(any(text.startswith(title) for text in texts) for title in titles)
     assert not [e for e in drawing.iter() if e.tag in (f"{svg}style", f"{svg}script", f"{svg}image")]
 
 
@@ -303,7 +311,9 @@ def test_several_runs_on_one_page(classified, generated, tmp_path):
     assert done.returncode == 0 and done.stdout == "compare-report.html\n", done.stderr
     page = Page(tmp_path / "compare-report.html")
     harmless(page)
-    assert str(classified / "out") in page.text and str(generated / "out") in page.text
+    for folder in (classified, generated):  # without the folders that both share
+        assert f"{folder.name}/out" in page.text and str(folder) not in page.text
+    assert str(classified.parent) in page.text
     assert "data.max_length" in page.text and "adapter.dropout" in page.text and "train.batch_size" not in page.text
     assert "scored on different eval data" in page.text
 
@@ -351,7 +361,7 @@ def test_large_numbers_have_no_exponent_in_any_chart(tmp_path):
     data = RunData(tmp_path, {}, lines, 8, 8, True, None, {}, {}, [])
     for charts in (run_charts(data), comparison_charts([data, data], ["a", "b"])):
         labels = {chart.title: [label for _, label in chart.y_ticks] for chart in charts}
-        assert labels["Tokens per second"][-1] == "10,000" and labels["Peak memory so far, MiB"][-1] == "40,000"
+        assert labels["Tokens per second"][-1] == "15,000" and "40,000" in labels["Peak memory so far, MiB"]
 
 
 def test_a_narrow_logarithmic_axis_has_ticks():
@@ -367,13 +377,16 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.wh
 
 
 @pytest.mark.skipif(not BROWSER, reason="needs chromium on the PATH")
-def test_no_page_is_wider_than_a_phone(classified, generated, tmp_path):
-    """Each page in a frame of 320 pixels; a script outside of it writes the page's width into the title."""
+def test_no_page_is_wider_than_a_phone_or_runs_what_a_row_says(classified, generated, tmp_path):
+    """Each page in a frame of 320 pixels; a script outside of it writes into the title what it finds there."""
     report_command([classified / "out", generated / "out", generated / "out"], tmp_path / "compare.html")
     for page in (classified / "out/report.html", generated / "out/report.html", tmp_path / "compare.html"):
+        looks = (
+            "[d.documentElement.scrollWidth, d.documentElement.clientWidth, d.title, d.body.lastElementChild.tagName]"
+        )
         (tmp_path / "frame.html").write_text(
-            f'<iframe id=f src="file://{page}" width=320 height=800 onload="const d = f.contentDocument.documentElement; '
-            "document.title = d.scrollWidth + ' of ' + d.clientWidth\"></iframe>"
+            f'<iframe id=f src="file://{page}" width=320 height=800 onload="const d = f.contentDocument; '
+            f'document.title = JSON.stringify({looks})"></iframe>'
         )
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
         flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -381,5 +394,7 @@ def test_no_page_is_wider_than_a_phone(classified, generated, tmp_path):
         done = subprocess.run(
             [BROWSER, *flags, f"file://{tmp_path / 'frame.html'}"], capture_output=True, text=True, timeout=60
         )
-        width, _, room = done.stdout.partition("<title>")[2].partition("</title>")[0].partition(" of ")
-        assert room and int(width) <= int(room), (page, done.stdout[:500])
+        found = html.unescape(done.stdout.partition("<title>")[2].partition("</title>")[0])
+        assert found, (page, done.stdout[:500])
+        width, room, title, last = json.loads(found)
+        assert width <= room and title != "ran" and last == "FOOTER", (page, found)

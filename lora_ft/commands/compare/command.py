@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_ft.commands.compare.display import page, show
+from lora_ft.commands.compare.display import show
+from lora_ft.commands.compare.page import page
 from lora_ft.commands.compare.results import VariantResult, base_metrics
 from lora_ft.commands.compare.runs import RunFailed, Runner
 from lora_ft.commands.compare.variants import (

@@ -1,15 +1,19 @@
-"""A comparison in the terminal and as compare.html, both from the content of compare.json. Imports no torch."""
+"""A comparison as tables, from the content of compare.json, and in the terminal. Imports no torch."""
 
-from functools import partial
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich import table as rich_table
 from rich.console import Console
 
+from lora_ft.commands.compare.results import mean_interval
+from lora_ft.core.intervals import difference_interval
 from lora_ft.core.messages import printable
-from lora_ft.core.metrics import format_difference, format_metric, metric_of, verdict
-from lora_ft.report.charts import Chart, Line, chart, run_look
-from lora_ft.report.comparison import Row, Section, Table, comparison_page
-from lora_ft.report.figures import config_text
+from lora_ft.core.metrics import VS_BASE, format_difference, format_metric, metric_of, verdict
+from lora_ft.report.charts import run_look
+from lora_ft.report.comparison import Row, Table
+from lora_ft.report.winner import winner
 
 COSTS = {  # key -> (title, format)
     "trainable_parameters": ("trained", "{:,}".format),
@@ -27,7 +31,9 @@ BASE_TITLE = "first seed against the base, row by row"
 def show(result: dict) -> None:
     """Print the tables on stdout, and which variants were skipped."""
     console = Console(highlight=False, markup=False, emoji=False)
-    scores = [(f"{t.title}: {_seeds(result)}" if t.title else _seeds(result), t) for t in score_tables(result)]
+    scores = [
+        (f"{t.title}: {seeds(result)}" if t.title else seeds(result), t) for t in score_tables(result, format_mean)
+    ]
     latency = [("latency (times the base's)", table) for table in latency_tables(result)]
     against = [(f"{BASE_TITLE}{f', {t.title}' if t.title else ''}", t) for t in base_tables(result)]
     for title, table in [*scores, *against, ("cost", cost_table(result)), *latency]:
@@ -39,49 +45,25 @@ def show(result: dict) -> None:
         for row in table.rows:
             printed.add_row(printable(row.name), *(printable(str(cell)) for cell in row.cells))
         console.print(printed)
+    found = result_winner(result)
+    console.print(f"{printable(found['sentence'], 500)} {printable(found['detail'], 500)}", soft_wrap=True)
     for variant in result["variants"]:
-        if reason := _skipped(variant):
+        if reason := skipped(variant):
             console.print(f"{printable(variant['name'])}: {printable(reason, 500)}", soft_wrap=True)
 
 
-def page(result: dict) -> str:
-    """The HTML of a comparison, finished or not."""
-    scores, latency, tuned = score_tables(result), latency_tables(result), list(result["tuned"])
-    note = f"Scores: {_seeds(result)}. The last step of each run counts: nothing was selected on the eval data."
-    if tuned:
-        steps = f", after {result['tune_steps']} steps" if result["tune_steps"] else ""
-        note += (
-            f" {', '.join(tuned)}: the best for each variant by {metric_of(result['tuning_metric']).title} on a tenth of the"
-            f" training data, held out, with seed {result['seeds'][0]}{steps}."
-        )
-    runs = [Row(variant["name"], list(variant["runs"].values())) for variant in result["variants"] if "runs" in variant]
-    seeds = [f"seed {seed}" for seed in result["seeds"]]
-    sections = [
-        Section("Scores", scores, note=note if scores else "Nothing has been scored yet."),
-        Section(BASE_TITLE.capitalize(), base_tables(result)),
-        Section("Cost", [cost_table(result)]),
-        Section("Inference latency", latency, note="In parentheses: how many times the base's." if latency else ""),
-        Section("Charts", charts=_charts(result)),
-        Section("Tuning", [_tuning_table(result)] if tuned else []),
-        Section("Runs", [Table(seeds, runs, numbers=False)] if runs else []),
-        Section("Config", text=config_text(result["config"])),
-    ]
-    varied = "; ".join(f"{key}: {', '.join(values)}" for key, values in result["varied"].items())
-    return comparison_page(f"{len(result['variants'])} variants compared", sections, varied)
-
-
-def score_tables(result: dict) -> list[Table]:
-    """A table per eval set: base and variants, the settings that were tuned, and the metrics' means."""
+def score_tables(result: dict, mean_cell: Callable[[str, dict | None], Any]) -> list[Table]:
+    """A table per eval set: base and variants, the settings that were tuned, and the metrics' means as `mean_cell` has them."""
     tables, tuned = [], list(result["tuned"])
-    for name, keys in _metric_keys(result).items():
+    for name, keys in metric_keys(result).items():
         rows = []
         if base := result["base"].get(name):
             scores = [format_metric(key, base[key]) if key in base else "" for key in keys]
             rows.append(Row("base", [*("" for _ in tuned), *scores], "base"))
         for i, variant in enumerate(result["variants"]):
-            scores = [format_mean(key, _score(variant, name, key)) for key in keys]
+            scores = [mean_cell(key, score_of(variant, name, key)) for key in keys]
             cells = [variant["tuned"].get(key, "") for key in tuned] + scores
-            rows.append(Row(variant["name"], cells, run_look(i), _skipped(variant)))
+            rows.append(Row(variant["name"], cells, run_look(i), "skipped" if skipped(variant) else ""))
         columns = [key.rpartition(".")[2] for key in tuned] + [metric_of(key).title for key in keys]
         tables.append(Table(columns, rows, name))
     return tables
@@ -90,7 +72,7 @@ def score_tables(result: dict) -> list[Table]:
 def base_tables(result: dict) -> list[Table]:
     """A table per eval set: how each variant's first run differs from the base in the ranking metric, with its interval."""
     metric, tables = result["metric"][1], []
-    for name in _metric_keys(result):
+    for name in metric_keys(result):
         rows = []
         for i, variant in enumerate(result["variants"]):
             of = variant.get("vs_base", {}).get(name, {})
@@ -134,7 +116,7 @@ def format_mean(key: str, entry: dict | None) -> str:
     return f"{mean} ± {100 * half:.1f}" if mean.endswith("%") else f"{mean} ± {half:.2g}"
 
 
-def _tuning_table(result: dict) -> Table:
+def tuning_table(result: dict) -> Table:
     """A row per variant and point of the tuning grid."""
     key, rows = result["tuning_metric"], []
     for variant in result["variants"]:
@@ -146,58 +128,59 @@ def _tuning_table(result: dict) -> Table:
     return Table(["tried", f"{metric_of(key).title}, held out"], rows, numbers=False)
 
 
-def _charts(result: dict) -> list[Chart]:
-    """The ranking metric against numeric settings and costs, and against itself on the other eval sets."""
-    (set_name, metric), variants, charts = result["metric"], result["variants"], []
-    title, y_format = metric_of(metric).title, partial(format_metric, metric)
-
-    def add(what: str, x_label: str, xs: list[float | None], y_set: str = set_name, **axis) -> None:
-        lines = []
-        for i, (variant, x) in enumerate(zip(variants, xs, strict=True)):
-            if x is not None and (y := _score(variant, y_set, metric)):
-                lines.append(Line(variant["name"], [(x, y["mean"])], run_look(i), dots=True))
-                lines.append(Line("", [(x, end) for end in y.get("ci95", ())], run_look(i)))
-        charts.append(chart(what, lines, x_label, y_format=y_format, **axis))
-
-    for key in result["varied"]:
-        add(f"{title} by {key}", key, [_number(variant["settings"].get(key)) for variant in variants], log_x=True)
-    parameters = [variant.get("trainable_parameters") for variant in variants]
-    add(f"{title} by trained parameters", "trained parameters", parameters, log_x=True)
-    add(f"{title} by peak memory", "MiB", [variant.get("peak_memory_mb") for variant in variants])
-    add(f"{title} by time per step", "seconds", [variant.get("seconds_per_step") for variant in variants])
-    latency = [variant.get("latency", {}).get("adapter", {}).get("token_ms") for variant in variants]
-    add(f"{title} by latency of a new token", "ms", latency)
-    own = [y["mean"] if (y := _score(variant, set_name, metric)) else None for variant in variants]
-    label = f"{title} on {set_name}"
-    for other in [name for name in _metric_keys(result) if name != set_name]:
-        add(f"{title} on {other} by {label}", label, own, other, x_format=y_format)
-    return [c for c in charts if c]
-
-
-def _metric_keys(result: dict) -> dict[str, list[str]]:
-    """Eval set -> the metrics of any variant, without perplexity, which shows nothing that the loss does not."""
+def metric_keys(result: dict) -> dict[str, list[str]]:
+    """Eval set -> the metrics of any variant, losses last; no perplexity, which shows nothing that the loss does not."""
     keys: dict[str, dict[str, None]] = {}
     for variant in result["variants"]:
         for name, metrics in variant.get("metrics", {}).items():
             keys.setdefault(name, {}).update(dict.fromkeys(key for key in metrics if key != "perplexity"))
-    return {name: list(of) for name, of in keys.items()}
+    return {name: sorted(of, key=lambda key: key.endswith("loss")) for name, of in keys.items()}
 
 
-def _score(variant: dict, set_name: str, metric: str) -> dict | None:
+def result_winner(result: dict) -> dict[str, str]:
+    """Which variant has won by the ranking metric, in words: of `winner`.
+
+    Of several seeds, the difference of two variants is that of the runs with the same seed. Of one, it is of the eval rows,
+    from the comparisons of both with the base.
+    """
+    set_name, metric = result["metric"]
+    scored = [variant for variant in result["variants"] if score_of(variant, set_name, metric)]
+    values = [variant["metrics"][set_name][metric]["values"] for variant in scored]
+    by_seed = [dict(zip(variant.get("runs", {}), of, strict=False)) for variant, of in zip(scored, values, strict=True)]
+    several = len(result["seeds"]) > 1
+
+    def difference(i: int, j: int) -> Sequence[float] | None:
+        if several:
+            differences = [round(by_seed[i][s] - by_seed[j][s], 9) for s in by_seed[i] if s in by_seed[j]]
+            if len({*differences}) > 1:
+                return mean_interval(differences)["ci95"]
+            return None  # without any spread over the seeds there is nothing to estimate an interval from
+        a, b = (scored[k].get("vs_base", {}).get(set_name, {}).get(metric + VS_BASE) for k in (i, j))
+        return difference_interval(a["difference"], a["ci95"], b["difference"], b["ci95"]) if a and b else None
+
+    basis = f"over {len(result['seeds'])} seeds, on these eval rows" if several else "of the eval rows, with one seed"
+    found = winner(
+        metric, [(v["name"], statistics.mean(of)) for v, of in zip(scored, values, strict=True)], difference, basis
+    )
+    if not several and len(scored) > 1:
+        found["detail"] += " Another seed may turn it: --seeds 0,1,2."
+    against: dict = next((v.get("vs_base", {}).get(set_name, {}) for v in scored if v["name"] == found["best"]), {})
+    if compared := format_difference(metric, against):
+        found["detail"] += f" Against the base, {found['best']} has {compared}: {verdict(metric, against)}."
+    return found
+
+
+def score_of(variant: dict, set_name: str, metric: str) -> dict | None:
+    """A metric of a variant: mean, values and interval over the seeds."""
     return variant.get("metrics", {}).get(set_name, {}).get(metric)
 
 
-def _seeds(result: dict) -> str:
-    seeds = len(result["seeds"])
-    return f"mean of {seeds} seeds ± half its 95% interval" if seeds > 1 else "one seed, so no interval"
+def seeds(result: dict) -> str:
+    """What the scores are, in words."""
+    count = len(result["seeds"])
+    return f"mean of {count} seeds ± half its 95% interval" if count > 1 else "one seed, so no interval"
 
 
-def _skipped(variant: dict) -> str:
+def skipped(variant: dict) -> str:
+    """Why a variant was left out, or ""."""
     return f"skipped: {variant['refused']}" if variant.get("refused") else ""
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text or "")
-    except ValueError:
-        return None
