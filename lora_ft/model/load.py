@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lora_ft.core.errors import ConfigError, ModelError, UserError, is_out_of_memory
-from lora_ft.core.messages import announce_if_slow, info, listed, printable
+from lora_ft.core.messages import info, listed, printable, working
 from lora_ft.model.config_files import CONFIGS, MOST_MODULES, SMALL_LIMIT, absurd_count, check_config_files, damage
 from lora_ft.model.files import Base, digest
 from lora_ft.model.generate import position_limit
@@ -96,7 +96,7 @@ def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTraine
     # shapes of another kind are named below
     options = {"dtype": loaded_dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     integers: list[str] = []
-    with _as_model_error(base, "can't be loaded"), announce_if_slow(f"loading {base.name}"):
+    with _as_model_error(base, "can't be loaded"), working(f"loading {base.name}", in_pipes=True):
         if base.gguf:  # transformers would apply an adapter that is beside it
             model, loading = AutoModelForCausalLM.from_pretrained(
                 base.folder, adapter_kwargs={"subfolder": "no adapter"}, **options, **_options(base)
