@@ -90,7 +90,9 @@ def printable(text: str, limit: int = 200, keep: str = "") -> str:
 
 
 def info(message: str) -> None:
-    """Print a message, of one or more lines, on stderr; on a terminal broken between words. Where that is on a full disk, the command still does its work.
+    """Print a message, of one or more lines, on stderr; on a terminal broken between words.
+
+    Where that is on a full disk, the command still does its work.
 
     Raises:
         BrokenPipeError: nobody reads it any more.
@@ -133,6 +135,15 @@ def first_line(error: BaseException) -> str:
 def listed(names: Sequence[str], most: int = 10) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def format_bytes(number: float) -> str:
+    """Bytes in a readable unit: 12 KiB, 1.5 MiB, 1,234 MiB, 12.3 GiB."""
+    if number >= 10 * 2**30:
+        return f"{number / 2**30:,.1f} GiB"
+    if number < 2**20:
+        return f"{-(-number // 2**10):,.0f} KiB"
+    return f"{number / 2**20:,.0f} MiB" if number >= 100 * 2**20 else f"{number / 2**20:,.1f} MiB"
 
 
 def format_value(value: Any) -> str:

@@ -54,7 +54,8 @@ def _wrapped_line(line: str, width: int) -> list[str]:
         return [line]
     indent = line[: len(line) - len(line.lstrip())] + "  "
     if found := COMMAND.search(line):
-        text, lines = line[: found.start()].rstrip(), []
+        text = line[: found.start()].rstrip()
+        lines: list[str] = []
         try:
             words = [shlex.quote(word) for word in shlex.split(found[0])]
         except ValueError:  # a quote that is left open
@@ -85,7 +86,9 @@ class Activity:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.tasks: list[tuple[str | None, float]] = []  # (what, since when), the innermost last; None: nothing is drawn
+        self.tasks: list[
+            tuple[str | None, float]
+        ] = []  # (what, since when), the innermost last; None: nothing is drawn
         self.written, self.at_line_start, self.drawn = 0.0, True, False
         self.stop = threading.Event()
         os.register_at_fork(after_in_child=self._forget)

@@ -15,13 +15,11 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # sp
 
 
 class ProgressBar(TrainerCallback):
-    """A line per tenth of the run, with loss, tokens per second and time left, and one per evaluation; on a terminal a bar too."""
+    """A line per tenth of the run and one per evaluation; on a terminal a bar too."""
 
     def on_train_begin(self, args, state, control, **_):
         # disable=None: shown on a terminal only
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", bar_format=BAR, disable=None
-        )
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", bar_format=BAR, disable=None)
         self.first_step = self.printed_step = state.global_step
         self.started = time.perf_counter()
 
