@@ -25,6 +25,8 @@ def init(
     task: Annotated[str | None, Option(help="chat, classification, completion or text. Default: inferred.")] = None,
     output: Annotated[str | None, Option(metavar="FOLDER", help="The folder for the adapter. Default: out.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing config file.")] = False,
+    remote_code: RemoteCode = False,
+    pickles: Pickles = False,
 ) -> None:
     """Write a config for a model and data; prompt for the rest.
 
@@ -33,7 +35,7 @@ def init(
     silence_libraries()
     from lora_ft.commands.init.command import create_config
 
-    create_config(config, model, data, task, output, overwrite, eval)
+    create_config(config, model, data, task, output, overwrite, eval, Trust(remote_code, pickles))
 
 
 @command
@@ -144,8 +146,7 @@ def compare(
         Path | None, Option(metavar="DIR", help="The folder for all runs. Default: the config's output with -compare.")
     ] = None,
     as_json: AsJson = False,
-    remote_code: RemoteCode = False,
-    pickles: Pickles = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Train variants of a config and compare the results.
 
@@ -166,5 +167,5 @@ def compare(
         output=output,
         overrides=set or (),
         as_json=as_json,
-        trust=Trust(remote_code, pickles),
+        trust=trust,
     )

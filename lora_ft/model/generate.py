@@ -59,7 +59,7 @@ def generate(
     """
     config = copy.deepcopy(config)
     config.eos_token_id, config.max_length = sorted(ends) or None, None
-    config.pad_token_id = min(ends, default=0)  # any id will do: padding is masked
+    config.pad_token_id = 0  # any id that has an embedding will do: padding is masked
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), config.pad_token_id)  # (prompts, longest)
     mask = torch.zeros_like(ids)

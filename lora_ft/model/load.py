@@ -41,6 +41,10 @@ def load_model_config(base: Base) -> PretrainedConfig:
         raise ModelError(f"model {base.name}: {count}; the limit is {MOST_MODULES:,}. Copy the file again.")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {base.name}: {config.model_type} is an encoder-decoder, not a causal language model.")
+    for part in (config, config.get_text_config()):
+        padding, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(padding, int) and isinstance(size, int) and not 0 <= padding < size:
+            part.pad_token_id = None  # -1, say: torch refuses an id that has no embedding, and padding is not used
     return config
 
 

@@ -101,9 +101,9 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
             with working("estimating the memory"):
                 _inspect_memory(result, result.model, result.plan)
         if time and not result.errors:
-            with result.collect_errors():  # such as weights of NaN
-                with working("timing three steps and a part of an evaluation"):
-                    result.timing = time_steps(setup)
+            task = "timing three steps and a part of an evaluation"
+            with result.collect_errors(), working(task):  # errors such as weights of NaN
+                result.timing = time_steps(setup)
     return result
 
 

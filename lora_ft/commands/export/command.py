@@ -82,14 +82,12 @@ def export_command(
         if trained.method != "lora":
             raise ModelError(f"{folder}: of method {trained.method}; only LoRA is exported. {OTHERS[trained.method]}")
         adapter, files = read_adapter(trained), trained.base(base, trust)
-        check_base(trained.record, files, trust.other_base)
-        if to == "peft":
-            export_peft(adapter, files, target)
-        elif merged:
+        if merged:
             trained.check(files, load_tokenizer(files), trust.other_base)
             export_model_gguf(files, target, dtype, adapter, verify)
         else:
-            export_lora_gguf(adapter, files, target, dtype)
+            check_base(trained.record, files, trust.other_base)
+            export_peft(adapter, files, target) if to == "peft" else export_lora_gguf(adapter, files, target, dtype)
     if push:
         echo(f"pushed to {hub.push(push, hub.uploads(target, kind, published_name(files.name)), public)}")
 
