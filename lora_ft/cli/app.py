@@ -128,9 +128,9 @@ def lora_ft(
     """Fine-tune causal language models with LoRA from one YAML file.
 
     \b
-    lora-ft train configs/quickstart.yaml      writes the adapter to out/
-    lora-ft eval                               compares it with the base
-    lora-ft merge --adapter out                writes a plain model to out-merged/
+    lora-ft train configs/quickstart.yaml    writes the adapter to out/quickstart
+    lora-ft eval out/quickstart              compares it with the base
+    lora-ft merge --adapter out/quickstart   writes a plain model beside it
     """
 
 

@@ -15,7 +15,7 @@ from lora_ft.core.trust import NO_TRUST, Trust
 
 @command
 def init(
-    config: Annotated[Path, Argument(metavar="[CONFIG]", help="The config file to write.")] = Path("config.yaml"),
+    config: Annotated[Path, Argument(metavar="CONFIG", help="The config file to write.")] = Path("config.yaml"),
     model: Annotated[str | None, Option(metavar="NAME", help="The base model: hub id, folder or .gguf file.")] = None,
     data: Annotated[
         list[str] | None,
@@ -30,7 +30,8 @@ def init(
 ) -> None:
     """Write a config for a model and data; prompt for the rest.
 
-    Example: lora-ft init --model gpt2 --data reviews.csv
+    Example: lora-ft init --model models/smollm2-135m-instruct \\
+                 --data data/reviews_train.jsonl
     """
     silence_libraries()
     from lora_ft.commands.init.command import create_config

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_ft.core.messages import working
 from lora_ft.nn.adapted import eval_mode
 
 
@@ -101,7 +102,7 @@ def generate_in_batches(
     generated: dict[int, Generated] = {}
     gpus = [model.device] if model.device.type == "cuda" else []
     bar = tqdm(total=len(prompts), desc="generating", unit="prompts", leave=False, delay=2, disable=None)
-    with bar, torch.random.fork_rng(gpus):
+    with bar, working("generating"), torch.random.fork_rng(gpus):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = longest_first[start : start + batch_size]
