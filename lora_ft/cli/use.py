@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from lora_ft.cli.app import AsJson, BaseName, Set, command
+from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import silence_libraries
 from lora_ft.core.trust import NO_TRUST, Trust
 
@@ -120,10 +121,11 @@ def generate(
 
 @command
 def merge(
-    adapter: Annotated[Path, Option(metavar="DIR", help="The adapter or checkpoint.")],
+    folder: Annotated[Path | None, Argument(metavar="FOLDER", help="The adapter or checkpoint. Default: out.")] = None,
+    adapter: Annotated[Path | None, Option(metavar="DIR", help="The same, as an option.")] = None,
     base: BaseName = None,
     output: Annotated[
-        Path | None, Option(metavar="DIR", help="The merged model's folder. Default: DIR-merged.")
+        Path | None, Option(metavar="DIR", help="The merged model's folder. Default: FOLDER-merged.")
     ] = None,
     verify: Verify = True,
     trust: Trust = NO_TRUST,
@@ -132,10 +134,12 @@ def merge(
 
     Example: lora-ft merge --adapter out/quickstart
     """
+    if folder and adapter:
+        raise ConfigError("FOLDER and --adapter: give only one")
     silence_libraries()
     from lora_ft.commands.merge import merge_command
 
-    merge_command(adapter, base=base, output=output, verify=verify, trust=trust)
+    merge_command(folder or adapter or Path("out"), base=base, output=output, verify=verify, trust=trust)
 
 
 @command

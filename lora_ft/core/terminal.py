@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lora_ft.core.ranks import rank
+
 QUIET_SECONDS = 0.7  # after which a terminal shows what is being done
 COMMAND = re.compile(r"(?:(?<=^)|(?<=\s))lora-ft [^,`]+$")  # a command that ends its line, to be copied
 
@@ -86,16 +88,15 @@ class Activity:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.tasks: list[
-            tuple[str | None, float]
-        ] = []  # (what, since when), the innermost last; None: nothing is drawn
-        self.written, self.at_line_start, self.drawn = 0.0, True, False
+        # (what, since when), the innermost last; None: nothing is drawn
+        self.tasks: list[tuple[str | None, float]] = []
+        self.written, self.at_line_start, self.drawn = 0.0, True, ""
         self.stop = threading.Event()
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
         """In a fork there is no thread, and nobody who would release the lock."""
-        self.lock, self.tasks, self.drawn = threading.RLock(), [], False
+        self.lock, self.tasks, self.drawn = threading.RLock(), [], ""
 
     def write(self, stream: Any, text: str) -> None:
         """Write text of a command to a terminal, in the place of what is drawn."""
@@ -109,7 +110,6 @@ class Activity:
     def erase(self) -> None:
         """Take away what is drawn."""
         if self.drawn:
-            self.drawn = False
             self._draw("")
 
     def run(self) -> None:
@@ -119,13 +119,13 @@ class Activity:
                 now = time.monotonic()
                 what, since = self.tasks[-1] if self.tasks else (None, now)
                 if what and self.at_line_start and now - self.written >= QUIET_SECONDS:
-                    self.drawn = True
                     self._draw(f"{what[: (columns(sys.stderr) or 80) - 12]}: {now - since:.0f} s")
 
     def _draw(self, text: str) -> None:
-        stream = getattr(sys.stderr, "stream", sys.stderr)
-        stream.write(f"\r{text}\x1b[K")
-        stream.flush()
+        if text != self.drawn:
+            self.drawn, stream = text, getattr(sys.stderr, "stream", sys.stderr)
+            stream.write(f"\r{text}\x1b[K")
+            stream.flush()
 
 
 ACTIVITY = Activity()
@@ -133,8 +133,8 @@ ACTIVITY = Activity()
 
 @contextmanager
 def shown_activity() -> Iterator[None]:
-    """Draw what `ACTIVITY.tasks` says while a command runs, if stderr is a terminal that can."""
-    if not can_draw(sys.stderr):
+    """Draw what `ACTIVITY.tasks` says while a command runs, if stderr is a terminal that can; of several processes in one."""
+    if rank() != 0 or not can_draw(sys.stderr):
         yield
         return
     ACTIVITY.stop.clear()
