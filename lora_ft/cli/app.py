@@ -14,9 +14,10 @@ from typer import Argument, Option
 from lora_ft.cli.exits import report_error
 from lora_ft.cli.streams import open_streams, unwritable, use_utf8
 from lora_ft.core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, ConfigError, FilesError
-from lora_ft.core.messages import SafeStream, info
+from lora_ft.core.messages import SafeStream, info, working
 from lora_ft.core.ranks import rank
 from lora_ft.core.signals import Stopped, Stopper
+from lora_ft.core.terminal import shown_activity
 from lora_ft.core.trust import Trust
 from lora_ft.core.version import __version__
 
@@ -81,7 +82,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             check_surroundings()
             if rank() != 0 and function.__name__ != "train":
                 return  # under a launcher only rank 0 runs the commands that need one process
-            with Stopper():
+            with Stopper(), shown_activity(), working(f"lora-ft {function.__name__}: working"):
                 function(**options)
                 sys.stdout.flush()
         except Exception as error:
@@ -127,9 +128,9 @@ def lora_ft(
     """Fine-tune causal language models with LoRA from one YAML file.
 
     \b
-    lora-ft train configs/quickstart.yaml      writes the adapter to out/
-    lora-ft eval                               compares it with the base
-    lora-ft merge --adapter out                writes a plain model to out-merged/
+    lora-ft train configs/quickstart.yaml    writes the adapter to out/quickstart
+    lora-ft eval out/quickstart              compares it with the base
+    lora-ft merge --adapter out/quickstart   writes a plain model beside it
     """
 
 

@@ -15,7 +15,7 @@ from lora_ft.core.trust import NO_TRUST, Trust
 
 @command
 def init(
-    config: Annotated[Path, Argument(metavar="[CONFIG]", help="The config file to write.")] = Path("config.yaml"),
+    config: Annotated[Path, Argument(metavar="CONFIG", help="The config file to write.")] = Path("config.yaml"),
     model: Annotated[str | None, Option(metavar="NAME", help="The base model: hub id, folder or .gguf file.")] = None,
     data: Annotated[
         list[str] | None,
@@ -25,15 +25,18 @@ def init(
     task: Annotated[str | None, Option(help="chat, classification, completion or text. Default: inferred.")] = None,
     output: Annotated[str | None, Option(metavar="FOLDER", help="The folder for the adapter. Default: out.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing config file.")] = False,
+    remote_code: RemoteCode = False,
+    pickles: Pickles = False,
 ) -> None:
     """Write a config for a model and data; prompt for the rest.
 
-    Example: lora-ft init --model gpt2 --data reviews.csv
+    Example: lora-ft init --model models/smollm2-135m-instruct \\
+                 --data data/reviews_train.jsonl
     """
     silence_libraries()
     from lora_ft.commands.init.command import create_config
 
-    create_config(config, model, data, task, output, overwrite, eval)
+    create_config(config, model, data, task, output, overwrite, eval, Trust(remote_code, pickles))
 
 
 @command
@@ -144,8 +147,7 @@ def compare(
         Path | None, Option(metavar="DIR", help="The folder for all runs. Default: the config's output with -compare.")
     ] = None,
     as_json: AsJson = False,
-    remote_code: RemoteCode = False,
-    pickles: Pickles = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Train variants of a config and compare the results.
 
@@ -166,5 +168,5 @@ def compare(
         output=output,
         overrides=set or (),
         as_json=as_json,
-        trust=Trust(remote_code, pickles),
+        trust=trust,
     )

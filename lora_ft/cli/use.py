@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from lora_ft.cli.app import AsJson, BaseName, Set, command
+from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import silence_libraries
 from lora_ft.core.trust import NO_TRUST, Trust
 
@@ -18,7 +19,7 @@ Verify = Annotated[
 def eval(
     folders: Annotated[
         list[Path] | None,
-        Argument(metavar="[FOLDER]...", help="Adapters of one base, a checkpoint or a merged model. Default: out."),
+        Argument(metavar="FOLDER", help="Adapters of one base, a checkpoint or a merged model. Default: out."),
     ] = None,
     config: Annotated[Path | None, Option(help="The config, if the adapter has no lora_ft.json.")] = None,
     data: Annotated[str | None, Option(metavar="SOURCE", help="Data. Default: the run's eval data.")] = None,
@@ -35,7 +36,7 @@ def eval(
 ) -> None:
     """Score adapters and their base, or a merged model.
 
-    Example: lora-ft eval out --data reviews-test.jsonl --json
+    Example: lora-ft eval out/quickstart --data data/reviews_eval.jsonl --json
     """
     if config:  # report its errors before torch is imported; the record provides the rest of it later
         from lora_ft.config.load import NOT_TRAINING, load_config
@@ -61,7 +62,7 @@ def eval(
 def generate(
     folders: Annotated[
         list[Path] | None,
-        Argument(metavar="[FOLDER]...", help="Adapters of one base, or a complete model. Default: out."),
+        Argument(metavar="FOLDER", help="Adapters of one base, or a complete model. Default: out."),
     ] = None,
     adapter: Annotated[
         list[str] | None, Option(metavar="NAME=DIR", help="An adapter and its name; repeatable, the first is active.")
@@ -95,8 +96,9 @@ def generate(
 
     With --base and no adapter, the base model itself answers.
 
-    Example: lora-ft generate out --prompt "The best film of the year"
-             lora-ft generate --adapter a=out/a --adapter b=out/b --prompts p.jsonl
+    Example: lora-ft generate out/quickstart --prompt "It helped at once."
+             lora-ft generate --adapter reviews=out/quickstart \\
+                 --prompts data/reviews_eval.jsonl
     """
     silence_libraries()
     from lora_ft.commands.generate.command import generate_command
@@ -123,22 +125,25 @@ def generate(
 
 @command
 def merge(
-    adapter: Annotated[Path, Option(metavar="DIR", help="The adapter or checkpoint.")],
+    folder: Annotated[Path | None, Argument(metavar="FOLDER", help="The adapter or checkpoint. Default: out.")] = None,
+    adapter: Annotated[Path | None, Option(metavar="DIR", help="The same, as an option.")] = None,
     base: BaseName = None,
     output: Annotated[
-        Path | None, Option(metavar="DIR", help="The merged model's folder. Default: DIR-merged.")
+        Path | None, Option(metavar="DIR", help="The merged model's folder. Default: FOLDER-merged.")
     ] = None,
     verify: Verify = True,
     trust: Trust = NO_TRUST,
 ) -> None:
     """Merge an adapter into its base and verify the result.
 
-    Example: lora-ft merge --base gpt2 --adapter out/
+    Example: lora-ft merge --adapter out/quickstart
     """
+    if folder and adapter:
+        raise ConfigError("FOLDER and --adapter: give only one")
     silence_libraries()
     from lora_ft.commands.merge import merge_command
 
-    merge_command(adapter, base=base, output=output, verify=verify, trust=trust)
+    merge_command(folder or adapter or Path("out"), base=base, output=output, verify=verify, trust=trust)
 
 
 @command
@@ -162,7 +167,7 @@ def export(
 ) -> None:
     """Convert an adapter for PEFT, vLLM or llama.cpp, or upload it.
 
-    Example: lora-ft export out --to gguf
+    Example: lora-ft export out/quickstart --to gguf
     """
     silence_libraries()
     from lora_ft.commands.export.command import export_command
@@ -184,7 +189,7 @@ def export(
 @command
 def report(
     folders: Annotated[
-        list[Path] | None, Argument(metavar="[OUT ...]", help="Output folders of runs, finished or not. Default: out.")
+        list[Path] | None, Argument(metavar="OUT", help="Output folders of runs, finished or not. Default: out.")
     ] = None,
     output: Annotated[
         Path | None, Option(metavar="FILE", help="Default: OUT/report.html, or compare-report.html for several runs.")
@@ -192,7 +197,7 @@ def report(
 ) -> None:
     """Regenerate a run's report.html, or compare runs on one page.
 
-    Example: lora-ft report out/rank8 out/rank16
+    Example: lora-ft report out/quickstart
     """
     from lora_ft.report.write import report_command
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lora_ft.core.terminal import ACTIVITY, can_draw, columns, doing, is_terminal, wrapped
+
 # control characters but \t and \n, C1, and those that end lines or change the direction of text
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 SEQUENCE = re.compile(r"(\x1b\[[0-9;?]*[A-Za-z]|\r)")  # by which rich and tqdm draw on a terminal
@@ -43,16 +45,22 @@ class SafeStream:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
+    def isatty(self) -> bool:
+        """Whether bars and colours can be drawn."""
+        return can_draw(self.stream)
+
     def write(self, text: str) -> int:
         """Write escaped text; returns the number of characters given."""
-        parts = SEQUENCE.split(redact(text)) if self.stream.isatty() else [redact(text)]
-        self.stream.write("".join(part if i % 2 else escape_controls(part) for i, part in enumerate(parts)))
+        drawn = self.isatty()
+        parts = SEQUENCE.split(redact(text)) if drawn else [redact(text)]
+        safe = "".join(part if i % 2 else escape_controls(part) for i, part in enumerate(parts))
+        ACTIVITY.write(self.stream, safe) if drawn else self.stream.write(safe)
         return len(text)
 
 
 def echo(text: object) -> None:
-    """Print a result, of one or more lines, on stdout."""
-    print(escape_controls(str(text)), flush=True)
+    """Print a result, of one or more lines, on stdout; on a terminal broken between words."""
+    print(wrapped(escape_controls(str(text)), columns(sys.stdout)), flush=True)
 
 
 def echo_json(obj: object) -> None:
@@ -82,14 +90,16 @@ def printable(text: str, limit: int = 200, keep: str = "") -> str:
 
 
 def info(message: str) -> None:
-    """Print a message, of one or more lines, on stderr. Where that is on a full disk, the command still does its work.
+    """Print a message, of one or more lines, on stderr; on a terminal broken between words.
+
+    Where that is on a full disk, the command still does its work.
 
     Raises:
         BrokenPipeError: nobody reads it any more.
     """
     text = "\n".join(printable(line, 2000) for line in message.split("\n"))
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(wrapped(text, columns(sys.stderr)), file=sys.stderr, flush=True)
     except BrokenPipeError:
         raise
     except OSError:
@@ -102,9 +112,13 @@ def warn(message: str) -> None:
 
 
 @contextmanager
-def announce_if_slow(what: str, seconds: float = 1.5) -> Iterator[None]:
-    """Print what is being done if it takes longer than this."""
-    timer = threading.Timer(seconds, info, [f"{what} ..."])
+def working(what: str, in_pipes: bool = False) -> Iterator[None]:
+    """Say what is being done if it takes long: drawn on a terminal, else as a line where a person or, `in_pipes`, a log is."""
+    if can_draw(sys.stderr) or not (in_pipes or is_terminal(sys.stderr)):
+        with doing(what):
+            yield
+        return
+    timer = threading.Timer(1.5, info, [f"{what} ..."])
     timer.daemon = True
     timer.start()
     try:
@@ -121,6 +135,15 @@ def first_line(error: BaseException) -> str:
 def listed(names: Sequence[str], most: int = 10) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def format_bytes(number: float) -> str:
+    """Bytes in a readable unit: 12 KiB, 1.5 MiB, 1,234 MiB, 12.3 GiB."""
+    if number >= 10 * 2**30:
+        return f"{number / 2**30:,.1f} GiB"
+    if number < 2**20:
+        return f"{-(-number // 2**10):,.0f} KiB"
+    return f"{number / 2**20:,.0f} MiB" if number >= 100 * 2**20 else f"{number / 2**20:,.1f} MiB"
 
 
 def format_value(value: Any) -> str:

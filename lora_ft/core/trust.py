@@ -10,5 +10,14 @@ class Trust(NamedTuple):
     pickles: bool = False  # read pickled weights through torch's weights_only loader (`--allow-pickle`)
     other_base: bool = False  # use an adapter on a base it was not trained on, with a warning (`--other-base`)
 
+    def options(self) -> list[str]:
+        """The options that give these permissions."""
+        flags = {
+            "--trust-remote-code": self.remote_code,
+            "--allow-pickle": self.pickles,
+            "--other-base": self.other_base,
+        }
+        return [flag for flag, given in flags.items() if given]
+
 
 NO_TRUST = Trust()

@@ -15,6 +15,7 @@ from lora_ft.core import machine
 from lora_ft.core.errors import EXIT_BUG, ConfigError
 from lora_ft.core.messages import info
 from lora_ft.core.ranks import world_size
+from lora_ft.core.terminal import doing
 
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE")  # a launcher sets them for the processes it starts
 
@@ -54,7 +55,8 @@ def launch(processes: int, arguments: list[str], entry_point: Callable[[], None]
         start_method="spawn",
     )
     try:
-        elastic_launch(settings, _run)(entry_point, arguments)
+        with doing(None):  # rank 0 has the terminal
+            elastic_launch(settings, _run)(entry_point, arguments)
     except SignalException as e:
         return 128 + e.sigval
     except ChildFailedError as e:

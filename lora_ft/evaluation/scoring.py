@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lora_ft.core.errors import NumbersError
 from lora_ft.core.intervals import wilson_interval
+from lora_ft.core.messages import working
 from lora_ft.data.batches import EMPTY_EXAMPLE, UNSHARDED, RowPacking, Shard, split_evenly
 from lora_ft.distributed import processes
 from lora_ft.evaluation.paired import Rows
@@ -117,7 +118,7 @@ def score(
     )  # of each example: nats, tokens, label, predicted; 0 where another rank has them
     block = 256 * shard.world_size  # examples sorted by length at a time: well-filled rows in constant memory
     bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=None)
-    with eval_mode(model), bar:
+    with eval_mode(model), bar, working("evaluating"):
         for start in range(0, len(dataset), block):
             lengths = [len(ids) for ids in dataset[start : start + block]["input_ids"]]
             places = [start + i for i in split_evenly(lengths, shard.world_size)[shard.rank]]
@@ -138,16 +139,14 @@ def score(
                         values[places[query.example], :2] = -sum(logprobs), len(logprobs)
                     else:
                         choice_logprobs[query.example][query.choice] = sum(logprobs)
+                bar.update(sum(sequences[i][0].choice < 0 for i in row))  # an example has one sequence with its loss
             for place, example, found in zip(places, examples, choice_logprobs, strict=True):
                 if found:
                     values[place, 2:] = example["label"], max(range(len(found)), key=found.__getitem__)
             for _ in range(max(processes.all_gather(len(rows))) - len(rows) if shard.padded else 0):
-                list(
-                    _log_probabilities(
-                        model, isolation, [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]], packing.share
-                    )
-                )
-            bar.update(len(lengths))
+                empty = [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]]
+                list(_log_probabilities(model, isolation, empty, packing.share))
+            bar.update(start + len(lengths) - bar.n)  # those of other ranks
     if shard.world_size > 1:
         totals = torch.from_numpy(values).to(model.device)
         processes.all_reduce_sum([totals])

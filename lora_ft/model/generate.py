@@ -14,7 +14,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTok
 from transformers.cache_utils import DynamicLayer
 
 from lora_ft.core.errors import ModelError, is_out_of_memory
-from lora_ft.core.messages import first_line
+from lora_ft.core.messages import first_line, working
 from lora_ft.model.device import random_states, set_random_states
 from lora_ft.nn.adapted import eval_mode
 from lora_ft.nn.attention import has_windows
@@ -71,7 +71,7 @@ def generate(
     """
     config = copy.deepcopy(config)
     config.eos_token_id, config.max_length = sorted(ends) or None, None
-    config.pad_token_id = min(ends, default=0)  # any id will do: padding is masked
+    config.pad_token_id = 0  # any id that has an embedding will do: padding is masked
     longest, shared = max(map(len, prompts)), len(begun.ids) if begun else 0
     ids = torch.full((len(prompts), longest), config.pad_token_id)  # (prompts, longest)
     mask = torch.zeros_like(ids)
@@ -165,7 +165,7 @@ def generate_in_batches(
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # running out of memory shows at once
     generated: dict[int, Generated] = {}
     bar = tqdm(total=len(prompts), desc="generating", unit="prompts", leave=False, delay=2, disable=None)
-    with bar, _own_random_states():
+    with bar, working("generating"), _own_random_states():
         torch.manual_seed(seed)
         begun: Begun | None = None
         for start in range(0, len(prompts), batch_size):

@@ -23,7 +23,7 @@ HUB_TIMEOUT_SECONDS = 10
 IGNORED_FILES = ["*/*", "consolidated*"]  # folders of other formats, and a second copy of the weights
 OFFLINE_HINT = (
     "Point HF_HOME at a cache that has it, or use a local folder: --set model.name=FOLDER "
-    "(--base FOLDER for eval and merge)."
+    "(--base FOLDER for an adapter)."
 )
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lora_ft.core.errors import ConfigError, ModelError, UserError, is_out_of_memory
-from lora_ft.core.messages import announce_if_slow, info, listed, printable
+from lora_ft.core.messages import info, listed, printable, working
 from lora_ft.model.config_files import CONFIGS, MOST_MODULES, SMALL_LIMIT, absurd_count, check_config_files, damage
 from lora_ft.model.device import computes
 from lora_ft.model.files import Base, digest
@@ -42,6 +42,10 @@ def load_model_config(base: Base) -> PretrainedConfig:
         raise ModelError(f"model {base.name}: {count}; the limit is {MOST_MODULES:,}. Copy the file again.")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {base.name}: {config.model_type} is an encoder-decoder, not a causal language model.")
+    for part in (config, config.get_text_config()):
+        padding, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(padding, int) and isinstance(size, int) and not 0 <= padding < size:
+            part.pad_token_id = None  # -1, say: torch refuses an id that has no embedding, and padding is not used
     return config
 
 
@@ -94,7 +98,7 @@ def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTraine
     """
     config = load_model_config(base)
     options = {"dtype": dtype_of(base, dtype, device)}
-    with announce_if_slow(f"loading {base.name}"):
+    with working(f"loading {base.name}", in_pipes=True):
         model = _load(base, config, options)
     if base.gguf:  # dequantized while loading, so it is an ordinary model from here on
         del model.hf_quantizer, model.config.quantization_config

@@ -50,7 +50,8 @@ def read_run_data(folder: Path, record: dict | None = None, stop_reason: str | N
             raise ModelError(f"{folder}: is a merged model and holds no run. Give the output folder of a run.")
     elif record is None:
         if not checkpoints:
-            raise ModelError(f"{folder}: holds no run. Give the output folder of one: lora-ft report OUT.")
+            problem = "holds no run" if folder.is_dir() else "no such folder"
+            raise ModelError(f"{folder}: {problem}. Give the output folder of one: lora-ft report OUT.")
         path = checkpoints[-1] / run_folder.RECORD
         record = (run_folder.read_record(checkpoints[-1], FilesError) or {}) | {"kind": "unfinished"}
     for name in ("config", "base", "data"):

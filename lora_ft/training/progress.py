@@ -14,16 +14,15 @@ from lora_ft.core.errors import FilesError
 from lora_ft.core.messages import info
 from lora_ft.core.metrics import format_metrics
 
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # speed is in the lines
+
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss, tokens per second and time left; without a terminal, a line per tenth of the run.
-
-    An evaluation prints a line in both cases.
-    """
+    """A line per tenth of the run and one per evaluation; on a terminal a bar too."""
 
     def on_train_begin(self, args, state, control, **_):
         # disable=None: shown on a terminal only
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", bar_format=BAR, disable=None)
         self.first_step = self.printed_step = state.global_step
         self.started = time.perf_counter()
 
@@ -33,18 +32,21 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in logs:
             return
-        status = f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:.0f} tokens/s"
-        self.bar.set_postfix_str(status)
-        if self.bar.disable and state.global_step - self.printed_step >= state.max_steps / 10:
+        loss = f"loss {logs['loss']:.4f}"
+        self.bar.set_postfix_str(loss)
+        if state.global_step - self.printed_step >= state.max_steps / 10:
             self.printed_step = state.global_step
             seconds_per_step = (time.perf_counter() - self.started) / (state.global_step - self.first_step)
             left = tqdm.format_interval(seconds_per_step * (state.max_steps - state.global_step))
-            info(f"step {state.global_step} of {state.max_steps}: {status}, {left} left")
+            self._line(state, f": {loss}, {logs['tokens_per_second']:.0f} tokens/s, {left} left")
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
         scores = format_metrics({key.removeprefix("eval_"): value for key, value in metrics.items()})
+        self._line(state, f", eval: {scores}")
+
+    def _line(self, state, text: str) -> None:
         self.bar.clear()
-        info(f"step {state.global_step} of {state.max_steps}, eval: {scores}")
+        info(f"step {state.global_step} of {state.max_steps}{text}")
         self.bar.refresh()
 
     def on_train_end(self, args, state, control, **_):

@@ -36,7 +36,7 @@ def test_version():
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["tran"], ["train"], ["merge"], ["check", "c.yaml", "--sett", "x=1"], ["merge", "a", "b"]),
+        *(["tran"], ["train"], ["check", "c.yaml", "--sett", "x=1"], ["merge", "a", "b"]),
         *(["generate", "--seed", str(2**64)], ["export", "out", "--to", "onnx"]),
     ],
 )
@@ -58,6 +58,7 @@ def test_a_missing_config_and_contradicting_options():
     result = run("train", "none.yaml")
     assert result.returncode == 2 and result.stderr.startswith("none.yaml: no such file")
     assert run("train", "none.yaml", "--resume", "--overwrite").returncode == 2
+    assert run("merge", "a", "--adapter", "b").stderr == "FOLDER and --adapter: give only one\n"
 
 
 def test_an_empty_shape_is_a_config_error():
@@ -181,6 +182,7 @@ def test_options_reach_the_commands(monkeypatch, tmp_path):
     assert options["overrides"] == ["data.max_length=9"] and options["config_path"] is None
     (folder,), options = call("eval", "out-merged", "--config", str(path), "--base", "b", "--other-base")
     assert list(map(str, folder)) == ["out-merged"] and options["config_path"] == path and options["trust"].other_base
+    assert str(call("merge")[0][0]) == "out" and str(call("merge", "a")[0][0]) == "a"
     (folder,), options = call("merge", "--adapter", "out/", "--base", "gpt2", "--no-verify")
     assert str(folder) == "out" and options == {
         **{

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 
 from lora_ft.cli.app import app
 from lora_ft.commands import env
 from lora_ft.config.docs import reference, schema_text
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
 
 
@@ -25,6 +29,30 @@ def test_every_command_has_an_example_that_fits_a_terminal():
         name, text = command.name or command.callback.__name__, command.callback.__doc__
         assert f"Example: lora-ft {name}" in text, name
         assert all(len(line.strip()) <= 78 for line in text.splitlines()), name
+
+
+def examples() -> list[list[str]]:
+    """The words of every example in the help, as a shell splits them."""
+    found = []
+    for command in app.registered_commands:
+        _, _, text = (command.callback.__doc__ or "").replace("\\\n", " ").partition("Example:")
+        found += [shlex.split(line.partition("lora-ft ")[2]) for line in text.splitlines() if "lora-ft " in line]
+    return found
+
+
+def test_examples_are_those_of_a_fresh_clone():
+    """Their options exist, and their files: of the repository, of `make assets`, or of the examples before."""
+    made = {"config.yaml": "init", "out/quickstart": "train", "reviews=out/quickstart": "train"}
+    made |= dict.fromkeys(["lora-ft.schema.json", "env.txt"], "schema")
+    group = typer.main.get_command(app)
+    for name, *words in examples():
+        command = words[: words.index(">")] if ">" in words else words
+        context = group.commands[name].make_context(name, list(command))  # exits for an option that does not exist
+        assert not context.args
+        for word in words:
+            if "/" in word and not word.startswith(("data/", "models/")):
+                assert word in made or (ROOT / word).is_file(), word
+    assert len(examples()) >= len(app.registered_commands)
 
 
 def test_summaries_fit_their_line_of_the_help():

@@ -172,13 +172,14 @@ def test_a_merged_model_in_the_home_folder_keeps_the_template_of_its_run(here, t
     assert row["prompt"] == reviewed(GOOD) and row["answer"] == " positive"
 
 
-def test_gpt2_without_a_padding_token(tmp_path, capsys):
-    base = write_base(tmp_path / "base", "gpt2")
+@pytest.mark.parametrize("ids", [{}, {"pad_token_id": 99_999, "eos_token_id": -1}])
+def test_padding_and_end_ids_that_are_none_or_in_no_vocabulary(tmp_path, capsys, ids):
+    base = write_base(tmp_path / "base", "gpt2" if not ids else "llama")
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
         settings = json.loads((base / name).read_text())
         for key in ("pad_token", "pad_token_id"):
             settings.pop(key, None)
-        (base / name).write_text(json.dumps(settings))
+        (base / name).write_text(json.dumps(settings | (ids if name != "tokenizer_config.json" else {})))
     assert AutoTokenizer.from_pretrained(base).pad_token is None
     (tmp_path / "p.txt").write_text(f"{GOOD}\n{GOOD} and it is a bad film\n")
     one, two = rows(capsys, base=str(base), prompts=str(tmp_path / "p.txt"), max_new_tokens=5)
@@ -253,7 +254,7 @@ def test_invalid_options(here, capsys, folders, options, error, message):
 
 def test_an_adapter_of_another_base_is_refused(here, tmp_path, capsys):
     other = write_base(tmp_path / "other", seed=5)
-    with pytest.raises(ModelError, match="adapter talk: base .*fingerprint"):
+    with pytest.raises(ModelError, match="^base .*fingerprint"):
         generate(capsys, adapters=["talk=talk"], base=str(other), prompt="x")
     assert generate(capsys, adapters=["talk=talk"], base=str(other), prompt="x", trust=Trust(other_base=True))
 
@@ -383,7 +384,7 @@ def test_a_chat_in_a_terminal(here):
         os.execvpe(command[0], command, os.environ | {"COLUMNS": "60", "TERM": "xterm", "NO_COLOR": "1"})
     screen = ""
 
-    def until(text: str, seconds: float = 60) -> None:
+    def until(text: str, seconds: float = 150) -> None:
         nonlocal screen
         end = time.monotonic() + seconds
         while text not in screen:

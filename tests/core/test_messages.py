@@ -24,7 +24,8 @@ def test_controls_are_escaped_and_text_is_not():
     assert through(HOSTILE) == shown
 
 
-def test_a_terminal_gets_colours_and_bars():
+def test_a_terminal_gets_colours_and_bars(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     assert through("\r\x1b[A\x1b[32mok\x1b[0m\n", terminal=True) == "\r\x1b[A\x1b[32mok\x1b[0m\n"
     assert through("\x1b]0;title\x07\x9b2J\u202e", terminal=True) == r"\x1b]0;title\x07\x9b2J\u202e"
     assert through("\r\x1b[A") == r"\r\x1b[A"

@@ -7,7 +7,6 @@ the values of the weights show (`--time` loads them). The exit code is that of t
 from dataclasses import asdict
 
 import numpy as np
-import yaml
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -15,11 +14,12 @@ from lora_ft.commands.check import display, warnings
 from lora_ft.commands.check.chats import chat_turns
 from lora_ft.commands.check.inspect import Inspection, inspect_run
 from lora_ft.config.schema import Config
-from lora_ft.core.messages import echo_json, printable
+from lora_ft.core.messages import echo_json, format_bytes, printable
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import column_array, reports
 from lora_ft.methods.lora.files import bytes_on_disk
 from lora_ft.methods.lora.inject import lora_layers, trainable
+from lora_ft.report.figures import format_duration
 
 EXAMPLES_SHOWN = 2
 PLACES = {"cuda": "in this GPU's allocator", "mps": "which this Mac's CPU and GPU share"}
@@ -81,32 +81,32 @@ def sizes(model: PreTrainedModel, method: str) -> dict:
 
 
 def show(result: Inspection) -> None:
-    """Print the result for people."""
+    """Print the result for people: what to look at first, the settings that nobody gave last."""
     out, setup, config = display.console(), result.setup, result.setup.config
-    out.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=76).rstrip())
+    for warning in result.warnings:
+        display.paragraph(out, f"warning: {warning}", "yellow")
     if result.has_data:
         show_data(result, out)
     if result.model:
         numbers = sizes(result.model, config.adapter.method)
         parts = f"{numbers['trainable_parameters']:,} of {numbers['parameters']:,} parameters"
-        share, file = numbers["trainable_share"], display.size(numbers["adapter_bytes"])
+        share, file = numbers["trainable_share"], format_bytes(numbers["adapter_bytes"])
         trained = f"  trainable: {parts} ({share:.2%}); {file} on disk"
         lines = [*display.target_lines(lora_layers(result.model)), trained]
         display.section(out, f"{config.adapter.method}: {result.adapted}", lines)
     if result.memory:
         where = PLACES.get(setup.device, "on this CPU")
-        lines = [f"  {part:<12}{display.size(value):>12}" for part, value in asdict(result.memory).items()]
+        lines = [f"  {part:<12}{format_bytes(value):>12}" for part, value in asdict(result.memory).items()]
         display.section(out, f"memory that training needs, {where}", lines)
     if result.plan:
         steps = f"steps: {len(result.plan):,} of {config.train.batch_size} examples"
-        if result.timing:
-            display.section(out, steps, result.timing.lines())
-        else:
-            display.section(out, f"{steps} (--time: how long they take)")
-    if result.warnings:
-        out.print()
-    for warning in result.warnings:
-        display.paragraph(out, f"warning: {warning}", "yellow")
+        lines = result.timing.lines() if result.timing else []
+        if result.seconds and not result.timing:
+            texts = ", without the texts that are generated" if config.train.predict_with_generate else ""
+            rough = f"roughly {format_duration(result.seconds)}{texts}, by the speed of this CPU's matrix products"
+            lines = [f"  {rough} (--time measures it)"]
+        display.section(out, steps if lines else f"{steps} (--time: how long they take)", lines)
+    display.section(out, "settings", display.settings_lines(config))
 
 
 def show_data(result: Inspection, out: Console) -> None:
@@ -115,15 +115,16 @@ def show_data(result: Inspection, out: Console) -> None:
     display.section(out, "data")
     for name, examples in {"train": train, **{f"eval {n}".strip(): e for n, e in setup.eval_sets.items()}}.items():
         display.paragraph(out, f"  {name}: {examples.report.summary()}")
-    out.print(
+    display.paragraph(
+        out,
         f"  supervised: {train.report.supervised / train.report.tokens:.1%} of the tokens; an end token is learned in "
-        f"{result.ends_learned:,} of {len(train.dataset):,}"
+        f"{result.ends_learned:,} of {len(train.dataset):,}",
     )
     for kind, (count, supervised) in train.report.turns.items():
-        out.print(f"  turns: {printable(kind)}: {count:,}, supervised {supervised:,}")
+        display.paragraph(out, f"  turns: {printable(kind)}: {count:,}, supervised {supervised:,}")
     if train.report.turn_ends:
         ends = ", ".join(f"{printable(end) or 'no token'} {count:,}" for end, count in train.report.turn_ends.items())
-        out.print(f"  supervised turns end in: {ends}")
+        display.paragraph(out, f"  supervised turns end in: {ends}")
     bars = display.histogram_lines(display.histogram(warnings.lengths(train), max_length), out.encoding)
     display.section(out, f"tokens per example, before truncation to max_length {max_length}", bars)
     truncated = np.flatnonzero(column_array(train.dataset, "truncated")[EXAMPLES_SHOWN:]) + EXAMPLES_SHOWN

@@ -2,23 +2,30 @@
 
 import itertools
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import yaml
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from lora_ft.config.schema import Config
 from lora_ft.core.messages import escape_controls, printable
+from lora_ft.core.terminal import columns
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear
 
 WIDTH, BINS = 79, 8
+SHOWN_START, SHOWN_END = 320, 160  # characters of a longer part of an example: its first and its last
+SHOWN_LINES = 24  # of an example
 
 
 def console() -> Console:
-    """A console that leaves wrapping to the terminal, so that piped output stays as it is."""
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    """A console that breaks lines between words on a terminal, and not in a pipe."""
+    piped = columns(sys.stdout) is None
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=piped, width=columns(sys.stdout))
 
 
 def section(out: Console, title: str, lines: Iterable[str | Text] = ()) -> None:
@@ -34,6 +41,25 @@ def paragraph(out: Console, text: str, style: str = "") -> None:
         escape_controls(text), WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
     out.print("\n".join(lines), style=style)
+
+
+def settings_lines(config: Config) -> list[str]:
+    """The settings that the config gives, as YAML, and below them the defaults of all others, a paragraph per section."""
+    everything = config.model_dump(mode="json")
+    given = {name: value for name, value in config.model_dump(mode="json", exclude_unset=True).items() if value != {}}
+    lines = [_yaml(given, default_flow_style=False), "defaults of the others"]
+    for section, value in everything.items():
+        own = given.get(section, {})
+        rest = {k: v for k, v in value.items() if k not in own} if isinstance(value, dict) else value
+        if rest != {} and (section not in given or isinstance(value, dict)):
+            text = _yaml({section: rest}, default_flow_style=True, width=10_000).strip()[1:-1]
+            lines += textwrap.wrap(f"  {text}", WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+    return lines
+
+
+def _yaml(settings: Mapping, **layout: object) -> str:
+    options: dict = {"sort_keys": False, "allow_unicode": True, "width": WIDTH - 12, **layout}
+    return textwrap.indent(yaml.safe_dump(settings, **options).rstrip(), "  ")
 
 
 def histogram(lengths: np.ndarray, max_length: int) -> list[tuple[int, int | None, int]]:
@@ -64,7 +90,7 @@ def marks(encoding: str) -> tuple[str, str]:
 def highlight_supervised(
     example: Mapping, tokenizer: PreTrainedTokenizerBase, encoding: str, turns: Sequence[tuple[str, int]] = ()
 ) -> list[Text]:
-    """An example after template, truncation and masking; supervised tokens are green and between marks.
+    """An example after template, truncation and masking, shortened; supervised tokens are green and between marks.
 
     turns: the kind of each turn of a chat and where it starts in the text; each is shown below a line with its kind and, if
     it is supervised, the token that it ends in.
@@ -89,7 +115,7 @@ def highlight_supervised(
             if not supervised:  # no blank lines between turns
                 part = part.lstrip("\n") if start in starts else part
                 part = part.rstrip("\n") if end in starts else part
-            escaped = "\n".join(printable(line, 100_000) for line in part.split("\n"))
+            escaped = "\n".join(printable(line, 100_000) for line in shortened(part).split("\n"))
             style = "bold green" if supervised else ""
             text.append(f"{left}{escaped}{right}" if supervised and escaped else escaped, style=style)
         if supervised and turns:
@@ -97,7 +123,18 @@ def highlight_supervised(
                 f", supervised, ends in {printable(tokenizer.convert_ids_to_tokens(ids[-1]))}", style="green"
             )
         position += len(piece)
-    return [*lines, text]
+    lines.append(text)
+    if len(lines) > SHOWN_LINES:
+        lines[SHOWN_LINES // 2 : -SHOWN_LINES // 2] = [Text(f"  ... {len(lines) - SHOWN_LINES} more lines ...")]
+    return lines
+
+
+def shortened(text: str) -> str:
+    """A long text's start and end, broken between words, and how much is between them."""
+    if len(text) <= SHOWN_START + SHOWN_END + 40:
+        return text
+    start, end = text[:SHOWN_START].rsplit(maxsplit=1)[0], text[-SHOWN_END:].split(maxsplit=1)[-1]
+    return f"{start} [... {len(text) - len(start) - len(end):,} characters ...] {end}"
 
 
 def target_lines(layers: Mapping[str, LoRALinear]) -> list[str]:
@@ -120,10 +157,3 @@ def spans(numbers: Sequence[int]) -> str:
     groups = itertools.groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
     runs = [[n for _, n in run] for _, run in groups]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def size(number: float) -> str:
-    """Bytes in a readable unit: 1,234 MiB, 12.3 GiB."""
-    if number >= 10 * 2**30:
-        return f"{number / 2**30:,.1f} GiB"
-    return f"{number / 2**20:,.0f} MiB" if number >= 100 * 2**20 else f"{number / 2**20:,.1f} MiB"

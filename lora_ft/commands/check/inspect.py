@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from lora_ft.commands.check import display, warnings
+from lora_ft.commands.check import warnings
+from lora_ft.commands.check.forecast import forecast
 from lora_ft.commands.check.memory import Memory, estimate, largest_rows, moments_of
 from lora_ft.commands.check.timing import Timing, time_steps
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError, UserError
 from lora_ft.core.machine import resident_memory
+from lora_ft.core.messages import format_bytes, working
 from lora_ft.core.trust import Trust
 from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.evaluation.references import eval_prompts
@@ -37,6 +39,7 @@ class Inspection:
     adapted: str = ""  # what of it is adapted, in words
     plan: StepPlan | None = None
     memory: Memory | None = None
+    seconds: float | None = None  # a forecast of the run, see `forecast`
     timing: Timing | None = None
     ends_learned: int = 0  # training examples that end in a supervised end token
     in_common: dict[str, int] = field(default_factory=dict)  # eval set -> its examples that are also training examples
@@ -96,10 +99,13 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
         with result.collect_errors():
             for examples in setup.eval_sets.values() if config.train.predict_with_generate else ():
                 eval_prompts(result.model, setup.tokenizer, examples, config)
+        result.seconds = forecast(setup, result.model, result.plan)
         if "arguments" in vars(setup):
-            _inspect_memory(result, result.model, result.plan)
+            with working("estimating the memory"):
+                _inspect_memory(result, result.model, result.plan)
         if time and not result.errors:
-            with result.collect_errors():  # such as weights of NaN
+            task = "timing three steps and a part of an evaluation"
+            with result.collect_errors(), working(task):  # errors such as weights of NaN
                 result.timing = time_steps(setup)
     return result
 
@@ -130,6 +136,6 @@ def _inspect_memory(result: Inspection, model: PreTrainedModel, plan: StepPlan) 
     free = free_memory(device) + (0 if device == "cuda" else resident_memory())
     if result.memory.total > free:
         result.warnings.append(
-            f"memory: training needs {display.size(result.memory.total)}, and {display.size(free)} are free. Lower "
+            f"memory: training needs {format_bytes(result.memory.total)}, and {format_bytes(free)} are free. Lower "
             "train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing or model.dtype: bfloat16."
         )

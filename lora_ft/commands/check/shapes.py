@@ -15,7 +15,7 @@ from lora_ft.commands.check.command import sizes
 from lora_ft.commands.check.memory import Row, estimate
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError, ModelError
-from lora_ft.core.messages import echo_json
+from lora_ft.core.messages import echo_json, format_bytes
 from lora_ft.core.paths import local_path
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora import method as lora
@@ -88,7 +88,7 @@ def show(facts: dict, adapted: PreTrainedModel, rank: int) -> None:
     """Print the facts for people, LoRA and full fine-tuning side by side."""
     out = display.console()
     trained = f"{facts['trainable_parameters']:,} trainable ({facts['trainable_share']:.4%})"
-    ranks = f"  rank {rank}: {trained}, {display.size(facts['adapter_bytes'])} on disk"
+    ranks = f"  rank {rank}: {trained}, {format_bytes(facts['adapter_bytes'])} on disk"
     title = f"{facts['shape']}: {facts['base_parameters']:,} parameters, {facts['dtype']}"
     display.section(out, title, [*display.target_lines(lora_layers(adapted)), ranks])
     title = f"GPU memory, rows of {facts['row_tokens']:,} tokens, Adam"
@@ -99,7 +99,7 @@ def show(facts: dict, adapted: PreTrainedModel, rank: int) -> None:
     for name, value in facts["memory"]["lora"].items():
         full_value = facts["memory"]["full"][name]
         if value or full_value:
-            table.add_row(names.get(name, name), display.size(value), display.size(full_value))
+            table.add_row(names.get(name, name), format_bytes(value), format_bytes(full_value))
     out.print()
     out.print(table)
     out.print("Full fine-tuning trains float32 weights: 16 bytes each, with gradient and Adam's two moments.")

@@ -1,13 +1,16 @@
-"""How long a run will take: two real steps are timed after a warm-up, and part of an evaluation; nothing is written."""
+"""How long a run will take: two real steps are timed after a warm-up, and a part of an evaluation; nothing is written."""
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lora_ft.core.paths import temporary_folder
+from lora_ft.data.examples import Examples
+from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.scoring import score
+from lora_ft.evaluation.texts import generate_texts
 from lora_ft.methods.interface import virtual_ids
 from lora_ft.model.device import peak_memory_mb
 from lora_ft.report.figures import format_duration
@@ -57,15 +60,34 @@ def time_steps(setup: RunSetup) -> Timing:
         )
         trainer.train_from(None)
     speed = sum(timed[i]["tokens"] for i in range(WARM_UP, len(timed))) / (clock[-1] - clock[WARM_UP - 1])
-    evaluations, evaluating = 0, 0.0
-    if setup.eval_sets:
-        every = settings.eval_steps if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * len(complete))
-        evaluations = settings.evaluate_base + math.ceil(len(complete) / every)  # the last step is always evaluated
+    evaluations, evaluating = evaluations_of(setup, len(complete)), 0.0
     for examples in setup.eval_sets.values():
         some = examples.with_prefix(prefix).dataset.select(range(min(SCORED, len(examples.dataset))))
         started = time.perf_counter()
         score(model, some, isolation, setup.packing)
         share = int(np.sum(some["tokens"])) / examples.report.tokens
         evaluating += evaluations * (time.perf_counter() - started) / share
+        if settings.predict_with_generate:
+            evaluating += evaluations * _seconds_generating(setup, examples, prefix)
     training = setup.train_set.report.tokens * len(complete) / complete.steps_per_epoch / speed
     return Timing(speed, training, evaluating, evaluations, peak_memory_mb(setup.device))
+
+
+def evaluations_of(setup: RunSetup, steps: int) -> int:
+    """How often a run scores its eval sets: the base, at the start, after every interval and the last step."""
+    if not setup.eval_sets:
+        return 0
+    settings, trainer = setup.config.train, setup.config.trainer
+    every = int(settings.eval_steps) if settings.eval_steps >= 1 else math.ceil(settings.eval_steps * steps)
+    after = {step for step in range(every, steps + 1, every) if step >= (trainer.eval_delay or 0)} | {steps}
+    return settings.evaluate_base + bool(trainer.eval_on_start) + len(after)
+
+
+def _seconds_generating(setup: RunSetup, examples: Examples, prefix: list[int]) -> float:
+    """How long the texts of one evaluation take, from one batch of them."""
+    prompts = eval_prompts(setup.model, setup.tokenizer, examples, setup.config).with_prefix(prefix)
+    count = min(setup.config.generation.batch_size, len(prompts.ids))
+    some = replace(prompts, texts=prompts.texts[:count], ids=prompts.ids[:count])
+    started = time.perf_counter()
+    generate_texts(setup.model, setup.tokenizer, some, setup.config)
+    return (time.perf_counter() - started) * math.ceil(len(prompts.ids) / count)

@@ -85,8 +85,7 @@ def compare_command(
         write_page(folder / PAGE, page(result))
         return result
 
-    options = ["--trust-remote-code"] * trust.remote_code + ["--allow-pickle"] * trust.pickles
-    runner = Runner(folder, options, len(variants) * ((len(grid) if tuned else 0) + len(seed_list)))
+    runner = Runner(folder, trust.options(), len(variants) * ((len(grid) if tuned else 0) + len(seed_list)))
     for result in results if tuned else ():
         with skip_if_refused(result):
             tune_variant(result, grid, tune_steps, seed_list[0], runner)

@@ -17,7 +17,7 @@ from lora_ft.config.load import changes
 from lora_ft.config.schema import Config
 from lora_ft.core.disk import WINDOWS
 from lora_ft.core.errors import EXIT_OUT_OF_MEMORY, ConfigError, FilesError, ModelError, NumbersError
-from lora_ft.core.messages import info
+from lora_ft.core.messages import info, working
 from lora_ft.core.run_folder import RECORD, checkpoints, read_record
 from lora_ft.core.signals import Stopped
 from lora_ft.core.storage import write_file
@@ -76,7 +76,8 @@ class Runner:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, config_text(config.model_dump(mode="json")))
         command = [sys.executable, "-m", "lora_ft", "train", str(path), "--resume", *self.options]
-        exit_code, last_line = run_and_stream(command)
+        with working(f"run {self.started} of {self.total}"):
+            exit_code, last_line = run_and_stream(command)
         if exit_code in SKIPPED_EXIT_CODES:
             raise RunFailed(last_line, exit_code)
         if exit_code:

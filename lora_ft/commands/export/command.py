@@ -11,7 +11,7 @@ from lora_ft.commands.export.gguf_model import verify_gguf, write_model_gguf
 from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
-from lora_ft.core.messages import echo
+from lora_ft.core.messages import echo, format_bytes
 from lora_ft.core.names import published_name
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.core.storage import sibling
@@ -82,14 +82,12 @@ def export_command(
         if trained.method != "lora":
             raise ModelError(f"{folder}: of method {trained.method}; only LoRA is exported. {OTHERS[trained.method]}")
         adapter, files = read_adapter(trained), trained.base(base, trust)
-        check_base(trained.record, files, trust.other_base)
-        if to == "peft":
-            export_peft(adapter, files, target)
-        elif merged:
+        if merged:
             trained.check(files, load_tokenizer(files), trust.other_base)
             export_model_gguf(files, target, dtype, adapter, verify)
         else:
-            export_lora_gguf(adapter, files, target, dtype)
+            check_base(trained.record, files, trust.other_base)
+            export_peft(adapter, files, target) if to == "peft" else export_lora_gguf(adapter, files, target, dtype)
     if push:
         echo(f"pushed to {hub.push(push, hub.uploads(target, kind, published_name(files.name)), public)}")
 
@@ -123,7 +121,7 @@ def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str)
     with storage.atomic_file(target, 0) as temporary:
         size = write_adapter_gguf(adapter, model, temporary, "float32" if dtype == "auto" else dtype, base.name)
     any_base = f"any GGUF of {published_name(base.name)}, quantized too"
-    echo(f"{target}: the adapter of {len(adapter.tensors)} modules, {size / 2**20:.1f} MiB")
+    echo(f"{target}: the adapter of {len(adapter.tensors)} modules, {format_bytes(size)}")
     echo(f"  llama.cpp  llama-cli -m BASE.gguf --lora {target}, with {any_base}")
 
 
@@ -137,7 +135,7 @@ def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile
     with storage.atomic_file(target, 0) as temporary:
         size = write_model_gguf(base, temporary, dtype, adapter)
         verified = verify_gguf(temporary, dtype, base, adapter) if verify else "logits were not compared (--no-verify)"
-    echo(f"{target}: {published_name(base.name)}{' + adapter' if adapter else ''}, {dtype}, {size / 2**20:.1f} MiB")
+    echo(f"{target}: {published_name(base.name)}{' + adapter' if adapter else ''}, {dtype}, {format_bytes(size)}")
     if window := getattr(load_model_config(base), "sliding_window", None):
         echo(f"  note: the model attends to the last {window:,} positions; llama.cpp, in this architecture, to all")
     echo(f"  {verified}")

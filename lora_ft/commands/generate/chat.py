@@ -19,6 +19,7 @@ from lora_ft.commands.generate.serving import BASE, Answer, Prompt, Served
 from lora_ft.core.errors import UserError
 from lora_ft.core.messages import info, printable
 from lora_ft.core.names import nearest
+from lora_ft.core.terminal import doing, is_terminal
 from lora_ft.data.chats.turns import Turn
 
 HELP = """\
@@ -179,11 +180,13 @@ def _typed_lines(prompt: Callable[[], str]) -> Iterator[str]:
         readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
     while True:
         try:
-            if sys.stdout.isatty():
-                yield input(prompt())
-            else:  # stdout is for answers alone
-                print(prompt(), end="", file=sys.stderr, flush=True)
-                yield input()
+            with doing(None):
+                if is_terminal(sys.stdout):
+                    line = input(prompt())
+                else:  # stdout is for answers alone
+                    print(prompt(), end="", file=sys.stderr, flush=True)
+                    line = input()
+            yield line
         except EOFError:
             print(file=sys.stderr)
             return

@@ -176,7 +176,7 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     base = first.base(base_name, trust) if first else resolve(base_name, trust=trust)
     tokenizer = load_tokenizer(base)
     for name, trained in adapters.items():
-        trained.check(base, tokenizer, trust.other_base, name)
+        trained.check(base, tokenizer, trust.other_base, name if len(adapters) > 1 else None)
     model = load_base(base, config.model.dtype if config else "auto", device)
     formats: dict[str | None, PromptFormat] = {None: prompt_format(own_config, tokenizer, raw)}
     for name, trained in adapters.items():

@@ -14,6 +14,8 @@ from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, FilesError
 from lora_ft.core.messages import echo, format_value, info, warn
 from lora_ft.core.storage import write_file
+from lora_ft.core.terminal import doing, is_terminal
+from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.sniff import suggest_format
 from lora_ft.data.sources import iter_rows
 
@@ -28,6 +30,7 @@ def create_config(
     output: str | None,
     overwrite: bool,
     evaluation: str | None = None,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Write a config to `path`, and the schema for editors beside it. A missing model or data is asked for on a terminal.
 
@@ -38,7 +41,7 @@ def create_config(
     if path.exists() and not overwrite:
         raise FilesError(f"{path}: already exists. Name another file, or add --overwrite.")
     missing = [f"--{name}" for name, value in (("model", model), ("data", data)) if not value]
-    terminal = sys.stdin.isatty() and sys.stderr.isatty()
+    terminal = sys.stdin.isatty() and is_terminal(sys.stderr)
     if missing and not terminal:
         raise ConfigError(f"{' and '.join(missing)}: missing, and there is no terminal to ask for it")
     if task is not None and task not in TASKS:
@@ -48,7 +51,7 @@ def create_config(
     sources = [data] if isinstance(data, str) else list(data)
     if evaluation:
         next(iter_rows(evaluation), None)
-    base = examine_base(model)
+    base = examine_base(model, trust)
     if base.problem:
         warn(f"{base.problem} init guesses the lengths.")
     format, note = suggest_format(sources[0], name_columns)
@@ -117,8 +120,9 @@ def _ask_label_names(suggestion: Suggestion) -> Suggestion:
 def _ask(question: str, default: str | None = None) -> str:
     """A reply from the terminal. Prompts go to stderr; stdout is for results."""
     while True:
-        print(question + (f" [{default}]: " if default else ": "), end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        with doing(None):
+            print(question + (f" [{default}]: " if default else ": "), end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
         if not line:
             raise ConfigError(f"\n{question}: no reply")
         if reply := line.strip() or default or "":

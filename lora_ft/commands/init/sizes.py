@@ -3,18 +3,19 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lora_ft.commands.init.suggest import Suggestion
 from lora_ft.core.errors import ModelError
 from lora_ft.core.names import is_local
+from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.chats.format import chat_format
 from lora_ft.data.chats.render import render_chat
 from lora_ft.data.template import BadRow, Template, pair_renderer, renderer
 from lora_ft.data.tokens import text_encoder
 from lora_ft.model.files import Base, resolve
 from lora_ft.model.hub import snapshot
-from lora_ft.model.load import load_tokenizer
+from lora_ft.model.load import load_model_config, load_tokenizer
 
 MAX_CHATS = 1000  # rows measured of chats, whose template takes a while
 LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -47,21 +48,19 @@ class Sizes(NamedTuple):
     learning_rate: tuple[str, str]
 
 
-def examine_base(name: str) -> BaseFacts:
+def examine_base(name: str, trust: Trust = NO_TRUST) -> BaseFacts:
     """The tokenizer of a base, downloaded without the weights if necessary."""
     try:
         if is_local(name):
-            base = resolve(name)
+            base = resolve(name, trust=trust)
         else:
             folder = snapshot(name, None, TOKENIZER_FILES)
-            base = Base(name, folder, revision=folder.name)
+            base = Base(name, folder, revision=folder.name, trusted_code=trust.remote_code)
         tokenizer = load_tokenizer(base)
+        config = load_model_config(base) if base.gguf is None else None
     except ModelError as e:
         return BaseFacts(problem=str(e))
-    positions = None
-    if base.gguf is None:
-        config = AutoConfig.from_pretrained(base.folder)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
     return BaseFacts(tokenizer, positions)
 
 

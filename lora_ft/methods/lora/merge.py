@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.machine import peak_memory
-from lora_ft.core.messages import info
+from lora_ft.core.messages import info, working
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.compatibility import check_against
 from lora_ft.methods.lora.files import WEIGHTS, write_record
@@ -77,7 +77,8 @@ def merge_adapter(
         if verify:
             rows = sample_rows(adapter.trained.record, tokenizer, model.get_input_embeddings().weight.shape[0])
             merged = replace(source, name=str(output), folder=staged, revision=None)
-            logits = compare_logits(source, adapter, merged, dtypes, rows)
+            with working("verifying the merged model"):
+                logits = compare_logits(source, adapter, merged, dtypes, rows)
         if source is not base:
             shutil.rmtree(source.folder)
         report = {
