@@ -136,8 +136,8 @@ def closing_lines(output: Path, record: dict) -> list[str]:
     if lines and base:
         lines.insert(0, "base -> adapter on the eval data, the difference and its 95% interval:")
     folder, method = shlex.quote(str(output)), record["config"]["adapter"]["method"]
-    usable = [f"lora-ft generate {folder}"] if method in ("lora", "full") else []  # what `generate` serves
-    usable.append(f"lora-ft merge --adapter {folder}" if method == "lora" else f"lora-ft eval {folder}")
+    last = f"lora-ft merge --adapter {folder}" if method == "lora" else f"lora-ft eval {folder}"
+    usable = [f"lora-ft generate {folder}", last]
     report = [f"report: {output / REPORT}"] if (output / REPORT).is_file() else []
     return [*lines, *report, "next:   " + "\n        ".join(usable)]
 
