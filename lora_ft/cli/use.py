@@ -92,7 +92,7 @@ def generate(
     With --base and no adapter, the base model itself answers.
 
     Example: lora-ft generate out --prompt "The best film of the year"
-             lora-ft generate --adapter a=out/a --adapter b=out/b --prompts p.jsonl
+             lora-ft generate --adapter a=out/a --adapter b=out/b --prompts prompts.jsonl
     """
     silence_libraries()
     from lora_ft.commands.generate.command import generate_command
@@ -129,7 +129,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base and verify the result.
 
-    Example: lora-ft merge --base gpt2 --adapter out/
+    Example: lora-ft merge --adapter out
     """
     silence_libraries()
     from lora_ft.commands.merge import merge_command
