@@ -128,9 +128,11 @@ def lora_ft(
     """Fine-tune causal language models with LoRA from one YAML file.
 
     \b
-    lora-ft train configs/quickstart.yaml    writes the adapter to out/quickstart
-    lora-ft eval out/quickstart              compares it with the base
-    lora-ft merge --adapter out/quickstart   writes a plain model beside it
+    lora-ft init --model gpt2 --data reviews.csv    writes config.yaml
+    lora-ft train config.yaml                       writes the adapter to out/
+    lora-ft eval out                                compares it with the base
+    lora-ft generate out                            chats with it
+    lora-ft merge --adapter out                     writes a plain model
     """
 
 

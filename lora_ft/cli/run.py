@@ -52,8 +52,8 @@ def check(
 ) -> None:
     """Check config, data, targets and memory without training.
 
-    Example: lora-ft check configs/quickstart.yaml --time
-    Example: lora-ft check --shape gpt3-175b --set adapter.rank=4
+    Example: lora-ft check config.yaml --time
+             lora-ft check --shape gpt3-175b --set adapter.rank=4
     """
     from lora_ft.config.load import load_config, parse_config
 
@@ -111,7 +111,7 @@ def train(
 ) -> None:
     """Train an adapter and write it to the config's `output`.
 
-    Example: lora-ft train configs/quickstart.yaml --set train.learning_rate=1e-4
+    Example: lora-ft train config.yaml --set train.learning_rate=1e-4
     """
     from lora_ft.config.load import load_config
 

@@ -96,9 +96,8 @@ def generate(
 
     With --base and no adapter, the base model itself answers.
 
-    Example: lora-ft generate out/quickstart --prompt "It helped at once."
-             lora-ft generate --adapter reviews=out/quickstart \\
-                 --prompts data/reviews_eval.jsonl
+    Example: lora-ft generate out --prompt "The best film of the year"
+             lora-ft generate --adapter a=out/a --adapter b=out/b --prompts prompts.jsonl
     """
     silence_libraries()
     from lora_ft.commands.generate.command import generate_command
@@ -136,7 +135,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base and verify the result.
 
-    Example: lora-ft merge --adapter out/quickstart
+    Example: lora-ft merge --adapter out
     """
     if folder and adapter:
         raise ConfigError("FOLDER and --adapter: give only one")

@@ -23,7 +23,6 @@ from lora_ft.evaluation.evaluate import Evaluator
 from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.telling_rows import describe_rows
 from lora_ft.evaluation.texts import check_installed
-from lora_ft.methods.usage import SERVED
 from lora_ft.model.device import prepare_device
 from lora_ft.report.runs import evaluation_steps, read_log
 from lora_ft.report.write import write_report
@@ -145,8 +144,8 @@ def closing_lines(output: Path, record: dict) -> list[str]:
     if lines and base:
         lines.insert(0, "base -> adapter on the eval data, the difference and its 95% interval:")
     folder, method = shlex.quote(str(output)), record["config"]["adapter"]["method"]
-    usable = [f"lora-ft generate {folder}"] if method in SERVED else []
-    usable.append(f"lora-ft merge --adapter {folder}" if method == "lora" else f"lora-ft eval {folder}")
+    last = f"lora-ft merge --adapter {folder}" if method == "lora" else f"lora-ft eval {folder}"
+    usable = [f"lora-ft generate {folder}", last]
     report = [f"report: {output / REPORT}"] if (output / REPORT).is_file() else []
     return [*lines, *report, "next:   " + "\n        ".join(usable)]
 

@@ -28,10 +28,13 @@ def use(record: dict) -> str:
     """How to use what was trained, with each library that can read it."""
     match method_of(record):
         case "full":
-            return 'With transformers, as any model: `AutoModelForCausalLM.from_pretrained("ADAPTER")`.\n'
+            return (
+                'With transformers, as any model: `AutoModelForCausalLM.from_pretrained("ADAPTER")`. '
+                "With the prompt of its training: `lora-ft generate ADAPTER`.\n"
+            )
         case "bottleneck":
-            return "With lora-ft: `lora-ft eval ADAPTER`. No other library reads this format.\n"
-    peft = f"""With PEFT:
+            return "With lora-ft: `lora-ft generate ADAPTER`. No other library reads this format.\n"
+    peft = f"""With lora-ft, in the prompt of its training: `lora-ft generate ADAPTER`. With PEFT:
 
 ```python
 {peft_snippet(record, "ADAPTER")}

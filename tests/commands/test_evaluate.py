@@ -100,16 +100,10 @@ def test_a_run_ends_with_what_came_of_it(folder):
 
 
 @pytest.mark.parametrize(
-    "method, commands",
-    [
-        ("lora", ["generate o", "merge --adapter o"]),
-        ("full", ["generate o", "eval o"]),
-        ("bottleneck", ["eval o"]),
-        ("prompt", ["eval o"]),
-    ],
+    "method, last", [("lora", "merge --adapter o"), ("full", "eval o"), ("bottleneck", "eval o"), ("prompt", "eval o")]
 )
-def test_the_commands_named_at_the_end_of_a_run_accept_its_method(tmp_path, monkeypatch, method, commands):
-    """`generate` serves no bottleneck and no prompt, `merge` only LoRA."""
+def test_the_commands_named_at_the_end_of_a_run_accept_its_method(tmp_path, monkeypatch, method, last):
+    """`merge` takes only LoRA."""
     monkeypatch.chdir(tmp_path)
     lines = closing_lines(Path("o"), {"metrics": {}, "config": {"adapter": {"method": method}}})
-    assert "\n".join(lines) == "next:   " + "\n        ".join(f"lora-ft {command}" for command in commands)
+    assert "\n".join(lines) == f"next:   lora-ft generate o\n        lora-ft {last}"

@@ -1,5 +1,6 @@
 """Runs of every method beside LoRA through the commands: train, stop, resume, eval, overwrite, merge, and wrong configs."""
 
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from accelerate.state import AcceleratorState
 
 from lora_ft.commands.check.command import check
 from lora_ft.commands.evaluate import evaluate_command
+from lora_ft.commands.generate.chat import escape
+from lora_ft.commands.generate.command import generate_command
 from lora_ft.commands.merge import merge_command
 from lora_ft.commands.train import train
 from lora_ft.config.load import load_config
@@ -195,3 +198,44 @@ def test_two_processes_train_every_weight_as_one_does(tmp_path):
     for name in ("loss", "eval_loss", "grad_norm"):
         a, b = ([line[name] for line in lines if name in line] for lines in (one, two))
         assert a == pytest.approx(b, rel=1e-3) and a
+
+
+def test_generate_answers_as_eval_does_alone_and_beside_its_base(ran, capsys, monkeypatch):
+    """One batch of the trained and its base gives each the texts that `eval` generates; so do the prompt and the chat."""
+    method, folder = ran
+    monkeypatch.chdir(folder)
+    wanted = {}
+    for what, where in [("base", "base"), ("out", "adapter")]:
+        more = {} if what == "out" else {"data": "eval.jsonl", "config_path": Path("config.yaml")}
+        scoring = [*SETTINGS, "generation.metrics=[exact_match]", "generation.max_new_tokens=12"]
+        evaluate_command([Path(what)], overrides=scoring, texts_path=Path(f"{what}.texts"), as_json=True, **more)
+        name = where if what == "out" and method != "full" else "model"
+        lines = [json.loads(line) for line in Path(f"{what}.texts").read_text().splitlines()]
+        wanted[what] = {line["prompt"]: line[name] for line in lines}
+    assert wanted["out"].keys() == wanted["base"].keys() and wanted["out"] != wanted["base"]
+    texts = [row["text"] for row in map(json.loads, (folder / "eval.jsonl").read_text().splitlines())][:4]
+    names = ["out"] if method == "full" else ["out", "base"]
+    asked = [{"text": text, "adapter": name} for text in [*texts, "sad"] for name in names]
+    if method == "full":
+        asked = [{"text": row["text"]} for row in asked]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    greedy: dict = dict(greedy=True, max_new_tokens=12)
+    capsys.readouterr()
+    generate_command([Path("out")], prompts="asked.jsonl", as_json=True, batch_size=3, **greedy)
+    found = [json.loads(line)["answer"].strip() for line in capsys.readouterr().out.splitlines()]
+    prompts = [f"Review: {text}\nSentiment:" for text in texts]
+    assert found[: -len(names)] == [wanted[name][prompt] for prompt in prompts for name in names]
+    generate_command([Path("out")], prompt="sad", **greedy)
+    assert capsys.readouterr().out.strip() == escape(found[-len(names)])
+    monkeypatch.setattr("sys.stdin", io.StringIO("/both\nsad\n/base\nsad\n"))
+    generate_command([Path("out")], **greedy)
+    if method != "full":
+        assert f"base: {escape(found[-1])}\nout: {escape(found[-2])}\n" in capsys.readouterr().out
+
+
+def test_only_lora_adapters_share_a_base(ran, monkeypatch):
+    method, folder = ran
+    monkeypatch.chdir(folder)
+    refused = (ConfigError, "Give it alone") if method == "full" else (ModelError, f"of method {method}; only LoRA")
+    with pytest.raises(refused[0], match=refused[1]):
+        generate_command([], adapters=["a=out", "b=out"], prompt="good")

@@ -1,8 +1,8 @@
 """A base in memory with its adapters by name, and their answers to prompts: shared by `generate` and its chat."""
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from lora_ft.core.trust import Trust
 from lora_ft.data.chats.format import end_tokens
 from lora_ft.data.chats.turns import Turn
 from lora_ft.data.template import BadRow
+from lora_ft.methods.interface import METHODS, bare, virtual_ids
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import check_names, mixed, use
 from lora_ft.methods.lora.peft import read_adapter
@@ -32,7 +33,7 @@ BASE = "base"  # the bare base's name among the adapters'
 
 
 class Prompt(NamedTuple):
-    """adapter: its name, None for the bare base. text, ids: the model's input. where: the source, for messages."""
+    """adapter: its name, None for the bare base. text, ids: the input, without virtual tokens. where: for messages."""
 
     adapter: str | None
     text: str
@@ -52,12 +53,14 @@ class Answer(NamedTuple):
 class Served:
     """A model with adapters by name, and the prompt format of each; formats[None] is the bare base's.
 
+    by_name: the adapters are LoRA's, of which a batch may mix several; else there is at most one, of another method.
     columns: values of the templates' columns for every prompt that has none of its own.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     formats: dict[str | None, PromptFormat]
+    by_name: bool = True
     columns: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -83,7 +86,7 @@ class Served:
         """Return the adapter's name; None for "base" or None. A ModelError names the nearest if there is no such adapter."""
         if name is None or name == BASE:
             return None
-        check_names(self.model, [name])
+        check_names(self.names, [name])
         return name
 
     def set_column(self, text: str, option: str) -> None:
@@ -124,33 +127,61 @@ class Served:
         except BadRow as e:
             raise DataError(f"{where}: {e}.") from e
         positions, new = position_limit(self.model), self.sampling.max_new_tokens
-        if positions and len(ids) + new > positions:
+        length = len(self._prefix(adapter)) + len(ids)
+        if positions and length + new > positions:
             raise DataError(
-                f"{where}: the prompt's {len(ids)} tokens and {new} new ones exceed the model's {positions} positions. "
+                f"{where}: the prompt's {length} tokens and {new} new ones exceed the model's {positions} positions. "
                 "Shorten the prompt, or lower --max-new-tokens."
             )
         return Prompt(adapter, text, ids, where)
 
     def answer(self, prompts: Sequence[Prompt], on_text: Callable[[list[str]], None] | None = None) -> list[Answer]:
         """Generate the answers to a batch of prompts, each by its adapter. on_text: called after every token with all texts."""
-
         adapters = [prompt.adapter for prompt in prompts]
+        generated = [Generated([], False)] * len(prompts)
 
-        def texts(rows: list[Generated]) -> list[str]:
+        def texts() -> list[str]:
             templates = (self.formats[adapter].written_markers for adapter in adapters)
-            return [to_text(self.tokenizer, row.ids, template) for row, template in zip(rows, templates, strict=True)]
+            return [to_text(self.tokenizer, row.ids, t) for row, t in zip(generated, templates, strict=True)]
 
-        def on_token(rows: list[Generated]) -> None:
-            assert on_text
-            on_text(texts(rows))
+        def generate_rows(indices: Sequence[int]) -> None:
+            def keep(rows: list[Generated]) -> None:
+                for i, row in zip(indices, rows, strict=True):
+                    generated[i] = row
 
-        single = len(set(adapters)) == 1
-        if single:
-            use(self.model, adapters[0])
-        with nullcontext() if single else mixed(self.model, adapters):
-            ids, stream = [prompt.ids for prompt in prompts], on_token if on_text else None
-            rows = generate(self.model, ids, self.sampling, self.ends, on_token=stream)
-        return [Answer(t, len(row.ids) + row.ended, row.ended) for t, row in zip(texts(rows), rows, strict=True)]
+            def on_token(rows: list[Generated]) -> None:
+                keep(rows)
+                assert on_text
+                on_text(texts())
+
+            ids = [self._prefix(adapters[i]) + prompts[i].ids for i in indices]
+            with self._computing([adapters[i] for i in indices]):
+                keep(generate(self.model, ids, self.sampling, self.ends, on_token=on_token if on_text else None))
+
+        if self.by_name:
+            generate_rows(range(len(prompts)))
+        else:  # base and adapter one after the other: such layers compute one of them for all rows of a batch
+            for adapter in dict.fromkeys(adapters):
+                generate_rows([i for i, name in enumerate(adapters) if name == adapter])
+        return [Answer(t, len(row.ids) + row.ended, row.ended) for t, row in zip(texts(), generated, strict=True)]
+
+    def _prefix(self, adapter: str | None) -> list[int]:
+        """The ids before a prompt's own: the virtual tokens of prompt tuning."""
+        return virtual_ids(self.model) if adapter is not None else []
+
+    @contextmanager
+    def _computing(self, adapters: Sequence[str | None]) -> Iterator[None]:
+        """Within it row i of a batch is computed with `adapters[i]`."""
+        if len(set(adapters)) > 1:
+            with mixed(self.model, adapters):
+                yield
+        elif adapters[0] is None:
+            with bare(self.model):
+                yield
+        else:
+            if self.by_name:
+                use(self.model, adapters[0])
+            yield
 
 
 def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trust: Trust) -> Served:
@@ -158,12 +189,12 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
 
     Raises:
         ConfigError: no base is named.
-        ModelError: an adapter that is not LoRA, or was trained on another base.
+        ModelError: several adapters that are not all LoRA, or one that was trained on another base.
     """
-    for trained in adapters.values():
-        if trained.method != "lora":
-            problem = f"of method {trained.method}; only LoRA adapters and complete models are served."
-            raise ModelError(f"{trained.folder}: {problem}")
+    other = next((trained for trained in adapters.values() if trained.method != "lora"), None)
+    if other and len(adapters) > 1:
+        problem = f"of method {other.method}; only LoRA adapters share a base. Give this one alone."
+        raise ModelError(f"{other.folder}: {problem}")
     first = next(iter(adapters.values()), None)
     base_name = base_name or (first.base_name if first else None)
     if not base_name:
@@ -181,8 +212,11 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     formats: dict[str | None, PromptFormat] = {None: prompt_format(own_config, tokenizer, raw)}
     for name, trained in adapters.items():
         formats[name] = prompt_format(trained.config, tokenizer, raw)
-        apply_adapter(model, read_adapter(trained), name)
-    return Served(model, tokenizer, formats)
+        if other:
+            METHODS[other.method].load(model, other)
+        else:
+            apply_adapter(model, read_adapter(trained), name)
+    return Served(model, tokenizer, formats, by_name=other is None)
 
 
 def override(config: GenerationConfig, greedy: bool, max_new_tokens: int | None, **sampling: float | None) -> None:

@@ -14,7 +14,7 @@ from lora_ft.nn.multi_lora import MultiLoRALinear
 
 def use(model: nn.Module, name: str | None) -> None:
     """Switch `model` to adapter `name`, or to its bare base (None). No weight is moved or changed."""
-    check_names(model, [name])
+    check_names(adapter_names(model), [name])
     for layer in shared_layers(model).values():
         layer.use(name)
 
@@ -26,7 +26,7 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     A batch of n * len(names) rows has n rows for each name, in the order in which transformers' `generate` repeats rows for
     beams. Afterwards the model computes its bare base. Experts can't be mixed: ModelError.
     """
-    check_names(model, names)
+    check_names(adapter_names(model), names)
     layers = shared_layers(model)
     for path, layer in layers.items():
         if "experts" in path.split(".") and not layer.adapters.keys().isdisjoint(names):
@@ -74,9 +74,8 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: base_layer(module) for path, module in model.named_modules() if path not in inside}
 
 
-def check_names(model: nn.Module, names: Sequence[str | None]) -> None:
-    """Raise ModelError, with the nearest name, unless the model has an adapter of each name that is not None."""
-    known = adapter_names(model)
+def check_names(known: Sequence[str], names: Sequence[str | None]) -> None:
+    """Raise ModelError, with the nearest name, unless each name that is not None is among the `known` ones."""
     for name in dict.fromkeys(names):
         if name is not None and name not in known:
             hint = f" Did you mean {printable(near)}?" if (near := nearest(name, known)) else ""
