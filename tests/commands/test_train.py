@@ -33,7 +33,7 @@ def record(folder) -> dict:
 
 def test_what_a_run_leaves(folder):
     names = {p.name for p in (folder / "out").iterdir()}
-    assert names == RUN_FILES | {"curves.svg", "samples.json"}
+    assert names == RUN_FILES | {"curves.svg"}
     for checkpoint in (folder / "out/checkpoints").iterdir():
         assert {p.name for p in checkpoint.iterdir()} == {
             "adapter_model.safetensors", "adapter_config.json", "README.md", "lora_ft.json", "state.safetensors", "state.json",

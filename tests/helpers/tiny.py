@@ -94,7 +94,7 @@ RUN_FILES = {
     "log.jsonl",
     "report.html",
 }
-RUN_FILES |= {"checkpoints"}
+RUN_FILES |= {"checkpoints", "samples.json"}
 
 
 def lora_ft(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess:
