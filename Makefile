@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One process per core; each test process uses one torch thread (tests/conftest.py).
 PYTEST_ARGS ?= -n auto
 
-.PHONY: install assets quickstart notebook test test-oldest kill-test bench site format lint type
+.PHONY: install assets quickstart notebook test test-newest test-oldest kill-test bench site format lint type
 .DELETE_ON_ERROR:
 
 install: .venv/.installed
@@ -28,6 +28,18 @@ notebook: assets
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Run the tests with the newest versions that the package index has, in an environment of their own: torch's build for CUDA,
+# which is gigabytes. They need a newer Python: make PYTHON=python3.13 test-newest
+NEWEST := .venv-newest/bin
+test-newest: .venv-newest/.installed
+	$(NEWEST)/python -m pytest $(PYTEST_ARGS)
+
+.venv-newest/.installed: pyproject.toml constraints.txt constraints-newest.txt
+	@$(NEWEST)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv-newest
+	@awk -F '[=>]=' '!seen[$$1]++' constraints-newest.txt constraints.txt > .venv-newest/constraints.txt
+	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check -c .venv-newest/constraints.txt -e '.[test,templates]'
+	@touch $@
 
 # Run the tests with the oldest versions that pyproject.toml allows, in an environment of their own.
 OLDEST := .venv-oldest/bin

@@ -1,5 +1,6 @@
-"""The ranges of pyproject.toml against the versions that `make test` and `make test-oldest` install."""
+"""The ranges of pyproject.toml against the versions that `make test`, `test-newest` and `test-oldest` install."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -19,14 +20,16 @@ def ranges(*extras: str) -> dict[str, Requirement]:
 
 
 def pins(file: str) -> dict[str, Version]:
-    lines = [line.split("==") for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+    lines = [re.split("[=>]=", line) for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
     return {canonicalize_name(name): Version(version) for name, version in lines}
 
 
 def test_every_dependency_has_a_newest_version_within_its_range():
-    newest = pins("constraints.txt")
+    newest, newer = pins("constraints.txt"), pins("constraints-newest.txt")
     for name, requirement in ranges("generation", "test", "templates", "dev", "docs", "bench").items():
         assert newest[name] in requirement.specifier, name
+        assert newer.get(name, newest[name]) in requirement.specifier, name
+    assert not {name for name, version in newer.items() if version <= newest[name]}
 
 
 def test_the_oldest_versions_are_the_lower_ends_of_the_ranges():
