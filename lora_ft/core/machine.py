@@ -34,9 +34,10 @@ def cores() -> int:
 
 
 def cpu_name() -> str:
-    """The processor's model, as far as the system names it."""
+    """The processor's model, as far as the system names it without a process to ask (a fork of threads that tokenize)."""
+    named = os.environ.get("PROCESSOR_IDENTIFIER") or platform.machine()  # the first on Windows
     lines = _read(Path("/proc/cpuinfo")).splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), named)
 
 
 def free_memory() -> Free:
@@ -104,7 +105,7 @@ def _control_groups(controller: str) -> Iterator[Path]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""
 

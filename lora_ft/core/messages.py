@@ -147,6 +147,8 @@ def silence_libraries() -> None:
     """
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    # Read when torch is imported: what a Mac's GPU lacks is computed on its CPU
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if not sys.stderr.isatty():
         # TQDM_DISABLE is only a default: bars created with `disable=None`, as in this package, ignore it
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):

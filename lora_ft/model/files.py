@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lora_ft.core.errors import ModelError, is_out_of_memory
-from lora_ft.core.names import is_local
+from lora_ft.core.names import is_local, with_slashes
 from lora_ft.core.paths import local_path, refuse_special
 from lora_ft.core.storage import read_json
 from lora_ft.core.trust import NO_TRUST, Trust
@@ -71,6 +71,7 @@ def resolve(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> 
     Raises:
         ModelError: no such folder, no model in it, or a hub that can't be reached or refuses.
     """
+    name = with_slashes(name)
     try:
         base = _local(name) if is_local(name) else _hub(name, revision, trust.pickles)
         _check_readable(base)

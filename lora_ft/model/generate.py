@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_ft.model.device import random_states, set_random_states
 from lora_ft.nn.adapted import eval_mode
 
 
@@ -99,9 +100,8 @@ def generate_in_batches(
     """`generate` for any number of prompts, `batch_size` of similar length at a time. Leaves torch's random state as it was."""
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # running out of memory shows at once
     generated: dict[int, Generated] = {}
-    gpus = [model.device] if model.device.type == "cuda" else []
     bar = tqdm(total=len(prompts), desc="generating", unit="prompts", leave=False, delay=2, disable=None)
-    with bar, torch.random.fork_rng(gpus):
+    with bar, _own_random_states():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = longest_first[start : start + batch_size]
@@ -109,6 +109,16 @@ def generate_in_batches(
             generated |= zip(batch, rows, strict=True)
             bar.update(len(batch))
     return [generated[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def _own_random_states() -> Iterator[None]:
+    """Within it, whatever is drawn does not change what is drawn after it."""
+    before = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(before)
 
 
 @contextmanager

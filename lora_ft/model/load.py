@@ -21,6 +21,7 @@ from transformers import (
 from lora_ft.core.errors import ConfigError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import announce_if_slow, info, listed, printable
 from lora_ft.model.config_files import CONFIGS, MOST_MODULES, SMALL_LIMIT, absurd_count, check_config_files, damage
+from lora_ft.model.device import computes
 from lora_ft.model.files import Base, digest
 from lora_ft.model.generate import position_limit
 from lora_ft.model.stored import is_finite, shape_and_dtype, stored_dtype, stored_weights
@@ -74,11 +75,11 @@ def build(
 
 
 def dtype_of(base: Base, dtype: str, device: str) -> torch.dtype:
-    """The torch dtype for a `model.dtype` setting: "auto" is the stored one, except that a CPU computes float16 in float32."""
+    """The torch dtype for a `model.dtype` setting: "auto" is the stored one, or float32 if the device can't compute in it."""
     if dtype in DTYPES:
         return DTYPES[dtype]
     stored = stored_dtype(base)
-    return torch.float32 if stored is torch.float16 and device == "cpu" else stored
+    return stored if computes(stored, device) else torch.float32
 
 
 def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:

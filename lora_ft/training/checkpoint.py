@@ -17,6 +17,7 @@ from lora_ft.core.errors import FilesError
 from lora_ft.core.run_folder import RECORD
 from lora_ft.core.storage import read_json, read_tensors, verify_manifest, write_json, write_tensors
 from lora_ft.methods.lora.inject import trainable
+from lora_ft.model.device import random_states, set_random_states
 
 TENSORS, JSON = "state.safetensors", "state.json"
 RowsBySet = dict[str, dict[str, np.ndarray]]  # eval set -> metric -> what each row contributes
@@ -64,11 +65,9 @@ class RandomState:
         """Read the states; changes nothing."""
         numpy_state: Any = np.random.get_state()
         tensors = {
-            "random.torch": torch.get_rng_state(),
+            **{f"random.{kind}": state for kind, state in random_states().items()},
             "random.numpy": torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64)),
         }
-        if torch.cuda.is_available():
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
         return cls(tensors, {"python": random.getstate(), "numpy": numpy_state[2:]})
 
     def restore(self) -> None:
@@ -77,9 +76,7 @@ class RandomState:
         random.setstate((version, tuple(words), gauss))
         words = self.tensors["random.numpy"].numpy().astype(np.uint32)
         np.random.set_state(("MT19937", words, *self.values["numpy"]))
-        torch.set_rng_state(self.tensors["random.torch"])
-        if torch.cuda.is_available() and "random.cuda" in self.tensors:
-            torch.cuda.set_rng_state(self.tensors["random.cuda"])
+        set_random_states({name.removeprefix("random."): state for name, state in self.tensors.items()})
 
 
 @dataclass
@@ -146,7 +143,7 @@ class State:
                 prefix = f"optimizer.{names[id(p)]}."
                 moments = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
                 # the 0-dim `step` belongs on the CPU, except in a fused optimizer on a GPU
-                fused = bool(group.get("fused")) and p.is_cuda
+                fused = bool(group.get("fused")) and p.device.type != "cpu"
                 inner.state[p] = {k: v.to(p.device) if v.dim() or fused else v.clone() for k, v in moments.items()}
         scheduler.load_state_dict(self.values["scheduler"])
         for group, peak, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):

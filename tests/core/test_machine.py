@@ -1,6 +1,7 @@
 """Cores and memory: the tightest of the machine's, the process's and the container's limits."""
 
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -65,6 +66,14 @@ def test_without_limits_the_machines_memory_is_free(groups, monkeypatch):
     assert machine.free_memory().where == "free on this machine"
     assert 0 < machine.free_memory().size <= psutil.virtual_memory().total
     assert 0 < 0.9 * machine.resident_memory() <= machine.peak_memory()  # the kernel counts the first in coarser steps
+
+
+@pytest.mark.parametrize("system, bytes_", [("linux", 2**20), ("darwin", 2**10)])
+def test_the_unit_of_the_peak_is_that_of_the_system(monkeypatch, system, bytes_):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2**10))
+    monkeypatch.setattr(sys, "platform", system)
+    assert machine.peak_memory() == bytes_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to the limit of a process's memory (ulimit -v)")

@@ -21,6 +21,7 @@ from lora_ft.methods.lora.files import bytes_on_disk
 from lora_ft.methods.lora.inject import lora_layers, trainable
 
 EXAMPLES_SHOWN = 2
+PLACES = {"cuda": "in this GPU's allocator", "mps": "which this Mac's CPU and GPU share"}
 
 
 def check(config: Config, *, as_json: bool = False, time: bool = False, trust: Trust = NO_TRUST) -> None:
@@ -92,7 +93,7 @@ def show(result: Inspection) -> None:
         lines = [*display.target_lines(lora_layers(result.model)), trained]
         display.section(out, f"{config.adapter.method}: {result.adapted}", lines)
     if result.memory:
-        where = "in this GPU's allocator" if setup.device == "cuda" else "on this CPU"
+        where = PLACES.get(setup.device, "on this CPU")
         lines = [f"  {part:<12}{display.size(value):>12}" for part, value in asdict(result.memory).items()]
         display.section(out, f"memory that training needs, {where}", lines)
     if result.plan:
