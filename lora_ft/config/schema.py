@@ -18,7 +18,7 @@ LogLevel = Literal["passive", "debug", "detail", "info", "warning", "error", "cr
 class ModelConfig(Section):
     """The base model."""
 
-    name: types.Name = setting(..., "the base model: a hub id, a local folder, or a local .gguf file")
+    name: types.Source = setting(..., "the base model: a hub id, a local folder, or a local .gguf file")
     revision: types.Name | None = setting(None, "a branch, tag or commit on the hub; the record pins the commit")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "the data type of the weights; auto: as stored, except that float16 becomes float32 on a CPU"
@@ -68,7 +68,7 @@ class AdapterConfig(Section):
 class DataConfig(Section):
     """Training and evaluation data, and the text that is learned from each row."""
 
-    train: Annotated[types.Names, Field(min_length=1)] = setting(
+    train: Annotated[types.Sources, Field(min_length=1)] = setting(
         ..., "training data: a jsonl, json, csv, tsv or parquet file, a hub id[:config][@split], or a list of these"
     )
     eval: types.EvalSets = setting(

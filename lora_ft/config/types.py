@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 from lora_ft.config.training_arguments import SCHEDULERS
 from lora_ft.core.messages import format_value
 from lora_ft.core.metrics import TEXT_METRICS
-from lora_ft.core.names import GROUPS, ROLES, nearest_role, template_columns
+from lora_ft.core.names import GROUPS, ROLES, nearest_role, template_columns, with_slashes
 
 REPORTERS = (
     *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune"),
@@ -42,7 +42,8 @@ def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _name(text: str) -> str:
     if not text.strip() or any(ord(c) < 32 for c in text):
-        raise ValueError(f"{format_value(text)} is not a name; give a path or a hub id")
+        hint = r"; in double quotes \t is a tab, in single quotes as it is written" if text.strip() else ""
+        raise ValueError(f"{format_value(text)} is not a name; give a path or a hub id{hint}")
     return text
 
 
@@ -96,7 +97,7 @@ def _eval_set(value: Any) -> Any:
     """Data sources, or the part of the training data to hold out. Checks everything itself: a union's errors say little."""
     sources = as_tuple(value)
     if isinstance(sources, tuple) and sources and all(isinstance(source, str) for source in sources):
-        return unique(tuple(map(_name, sources)))
+        return unique(tuple(with_slashes(_name(source)) for source in sources))
     if isinstance(value, float) and 0 < value < 1 or type(value) is int and value >= 1:
         return value
     hint = "give one or more data sources, a fraction below 1 (0.05), a number of rows from 1 (500), or null"
@@ -209,7 +210,9 @@ EvalSet = tuple[str, ...] | int | float
 
 Scheduler = Literal[*SCHEDULERS]  # type: ignore[valid-type]
 Name = Annotated[str, AfterValidator(_name), json_schema(TEXT)]
-LocalPath = Annotated[Name, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
+Source = Annotated[Name, AfterValidator(with_slashes)]
+Sources = Annotated[OneOrMore[Source], json_schema(TEXT, list_of(TEXT))]
+LocalPath = Annotated[Source, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
 Names = Annotated[OneOrMore[Name], json_schema(TEXT, list_of(TEXT))]
 Targets = Annotated[OneOrMore[Annotated[str, AfterValidator(_role)]], json_schema(*_one_or_more(*ROLES, *GROUPS))]
 _LAYERS = json_schema(list_of(_LAYER, minItems=1), _RANGE, NULL)

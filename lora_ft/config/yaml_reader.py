@@ -22,6 +22,7 @@ HINTS = {  # part of PyYAML's message -> the probable remedy
     "mapping values are not allowed": 'a text that contains ": " needs quotes',
     "\\t": "indent with spaces, not tabs",
     "block end": "the indentation does not match the lines above",
+    "escape": "in double quotes \\ starts an escape: use single quotes, or / in a path",
     "cannot start any token": "a text that starts with this character needs quotes",
 }
 Path = tuple[str | int, ...]  # ("adapter", "targets", 1)

@@ -26,11 +26,21 @@ def is_local(name: str) -> bool:
         os.path.exists(name)
         or name.startswith(("/", ".", "~"))
         or name.count("/") >= 2
+        or "\\" in name
+        or PureWindowsPath(name).is_absolute()
         or name.lower().endswith((*DATA_SUFFIXES, ".gguf"))
         or name.lower().endswith(COMPRESSED_SUFFIXES)
         or "*" in name
         or ("/" in name and os.path.isdir(name.split("/")[0]))
     )
+
+
+def with_slashes(name: str) -> str:
+    """A path written for Windows, `data\\x.jsonl`, with slashes: each system opens it then, and a record that has it too.
+
+    Where a file has such a name, as only other systems allow, it stays.
+    """
+    return name if "\\" not in name or (os.sep == "/" and os.path.exists(name)) else name.replace("\\", "/")
 
 
 def portable_name(name: str) -> str:

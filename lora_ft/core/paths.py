@@ -7,13 +7,14 @@ from pathlib import Path
 
 from lora_ft.core.errors import FilesError, UserError
 from lora_ft.core.messages import printable
+from lora_ft.core.names import with_slashes
 
 SPECIAL = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
 
 
 def local_path(name: str) -> Path:
-    """The path that `name` names. A `~` without a home folder stays as it is, so that messages show it."""
-    return Path(os.path.expanduser(name))
+    """The path that `name` names, as any system writes it. A `~` without a home folder stays, so that messages show it."""
+    return Path(os.path.expanduser(with_slashes(name)))
 
 
 def special_kind(path: Path) -> str:

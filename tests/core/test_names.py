@@ -1,12 +1,23 @@
 """Roles, local paths and hub ids, columns in braces, and text that is safe to print."""
 
 import time
+from pathlib import Path
 
 import pytest
 
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import announce_if_slow, format_value, printable
-from lora_ft.core.names import is_local, nearest, nearest_role, parse_hub_data, template_columns
+from lora_ft.core.names import (
+    is_local,
+    nearest,
+    nearest_role,
+    parse_hub_data,
+    portable_name,
+    published_name,
+    template_columns,
+    with_slashes,
+)
+from lora_ft.core.paths import local_path
 
 
 @pytest.fixture
@@ -18,6 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 LOCAL = ["models", "reviews", "models/none", "/x", "./x", "../x", "~/x", "a/b/c", "x.jsonl", "a/x.PARQUET", "m.gguf"]
+LOCAL += [r"C:\data\x.jsonl", "C:/models/x", r"data\x", r"\\server\share\x", "//server/share/x"]  # as Windows has them
 
 
 @pytest.mark.parametrize("name", LOCAL)
@@ -30,6 +42,14 @@ def test_local_names(folder, name):
 )
 def test_hub_names(folder, name):
     assert not is_local(name)
+
+
+def test_a_path_of_windows_opens_here_and_has_a_portable_name(folder):
+    assert local_path(r"models\x") == Path("models/x") and with_slashes(r"\\server\share\x") == "//server/share/x"
+    for name in (r"C:\data\x", "C:/data/x", r"\\server\share\x", "//server/share/x"):
+        assert portable_name(name) == published_name(name) == "x"
+    (folder / r"a\b").touch()
+    assert local_path(r"a\b") == Path(r"a\b")  # only Windows has no such name
 
 
 def test_a_folder_here_makes_a_hub_name_local(folder):

@@ -167,7 +167,7 @@ def _selection(config: Config) -> tuple[str, str]:
 def folder_name(settings: dict[str, str]) -> str:
     """A folder name for settings: `rank=4,targets=q-v`."""
     return ",".join(
-        f"{key.rpartition('.')[2]}={re.sub(r'[^A-Za-z0-9._+-]+', '-', value).strip('-')[:60]}"
+        f"{key.rpartition('.')[2]}={re.sub(r'[^A-Za-z0-9._+-]+', '-', value)[:60].strip('-.')}"
         for key, value in settings.items()
     )
 

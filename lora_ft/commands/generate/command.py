@@ -12,6 +12,7 @@ from lora_ft.commands.generate.prompts import read_prompts
 from lora_ft.commands.generate.serving import BASE, Prompt, Served, load, override
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.messages import echo, echo_json, printable
+from lora_ft.core.paths import local_path
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.sources import SourceRow
 from lora_ft.methods.trained import Trained, is_model
@@ -87,7 +88,7 @@ def find_adapters(
         name, _, given = text.partition("=")
         if not (name and given):
             raise ConfigError(f"--adapter {printable(text)}: give NAME=DIR, as in --adapter reviews=out/reviews")
-        pairs.append((name, Path(given)))
+        pairs.append((name, local_path(given)))
     for name, folder in pairs:
         trained = None if is_model(folder) else Trained.open(folder)
         if trained is None or trained.method == "full":
