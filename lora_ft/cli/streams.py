@@ -7,6 +7,8 @@ import select
 import sys
 from contextlib import suppress
 
+from lora_ft.core.disk import WINDOWS
+
 NAMES = ("stdin", "stdout", "stderr")  # by file descriptor
 
 
@@ -16,7 +18,7 @@ def use_utf8() -> None:
     Libraries too then use UTF-8 for files and their names. What the terminal can't show is printed escaped.
     """
     encodings = {sys.getfilesystemencoding(), locale.getpreferredencoding(False)}
-    if {name.lower().replace("-", "") for name in encodings} == {"utf8"} or os.name == "nt":
+    if {name.lower().replace("-", "") for name in encodings} == {"utf8"} or WINDOWS:
         return
     if os.environ.get("PYTHONUTF8") == "1" or not sys.executable:  # it was of no use
         return
@@ -54,7 +56,8 @@ def unwritable() -> tuple[str, OSError] | None:
                     continue
                 problem: OSError = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
             except OSError as e:
-                problem = e
+                gone = WINDOWS and e.errno == errno.EINVAL  # its answer of a pipe that nobody reads
+                problem = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) if gone else e
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             stream.flush()
             found = name, problem

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: stop where the run can resume exactly; a second signal exits at once."""
+"""SIGTERM, SIGINT and a closed window of Windows: stop where the run can resume exactly; a second signal exits at once."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import threading
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name))
 EXIT_SECONDS = 8  # time to unwind after a signal when there is nothing to save; then the process exits
 DUPLICATE_SECONDS = 1.0  # a launcher and the terminal may both deliver one Ctrl-C, this far apart at most
 

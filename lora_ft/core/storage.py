@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-from lora_ft.core.disk import os_errors_as_files_error, sync, where_supported
+from lora_ft.core.disk import WINDOWS, os_errors_as_files_error, rename, sync, where_supported
 from lora_ft.core.errors import FilesError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import format_value, json_text, printable
 from lora_ft.core.paths import refuse_special
@@ -70,7 +70,9 @@ def read_tensors(path: Path) -> dict:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        # Windows neither replaces nor removes a file that is mapped
+        return {name: tensor.clone() for name, tensor in tensors.items()} if WINDOWS else tensors
     except (SafetensorError, OSError) as e:
         if is_out_of_memory(e):
             raise
@@ -124,7 +126,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 sync(path)
             if target.exists():  # rename would silently replace an empty folder
                 raise FilesError(f"{target}: another process created it in the meantime. Name another folder.")
-            staged.rename(target)
+            rename(staged, target)
             sync(target.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -194,7 +196,7 @@ def atomic_file(path: Path, needed: int) -> Iterator[Path]:
             temporary.write_bytes(b"")
             yield temporary
             sync(temporary)
-            temporary.replace(path)
+            rename(temporary, path)
             sync(path.parent)
         finally:
             with suppress(OSError):

@@ -23,6 +23,7 @@ import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
+from lora_ft.core.disk import WINDOWS, rename
 from lora_ft.core.errors import FilesError
 from lora_ft.core.paths import temporary_folder
 
@@ -78,8 +79,12 @@ def cached(
             file.flush()
             os.fsync(file.fileno())
         partial_facts.write_text(json.dumps(facts | {"rows_written": written}), encoding="utf-8")
-        partial.replace(path)
-        partial_facts.replace(facts_path)
+        try:
+            rename(partial, path)
+            rename(partial_facts, facts_path)
+        except PermissionError:
+            if not (WINDOWS and path.exists()):  # another process made the same table, and has it mapped
+                raise
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FilesError(

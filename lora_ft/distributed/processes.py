@@ -95,7 +95,7 @@ def silence_other_ranks() -> Iterator[None]:
         yield
         return
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             try:
                 yield
             except Exception:  # if rank 0 has the same error, it reports it and its exit ends this process

@@ -9,7 +9,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from lora_ft.core.disk import os_errors_as_files_error, sync
+from lora_ft.core.disk import WINDOWS, os_errors_as_files_error, rename, sync
 from lora_ft.core.errors import FilesError
 from lora_ft.core.paths import refuse_special
 from lora_ft.core.run_folder import (
@@ -27,6 +27,7 @@ from lora_ft.core.run_folder import (
 from lora_ft.core.storage import read_json
 
 ANOTHER = "another folder: --set output=FOLDER."
+HELD = (PermissionError,) if WINDOWS else ()  # by another program that reads it, such as `eval`
 
 
 # ---- before a run ----
@@ -124,7 +125,7 @@ def rotate(output: Path, limit: int | None, keep: set[int]) -> None:
     removable = [p for p in checkpoints(output) if step_of(p) not in keep and step_of(p) < max(keep)]
     excess = len(removable) + len(keep) - limit if limit else 0
     for checkpoint in removable[: max(0, excess)]:
-        with suppress(FilesError):  # damaged: left for the user to inspect
+        with suppress(FilesError, *HELD):  # damaged: left for the user to inspect
             remove_checkpoint(checkpoint)
 
 
@@ -132,7 +133,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint; its folder stays if it contains files of anyone else. Raises as `remove_listed`."""
     if {p.name for p in checkpoint.iterdir()} <= {RECORD, *manifest_names(checkpoint)}:
         # under this name `remove_leftovers` finds it if the process is killed halfway
-        checkpoint = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.partial-{os.getpid()}"))
+        checkpoint = rename(checkpoint, checkpoint.with_name(f".{checkpoint.name}.partial-{os.getpid()}"))
     remove_listed(checkpoint)
     remove_if_empty(checkpoint)
 

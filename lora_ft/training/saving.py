@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_ft.core import run_folder
+from lora_ft.core.disk import rename
 from lora_ft.core.errors import FilesError
 from lora_ft.core.messages import warn
 from lora_ft.core.storage import atomic_folder, require_space, write_file
@@ -105,4 +106,4 @@ class Saver:
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, so that a new one can have its name. Returns the new path."""
     names = (checkpoint.with_name(f"{checkpoint.name}.damaged-{n}") for n in itertools.count(1))
-    return checkpoint.rename(next(path for path in names if not path.exists()))
+    return rename(checkpoint, next(path for path in names if not path.exists()))

@@ -210,20 +210,3 @@ def test_the_python_api_is_lazy():
     assert printed.startswith("inject_lora ") and "'merge'" in printed
     with pytest.raises(AttributeError, match="injekt"):
         _ = lora_ft.injekt
-
-
-def test_commands_start_without_the_modules_of_unix():
-    """On Windows there is no fcntl and no resource module, and os lacks some functions."""
-    program = (
-        "import os, sys, filelock, psutil\n"  # these use other modules there
-        "from typer.testing import CliRunner\n"
-        "sys.modules.update(fcntl=None, resource=None)\n"
-        "for name in ('sched_getaffinity', 'statvfs', 'setpgrp'): delattr(os, name)\n"
-        "from lora_ft import cli\n"
-        "import lora_ft.commands.env, lora_ft.training.output, lora_ft.core.machine, pathlib\n"
-        "assert lora_ft.core.machine.cores() > 0 and lora_ft.core.machine.free_memory().size > 0\n"
-        "lora_ft.training.output.check_writable(pathlib.Path('out'))\n"
-        "result = CliRunner().invoke(cli.app.app, ['--help'])\n"
-        "assert result.exit_code == 0 and 'train' in result.output, result.output\n"
-    )
-    python(program)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ft.core import paths, storage
+from lora_ft.core import disk, paths, storage
 from lora_ft.core.errors import FilesError, ModelError
 
 
@@ -45,7 +45,7 @@ def test_a_failure_names_the_path_and_keeps_what_was_there(tmp_path, monkeypatch
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
 
-@pytest.mark.parametrize("name", ["mkdir", "rename"])
+@pytest.mark.parametrize("name", ["mkdir", "replace"])
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, name):
     with monkeypatch.context() as patch:
         failing(patch, Path, name, errno.EIO)
@@ -84,3 +84,23 @@ def test_a_home_that_is_not_known(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
     assert paths.local_path("~/x") == Path("~/x") and paths.local_path("~nobody-here/x") == Path("~nobody-here/x")
+
+
+def test_windows_waits_for_a_file_that_another_program_has_open(tmp_path, monkeypatch):
+    file, held, replace = tmp_path / "file", [True] * 2, Path.replace
+
+    def replace_unless_held(source: Path, target: Path) -> Path:
+        if held:
+            held.pop()
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", replace_unless_held)
+    monkeypatch.setattr(disk, "WINDOWS", True)
+    monkeypatch.setattr(storage, "sync", lambda path: None)
+    storage.write_file(file, "new")
+    held += [True] * 1000
+    monkeypatch.setattr(disk, "RENAME_SECONDS", 0.01)
+    with pytest.raises(FilesError, match="/file: .*another program"):
+        storage.write_file(file, "newer")
+    assert file.read_text() == "new" and os.listdir(tmp_path) == ["file"]

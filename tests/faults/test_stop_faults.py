@@ -23,7 +23,6 @@ import lora_ft.model.load
 import lora_ft.training.saving
 import lora_ft.training.setup
 import lora_ft.training.step
-import lora_ft.training.trainer
 from lora_ft.core import run_folder
 from lora_ft.training.checkpoint import State, is_intact
 from lora_ft.training.saving import Saver

@@ -20,8 +20,6 @@ silence_libraries()  # as every command does before its first heavy import
 import torch
 from tqdm import tqdm
 
-import lora_ft.commands.check.command
-import lora_ft.commands.evaluate
 import lora_ft.commands.train  # noqa: F401 (imported once, before the forks)
 from lora_ft.cli import main
 
@@ -69,7 +67,9 @@ class Started(NamedTuple):
                 raise AssertionError(f"still running after {seconds} s: {self.said()}")
             time.sleep(0.005)
         code = os.WEXITSTATUS(state[1]) if os.WIFEXITED(state[1]) else -os.WTERMSIG(state[1])
-        out, err = ((self.folder / name).read_text() if (self.folder / name).exists() else "" for name in SAID)
+        out, err = (
+            (self.folder / name).read_text(errors="replace") if (self.folder / name).exists() else "" for name in SAID
+        )
         assert "Traceback" not in err, err
         return Ended(code, out, err, time.monotonic() - self.since)
 

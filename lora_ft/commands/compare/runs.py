@@ -5,6 +5,7 @@ run with the same settings is reused, an unfinished one resumes from its newest 
 """
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from lora_ft.config.load import changes
 from lora_ft.config.schema import Config
+from lora_ft.core.disk import WINDOWS
 from lora_ft.core.errors import EXIT_OUT_OF_MEMORY, ConfigError, FilesError, ModelError, NumbersError
 from lora_ft.core.messages import info
 from lora_ft.core.run_folder import RECORD, checkpoints, read_record
@@ -88,16 +90,18 @@ class Runner:
 def run_and_stream(command: list[str]) -> tuple[int, str]:
     """Run a command with its messages indented on stderr; returns its exit code and the last line of them.
 
-    The command has its own process group, out of reach of Ctrl-C: a signal to this process is passed on once. If this process
-    is killed, Linux ends the command with SIGTERM, so that it saves its last step.
+    The command has its own process group, out of reach of Ctrl-C: a signal to this process is passed on once. Windows has
+    no such groups: there Ctrl-C reaches both. If this process is killed, Linux ends the command with SIGTERM, so that it
+    saves its last step.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     child = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         errors="replace",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
         process_group=0,
         preexec_fn=(lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)) if libc else None,
     )
@@ -109,7 +113,8 @@ def run_and_stream(command: list[str]) -> tuple[int, str]:
             last_line = line.strip()  # of a failed run, the error
         exit_code = child.wait()
     except Stopped as stop:
-        child.send_signal(stop.exit_code - 128)
+        if not WINDOWS:
+            child.send_signal(stop.exit_code - 128)
         child.wait()
         raise
     return exit_code, last_line
