@@ -11,8 +11,6 @@ from lora_ft.core.names import portable_name, template_columns
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.peft_config import file_rank
 
-SERVED = ("lora", "full")  # the methods that `lora-ft generate` serves
-
 
 def method_of(record: dict) -> str:
     """The method of a run, from its record."""

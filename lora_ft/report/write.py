@@ -10,7 +10,7 @@ from lora_ft.core.metrics import metric_of, selection_metric
 from lora_ft.core.names import portable_name
 from lora_ft.core.storage import write_json
 from lora_ft.methods.model_card import what_it_is
-from lora_ft.methods.usage import SERVED, method_of, peft_snippet
+from lora_ft.methods.usage import method_of, peft_snippet
 from lora_ft.report.comparison import compare_runs
 from lora_ft.report.confusion import shortened
 from lora_ft.report.curves import run_charts
@@ -68,7 +68,6 @@ def report_page(run: RunData) -> str:
         charts=run_charts(run),
         snippet=peft_snippet(record, folder) if run.finished and method in ("lora", "prompt") else "",
         merges=method == "lora",
-        generates=method in SERVED,
         usable=shlex.quote(folder) if run.finished else shlex.quote(str(checkpoints[-1])) if checkpoints else "",
         data=data_table(run),
         provenance=provenance(run),
