@@ -16,7 +16,7 @@ from lora_ft.data.delimited import read_delimited
 from lora_ft.data.files import DEFAULT, FileFormat, data_files, kind
 from lora_ft.data.json_files import SourceRow, read_json, read_jsonl
 
-MAX_UNPACKED, MAX_EXPANSION = 2**30, 1000  # of a Parquet file: bytes or rows; how many times its size beyond that
+MAX_UNPACKED, MAX_EXPANSION = 2**30, 100  # of a Parquet file: bytes or rows; how many times its size beyond that
 BATCH_BYTES = 2**28  # what rows of a Parquet file that are read at once can take
 
 
