@@ -138,6 +138,8 @@ def test_commands_in_blocks_and_help_run(reader, tmp_path):
         if command[0] == "train":
             shutil.rmtree(folder / "out")
             command += ("--set", "train.max_steps=1")
+        if "--texts" in command:
+            command += ("--set", "generation.max_new_tokens=8")  # the tiny base has 128 positions
         typed = ["gpt2" if word == "gpt3-175b" else word for word in command]
         ended = cli(folder, *typed, before=lambda: setattr(sys, "stdin", io.StringIO()))
         if ended.code:
