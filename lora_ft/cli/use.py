@@ -97,7 +97,7 @@ def generate(
     With --base and no adapter, the base model itself answers.
 
     Example: lora-ft generate out --prompt "The best film of the year"
-             lora-ft generate --adapter a=out/a --adapter b=out/b --prompts prompts.jsonl
+             lora-ft generate --adapter reviews=out --prompts data/reviews_eval.jsonl
     """
     silence_libraries()
     from lora_ft.commands.generate.command import generate_command

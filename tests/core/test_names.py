@@ -1,12 +1,11 @@
 """Roles, local paths and hub ids, columns in braces, and text that is safe to print."""
 
-import time
 from pathlib import Path
 
 import pytest
 
 from lora_ft.core.errors import ConfigError
-from lora_ft.core.messages import announce_if_slow, format_value, printable
+from lora_ft.core.messages import format_value, printable
 from lora_ft.core.names import (
     is_local,
     nearest,
@@ -122,14 +121,6 @@ def test_the_nearest_role(word, role):
 def test_nearest():
     assert nearest("lerning_rate", ["learning_rate", "seed"]) == "learning_rate"
     assert nearest("zzz", ["learning_rate", "seed"]) is None
-
-
-def test_only_what_is_slow_is_announced(capsys):
-    with announce_if_slow("loading x", 0.01):
-        time.sleep(0.2)
-    with announce_if_slow("loading y", 10):
-        pass
-    assert capsys.readouterr().err == "loading x ...\n"
 
 
 def test_control_characters_are_escaped():
