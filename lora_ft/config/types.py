@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
 from lora_ft.config.training_arguments import SCHEDULERS
 from lora_ft.core.messages import format_value
-from lora_ft.core.metrics import TEXT_METRICS
 from lora_ft.core.names import GROUPS, ROLES, nearest_role, template_columns, with_slashes
 
 REPORTERS = (
@@ -91,10 +90,6 @@ def _micro_batch_tokens(value: Any) -> Any:
     if value != "auto" and not (type(value) is int and value >= 1):
         raise ValueError(f"{format_value(value)} is not valid; give auto, or a number of tokens, an integer from 1")
     return value
-
-
-def _auto_or_off(value: Any) -> Any:
-    return "off" if value is False else value  # off is false in YAML
 
 
 def _eval_set(value: Any) -> Any:
@@ -225,20 +220,8 @@ Steps = Annotated[int | float, BeforeValidator(_steps), json_schema(FRACTION, CO
 StepsOrZero = Annotated[int | float, BeforeValidator(_steps_or_zero), json_schema(FRACTION, COUNT | {"minimum": 0})]
 _AUTO_OR_COUNT = json_schema({"const": "auto"}, COUNT)
 MicroBatchTokens = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), _AUTO_OR_COUNT]
-AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(_auto_or_off), json_schema({"enum": ["auto", "off"]})]
-_REPORTER = Literal[*REPORTERS]  # type: ignore[valid-type]
-_NONE = BeforeValidator(lambda value: [] if value == "none" else value)
-Reporters = Annotated[OneOrMore[_REPORTER], _NONE, json_schema({"const": "none"}, *_one_or_more(*REPORTERS))]
-_METRIC = Literal[*TEXT_METRICS]  # type: ignore[valid-type]
-TextMetrics = Annotated[OneOrMore[_METRIC], json_schema(*_one_or_more(*TEXT_METRICS))]
-TemplateText = Annotated[str, AfterValidator(_template), json_schema(TEXT)]
-Supervised = Annotated[str, AfterValidator(_supervised), json_schema(TEXT)]
-Column = Annotated[str, AfterValidator(_column), json_schema(TEXT | {"pattern": COLUMN})]
-EvalSets = Annotated[
-    EvalSet | dict[str, EvalSet] | None,
-    BeforeValidator(_eval_sets),
-    json_schema(*_EVAL_SET, _mapping(f"^{SET_NAME}$", {"anyOf": list(_EVAL_SET)}), NULL),
-]
+_OFF = BeforeValidator(lambda value: "off" if value is False else value)  # what YAML reads as false
+AutoOrOff = Annotated[Literal["auto", "off"], _OFF]
 LabelNames = Annotated[
     dict[str, tuple[str, ...]] | None,
     BeforeValidator(_label_names),

@@ -146,7 +146,8 @@ class Begun(NamedTuple):
             return before
         row = torch.tensor([ids], device=model.device)
         with eval_mode(model):
-            cache = model(row, use_cache=True, logits_to_keep=1).past_key_values
+            output = model(row, use_cache=True, logits_to_keep=1)
+        cache = output.cache if "cache" in output else output.past_key_values  # before 5.24
         plain = {type(layer) for layer in getattr(cache, "layers", [None])} == {DynamicLayer}  # not a recurrent state
         return cls(ids, cache) if plain else None
 

@@ -119,8 +119,7 @@ def check_weights(base: Base) -> None:
 
 def _load(base: Base, config: PretrainedConfig, options: dict[str, Any], device: str = "cpu") -> PreTrainedModel:
     """The model with its stored weights; ModelError if one is missing or of another shape. device: of a pickle's tensors."""
-    # shapes of another kind are named below
-    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # these are named below
     integers: list[str] = []
     with _as_model_error(base, "can't be loaded"):
         if base.gguf:  # transformers would apply an adapter that is beside it

@@ -76,16 +76,13 @@ class RunSetup:
         """
         if not self.config.adapter.init_from:
             return None
-        folder = Path(self.config.adapter.init_from)
+        folder, method = Path(self.config.adapter.init_from), self.config.adapter.method
         if not folder.is_dir():
-            raise ModelError(
-                f"adapter.init_from: {folder}: no such folder. Give the folder that a training run or PEFT wrote."
-            )
+            way_out = "Give the folder that a training run or PEFT wrote."
+            raise ModelError(f"adapter.init_from: {folder}: no such folder. {way_out}")
         trained = Trained.open(folder)
-        if trained.method != self.config.adapter.method:
-            raise ModelError(
-                f"adapter.init_from: {folder} is of method {trained.method}, this run's is {self.config.adapter.method}."
-            )
+        if trained.method != method:
+            raise ModelError(f"adapter.init_from: {folder} is of method {trained.method}, this run's is {method}.")
         check_base(trained.record, self.base, self.trust.other_base)
         return trained
 
@@ -187,8 +184,8 @@ class RunSetup:
     @cached_property
     def packing(self) -> RowPacking:
         """How rows are made for the loaded model."""
-        share = self.config.train.share_prefixes == "auto"
-        return RowPacking.of(self.model, self.isolation, self.row_tokens, share)
+        share = self.config.train.share_prefixes
+        return RowPacking.of(self.model, self.isolation, self.row_tokens, share == "auto")
 
     def make_plan(self, packing: RowPacking, prefix: list[int], max_steps: int | None = None) -> StepPlan:
         """The run's steps, or its first `max_steps`, with the ids `prefix` before every example."""
