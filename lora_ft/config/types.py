@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
 from lora_ft.config.training_arguments import SCHEDULERS
 from lora_ft.core.messages import format_value
+from lora_ft.core.metrics import TEXT_METRICS
 from lora_ft.core.names import GROUPS, ROLES, nearest_role, template_columns, with_slashes
 
 REPORTERS = (
@@ -222,6 +223,19 @@ _AUTO_OR_COUNT = json_schema({"const": "auto"}, COUNT)
 MicroBatchTokens = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), _AUTO_OR_COUNT]
 _OFF = BeforeValidator(lambda value: "off" if value is False else value)  # what YAML reads as false
 AutoOrOff = Annotated[Literal["auto", "off"], _OFF]
+_REPORTER = Literal[*REPORTERS]  # type: ignore[valid-type]
+_NONE = BeforeValidator(lambda value: [] if value == "none" else value)
+Reporters = Annotated[OneOrMore[_REPORTER], _NONE, json_schema({"const": "none"}, *_one_or_more(*REPORTERS))]
+_METRIC = Literal[*TEXT_METRICS]  # type: ignore[valid-type]
+TextMetrics = Annotated[OneOrMore[_METRIC], json_schema(*_one_or_more(*TEXT_METRICS))]
+TemplateText = Annotated[str, AfterValidator(_template), json_schema(TEXT)]
+Supervised = Annotated[str, AfterValidator(_supervised), json_schema(TEXT)]
+Column = Annotated[str, AfterValidator(_column), json_schema(TEXT | {"pattern": COLUMN})]
+EvalSets = Annotated[
+    EvalSet | dict[str, EvalSet] | None,
+    BeforeValidator(_eval_sets),
+    json_schema(*_EVAL_SET, _mapping(f"^{SET_NAME}$", {"anyOf": list(_EVAL_SET)}), NULL),
+]
 LabelNames = Annotated[
     dict[str, tuple[str, ...]] | None,
     BeforeValidator(_label_names),

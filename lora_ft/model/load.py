@@ -134,10 +134,8 @@ def _load(base: Base, config: PretrainedConfig, options: dict[str, Any], device:
                 model, loading = type(empty).from_pretrained(None, config=config, state_dict=weights, **options)
             model.generation_config = empty.generation_config
     shapes = [f"{n} is {tuple(a)}, its config says {tuple(b)}" for n, a, b in sorted(loading["mismatched_keys"])]
-    missing = sorted(loading["missing_keys"])
-    stored = f"weights are missing, or are integers in its files ({listed(integers, 5)})"
-    absent = stored if integers else "weights are missing"
-    for problem, names in ((absent, missing), ("weights have another shape", shapes)):
+    absent = f"weights are missing{f', or are integers in its files ({listed(integers, 5)})' if integers else ''}"
+    for problem, names in ((absent, sorted(loading["missing_keys"])), ("weights have another shape", shapes)):
         if names:
             raise ModelError(f"model {base.name}: {problem}: {listed(names, 5)}. Copy the model again.")
     return model

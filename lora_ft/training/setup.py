@@ -103,13 +103,8 @@ class RunSetup:
             check_data(self.before, tokenizer_hash(self.tokenizer), train_set, eval_sets)
         return train_set, eval_sets
 
-    @property
-    def train_set(self) -> Examples:
-        return self.data[0]
-
-    @property
-    def eval_sets(self) -> dict[str, Examples]:
-        return self.data[1]
+    train_set: Examples = property(lambda self: self.data[0])  # type: ignore[assignment]
+    eval_sets: dict[str, Examples] = property(lambda self: self.data[1])  # type: ignore[assignment]
 
     def read_files(self) -> None:
         """Download, check and encode: everything before the weights are loaded. Raises as the parts do."""
@@ -209,8 +204,8 @@ class RunSetup:
     @cached_property
     def parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters of the adapted model."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        parameters = [*self.model.parameters()]
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def print_summary(self) -> None:
         """Print the data's counts, what is adapted, and how rows are made if not as usual."""
@@ -218,8 +213,8 @@ class RunSetup:
             info(f"{name.strip()}: {examples.report.summary()}")
             for note in examples.report.notes:
                 warn(f"{name.strip()}: {note}.")
-        trainable, total = self.parameters
-        share = f"{trainable:,} trainable parameters ({trainable / total:.2%} of the model)"
+        trains, total = self.parameters
+        share = f"{trains:,} trainable parameters ({trains / total:.2%} of the model)"
         info(f"{self.config.adapter.method}: {self.dry_run[1]}, {share}")
         if self.isolation is Isolation.ONE_PER_ROW:
             info("this model's RoPE depends on the longest position, so examples cannot share a row (slower)")
