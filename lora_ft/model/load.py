@@ -176,9 +176,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         raise ModelError(f"model {base.name}: its tokenizer has no fast version (tokenizer.json), which is needed.")
     largest, count = max(tokenizer.get_vocab().values(), default=0), len(tokenizer)
     if largest > 8 * count + 10**6:  # the tokenizer would count up to it whenever it is written
-        raise ModelError(
-            f"model {base.name}: its tokenizer has {count:,} tokens and the id {largest:,}. Copy it again."
-        )
+        raise ModelError(f"model {base.name}: its tokenizer of {count:,} tokens has the id {largest:,}. Copy it again.")
     return tokenizer
 
 
