@@ -78,8 +78,9 @@ class RunSetup:
             return None
         folder, method = Path(self.config.adapter.init_from), self.config.adapter.method
         if not folder.is_dir():
-            way_out = "Give the folder that a training run or PEFT wrote."
-            raise ModelError(f"adapter.init_from: {folder}: no such folder. {way_out}")
+            raise ModelError(
+                f"adapter.init_from: {folder}: no such folder. Give one that a training run or PEFT wrote."
+            )
         trained = Trained.open(folder)
         if trained.method != method:
             raise ModelError(f"adapter.init_from: {folder} is of method {trained.method}, this run's is {method}.")
@@ -103,8 +104,13 @@ class RunSetup:
             check_data(self.before, tokenizer_hash(self.tokenizer), train_set, eval_sets)
         return train_set, eval_sets
 
-    train_set: Examples = property(lambda self: self.data[0])  # type: ignore[assignment]
-    eval_sets: dict[str, Examples] = property(lambda self: self.data[1])  # type: ignore[assignment]
+    @property
+    def train_set(self) -> Examples:
+        return self.data[0]
+
+    @property
+    def eval_sets(self) -> dict[str, Examples]:
+        return self.data[1]
 
     def read_files(self) -> None:
         """Download, check and encode: everything before the weights are loaded. Raises as the parts do."""
@@ -179,8 +185,7 @@ class RunSetup:
     @cached_property
     def packing(self) -> RowPacking:
         """How rows are made for the loaded model."""
-        share = self.config.train.share_prefixes
-        return RowPacking.of(self.model, self.isolation, self.row_tokens, share == "auto")
+        return RowPacking.of(self.model, self.isolation, self.row_tokens, self.config.train.share_prefixes == "auto")
 
     def make_plan(self, packing: RowPacking, prefix: list[int], max_steps: int | None = None) -> StepPlan:
         """The run's steps, or its first `max_steps`, with the ids `prefix` before every example."""

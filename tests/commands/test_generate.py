@@ -20,11 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lora_ft.commands.evaluate import evaluate_command
 from lora_ft.commands.generate import serving
 from lora_ft.commands.generate.command import generate_command
+from lora_ft.commands.generate.prompts import PromptFormat
 from lora_ft.commands.merge import merge_command
 from lora_ft.commands.train import train
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.trust import Trust
+from lora_ft.data.template import Template
+from lora_ft.data.tokens import text_encoder
+from tests.data.conftest import build as build_tokenizer
 from tests.helpers.tiny import CONFIG, write_base, write_run
 
 CHAT_TEMPLATE = (
@@ -71,6 +75,15 @@ def here(runs, monkeypatch):
 
 
 BOTH = dict(adapters=["reviews=reviews", "talk=talk"])
+
+
+def test_rows_fill_a_template_that_reads_inside_columns():
+    tokenizer = build_tokenizer()
+    template = Template("{q}: {options[text][0]}", " {a}")
+    prompts = PromptFormat(template, None, False, text_encoder(tokenizer))
+    row = {"q": "which", "options": {"text": ["this", "that"]}}
+    assert prompts.takes(row, {}) and prompts.from_row(row)[0] == "which: this"
+    assert not prompts.takes({"q": "which"}, {})
 
 
 def generate(capsys, *folders, **options) -> str:

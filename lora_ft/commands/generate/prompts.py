@@ -106,7 +106,10 @@ class PromptFormat:
         return is_chat or self._fills_template(columns, given) or isinstance(columns.get("prompt"), str)
 
     def _fills_template(self, columns: dict[str, Any], given: Mapping[str, str]) -> bool:
-        return any(c in columns for c in self.columns) and all(c in columns or c in given for c in self.needed)
+        there = {
+            c for c in self.columns if c in columns or c.partition("[")[0] in columns
+        }  # answers of answers[text][0]
+        return bool(there) and there.union(given).issuperset(self.needed)
 
     def from_row(
         self, columns: dict[str, Any], given: Mapping[str, str] = MappingProxyType({})
