@@ -19,6 +19,7 @@ from lora_ft.data.cache import cached, cached_table, key_of
 from lora_ft.data.examples import Examples
 from lora_ft.distributed import processes
 from lora_ft.evaluation.paired import Rows
+from lora_ft.evaluation.telling_rows import KEY
 from lora_ft.methods.trained import Trained
 from lora_ft.model.files import Base
 
@@ -103,4 +104,6 @@ def recorded_scores(
     scores = {
         who: split_set_name(record.get(part), [name] if name else []).get(name, {}) for who, part in parts.items()
     }
-    return scores if all("loss" in metrics for metrics in scores.values()) else None
+    if not all("loss" in metrics for metrics in scores.values()):
+        return None
+    return {who: {key: value for key, value in metrics.items() if key != KEY} for who, metrics in scores.items()}

@@ -78,9 +78,7 @@ class RunSetup:
             return None
         folder, method = Path(self.config.adapter.init_from), self.config.adapter.method
         if not folder.is_dir():
-            raise ModelError(
-                f"adapter.init_from: {folder}: no such folder. Give one that a training run or PEFT wrote."
-            )
+            raise ModelError(f"adapter.init_from: {folder}: no such folder. Give one that a run or PEFT wrote.")
         trained = Trained.open(folder)
         if trained.method != method:
             raise ModelError(f"adapter.init_from: {folder} is of method {trained.method}, this run's is {method}.")
@@ -203,8 +201,8 @@ class RunSetup:
     @cached_property
     def chat_template(self) -> str | None:
         """The text of the chat template that the run is trained with; None if it is not trained on chats."""
-        own = template_of(self.config.data).chat_template or self.tokenizer.chat_template
-        return own if self.config.data.messages else None
+        data = self.config.data
+        return (template_of(data).chat_template or self.tokenizer.chat_template) if data.messages else None
 
     @cached_property
     def parameters(self) -> tuple[int, int]:
