@@ -101,15 +101,18 @@ def examples() -> list[str]:
 def reader(tmp_path_factory) -> Path:
     """A folder as readers have it: data, a config, a run in out, others below it. A tiny base goes by the names of models."""
     folder = write_run(tmp_path_factory.mktemp("reader"), config=CONFIG.replace("name: base", "name: gpt2"))
-    for name in ("gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+    for name in ("gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct", "models/smollm2-135m-instruct"):
         shutil.copytree(folder / "base", folder / name)
+    (folder / "data").mkdir()
+    for name in ("train", "eval"):
+        shutil.copy(folder / f"{name}.jsonl", folder / f"data/reviews_{name}.jsonl")
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     (folder / "reviews.csv").write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in rows))
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": r["text"]}) + "\n" for r in rows[:2]))
     shutil.copy(folder / "eval.jsonl", folder / "reviews-test.jsonl")
     ended = cli(folder, "train", "config.yaml", "--set", "train.max_steps=2")
     assert ended.code == 0, ended.err
-    for name in ("a", "b", "reviews", "jokes", "rank8", "rank16"):
+    for name in ("a", "b", "quickstart", "reviews", "jokes", "rank8", "rank16"):
         shutil.copytree(folder / "out", folder / "out-copy" / name)
     shutil.copytree(folder / "out-copy", folder / "out", dirs_exist_ok=True)
     return folder

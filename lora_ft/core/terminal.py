@@ -92,7 +92,8 @@ class Activity:
         self.tasks: list[tuple[str | None, float]] = []
         self.written, self.at_line_start, self.drawn = 0.0, True, ""
         self.stop = threading.Event()
-        os.register_at_fork(after_in_child=self._forget)
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
         """In a fork there is no thread, and nobody who would release the lock."""

@@ -47,7 +47,7 @@ def base_scores(
         config.generation.model_dump(mode="json") if texts else None,
     ]
     key = key_of("base scores", fingerprint, _content(asdict(examples.report)), data, how, VERSIONS)
-    kept = None if again else processes.broadcast(lambda: _read(key))
+    kept = None if again else processes.broadcast(lambda: read_scores(key))
     if kept:
         return kept, True
     scored = compute()
@@ -61,7 +61,8 @@ def _content(report: dict) -> dict:
     return {key: value for key, value in report.items() if key not in ("files", "texts")}
 
 
-def _read(key: str) -> Scored | None:
+def read_scores(key: str) -> Scored | None:
+    """What was kept under a key, if it is still there."""
     if (found := cached_table(key)) is None:
         return None
     table, facts = found

@@ -37,7 +37,7 @@ def load_model_config(base: Base) -> PretrainedConfig:
     with _as_model_error(base, "its config can't be used"):
         config = AutoConfig.from_pretrained(base.folder, **_options(base))
         # a config may not choose kernels, or attention that `nn/attention.py` was not made for
-        config._attn_implementation = config._experts_implementation = None
+        config._attn_implementation = config._experts_implementation = config.transformers_weights = None
     if base.gguf and (count := absurd_count(config.to_dict())):
         raise ModelError(f"model {base.name}: {count}; the limit is {MOST_MODULES:,}. Copy the file again.")
     if getattr(config, "is_encoder_decoder", False):

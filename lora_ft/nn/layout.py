@@ -34,8 +34,9 @@ class Layout:
     others share a block, so that what they continue is read once for all of them.
 
     Attributes:
-        tokens: of the row. shared: whether a segment continues another. lengths: the tokens of each block, in order. reads:
-        of each block, the blocks that hold its keys, itself last.
+        tokens: of the row. shared: whether a segment continues another. ends: of each segment, the tokens of its sequence up
+        to its end. lengths: the tokens of each block, in order. reads: of each block, the blocks that hold its keys, itself
+        last.
     """
 
     def __init__(self, segments: Sequence[Segment]):
@@ -46,8 +47,10 @@ class Layout:
         self.reads: list[list[int]] = []
         self._masks: dict[tuple, Tensor] = {}
         self._offsets: Offsets | None = None
+        self.ends: list[int] = []
         blocks: list[int] = []  # of each segment
         for length, parent in segments:
+            self.ends.append(length if parent is None else self.ends[parent] + length)
             joins = parent is not None and len(self.reads[-1]) > 1 and self.lengths[-1] + length <= BLOCK
             if not joins:
                 self.lengths.append(0)
@@ -88,15 +91,12 @@ class Layout:
     @functools.cached_property
     def segment_of(self) -> Tensor:
         """(tokens,) the segment of each token."""
-        return torch.arange(len(self.segments)).repeat_interleave(torch.tensor([s.length for s in self.segments]))
+        return torch.tensor([i for i, s in enumerate(self.segments) for _ in range(s.length)])
 
     @functools.cached_property
     def positions(self) -> Tensor:
         """(tokens,) the position of each token in its sequence."""
-        ends: list[int] = []
-        for length, parent in self.segments:
-            ends.append(length if parent is None else ends[parent] + length)
-        return torch.cat([torch.arange(e - s.length, e) for e, s in zip(ends, self.segments, strict=True)])
+        return torch.cat([torch.arange(e - s.length, e) for e, s in zip(self.ends, self.segments, strict=True)])
 
     def offsets(self, device: torch.device) -> Offsets:
         """The segments for variable-length attention: the queries of one are the last of its keys."""
@@ -105,14 +105,15 @@ class Layout:
         return self._offsets
 
     def _offsets_on(self, device: torch.device) -> Offsets:
-        own = [s.length for s in self.segments]
-        complete = [int(self.positions[end - 1]) + 1 for end in itertools.accumulate(own)]
-        queries, keys = (torch.tensor([0, *n]).cumsum(0).int() for n in (own, complete))
-        gather = None
-        if self.shared:
-            gather = torch.cat([self.continues[i][self.segment_of].nonzero()[:, 0] for i in range(len(own))])
-            gather = _moved(gather, device)
-        return Offsets(_moved(queries, device), _moved(keys, device), max(own), max(complete), gather)
+        own: list[int] = [s.length for s in self.segments]
+        paths: list[list[int]] = []
+        starts = [0, *itertools.accumulate(own)]
+        for i, (_, parent) in enumerate(self.segments):
+            paths.append([*(paths[parent] if parent is not None else []), i])
+        queries, keys = (torch.tensor([0, *itertools.accumulate(n)]).int() for n in (own, self.ends))
+        gather = torch.cat([torch.arange(starts[n], starts[n + 1]) for path in paths for n in path])
+        offsets = _moved(queries, device), _moved(keys, device), max(own), max(self.ends)
+        return Offsets(*offsets, _moved(gather, device) if self.shared else None)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

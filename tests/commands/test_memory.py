@@ -14,9 +14,10 @@ from lora_ft.methods.lora.inject import inject_lora, trainable
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.loss import supervised_loss
 from lora_ft.nn.mlp import keep_gate_and_up
+from lora_ft.nn.rows import Segment
 from tests.helpers.families import COMMON, FAMILIES, tiny_model
 
-ROW = Row((24, 16, 8), 30)
+ROW = Row([Segment(24), Segment(16), Segment(8)], 30)
 
 
 def shape_of(family):
@@ -59,10 +60,10 @@ def measured(model, isolation):
         p.grad = torch.zeros_like(p)
     held = [*model.parameters(), *model.buffers(), *(p.grad for p in trainable(model).values())]
     counter = Allocated({t.untyped_storage().data_ptr() for t in held})
-    ids = torch.randint(3, 90, (1, sum(ROW.lengths)))
-    positions = torch.cat([torch.arange(n) for n in ROW.lengths])[None]
+    ids = torch.randint(3, 90, (1, ROW.tokens))
+    positions = torch.cat([torch.arange(s.length) for s in ROW.segments])[None]
     keep = torch.arange(ROW.supervised)
-    with counter, isolation.row(model.train(), ROW.lengths):
+    with counter, isolation.row(model.train(), ROW.segments):
         supervised_loss(model, ids, positions, keep, ids[0, keep]).backward()
     return counter.peak
 
@@ -71,7 +72,7 @@ def measured(model, isolation):
 def test_a_step_without_values_makes_what_a_real_one_makes(family):
     model = tiny_model(family)
     inject_lora(model)
-    isolation = Isolation.detect(model, max(ROW.lengths))
+    isolation = Isolation.detect(model, 24)
     found = estimate(lambda: without_values(family), [ROW])
     real = measured(model, isolation)
     assert found.activations + found.logits == pytest.approx(real, rel=0.05)
@@ -90,12 +91,12 @@ def test_checkpointing_needs_less_and_a_longer_row_more():
     plain, less = (estimate(lambda: without_values("llama"), [ROW], checkpointing=c, runtime=1) for c in (False, True))
     assert less.activations < plain.activations and less.weights == plain.weights
     assert less.heap >= plain.heap > 0  # what malloc's holes come from is made all the same
-    longer = estimate(lambda: without_values("llama"), [ROW, Row((96,), 30)])
+    longer = estimate(lambda: without_values("llama"), [ROW, Row([Segment(96)], 30)])
     assert longer.activations > 1.5 * plain.activations
 
 
 def test_the_logits_of_a_row_are_those_of_a_chunk():
-    few, many = (estimate(lambda: without_values("llama"), [Row((900,), n)]) for n in (300, 899))
+    few, many = (estimate(lambda: without_values("llama"), [Row([Segment(900)], n)]) for n in (300, 899))
     assert many.logits == few.logits
 
 

@@ -249,7 +249,7 @@ def test_a_tokenizer_with_an_absurd_id(fresh):
     tokenizer = json.loads(path.read_text())
     tokenizer["model"]["vocab"]["z"] = 2**31
     path.write_text(json.dumps(tokenizer))
-    refused_untouched(fresh, 4, "model base: its tokenizer has", "and the id 2,147,483,648")
+    refused_untouched(fresh, 4, "model base: its tokenizer of", "has the id 2,147,483,648")
 
 
 def test_weights_of_another_shape_than_the_config_says(fresh):

@@ -105,10 +105,11 @@ def write_chats(folder, questions: list[str]) -> None:
 
 
 def test_rows_of_which_truncation_leaves_nothing_supervised(chat):
-    ended = train(chat, "data.max_length=20")
+    ended = train(chat, "data.max_length=20", "data.truncate=end")
     assert ended.code == 0 and "1 dropped" in ended.err, ended
     write_chats(chat, ["that was it " * 20])
-    refused_untouched(chat, 3, "train.jsonl", "data.max_length", command=training("data.max_length=20", "output=other"))
+    other = training("data.max_length=20", "data.truncate=end", "output=other")
+    refused_untouched(chat, 3, "train.jsonl", "data.max_length", command=other)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_names_that_are_not_utf8(folder):
     "command, name",
     [
         (("merge", "--adapter", "out"), "fsync"),
-        (("merge", "--adapter", "out"), "rename"),
+        (("merge", "--adapter", "out"), "replace"),
         (("export", "out", "--to", "peft"), "mkdir"),
         (("export", "out", "--to", "gguf"), "replace"),
         (("export", "out", "--to", "gguf", "--merged"), "fsync"),

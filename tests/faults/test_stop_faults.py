@@ -149,8 +149,8 @@ def test_from_outside_at_any_moment(fresh):
 def test_eval_and_merge(folder, signum):
     before = files(folder)
     for command, place in (
-        (["eval"], (lora_ft.evaluation.scoring, "_log_probabilities", 2)),
-        (["eval"], (lora_ft.commands.evaluate, "load_base", 1)),
+        (["eval", "--again"], (lora_ft.evaluation.scoring, "_log_probabilities", 2)),
+        (["eval", "--again"], (lora_ft.commands.evaluate, "load_base", 1)),
         (["merge", "--adapter", "out"], (lora_ft.methods.lora.merge_shards, "merged", 2)),
         (["merge", "--adapter", "out"], (lora_ft.methods.lora.merge, "compare_logits", 1)),
         (["check", "config.yaml"], (lora_ft.training.setup, "load_tokenizer", 1)),

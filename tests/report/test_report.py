@@ -241,7 +241,7 @@ def stopped(folder: Path, monkeypatch, look: int, *changes: str) -> None:
 
 
 def test_an_interrupted_run_has_a_report_that_can_be_regenerated(folder, monkeypatch):
-    stopped(folder, monkeypatch, 30, *CLASSES)
+    stopped(folder, monkeypatch, 20, *CLASSES)
     page = Page(folder / "out/report.html")
     harmless(page)
     assert "Not finished" in page.text and "which is saved" in page.text and "--resume" in page.text
@@ -257,7 +257,7 @@ def test_an_interrupted_run_has_a_report_that_can_be_regenerated(folder, monkeyp
 
 
 def test_a_run_that_has_a_checkpoint_but_no_log_has_a_report(folder, monkeypatch, capsys):
-    stopped(folder, monkeypatch, 30, *CLASSES)
+    stopped(folder, monkeypatch, 20, *CLASSES)
     for name in ("report.html", "log.jsonl"):
         (folder / "out" / name).unlink()
     capsys.readouterr()

@@ -19,7 +19,7 @@ from tests.helpers.tiny import write_base, write_reviews, write_run
 TIMES = {"seconds", "tokens_per_second", "peak_memory_mb"}
 SETTINGS = [
     "adapter.dropout=0.1",
-    "train.micro_batch_tokens=64",
+    "train.micro_batch_tokens=32",
     "train.logging_steps=5",
     "train.save_steps=3",
     "train.eval_steps=4",
@@ -189,7 +189,7 @@ def test_what_would_change_the_result_is_refused_with_each_difference(stopped):
 
 def test_what_changes_only_rounding_is_a_warning(stopped, capsys):
     run(stopped, "train.micro_batch_tokens=128", resume=True)
-    assert "micro_batch_tokens: was 64, is 128" in capsys.readouterr().err
+    assert "micro_batch_tokens: was 32, is 128" in capsys.readouterr().err
 
 
 def test_what_changes_nothing_goes_on(stopped, whole):

@@ -117,7 +117,7 @@ def test_order_of_events(events):
     step = ["on_step_begin", "training_step", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"]
     assert events == [
         "_move_model_to_device", "get_train_dataloader", "create_optimizer", "create_scheduler",
-        "restore", "on_train_begin", "finish_stopped_step", "on_epoch_begin",
+        "on_train_begin", "finish_stopped_step", "on_epoch_begin",
         "read step 0", *step,
         "read step 1", *step, "log", "on_log",
         "evaluate", "log", "on_log", "on_evaluate", "_save_checkpoint", "saved step 2, best 2", "on_save",
