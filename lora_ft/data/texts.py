@@ -20,7 +20,7 @@ from lora_ft.data.files import DEFAULT, FileFormat
 from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import BadRow, Columns, Template, optional_columns, pair_renderer, renderer
 
-ENCODING_VERSION = 8  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
+ENCODING_VERSION = 9  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
 BATCH, MAX_BATCH_CHARS = 1000, 2**22  # rows that are in memory at once, and their characters unless it is one row
 MAX_REPORTED_ROWS = 20
 
