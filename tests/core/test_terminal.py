@@ -25,6 +25,7 @@ def on_screen(monkeypatch, kind: str) -> Iterator[Screen]:
     monkeypatch.setenv("TERM", kind)
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(terminal, "QUIET_SECONDS", 0)
+    monkeypatch.setattr(ACTIVITY, "at_line_start", True)  # whatever other tests have written
     with redirect_stderr(SafeStream(screen)):
         yield screen
 

@@ -384,8 +384,7 @@ class TestAllEndTogether:
         assert "--processes 2 --resume" in said and "Traceback" not in said
         assert len(list((folder / "out/checkpoints").glob("step-*/lora_ft.json"))) == 1
 
-    @pytest.mark.parametrize("which", [0, 1])
-    @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGKILL, 1)])
+    @pytest.mark.parametrize("which, signum, code", [(0, signal.SIGTERM, 143), (1, signal.SIGKILL, 1)])
     def test_a_signal_to_one_process(self, running, which, signum, code):
         launcher, pids, folder = running
         os.kill(pids[which], signum)

@@ -93,14 +93,14 @@ def same(output: Path, whole: Path) -> None:
     assert (output / last).read_bytes() == (whole / last).read_bytes()
 
 
-@pytest.mark.parametrize("every", [11, 13, 17, 23, 37, 50])
+@pytest.mark.parametrize("every", [11, 17, 37, 50])
 def test_stopped_again_and_again_it_ends_in_the_same_bits(folder, whole, monkeypatch, every):
     stops = until_done(folder, monkeypatch, every)
     assert stops >= 1
     same(folder / "out", whole)
 
 
-@pytest.mark.parametrize("check", range(20, 34))
+@pytest.mark.parametrize("check", range(20, 34, 2))
 def test_stopped_within_a_step_or_an_evaluation(folder, whole, monkeypatch, check):
     stop_at(monkeypatch, check)
     with pytest.raises(Stopped, match="--resume"):
