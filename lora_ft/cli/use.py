@@ -36,7 +36,7 @@ def eval(
 ) -> None:
     """Score adapters and their base, or a merged model.
 
-    Example: lora-ft eval out/quickstart --data data/reviews_eval.jsonl --json
+    Example: lora-ft eval out --data data/reviews_eval.jsonl --json
     """
     if config:  # report its errors before torch is imported; the record provides the rest of it later
         from lora_ft.config.load import NOT_TRAINING, load_config
@@ -166,7 +166,7 @@ def export(
 ) -> None:
     """Convert an adapter for PEFT, vLLM or llama.cpp, or upload it.
 
-    Example: lora-ft export out/quickstart --to gguf
+    Example: lora-ft export out --to gguf
     """
     silence_libraries()
     from lora_ft.commands.export.command import export_command
@@ -196,7 +196,7 @@ def report(
 ) -> None:
     """Regenerate a run's report.html, or compare runs on one page.
 
-    Example: lora-ft report out/quickstart
+    Example: lora-ft report out
     """
     from lora_ft.report.write import report_command
 

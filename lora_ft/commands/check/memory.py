@@ -26,6 +26,7 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import first_line, printable
 from lora_ft.data.batches import StepPlan
 from lora_ft.nn.attention import Isolation
+from lora_ft.nn.layout import Layout
 from lora_ft.nn.loss import supervised_loss
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.nn.rows import Segment, Tree
@@ -141,7 +142,7 @@ def estimate(
 
 def _largest_step(model: PreTrainedModel, rows: Sequence[Row], autocast: torch.dtype | None) -> dict[str, int]:
     """`_step` of the row for which that is most."""
-    isolation = Isolation.guess_from_config(model, max(s.length for row in rows for s in row.segments))
+    isolation = Isolation.guess_from_config(model, max(max(Layout(row.segments).ends) for row in rows))
     peaks = [_step(model, row.with_fewer(), isolation, autocast) for row in rows]
     return max(peaks, key=lambda kinds: sum(kinds.values()))
 
