@@ -5,6 +5,7 @@ The machine, its threads and the dtype that it chose change them by rounding onl
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from lora_ft.config.schema import Config
+from lora_ft.core.errors import FilesError
 from lora_ft.core.metrics import split_set_name
 from lora_ft.core.version import __version__
 from lora_ft.data.cache import cached, cached_table, key_of
@@ -52,7 +54,8 @@ def base_scores(
         return kept, True
     scored = compute()
     if processes.is_main():
-        _keep(key, scored)
+        with suppress(FilesError):  # no room in the cache: the next run computes them
+            _keep(key, scored)
     return scored, False
 
 

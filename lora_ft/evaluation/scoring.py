@@ -161,9 +161,8 @@ def _log_probabilities(
     flat = flat_row([queries[0].ids for queries in row], share)
     queries = [query for same in row for query in same]
     positions = torch.cat([places[q.positions] for places, same in zip(flat.places, row, strict=True) for q in same])
-    targets = torch.tensor(
-        [target for q in queries for target in q.targets], dtype=torch.long
-    )  # (wanted,), as `positions`
+    wanted = [target for q in queries for target in q.targets]
+    targets = torch.tensor(wanted, dtype=torch.long)  # (wanted,), as `positions`
     keep, kept_rows = positions.unique(return_inverse=True)  # (kept,), (wanted,)
     inputs = {name: x.to(model.device) for name, x in {**flat.inputs, "keep": keep}.items()}
     targets, kept_rows = targets.to(model.device), kept_rows.to(model.device)

@@ -8,6 +8,7 @@ import pytest
 
 import lora_ft.commands.evaluate
 from lora_ft.commands.train import closing_lines
+from lora_ft.core.errors import FilesError
 from lora_ft.evaluation import kept
 from tests.helpers.command import cli, refused, train
 from tests.helpers.tiny import write_reviews, write_run
@@ -111,3 +112,13 @@ def test_the_commands_named_at_the_end_of_a_run_accept_its_method(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     lines = closing_lines(Path("o"), {"metrics": {}, "config": {"adapter": {"method": method}}})
     assert "\n".join(lines) == f"next:   lora-ft generate o\n        lora-ft {last}"
+
+
+def test_a_full_cache_keeps_no_scores_and_ends_no_run(folder):
+    def full():
+        def fail(*_):
+            raise FilesError("no room left")
+
+        kept._keep = fail
+
+    assert train(folder, "output=unkept", "train.max_steps=1", before=full).code == 0
