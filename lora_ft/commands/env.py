@@ -65,13 +65,14 @@ def _version(name: str) -> str:
 def _device() -> dict[str, Any]:
     try:
         import torch
+
+        from lora_ft.model.device import accelerator
     except Exception as e:  # a broken installation is a reason for such a report
         return {"device": f"torch can't be imported: {type(e).__name__}: {e}"}
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    other = "mps" if torch.backends.mps.is_available() else "cpu"
-    device = "; ".join(f"cuda:{i} {gpu.name}, {_gib(gpu.total_memory)}" for i, gpu in enumerate(gpus)) or other
+    device = "; ".join(f"cuda:{i} {gpu.name}, {_gib(gpu.total_memory)}" for i, gpu in enumerate(gpus))
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    return {"device": device, "torch build": built, "torch threads": torch.get_num_threads()}
+    return {"device": device or accelerator(), "torch build": built, "torch threads": torch.get_num_threads()}
 
 
 def _gib(size: int) -> str:

@@ -2,30 +2,38 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from lora_ft.core import machine
+from lora_ft.core.messages import warn
 from lora_ft.core.ranks import world_size
 
-# The values of `auto`: constants, so that runs are reproducible. mps: a Mac's GPU, which has few cores and shares its memory
-MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192, "mps": 2048}
+# The values of `auto`: constants, so that runs are reproducible. mps: a Mac's GPU, which has few cores; xpu: Intel's
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192, "mps": 2048, "xpu": 8192}
+OWN_MEMORY = ("cuda", "xpu")  # the others share the CPU's
 
 
 def prepare_device(use_cpu: bool = False) -> str:
-    """Choose "cuda" (the current GPU), "mps" (a Mac's), or if there is none or `use_cpu` "cpu", and set torch up for it.
+    """Choose the current GPU's kind ("cuda", "mps" or "xpu"), or if there is none or `use_cpu` "cpu", and set torch up for it.
 
-    The processes of a run can't share a Mac's GPU: they use the CPU.
+    The processes of a run share no GPU of a Mac or of Intel: they use the CPU.
     """
     torch.set_flush_denormal(True)  # on a CPU, in all threads that torch starts after this call
     machine.keep_freed_memory()
     limit_threads()
     torch.set_float32_matmul_precision("high")  # TF32 for float32 bases on GPUs that have it; no effect on a CPU
-    if use_cpu:
+    found = "cpu" if use_cpu else accelerator()
+    if found not in MICRO_BATCH_TOKENS:
+        warn(f"the device {found!r} is not supported: the CPU is used.")
         return "cpu"
-    has_mps = torch.backends.mps.is_available() and world_size() == 1
-    return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    return found if found == "cuda" or world_size() == 1 else "cpu"
+
+
+def accelerator() -> str:
+    """The kind of the accelerator that torch uses on this machine, "cpu" if there is none."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found else "cpu"
 
 
 def computes(dtype: torch.dtype, device: str) -> bool:
@@ -48,8 +56,8 @@ def micro_batch_tokens(setting: int | str, device: str) -> int:
 
 def free_memory(device: str) -> int:
     """Bytes that this process can still allocate on the device."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+    if device in OWN_MEMORY:
+        return torch.get_device_module(device).mem_get_info()[0]
     limits = [machine.free_memory().size]
     if device == "mps":
         limits.append(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
@@ -61,25 +69,25 @@ def peak_memory_mb(device: str) -> float:
 
     A Mac's allocator does not count that: what it holds, freed memory too, is close.
     """
-    peaks = {"cuda": torch.cuda.max_memory_allocated, "mps": torch.mps.driver_allocated_memory}
-    return round(peaks.get(device, machine.peak_memory)() / 2**20, 1)
+    if device in OWN_MEMORY:
+        peak = torch.get_device_module(device).max_memory_allocated()
+    else:
+        peak = torch.mps.driver_allocated_memory() if device == "mps" else machine.peak_memory()
+    return round(peak / 2**20, 1)
 
 
 def random_states() -> dict[str, torch.Tensor]:
     """The states of torch's random generators: of the CPU, and of the current GPU under its kind, if it was used."""
-    used = {kind: gpu for kind, gpu in _gpus().items() if kind != "cuda" or gpu.is_initialized()}
-    return {"torch": torch.get_rng_state()} | {kind: gpu.get_rng_state() for kind, gpu in used.items()}
+    kind, states = accelerator(), {"torch": torch.get_rng_state()}
+    if kind in MICRO_BATCH_TOKENS and kind != "cpu":
+        gpu = torch.get_device_module(kind)
+        if kind == "mps" or gpu.is_initialized():
+            states[kind] = gpu.get_rng_state()
+    return states
 
 
 def set_random_states(states: Mapping[str, torch.Tensor]) -> None:
     """Set the generators to states of `random_states`, those that this machine has."""
     torch.set_rng_state(states["torch"])
-    for kind, gpu in _gpus().items():
-        if kind in states:
-            gpu.set_rng_state(states[kind])
-
-
-def _gpus() -> dict[str, Any]:
-    """torch's modules of the kinds of GPU that there are."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return {kind: getattr(torch, kind) for kind, available in there.items() if available}
+    if (kind := accelerator()) in states:
+        torch.get_device_module(kind).set_rng_state(states[kind])

@@ -21,21 +21,38 @@ def test_torch_gets_no_more_threads_than_there_are_cores(monkeypatch, cores, thr
         torch.set_num_threads(before)
 
 
-def test_a_macs_gpu_is_used_by_one_process(monkeypatch):
+@pytest.fixture
+def found(monkeypatch):
+    """Sets the kind of the accelerator that torch finds."""
     threads = torch.get_num_threads()
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (major, minor) <= (13, 3))
-    assert (prepare_device(), prepare_device(use_cpu=True)) == ("mps", "cpu")
-    assert [computes(d, "mps") for d in (torch.float32, torch.float16, torch.bfloat16)] == [True, True, False]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert prepare_device() == "cpu"
+    yield lambda kind: monkeypatch.setattr(device, "accelerator", lambda: kind)
     torch.set_num_threads(threads)
 
 
-def test_the_random_states_of_every_generator_return(monkeypatch):
+@pytest.mark.parametrize(
+    "kind, in_several_processes", [("cuda", "cuda"), ("mps", "cpu"), ("xpu", "cpu"), ("cpu", "cpu")]
+)
+def test_the_gpu_that_is_there_is_used(found, monkeypatch, kind, in_several_processes):
+    found(kind)
+    assert (prepare_device(), prepare_device(use_cpu=True)) == (kind, "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert prepare_device() == in_several_processes
+
+
+def test_a_device_that_is_not_supported_is_told(found, capsys):
+    found("hpu")
+    assert prepare_device() == "cpu"
+    assert capsys.readouterr().err == "warning: the device 'hpu' is not supported: the CPU is used.\n"
+
+
+def test_the_dtypes_of_a_macs_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (major, minor) <= (13, 3))
+    assert [computes(d, "mps") for d in (torch.float32, torch.float16, torch.bfloat16)] == [True, True, False]
+
+
+def test_the_random_states_of_every_generator_return(found, monkeypatch):
     class Gpu:
         """A generator as `torch.mps` has it."""
 
@@ -43,11 +60,12 @@ def test_the_random_states_of_every_generator_return(monkeypatch):
         get_rng_state = staticmethod(lambda: Gpu.state)
         set_rng_state = staticmethod(lambda state: setattr(Gpu, "state", state))
 
-    monkeypatch.setattr(device, "_gpus", lambda: {"mps": Gpu})
+    found("mps")
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: Gpu)
     before, drawn = random_states(), torch.rand(3)
     Gpu.state = torch.tensor([2])
     set_random_states(before)
     assert torch.equal(torch.rand(3), drawn) and Gpu.state == 1
-    monkeypatch.setattr(device, "_gpus", dict)
+    found("cpu")
     set_random_states(before)  # on a machine without that GPU
     assert torch.equal(torch.rand(3), drawn)

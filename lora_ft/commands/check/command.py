@@ -22,7 +22,8 @@ from lora_ft.methods.lora.inject import lora_layers, trainable
 from lora_ft.report.figures import format_duration
 
 EXAMPLES_SHOWN = 2
-PLACES = {"cuda": "in this GPU's allocator", "mps": "which this Mac's CPU and GPU share"}
+OWN = "in this GPU's allocator"
+PLACES = {"cuda": OWN, "xpu": OWN, "mps": "which this Mac's CPU and GPU share"}
 
 
 def check(config: Config, *, as_json: bool = False, time: bool = False, trust: Trust = NO_TRUST) -> None:

@@ -21,7 +21,7 @@ from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.evaluation.references import eval_prompts
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.methods.interface import METHODS, virtual_ids
-from lora_ft.model.device import free_memory, prepare_device
+from lora_ft.model.device import OWN_MEMORY, free_memory, prepare_device
 from lora_ft.model.load import check_weights, dtype_of, skeleton
 from lora_ft.nn.attention import Isolation
 from lora_ft.training import resume
@@ -114,7 +114,7 @@ def _inspect_memory(result: Inspection, model: PreTrainedModel, plan: StepPlan) 
     """The memory estimate, and a warning where it is more than there is."""
     setup, config, device = result.setup, result.setup.config, result.setup.device
     dtype = dtype_of(setup.base, config.model.dtype, device)
-    runtime = 0 if device == "cuda" else resident_memory()
+    runtime = 0 if device in OWN_MEMORY else resident_memory()
 
     def build() -> PreTrainedModel:
         model = skeleton(setup.base, device=device, dtype=dtype)
@@ -133,7 +133,7 @@ def _inspect_memory(result: Inspection, model: PreTrainedModel, plan: StepPlan) 
     except ModelError as e:  # training may well work
         result.warnings.append(f"{e} --time measures it.")
         return
-    free = free_memory(device) + (0 if device == "cuda" else resident_memory())
+    free = free_memory(device) + (0 if device in OWN_MEMORY else resident_memory())
     if result.memory.total > free:
         result.warnings.append(
             f"memory: training needs {format_bytes(result.memory.total)}, and {format_bytes(free)} are free. Lower "

@@ -1,0 +1,82 @@
+"""A whole step of every method on a device that is not the CPU, with tensors that have no values: no hardware is needed.
+
+The device is one that Python code registers, as the CPU build of torch computes no gradients on a GPU's. Tensors of two
+devices in one operation, and a value read from the device in the step (`item`, `tolist`, `nonzero`), are errors here.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
+from transformers import AutoConfig
+
+from lora_ft.config.schema import AdapterConfig
+from lora_ft.data.batches import UNSHARDED, micro_batch
+from lora_ft.methods.interface import METHODS, virtual_ids
+from lora_ft.methods.lora.inject import trainable
+from lora_ft.model.load import build
+from lora_ft.nn.attention import Isolation
+from lora_ft.nn.mlp import keep_gate_and_up
+from lora_ft.training.step import add_gradients
+from tests.helpers.families import COMMON, FAMILIES
+from tests.helpers.ranks import ranks
+from tests.methods.test_methods import SETTINGS, TOKENIZER
+
+LORA = AdapterConfig(rank=2, targets=["all"], dropout=0.1)
+CASES = [(method, family) for method in METHODS for family in ("llama", "gpt2")] + [
+    ("lora", family) for family in ("gemma2", "gpt_neox", "gptj", "bloom")
+]
+
+
+# gemma2: soft-capping and windows; gpt_neox: fused slices; gptj, bloom: the mask of a row
+
+
+class Gpu(backend_registration._DummyBackendModule):
+    """What torch asks of a device."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+@pytest.mark.parametrize("method, family", CASES)
+def test_a_step_stays_on_its_device(method, family):
+    assert ranks(1, lambda: one_step(method, family)) == [0]
+
+
+def one_step(method: str, family: str) -> None:
+    backend_registration._setup_privateuseone_for_python_backend("gpu", Gpu())
+    model_type, settings = FAMILIES[family]
+    isolation = Isolation.ATTENTION if family not in ("gptj", "bloom") else Isolation.MASK
+    examples = [{"input_ids": [*range(10, 30), i], "labels": [*range(10, 30), i]} for i in range(3)]
+    model = build(AutoConfig.for_model(model_type, **COMMON | settings), "meta")
+    METHODS[method].inject(model, SETTINGS.get(method, LORA), 0, TOKENIZER)
+    prefix = virtual_ids(model)
+    examples = [{"input_ids": prefix + e["input_ids"], "labels": [-100] * len(prefix) + e["labels"]} for e in examples]
+    micro = micro_batch(examples, share=family != "bloom")
+    step = {"micro": [micro], "total": len(micro["keep"]), "rows": [], "tokens": 0}
+    with FakeTensorMode() as mode:
+        micro |= {key: mode.from_tensor(x) for key, x in micro.items() if isinstance(x, torch.Tensor)}
+        to_device(model)
+        parameters = list(trainable(model).values())
+        optimizer = torch.optim.AdamW(parameters, fused=False)
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.activation_checkpointing_enable()
+            else:
+                keep_gate_and_up(model)
+            model.train()
+            loss = add_gradients(model, isolation, step, UNSHARDED, lambda: None)
+            optimizer.step()
+        assert {loss.device.type, *(p.grad.device.type for p in parameters)} == {"gpu"}
+
+
+def to_device(model: torch.nn.Module) -> None:
+    """Replace the meta tensors of `model`; weights that are tied stay tied."""
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is not None and id(x) not in moved:
+                    new = torch.empty(x.shape, dtype=x.dtype, device="gpu")
+                    moved[id(x)] = torch.nn.Parameter(new, x.requires_grad) if tensors is module._parameters else new
+                tensors[name] = None if x is None else moved[id(x)]
