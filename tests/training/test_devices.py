@@ -23,12 +23,10 @@ from tests.helpers.ranks import ranks
 from tests.methods.test_methods import SETTINGS, TOKENIZER
 
 LORA = AdapterConfig(rank=2, targets=["all"], dropout=0.1)
+# gemma2: soft-capping and windows; gpt_neox: fused slices; gptj, bloom: the mask of a row
 CASES = [(method, family) for method in METHODS for family in ("llama", "gpt2")] + [
     ("lora", family) for family in ("gemma2", "gpt_neox", "gptj", "bloom")
 ]
-
-
-# gemma2: soft-capping and windows; gpt_neox: fused slices; gptj, bloom: the mask of a row
 
 
 class Gpu(backend_registration._DummyBackendModule):
