@@ -100,7 +100,7 @@ def env(as_json: AsJson = False) -> None:
 
 @command
 def train(
-    config: ConfigFile,
+    config: Annotated[list[Path], Argument(metavar="CONFIG...", help="The YAML config file, or several.")],
     set: Set = None,
     resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint, if there is one.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in `output`.")] = False,
@@ -111,22 +111,31 @@ def train(
 ) -> None:
     """Train an adapter and write it to the config's `output`.
 
+    Several configs of one base are trained together: a step of each at a time.
+
     Example: lora-ft train config.yaml --set train.learning_rate=1e-4
     """
     from lora_ft.config.load import load_config
 
     if resume and overwrite:
         raise ConfigError("--resume continues the run, --overwrite replaces it: they cannot be combined")
-    settings = load_config(config, set or ())
+    configs = {str(path): load_config(path, set or ()) for path in config}
+    if len(configs) < len(config):
+        raise ConfigError("a config is given twice")
     silence_libraries()
     from lora_ft.distributed.launch import launch, processes_to_start
 
+    settings = next(iter(configs.values()))
     if (count := processes_to_start(processes, on_gpus=not settings.trainer.use_cpu)) > 1:
         raise SystemExit(launch(count, sys.argv[1:], main))
     with redirect_stdout(sys.stderr):  # transformers announces W&B's offline mode on stdout
         from lora_ft.commands.train import train
+        from lora_ft.commands.train_together import train_together
 
-    train(settings, resume=resume, overwrite=overwrite, trust=trust)
+    if len(configs) > 1:
+        train_together(configs, resume=resume, overwrite=overwrite, trust=trust)
+    else:
+        train(settings, resume=resume, overwrite=overwrite, trust=trust)
 
 
 @command

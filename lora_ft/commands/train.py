@@ -24,6 +24,7 @@ from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.telling_rows import describe_rows
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.model.device import prepare_device
+from lora_ft.model.load import load_base
 from lora_ft.report.runs import evaluation_steps, read_log
 from lora_ft.report.write import write_report
 from lora_ft.training import resume as resuming
@@ -32,18 +33,33 @@ from lora_ft.training.output import clear
 from lora_ft.training.progress import trackers
 from lora_ft.training.saving import Saver
 from lora_ft.training.setup import RunSetup
+from lora_ft.training.together import Together
 from lora_ft.training.trainer import LoRATrainer
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False, trust: Trust = NO_TRUST) -> None:
-    """Train an adapter and leave it in `config.output`.
+    """Train an adapter and leave it in `config.output`. Raises as `train_run`."""
+    with processes.silence_other_ranks(), Stopper() as stopper:
+        train_run(config, stopper, resume=resume, overwrite=overwrite, trust=trust)
+
+
+def train_run(
+    config: Config,
+    stopper: Stopper,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust: Trust = NO_TRUST,
+    together: Together | None = None,
+) -> None:
+    """Train an adapter; together: with the other runs of this process.
 
     Raises:
         UserError: as the exit codes say; an earlier run is left alone until config, data, model and targets are checked.
         Stopped: a signal came; what was done is saved.
     """
     output, started, is_main = Path(config.output), time.perf_counter(), processes.is_main()
-    with processes.silence_other_ranks(), Stopper() as stopper, locked(output) if is_main else nullcontext():
+    with locked(output) if is_main else nullcontext():
         # ---- open: the processes, and what the output holds ----
         stopper.hint = resume_hint(started="--overwrite" not in sys.argv)
         config = with_accelerate_settings(config)
@@ -56,7 +72,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
             return
 
         # ---- load: files and data, then the model and its steps ----
-        setup = RunSetup(config, device, trust, checkpoint, before)
+        setup = RunSetup(config, device, trust, checkpoint, before, together.load_base if together else load_base)
         args = setup.arguments
         if config.train.predict_with_generate:
             check_installed(config.generation.metrics)
@@ -78,6 +94,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
         setup.load_initial_adapter(model)  # after scoring the base: some methods change its own weights
 
         # ---- begin: from here on the output changes ----
+        if together:
+            together.wait_for_others(model, len(plan) - (state.step if state else 0))
         if is_main and before:
             resuming.announce_resume(before, record, state, len(plan), output)
         elif is_main:
@@ -95,6 +113,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
             log_line=lambda line: append_line(output / LOG, line) if is_main else None,
             patience=config.train.early_stopping_patience,
             stopper=stopper,
+            together=together,
         )
         info(f"training: {len(plan)} steps of {config.train.batch_size} examples")
         try:
@@ -106,7 +125,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, trus
             raise
 
         # ---- finish: the best step's adapter, the report, the record ----
-        processes.destroy_process_group()
+        if together is None:
+            processes.destroy_process_group()
         if not is_main:
             return
         last = trainer.state.global_step

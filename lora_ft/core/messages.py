@@ -89,6 +89,20 @@ def printable(text: str, limit: int = 200, keep: str = "") -> str:
     return cut if cut.isprintable() else "".join(c if c.isprintable() or c in keep else _escaped(c) for c in cut)
 
 
+_prefix = ""
+
+
+def prefix() -> str:
+    """What `info` prints before each line."""
+    return _prefix
+
+
+def set_prefix(text: str) -> None:
+    """Let `info` print `text` before each line: the name of one of several runs."""
+    global _prefix
+    _prefix = text
+
+
 def info(message: str) -> None:
     """Print a message, of one or more lines, on stderr; on a terminal broken between words.
 
@@ -97,7 +111,7 @@ def info(message: str) -> None:
     Raises:
         BrokenPipeError: nobody reads it any more.
     """
-    text = "\n".join(printable(line, 2000) for line in message.split("\n"))
+    text = "\n".join(_prefix + printable(line, 2000) for line in message.split("\n"))
     try:
         print(wrapped(text, columns(sys.stderr)), file=sys.stderr, flush=True)
     except BrokenPipeError:

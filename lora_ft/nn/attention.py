@@ -11,7 +11,7 @@ many families positions alone do not keep them apart. There are three ways to do
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 
 import torch
@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import and_masks, causal_mask_function, eager_mask, sdpa_mask
 
 from lora_ft.nn.adapted import eval_mode
+from lora_ft.nn.joint import drawing_at
 from lora_ft.nn.layout import Layout
 from lora_ft.nn.rows import WORTHWHILE, FlatRow, Segment, flat_row
 
@@ -97,16 +98,18 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     queries = query[0].unflatten(0, (-1, groups)).split(_layout.lengths, dim=2)
     keys, values = (x[0].split(_layout.lengths, dim=1) for x in (key, value))
-    outputs = []
+    outputs, token = [], 0
     for i, q in enumerate(queries):
         k, v = (_joined(parts, _layout.reads[i]).unsqueeze(1).expand(-1, groups, -1, -1) for parts in (keys, values))
         mask = _layout.mask(i, sliding_window, q.device)
-        if plain:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-            )
-        else:
-            out = _attention_written_out(q, k, v, scaling, dropout, mask, softcap, s_aux)
+        with drawing_at(token, (module, i)) if dropout else nullcontext():
+            if plain:
+                out = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+                )
+            else:
+                out = _attention_written_out(q, k, v, scaling, dropout, mask, softcap, s_aux)
+        token += _layout.lengths[i]
         outputs.append(out.flatten(0, 1).transpose(0, 1))
     return torch.cat(outputs)[None], None
 
@@ -152,7 +155,7 @@ def _attention_written_out(q, k, v, scaling, dropout, mask, softcap, sinks) -> T
     scores = scores.float().masked_fill(~mask, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().view(*q.shape[:2], 1, 1).expand(-1, -1, q.shape[2], 1)], dim=-1)
-    weights = F.dropout(scores.softmax(-1), dropout)[..., :length]
+    weights = torch.dropout(scores.softmax(-1), dropout, dropout > 0)[..., :length]
     return weights.to(v.dtype) @ v
 
 

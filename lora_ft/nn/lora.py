@@ -13,6 +13,7 @@ rows of the output. A plain projection has one part that covers all rows.
 
 import math
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,19 +85,17 @@ class LoRALinear(AdaptedLayer):
         """x (..., in) -> W x + b + s B A x (..., out), in the dtype of x (or of autocast)."""
         if not self.enabled:
             return self.base(x)
-        mask, s = None, self.scaling
-        if self.training and self.dropout is not None:
-            mask = self.dropout.mask(x).reshape(-1, self.in_features)
-            s = s / (1 - self.dropout.p)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        X = x.to(dtype).reshape(-1, self.in_features)
-        As = [self.lora_A[part] for part in self.rows]
-        Bs = [self.lora_B[part].to(dtype) for part in self.rows]
-        A = (torch.cat(As) if len(As) > 1 else As[0]).to(dtype)
-        with torch.autocast(device, enabled=False):
-            Y = _LoRA.apply(X, out_in(self.base), self.bias, mask, s, tuple(self.rows.values()), A, *Bs)
-        return Y.view(*x.shape[:-1], self.out_features)
+        mask = self.dropout.mask(x) if self.training and self.dropout is not None else None
+        return add_updates(self, x, [self.update(mask)])
+
+    def update(self, mask: Tensor | None = None, tokens: slice = slice(None)) -> "Update":
+        """What this layer adds to `tokens`; mask: dropout's, in the shape of their inputs."""
+        A = [self.lora_A[part] for part in self.rows]
+        B = [self.lora_B[part] for part in self.rows]
+        s = self.scaling
+        if mask is not None and self.dropout is not None:
+            mask, s = mask.reshape(-1, self.in_features), s / (1 - self.dropout.p)
+        return Update(tokens, s, tuple(self.rows.values()), mask, torch.cat(A) if len(A) > 1 else A[0], B)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -125,6 +124,36 @@ class LoRALinear(AdaptedLayer):
         return f"rank={self.rank}, scaling={self.scaling:g}, parts={list(self.rows)}"
 
 
+class Update(NamedTuple):
+    """What an adapter adds to the outputs of some tokens: s B A (m ∘ x).
+
+    tokens: which. scaling: s. rows: of each part. mask: m (tokens, in), or None for ones. A: (parts * rank, in). B: of each
+    part, (rows of the part, rank).
+    """
+
+    tokens: slice
+    scaling: float
+    rows: tuple[RowBlocks, ...]
+    mask: Tensor | None
+    A: Tensor
+    B: list[Tensor]
+
+
+def add_updates(layer: AdaptedLayer, x: Tensor, updates: Sequence[Update]) -> Tensor:
+    """x (..., in) -> W x + b and what each update adds (..., out), in the dtype of x (or of autocast).
+
+    The tokens of the updates, counted over all leading dimensions of x, do not overlap.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    X = x.to(dtype).reshape(-1, layer.in_features)
+    where = [u[:3] for u in updates]
+    tensors = [t for u in updates for t in (u.mask, u.A.to(dtype), *(B.to(dtype) for B in u.B))]
+    with torch.autocast(device, enabled=False):
+        Y = _LoRA.apply(X, out_in(layer.base), layer.bias, where, *tensors)
+    return Y.view(*x.shape[:-1], layer.out_features)
+
+
 class _LoRA(torch.autograd.Function):
     """Y = X Wᵀ + b, then Y[:, rows_p] += s S_p B_pᵀ for each part p, with S = (m ∘ X) Aᵀ and m the dropout mask (or ones).
 
@@ -132,39 +161,57 @@ class _LoRA(torch.autograd.Function):
         dS_p = s dY_p B_p            dB_p = s dY_pᵀ S_p
         dA   = dSᵀ (m ∘ X)
         dX   = dY W + m ∘ (dS A)
-    so only X, m and the small S are kept, and Y and dX are accumulated in place. W and b get no gradient.
+    so only X, m and the small S are kept, and Y and dX are accumulated in place. W and b get no gradient. Each update has its
+    own s, m, A and B, and its own tokens, whose rows of X, Y and S these are.
 
     X, m: (tokens, in), W: (out, in), b: (out,), A: (parts * rank, in), B_p: (rows_p, rank), S: (tokens, parts * rank).
     """
 
     @staticmethod
-    def forward(ctx, X, W, b, m, s, rows, A, *Bs):
+    def forward(ctx, X, W, b, where, *tensors):
         Y = F.linear(X, W.to(X.dtype), None if b is None else b.to(X.dtype))
-        S = (X if m is None else X * m) @ A.T
-        for r, S_p, B in zip(rows, S.chunk(len(rows), -1), Bs, strict=True):
-            if r.blocks == 1:
-                r.of(Y).squeeze(-2).addmm_(S_p, B.T, alpha=s)
-            else:
-                r.of(Y).add_((S_p @ B.T).unflatten(-1, (r.blocks, r.length)), alpha=s)
-        ctx.save_for_backward(X, W, m, S, A, *Bs)
-        ctx.s, ctx.rows = s, rows
+        Ss = []
+        for (tokens, s, rows), m, A, Bs in _each(where, tensors):
+            X_u, Y_u = X[tokens], Y[tokens]
+            S = (X_u if m is None else X_u * m) @ A.T
+            for r, S_p, B in zip(rows, S.chunk(len(rows), -1), Bs, strict=True):
+                if r.blocks == 1:
+                    r.of(Y_u).squeeze(-2).addmm_(S_p, B.T, alpha=s)
+                else:
+                    r.of(Y_u).add_((S_p @ B.T).unflatten(-1, (r.blocks, r.length)), alpha=s)
+            Ss.append(S)
+        ctx.save_for_backward(X, W, *Ss, *tensors)
+        ctx.where = where
         return Y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dY):
-        X, W, m, S, A, *Bs = ctx.saved_tensors
-        dS, dBs = torch.empty_like(S), []
-        for r, S_p, dS_p, B in zip(ctx.rows, S.chunk(len(Bs), -1), dS.chunk(len(Bs), -1), Bs, strict=True):
-            dY_p = r.of(dY).flatten(-2)
-            dS_p.copy_(dY_p @ B).mul_(ctx.s)
-            dBs.append((dY_p.T @ S_p).mul_(ctx.s))
-        dA = dS.T @ (X if m is None else X * m)
-        dX = None
-        if ctx.needs_input_grad[0]:
-            dX = dY @ W.to(dY.dtype)
-            dX = dX.addmm_(dS, A) if m is None else dX.addcmul_(dS @ A, m.to(dX.dtype))
-        return dX, None, None, None, None, None, dA, *dBs
+        X, W, *saved = ctx.saved_tensors
+        Ss, tensors = saved[: len(ctx.where)], saved[len(ctx.where) :]
+        dX = dY @ W.to(dY.dtype) if ctx.needs_input_grad[0] else None
+        gradients = []
+        for ((tokens, s, rows), m, A, Bs), S in zip(_each(ctx.where, tensors), Ss, strict=True):
+            X_u, dY_u, dS, dBs = X[tokens], dY[tokens], torch.empty_like(S), []
+            for r, S_p, dS_p, B in zip(rows, S.chunk(len(Bs), -1), dS.chunk(len(Bs), -1), Bs, strict=True):
+                dY_p = r.of(dY_u).flatten(-2)
+                dS_p.copy_(dY_p @ B).mul_(s)
+                dBs.append((dY_p.T @ S_p).mul_(s))
+            dA = dS.T @ (X_u if m is None else X_u * m)
+            if dX is not None:
+                dX_u = dX[tokens]
+                dX_u.addmm_(dS, A) if m is None else dX_u.addcmul_(dS @ A, m.to(dX.dtype))
+            gradients += [None, dA, *dBs]
+        return dX, None, None, None, *gradients
+
+
+def _each(where, tensors):
+    """(tokens, s, rows), m, A and the Bs of each update, from the flat list that autograd needs."""
+    start = 0
+    for update in where:
+        m, A, *Bs = tensors[start : start + 2 + len(update[2])]
+        start += 2 + len(Bs)
+        yield update, m, A, Bs
 
 
 class InputDropout:
@@ -179,11 +226,14 @@ class InputDropout:
         self._x: weakref.ref[Tensor] | None = None
         self._mask: Tensor | None = None
 
-    def mask(self, x: Tensor) -> Tensor:
-        """A boolean mask in the shape of x, True (keep) with probability 1 - p; the same for every reader of this x."""
+    def mask(self, x: Tensor, tokens: slice = slice(None)) -> Tensor:
+        """A boolean mask in the shape of x (..., tokens, in), or of some tokens of it, for every reader of this x the same.
+
+        True (keep) with probability 1 - p.
+        """
         if self._mask is None or self._x is None or self._x() is not x:
             self._x, self._left = weakref.ref(x), self.readers
-            self._mask = torch.rand_like(x, dtype=torch.float32) >= self.p
+            self._mask = torch.rand_like(x[..., tokens, :], dtype=torch.float32) >= self.p
         mask = self._mask
         self._left -= 1
         if self._left == 0:  # every reader has it: free its memory before the next step

@@ -4,7 +4,7 @@ With many supervised tokens the body runs once and the head on one chunk of toke
 vocabulary x tokens. The model's own forward always applies the head, with its scaling (Cohere, Granite) or capping (Gemma 2).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,20 @@ def supervised_loss(
 
     keep: (supervised,) the positions whose next token is supervised. targets: (supervised,) the ids of these next tokens.
     """
+    return supervised_losses(model, input_ids, position_ids, keep, targets, [len(keep)])[0]
+
+
+def supervised_losses(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, keep: Tensor, targets: Tensor, counts: Sequence[int]
+) -> list[Tensor]:
+    """The same sum apart for the first counts[0] supervised tokens, the next counts[1], and so on."""
     if len(keep) <= CHUNK:
-        return summed_loss(supervised_logits(model, input_ids, position_ids, keep), targets)
+        logits = supervised_logits(model, input_ids, position_ids, keep)
+        return [*map(summed_loss, logits.split(counts), targets.split(counts))]
     hidden = supervised_hidden(model, input_ids, position_ids, keep)
     head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-    return _ChunkedLoss.apply(hidden, model, targets, *head)
+    parts = zip(hidden.split(counts), targets.split(counts), strict=True)
+    return [_ChunkedLoss.apply(h, model, t, *head) for h, t in parts]
 
 
 def supervised_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:

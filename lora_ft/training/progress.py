@@ -18,11 +18,16 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # sp
 
 
 class ProgressBar(TrainerCallback):
-    """A line per tenth of the run and one per evaluation; on a terminal a bar too."""
+    """A line per tenth of the run and one per evaluation; on a terminal a bar too, if it `draws`."""
+
+    def __init__(self, draws: bool = True):
+        self.draws = draws
 
     def on_train_begin(self, args, state, control, **_):
-        # disable=None: shown on a terminal only
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", bar_format=BAR, disable=None)
+        hidden = None if self.draws else True  # None: shown on a terminal only
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", bar_format=BAR, disable=hidden
+        )
         self.first_step = self.printed_step = state.global_step
         self.started = time.perf_counter()
 

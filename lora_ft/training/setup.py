@@ -4,6 +4,7 @@
 """
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -37,13 +38,14 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "t
 
 @dataclass
 class RunSetup:
-    """The parts of a run, each made when it is first used; `before` is the record of the `checkpoint` to resume from."""
+    """The parts of a run, each made when first used. before: the record of the `checkpoint` to resume from. load: the base."""
 
     config: Config
     device: str
     trust: Trust = NO_TRUST
     checkpoint: Path | None = None
     before: dict | None = None
+    load: Callable[[Base, str, str], PreTrainedModel] = load_base
 
     @cached_property
     def arguments(self) -> TrainingArguments:
@@ -124,8 +126,7 @@ class RunSetup:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The base on its device, adapted: what trains requires gradients. It fits tokenizer and examples."""
-        load = load_sharded if self.is_sharded else load_base
-        model = load(self.base, self.config.model.dtype, self.device)
+        model = (load_sharded if self.is_sharded else self.load)(self.base, self.config.model.dtype, self.device)
         self.check_vocabulary(model)
         self._inject(model)
         self.check_length(model)

@@ -32,6 +32,7 @@ from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.training.checkpoint import LogTotals, RandomState, State
 from lora_ft.training.progress import ProgressBar
 from lora_ft.training.step import add_gradients, check_finite
+from lora_ft.training.together import Together
 from lora_ft.training.trainer_seam import SeamTrainer
 
 
@@ -46,6 +47,7 @@ class LoRATrainer(SeamTrainer):
         log_line: appends a line to the log.
         patience: evaluations without a better metric after which training stops.
         stopper: stops training between micro-batches when a signal has arrived.
+        together: the other runs of this process, whose steps are computed with this one's.
     """
 
     control: TrainerControl
@@ -61,9 +63,10 @@ class LoRATrainer(SeamTrainer):
         log_line: Callable[[dict], None],
         patience: int | None = None,
         stopper: Stopper | None = None,
+        together: Together | None = None,
     ):
         self.plan, self.isolation, self.evaluation, self.save = plan, isolation, evaluation, save
-        self.log_line, self.stopper = log_line, stopper or Stopper()
+        self.log_line, self.stopper, self.together = log_line, stopper or Stopper(), together
         self.patience, self.evaluations_since_best = patience or math.inf, 0
         self.best_loss = math.inf
         self.totals = LogTotals()
@@ -76,7 +79,7 @@ class LoRATrainer(SeamTrainer):
             args=args,
             train_dataset=plan,
             eval_dataset=plan if evaluation else None,  # never read, but the Trainer requires one
-            callbacks=[_Events(self), ProgressBar()],
+            callbacks=[_Events(self), ProgressBar(draws=together is None)],
         )
         for unwanted in (PrinterCallback, ProgressCallback):
             self.remove_callback(unwanted)
@@ -102,10 +105,16 @@ class LoRATrainer(SeamTrainer):
             torch.manual_seed(seed % 2**64)  # the largest that torch takes
         self.generators_before = RandomState.current()
         model.train()
-        loss = add_gradients(self.model, self.isolation, inputs, self.plan.shard, self.stopper.check)
+        loss = self.add_gradients(inputs)
         check_finite(self.state.global_step + 1, inputs, loss, list(trainable(self.model).values()))
         self.totals.add(float(loss), inputs["total"], inputs["tokens"])
         return loss / max(1, inputs["total"])
+
+    def add_gradients(self, step: Step) -> torch.Tensor:
+        """Add a step's gradients to the parameters'; its loss summed over the supervised tokens."""
+        if self.together:
+            return self.together.add_gradients(self, step)
+        return add_gradients(self.model, self.isolation, step, self.plan.shard, self.stopper.check)
 
     # ---- evaluation and log ----
 

@@ -1,0 +1,161 @@
+"""An optimizer step of several runs at once: their micro-batches share rows of one model (nn/joint.py).
+
+A run's gradients are those of `add_gradients` in a run alone, except for rounding: its micro-batches are cut as there, keep their
+order, and draw from its own generators.
+"""
+
+import copy
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_ft.core.errors import ConfigError
+from lora_ft.data.batches import MicroBatch, Shard, Step
+from lora_ft.distributed import processes
+from lora_ft.methods.lora.inject import lora_layers, trainable
+from lora_ft.model.device import random_states, set_random_states
+from lora_ft.nn.attention import Isolation
+from lora_ft.nn.joint import JointLoRALinear, Part, parts_of_row
+from lora_ft.nn.loss import supervised_losses
+from lora_ft.nn.mlp import keep_gate_and_up
+from lora_ft.nn.rows import Segment
+
+ENOUGH = {"cpu": 512}  # tokens of a row beyond which it is no faster, but takes more memory (docs/performance.md)
+
+
+class RunGenerators:
+    """torch's random generators as a run left them; within `drawing` torch draws from them."""
+
+    def __init__(self) -> None:
+        self.states = random_states()
+        self._before: dict[Hashable, dict[str, Tensor]] = {}
+
+    def start_row(self) -> None:
+        """Forget what was drawn: what draws in the next row draws anew."""
+        self._before.clear()
+
+    @contextmanager
+    def drawing(self, what: Hashable) -> Iterator[None]:
+        """Draw from the run's generators; the second time in a row for the same `what`, the same again."""
+        others, again = random_states(), what in self._before
+        set_random_states(self._before.setdefault(what, self.states))
+        try:
+            yield
+        finally:
+            if not again:
+                self.states = random_states()
+            set_random_states(others)
+
+
+@dataclass
+class RunStep:
+    """A step that a run waits for. row_tokens: its most tokens in a row. generators: as the run left them."""
+
+    run: int
+    model: PreTrainedModel
+    isolation: Isolation
+    step: Step
+    shard: Shard
+    row_tokens: int
+    generators: RunGenerators = field(default_factory=RunGenerators)
+
+
+def clone(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` with the same weights in memory, so that it can be adapted on its own."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+class JointModel:
+    """One base under the adapters of several runs, whose own models are clones of it.
+
+    Raises:
+        ConfigError: the base has dropout of its own, and its layers are to be computed again.
+    """
+
+    def __init__(self, base: PreTrainedModel, models: Mapping[int, PreTrainedModel], checkpointing: bool):
+        self.model = clone(base)
+        layers = {run: lora_layers(model) for run, model in models.items()}
+        for path in dict.fromkeys(path for own in layers.values() for path in own):
+            own = {run: of_run[path] for run, of_run in layers.items() if path in of_run}
+            self.model.set_submodule(path, JointLoRALinear(base.get_submodule(path), own))
+        config = base.config.get_text_config().to_dict()
+        self.base_drops = any("drop" in key and isinstance(value, float) and value > 0 for key, value in config.items())
+        if not checkpointing:
+            keep_gate_and_up(self.model)
+        elif self.base_drops:
+            raise ConfigError("train.gradient_checkpointing: with this model, which has dropout, train one config at a time.")
+        else:
+            self.model.gradient_checkpointing_enable()
+
+    def add_gradients(self, steps: Sequence[RunStep], check: Callable[[], None]) -> dict[int, Tensor]:
+        """Add the gradients of each run's mean loss to those of its parameters, equally on every process.
+
+        check: called before each row; may raise to stop. Returns the runs' losses as `training.step.add_gradients` does.
+        """
+        self.model.train()
+        totals = {s.run: torch.zeros((), device=self.model.device) for s in steps}
+        for row in rows(steps, self.model.device.type):
+            check()
+            for run, loss in self._losses_of_row(row).items():
+                totals[run] += loss
+        check()
+        for s in steps:
+            if s.shard.world_size > 1:
+                processes.all_reduce_gradients(list(trainable(s.model).values()), totals[s.run])
+        return totals
+
+    def _losses_of_row(self, row: Sequence[tuple[RunStep, MicroBatch]]) -> dict[int, Tensor]:
+        """Compute a row and its gradients; the loss of each run, summed over its supervised tokens in the row."""
+        joined, parts, token, segment = {}, [], 0, 0
+        segments: list[Segment] = []
+        for s, micro in row:
+            s.generators.start_row()
+            tokens = micro["input_ids"].shape[1]
+            parts.append(Part(s.run, slice(token, token + tokens), s.generators.drawing))
+            segments += [Segment(n, None if parent is None else parent + segment) for n, parent in micro["segments"]]
+            token, segment = token + tokens, len(segments)
+        starts = [part.tokens.start for part in parts]
+        joined = {
+            "input_ids": torch.cat([micro["input_ids"] for _, micro in row], 1),
+            "position_ids": torch.cat([micro["position_ids"] for _, micro in row], 1),
+            "keep": torch.cat([micro["keep"] + start for (_, micro), start in zip(row, starts, strict=True)]),
+            "targets": torch.cat([micro["targets"] for _, micro in row]),
+        }
+        inputs = {key: x.to(self.model.device, non_blocking=True) for key, x in joined.items()}
+        counts = [len(micro["keep"]) for _, micro in row]
+        with row[0][0].isolation.row(self.model, segments), parts_of_row(parts, self.base_drops):
+            losses = supervised_losses(self.model, **inputs, counts=counts)
+            means = [loss / max(1, s.step["total"]) for (s, _), loss in zip(row, losses, strict=True)]
+            torch.stack(means).sum().backward()
+        return {s.run: loss.detach() for (s, _), loss in zip(row, losses, strict=True)}
+
+
+def rows(steps: Sequence[RunStep], device: str) -> list[list[tuple[RunStep, MicroBatch]]]:
+    """The runs' micro-batches in as few rows as their sizes allow: in each at most one of a run, and a run's in their order.
+
+    A row is no longer than the longest that a run has alone, or than is worthwhile.
+    """
+    own = [(s, [m for m in s.step["micro"] if len(m["keep"])]) for s in steps]
+    longest = max((m["input_ids"].shape[1] for _, micro in own for m in micro), default=0)
+    most = max(longest, min(min(s.row_tokens for s in steps), ENOUGH.get(device, 2**30)))
+    joined: list[list[tuple[RunStep, MicroBatch]]] = []
+    sizes: list[int] = []
+    for s, micro in own:
+        place = 0
+        for m in micro:
+            size = m["input_ids"].shape[1]
+            while place < len(joined) and (
+                sizes[place] + size > most or Isolation.ONE_PER_ROW in (s.isolation, joined[place][0][0].isolation)
+            ):
+                place += 1
+            if place == len(joined):
+                joined.append([])
+                sizes.append(0)
+            joined[place].append((s, m))
+            sizes[place] += size
+            place += 1
+    return joined

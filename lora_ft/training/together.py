@@ -1,0 +1,195 @@
+"""Several runs in one process, a step of each at a time: every run is its own, and only their steps are computed together.
+
+Each run is a coroutine (greenlet) that goes through training as it does alone: its own Trainer, optimizer, schedule, log,
+checkpoints. Where it needs the gradients of a step it waits, until all runs that have not ended wait for theirs. So what a run
+does depends on no other, and each can be stopped and resumed like any run.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lora_ft.core import messages
+from lora_ft.core.errors import UserError
+from lora_ft.core.signals import Stopped, Stopper
+from lora_ft.data.batches import Step
+from lora_ft.model.files import Base
+from lora_ft.model.load import load_base
+from lora_ft.training.checkpoint import RandomState
+from lora_ft.training.joint_step import JointModel, RunStep, clone
+from lora_ft.training.progress import BAR
+
+TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # set for the Trainer by training/arguments.py
+
+
+class Abandoned(BaseException):
+    """Unwinds a run that was about to begin when another could not."""
+
+
+@dataclass
+class ProcessState:
+    """What belongs to one run at a time, though a process has only one of it."""
+
+    random: RandomState
+    stdout: Any
+    thread_hook: Any
+    tensorboard: str | None
+    stop: tuple[bool, str]
+    prefix: str
+
+    @classmethod
+    def current(cls, stopper: Stopper) -> "ProcessState":
+        """As it is now."""
+        stop = stopper.deferred, stopper.hint
+        hook, folder = threading.excepthook, os.environ.get(TENSORBOARD)
+        return cls(RandomState.current(), sys.stdout, hook, folder, stop, messages.prefix())
+
+    def restore(self, stopper: Stopper) -> None:
+        """Make it so again."""
+        self.random.restore()
+        sys.stdout, threading.excepthook = self.stdout, self.thread_hook
+        stopper.deferred, stopper.hint = self.stop
+        messages.set_prefix(self.prefix)
+        if self.tensorboard is not None:
+            os.environ[TENSORBOARD] = self.tensorboard
+
+
+class Run:
+    """A run among others. name: how its messages begin. error: what ended it, if that was not its end."""
+
+    def __init__(self, number: int, name: str, story: Callable[[], None]):
+        self.number, self.name, self.story = number, name, story
+        self.coroutine = greenlet(self._tell)
+        self.state: ProcessState | None = None
+        self.error: BaseException | None = None
+
+    def _tell(self) -> None:
+        try:
+            self.story()
+        except BaseException as error:  # signals too: the other runs hear of them on their own
+            self.error = error
+
+
+class Together:
+    """Trains runs together.
+
+    Args:
+        stopper: entered by the caller; its signals reach every run.
+    """
+
+    def __init__(self, stopper: Stopper):
+        self.stopper = stopper
+        self._scheduler: greenlet = getcurrent()
+        self._running: Run | None = None
+        self._base: PreTrainedModel | None = None
+        self._models: dict[int, PreTrainedModel] = {}
+        self._joint: JointModel | None = None
+        self._steps = 0
+
+    # ---- for a run ----
+
+    def load_base(self, base: Base, dtype: str, device: str) -> PreTrainedModel:
+        """The base, read once for all runs; each gets a model of its own over the same weights."""
+        if self._base is None:
+            self._base = load_base(base, dtype, device)
+        return clone(self._base)
+
+    def wait_for_others(self, model: PreTrainedModel, steps: int) -> None:
+        """Wait until every run can begin; `model` is that of this one, which has `steps` to do."""
+        assert self._running is not None
+        self._models[self._running.number] = model
+        self._steps += steps
+        self._scheduler.switch(None)
+
+    def add_gradients(self, trainer: Any, step: Step) -> Tensor:
+        """As `training.step.add_gradients`, computed with the steps of the other runs."""
+        assert self._running is not None
+        own = trainer.model, trainer.isolation, step, trainer.plan.shard, trainer.plan.packing.max_tokens
+        return self._scheduler.switch(RunStep(self._running.number, *own))
+
+    # ---- the runs ----
+
+    def train(self, stories: Sequence[tuple[str, Callable[[], None]]], checkpointing: bool) -> list[Run]:
+        """Carry out the runs by their names; all of them as they ended.
+
+        Raises:
+            Exception, Stopped: a run could not begin; none did.
+        """
+        runs = [Run(number, name, story) for number, (name, story) in enumerate(stories)]
+        self.stopper.deferred = True
+        waiting = self._start(runs)
+        if waiting:
+            assert self._base is not None
+            self._joint = JointModel(self._base, {run.number: self._models[run.number] for run in waiting}, checkpointing)
+        steps = self._advance(dict.fromkeys(waiting))
+        with tqdm(total=self._steps, desc="training", bar_format=BAR, disable=None) as bar:
+            while steps:
+                bar.update(len(steps))
+                steps = self._advance(self._compute(steps))
+        return runs
+
+    def _start(self, runs: Sequence[Run]) -> list[Run]:
+        """Let each run come to its beginning; those that wait there, others being finished already."""
+        waiting: list[Run] = []
+        for run in runs:
+            self._switch(run, None)
+            if run.error:
+                for other in waiting:
+                    self._switch(other, Abandoned())
+                if isinstance(run.error, UserError):
+                    run.error.args = (f"{run.name}: {run.error}",)
+                raise run.error
+            if not run.coroutine.dead:
+                waiting.append(run)
+        return waiting
+
+    def _advance(self, answers: dict[Run, Any]) -> dict[Run, RunStep]:
+        """Give each run what it waits for; the steps that those still training wait for next."""
+        steps = {}
+        for run, answer in answers.items():
+            step = self._switch(run, answer)
+            if not run.coroutine.dead:
+                steps[run] = step
+            elif isinstance(run.error, UserError):
+                messages.info(f"{run.name}: {run.error}")
+        return steps
+
+    def _compute(self, steps: dict[Run, RunStep]) -> dict[Run, Any]:
+        """The losses of a step of each run, or the error that each is to hear of."""
+        assert self._joint is not None
+        try:
+            losses = self._joint.add_gradients([*steps.values()], self.stopper.check)
+        except Stopped as stop:
+            return {run: Stopped(stop.exit_code - 128) for run in steps}
+        except Exception as error:
+            return dict.fromkeys(steps, error)
+        for run, step in steps.items():
+            assert run.state is not None
+            run.state.random.tensors |= {f"random.{kind}": state for kind, state in step.generators.states.items()}
+        return {run: losses[run.number] for run in steps}
+
+    def _switch(self, run: Run, answer: Any) -> Any:
+        """Let a run go on with an answer, or with an error raised where it waits; what it waits for next."""
+        outside = ProcessState.current(self.stopper)
+        if run.state:
+            run.state.restore(self.stopper)
+        else:
+            self.stopper.deferred = False
+            messages.set_prefix(f"{run.name}: ")
+        self._running = run
+        try:
+            if isinstance(answer, BaseException):
+                return run.coroutine.throw(answer)
+            return run.coroutine.switch() if answer is None else run.coroutine.switch(answer)
+        finally:
+            self._running = None
+            run.state = ProcessState.current(self.stopper)
+            outside.restore(self.stopper)
