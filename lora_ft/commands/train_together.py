@@ -39,7 +39,8 @@ def train_together(
             (name, partial(train_run, config, stopper, **options, together=together))  # type: ignore[arg-type]
             for name, config in configs.items()
         ]
-        runs = together.train(stories, next(iter(configs.values())).train.gradient_checkpointing)
+        shared = next(iter(configs.values())).train
+        runs = together.train(stories, shared.micro_batch_tokens, shared.gradient_checkpointing)
         processes.destroy_process_group()
         failed = [run for run in runs if run.error]
         for run in failed:
@@ -63,11 +64,12 @@ def check_together(configs: Mapping[str, Config]) -> None:
             raise ConfigError(
                 f"{name}: adapter.method {config.adapter.method}: only LoRA can be trained together. Train it alone."
             )
-        for setting in ("trainer.fsdp",):
-            if value_of(config, setting):
-                raise ConfigError(f"{name}: {setting} is not supported for several configs. Train it alone.")
+        if config.trainer.fsdp:
+            raise ConfigError(f"{name}: trainer.fsdp is not supported for several configs. Train it alone.")
         if "wandb" in config.train.report_to:
-            raise ConfigError(f"{name}: train.report_to: wandb has one run per process. Leave it out, or train it alone.")
+            raise ConfigError(
+                f"{name}: train.report_to: wandb has one run per process. Leave it out, or train it alone."
+            )
         folder = Path(config.output).resolve()
         if folder in outputs:
             raise ConfigError(f"{name}: output {config.output} is that of {outputs[folder]} too. Give each its own.")

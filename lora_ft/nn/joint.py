@@ -1,7 +1,7 @@
 """Several runs in one flat row: W x is computed once for all tokens, and each run adds its own s B A x to its own tokens.
 
-The layers of a joint model hold the LoRA layers of all runs. Which tokens of a row are whose is said by `parts_of_row`, which must
-include the backward. One backward then gives every A and B its own gradient: no other run's tokens reach it.
+The layers of a joint model hold the LoRA layers of all runs; `parts_of_row`, which must include the backward, says which tokens
+of a row are whose. One backward then gives every A and B its own gradient: no other run's tokens reach it.
 
 What is random in training, dropout, is drawn for each run from its own generator, as in a run alone.
 """
@@ -89,11 +89,11 @@ class _BaseDropout(TorchFunctionMode):
         if func is not F.dropout or not kwargs.get("training", True) or not kwargs.get("p", 0.5):
             return func(*args, **kwargs)
         x = args[0] if args else kwargs.pop("input")
-        if x.dim() < 3 or x.shape[:2] != (1, _parts[-1].tokens.stop):
+        if x[..., 0].numel() != _parts[-1].tokens.stop:
             raise NotImplementedError("dropout of the model's own over something else than tokens")
         self.calls += 1
         dropped = []
         for part in _parts:
             with part.drawing(self.calls):
-                dropped.append(func(x[:, part.tokens], *args[1:], **kwargs))
-        return torch.cat(dropped, 1)
+                dropped.append(func(x[..., part.tokens, :], *args[1:], **kwargs))
+        return torch.cat(dropped, -2)

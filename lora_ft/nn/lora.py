@@ -127,8 +127,7 @@ class LoRALinear(AdaptedLayer):
 class Update(NamedTuple):
     """What an adapter adds to the outputs of some tokens: s B A (m ∘ x).
 
-    tokens: which. scaling: s. rows: of each part. mask: m (tokens, in), or None for ones. A: (parts * rank, in). B: of each
-    part, (rows of the part, rank).
+    tokens: which. rows: of each part. mask: m (tokens, in), or None. A: (parts * rank, in). B: (rows, rank) of each part.
     """
 
     tokens: slice
@@ -227,10 +226,7 @@ class InputDropout:
         self._mask: Tensor | None = None
 
     def mask(self, x: Tensor, tokens: slice = slice(None)) -> Tensor:
-        """A boolean mask in the shape of x (..., tokens, in), or of some tokens of it, for every reader of this x the same.
-
-        True (keep) with probability 1 - p.
-        """
+        """A mask of x (..., tokens, in) or some of its tokens, True (keep) with probability 1 - p; one for all readers of x."""
         if self._mask is None or self._x is None or self._x() is not x:
             self._x, self._left = weakref.ref(x), self.readers
             self._mask = torch.rand_like(x[..., tokens, :], dtype=torch.float32) >= self.p

@@ -38,7 +38,12 @@ def supervised_loss(
 
 
 def supervised_losses(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, keep: Tensor, targets: Tensor, counts: Sequence[int]
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    keep: Tensor,
+    targets: Tensor,
+    counts: Sequence[int],
 ) -> list[Tensor]:
     """The same sum apart for the first counts[0] supervised tokens, the next counts[1], and so on."""
     if len(keep) <= CHUNK:

@@ -1,10 +1,11 @@
 """An optimizer step of several runs at once: their micro-batches share rows of one model (nn/joint.py).
 
-A run's gradients are those of `add_gradients` in a run alone, except for rounding: its micro-batches are cut as there, keep their
-order, and draw from its own generators.
+A run's gradients are those of `add_gradients` in a run alone, except for rounding: its micro-batches are cut as there, keep
+their order, and draw from its own generators.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_ft.core.errors import ConfigError
+from lora_ft.core.messages import first_line
 from lora_ft.data.batches import MicroBatch, Shard, Step
 from lora_ft.distributed import processes
 from lora_ft.methods.lora.inject import lora_layers, trainable
-from lora_ft.model.device import random_states, set_random_states
+from lora_ft.model.device import micro_batch_tokens, random_states, set_random_states
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.joint import JointLoRALinear, Part, parts_of_row
 from lora_ft.nn.loss import supervised_losses
@@ -53,14 +55,13 @@ class RunGenerators:
 
 @dataclass
 class RunStep:
-    """A step that a run waits for. row_tokens: its most tokens in a row. generators: as the run left them."""
+    """A step that a run waits for. generators: as the run left them."""
 
     run: int
     model: PreTrainedModel
     isolation: Isolation
     step: Step
     shard: Shard
-    row_tokens: int
     generators: RunGenerators = field(default_factory=RunGenerators)
 
 
@@ -72,12 +73,17 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
 class JointModel:
     """One base under the adapters of several runs, whose own models are clones of it.
 
+    row_tokens: the setting train.micro_batch_tokens.
+
     Raises:
         ConfigError: the base has dropout of its own, and its layers are to be computed again.
     """
 
-    def __init__(self, base: PreTrainedModel, models: Mapping[int, PreTrainedModel], checkpointing: bool):
-        self.model = clone(base)
+    def __init__(
+        self, base: PreTrainedModel, models: Mapping[int, PreTrainedModel], row_tokens: int | str, checkpointing: bool
+    ):
+        self.model, device = clone(base), base.device.type
+        self.row_tokens = min(micro_batch_tokens(row_tokens, device), ENOUGH.get(device, sys.maxsize))
         layers = {run: lora_layers(model) for run, model in models.items()}
         for path in dict.fromkeys(path for own in layers.values() for path in own):
             own = {run: of_run[path] for run, of_run in layers.items() if path in of_run}
@@ -87,7 +93,9 @@ class JointModel:
         if not checkpointing:
             keep_gate_and_up(self.model)
         elif self.base_drops:
-            raise ConfigError("train.gradient_checkpointing: with this model, which has dropout, train one config at a time.")
+            raise ConfigError(
+                "train.gradient_checkpointing: with this model, which has dropout, train one config at a time."
+            )
         else:
             self.model.gradient_checkpointing_enable()
 
@@ -98,9 +106,13 @@ class JointModel:
         """
         self.model.train()
         totals = {s.run: torch.zeros((), device=self.model.device) for s in steps}
-        for row in rows(steps, self.model.device.type):
+        for row in rows(steps, self.row_tokens):
             check()
-            for run, loss in self._losses_of_row(row).items():
+            try:
+                losses = self._losses_of_row(row)
+            except NotImplementedError as e:
+                raise ConfigError(f"this model can't be trained with several configs at a time: {first_line(e)}") from e
+            for run, loss in losses.items():
                 totals[run] += loss
         check()
         for s in steps:
@@ -110,7 +122,7 @@ class JointModel:
 
     def _losses_of_row(self, row: Sequence[tuple[RunStep, MicroBatch]]) -> dict[int, Tensor]:
         """Compute a row and its gradients; the loss of each run, summed over its supervised tokens in the row."""
-        joined, parts, token, segment = {}, [], 0, 0
+        parts, token, segment = [], 0, 0
         segments: list[Segment] = []
         for s, micro in row:
             s.generators.start_row()
@@ -134,14 +146,13 @@ class JointModel:
         return {s.run: loss.detach() for (s, _), loss in zip(row, losses, strict=True)}
 
 
-def rows(steps: Sequence[RunStep], device: str) -> list[list[tuple[RunStep, MicroBatch]]]:
+def rows(steps: Sequence[RunStep], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
     """The runs' micro-batches in as few rows as their sizes allow: in each at most one of a run, and a run's in their order.
 
-    A row is no longer than the longest that a run has alone, or than is worthwhile.
+    A row has at most `most` tokens, or as many as the longest that a run has alone.
     """
     own = [(s, [m for m in s.step["micro"] if len(m["keep"])]) for s in steps]
-    longest = max((m["input_ids"].shape[1] for _, micro in own for m in micro), default=0)
-    most = max(longest, min(min(s.row_tokens for s in steps), ENOUGH.get(device, 2**30)))
+    most = max(most, *(m["input_ids"].shape[1] for _, micro in own for m in micro), 0)
     joined: list[list[tuple[RunStep, MicroBatch]]] = []
     sizes: list[int] = []
     for s, micro in own:

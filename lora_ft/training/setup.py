@@ -104,13 +104,8 @@ class RunSetup:
             check_data(self.before, tokenizer_hash(self.tokenizer), train_set, eval_sets)
         return train_set, eval_sets
 
-    @property
-    def train_set(self) -> Examples:
-        return self.data[0]
-
-    @property
-    def eval_sets(self) -> dict[str, Examples]:
-        return self.data[1]
+    train_set = property(lambda self: self.data[0])
+    eval_sets = property(lambda self: self.data[1])
 
     def read_files(self) -> None:
         """Download, check and encode: everything before the weights are loaded. Raises as the parts do."""

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from lora_ft.core import messages
 from lora_ft.core.errors import UserError
 from lora_ft.core.signals import Stopped, Stopper
-from lora_ft.data.batches import Step
+from lora_ft.data.batches import Shard, Step
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
+from lora_ft.nn.attention import Isolation
 from lora_ft.training.checkpoint import RandomState
 from lora_ft.training.joint_step import JointModel, RunStep, clone
 from lora_ft.training.progress import BAR
@@ -109,16 +110,19 @@ class Together:
         self._steps += steps
         self._scheduler.switch(None)
 
-    def add_gradients(self, trainer: Any, step: Step) -> Tensor:
-        """As `training.step.add_gradients`, computed with the steps of the other runs."""
+    def add_gradients(
+        self, model: PreTrainedModel, isolation: Isolation, step: Step, shard: Shard, check: Callable[[], None]
+    ) -> Tensor:
+        """As `training.step.add_gradients`, but computed with the steps of the other runs, which check for signals."""
         assert self._running is not None
-        own = trainer.model, trainer.isolation, step, trainer.plan.shard, trainer.plan.packing.max_tokens
-        return self._scheduler.switch(RunStep(self._running.number, *own))
+        return self._scheduler.switch(RunStep(self._running.number, model, isolation, step, shard))
 
     # ---- the runs ----
 
-    def train(self, stories: Sequence[tuple[str, Callable[[], None]]], checkpointing: bool) -> list[Run]:
-        """Carry out the runs by their names; all of them as they ended.
+    def train(
+        self, stories: Sequence[tuple[str, Callable[[], None]]], row_tokens: int | str, checkpointing: bool
+    ) -> list[Run]:
+        """Carry out the runs by their names, with rows of at most `row_tokens`; all of them as they ended.
 
         Raises:
             Exception, Stopped: a run could not begin; none did.
@@ -128,7 +132,8 @@ class Together:
         waiting = self._start(runs)
         if waiting:
             assert self._base is not None
-            self._joint = JointModel(self._base, {run.number: self._models[run.number] for run in waiting}, checkpointing)
+            models = {run.number: self._models[run.number] for run in waiting}
+            self._joint = JointModel(self._base, models, row_tokens, checkpointing)
         steps = self._advance(dict.fromkeys(waiting))
         with tqdm(total=self._steps, desc="training", bar_format=BAR, disable=None) as bar:
             while steps:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerCallback, TrainerControl, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainingArguments
 
 from lora_ft.core.metrics import loss_beside, scalars
 from lora_ft.core.signals import Stopped, Stopper
@@ -67,8 +66,7 @@ class LoRATrainer(SeamTrainer):
     ):
         self.plan, self.isolation, self.evaluation, self.save = plan, isolation, evaluation, save
         self.log_line, self.stopper, self.together = log_line, stopper or Stopper(), together
-        self.patience, self.evaluations_since_best = patience or math.inf, 0
-        self.best_loss = math.inf
+        self.patience, self.evaluations_since_best, self.best_loss = patience or math.inf, 0, math.inf
         self.totals = LogTotals()
         self.started = self.line_started = time.perf_counter()  # line_started: moved on by evaluating and saving
         self.resumed: State | None = None
@@ -81,8 +79,8 @@ class LoRATrainer(SeamTrainer):
             eval_dataset=plan if evaluation else None,  # never read, but the Trainer requires one
             callbacks=[_Events(self), ProgressBar(draws=together is None)],
         )
-        for unwanted in (PrinterCallback, ProgressCallback):
-            self.remove_callback(unwanted)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
 
     # ---- a step ----
 
@@ -105,16 +103,11 @@ class LoRATrainer(SeamTrainer):
             torch.manual_seed(seed % 2**64)  # the largest that torch takes
         self.generators_before = RandomState.current()
         model.train()
-        loss = self.add_gradients(inputs)
+        compute = self.together.add_gradients if self.together else add_gradients
+        loss = compute(self.model, self.isolation, inputs, self.plan.shard, self.stopper.check)
         check_finite(self.state.global_step + 1, inputs, loss, list(trainable(self.model).values()))
         self.totals.add(float(loss), inputs["total"], inputs["tokens"])
         return loss / max(1, inputs["total"])
-
-    def add_gradients(self, step: Step) -> torch.Tensor:
-        """Add a step's gradients to the parameters'; its loss summed over the supervised tokens."""
-        if self.together:
-            return self.together.add_gradients(self, step)
-        return add_gradients(self.model, self.isolation, step, self.plan.shard, self.stopper.check)
 
     # ---- evaluation and log ----
 

@@ -1,0 +1,206 @@
+"""Several configs trained together: each run is what it is alone, whatever the others do."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lora_ft.commands.train_together import check_together
+from lora_ft.config.load import parse_config
+from lora_ft.core.errors import ConfigError
+from lora_ft.training.joint_step import RunGenerators
+from tests.helpers.command import Ended, cli, start
+from tests.helpers.ranks import command
+from tests.helpers.tiny import CONFIG, write_reviews, write_run
+
+# ranks, targets, rates, batches, data, seeds, dropout, schedules, lengths of the runs and evaluations that differ
+RUNS = {
+    "a": {"adapter": {"rank": 2, "dropout": 0.1}, "train": {"learning_rate": 1e-2, "batch_size": 4, "seed": 1}},
+    "b": {
+        "adapter": {"targets": ["all"]},
+        "train": {"max_steps": 7, "eval_steps": 3},
+        "data": {"train": "others.jsonl"},
+    },
+    "c": {
+        "adapter": {"rank": 3, "dropout": 0.3, "targets": ["q"], "layers": [1]},
+        "train": {"batch_size": 16, "max_steps": 15, "lr_scheduler_type": "cosine", "early_stopping_patience": 1},
+    },
+}
+COMMON = {"micro_batch_tokens": 128, "logging_steps": 1, "max_steps": 10}
+
+
+def write_configs(folder: Path, kind: str, changes: dict | None = None) -> list[str]:
+    """A config for each of RUNS, KIND-a.yaml and so on, with outputs KIND-a and so on."""
+    names = []
+    for name, own in RUNS.items():
+        config = yaml.safe_load(CONFIG)
+        config["train"] |= COMMON
+        for settings in (own, (changes or {}).get(name, {})):
+            for section, values in settings.items():
+                config[section] |= values
+        config["output"] = f"{kind}-{name}"
+        names.append(f"{kind}-{name}.yaml")
+        (folder / names[-1]).write_text(yaml.safe_dump(config))
+    return names
+
+
+def trained(folder: Path, kind: str, name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of a run's log, of steps and evaluations, and its adapter."""
+    output = folder / f"{kind}-{name}"
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line.get("loss", line.get("eval_loss")) for line in lines], load_file(output / "adapter_model.safetensors")
+
+
+def assert_same(folder: Path, kind: str, other: str, names: str = "abc") -> None:
+    for name in names:
+        (losses, adapter), (losses_too, adapter_too) = trained(folder, kind, name), trained(folder, other, name)
+        assert losses == pytest.approx(losses_too, abs=1e-5), name
+        for key, tensor in adapter.items():
+            assert torch.allclose(tensor, adapter_too[key], atol=1e-4), (name, key)
+
+
+def together(folder: Path, *names: str, flags: tuple[str, ...] = ()) -> Ended:
+    ended = cli(folder, "train", *names, *flags)
+    assert ended.code == 0, ended.err
+    return ended
+
+
+def written_and_trained(folder: Path, family: str, changes: dict | None = None) -> Path:
+    """A folder with the runs, trained one by one and together."""
+    write_run(folder, family)
+    write_reviews(folder / "others.jsonl", 31)
+    for name in write_configs(folder, "alone", changes):
+        assert cli(folder, "train", name).code == 0
+    together(folder, *write_configs(folder, "together", changes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return written_and_trained(tmp_path_factory.mktemp("together"), "llama")
+
+
+def test_each_run_is_the_one_that_it_is_alone(folder):
+    assert_same(folder, "alone", "together")
+    for name in RUNS:
+        records = [
+            json.loads((folder / f"{kind}-{name}" / "lora_ft.json").read_text()) for kind in ("alone", "together")
+        ]
+        assert records[0]["metrics"].keys() == records[1]["metrics"].keys()
+        assert {p.name for p in (folder / f"alone-{name}").iterdir()} == {
+            p.name for p in (folder / f"together-{name}").iterdir()
+        }
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", "opt", "bloom"]
+)  # the first two have dropout of their own, the last its own code
+def test_other_families(family, tmp_path):
+    short = {
+        name: {"train": {"max_steps": 3, "early_stopping_patience": None}, "data": {"eval": None}} for name in RUNS
+    }
+    assert_same(written_and_trained(tmp_path, family, short), "alone", "together")
+
+
+def test_neither_their_order_nor_their_number_changes_a_run(folder):
+    others = write_configs(folder, "reversed")
+    together(folder, *others[:0:-1])
+    assert_same(folder, "alone", "reversed", "cb")
+
+
+def test_messages_say_whose_they_are(folder):
+    shutil.rmtree(folder / "together-a", ignore_errors=True)
+    ended = together(folder, "together-a.yaml", "together-b.yaml", flags=("--resume",))
+    assert "together-b.yaml: already finished" in ended.err
+    assert "together-a.yaml: step 10 of 10, eval: loss" in ended.err
+    assert "lora-ft report together-a together-b" in ended.err
+    assert_same(folder, "alone", "together")
+
+
+def test_killed_or_stopped_they_resume_to_the_same_bits(folder):
+    names, moments = write_configs(folder, "stopped"), random.Random(7)
+    for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        run = start(folder, "train", *names, "--resume")
+        time.sleep(moments.uniform(0.5, 2.0))
+        run.send(signum)
+        assert run.end().code in (-signum, 128 + signum, 0)
+    together(folder, *names, flags=("--resume",))
+    for name in RUNS:
+        (losses, adapter), (losses_then, adapter_then) = (
+            trained(folder, kind, name) for kind in ("together", "stopped")
+        )
+        assert losses == losses_then
+        assert all(torch.equal(tensor, adapter_then[key]) for key, tensor in adapter.items())
+
+
+def test_numbers_that_leave_the_finite_end_their_run_alone(folder):
+    names = write_configs(
+        folder, "nan", {"b": {"train": {"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_steps": 0}}}
+    )
+    ended = cli(folder, "train", *names)
+    assert ended.code == 5
+    assert "nan-b.yaml: step" in ended.err and "1 of 3 runs failed: nan-b.yaml" in ended.err
+    assert_same(folder, "alone", "nan", "ac")
+
+
+def test_none_begins_if_one_cannot(folder):
+    names = write_configs(folder, "begin", {"c": {"data": {"train": "missing.jsonl"}}})
+    ended = cli(folder, "train", *names)
+    assert ended.code == 3 and "begin-c.yaml: " in ended.err
+    assert not list(folder.glob("begin-?"))
+
+
+def test_two_processes_train_them_as_one_does(folder):
+    names = write_configs(folder, "two")
+    command(folder, 2, "train", *names)
+    assert_same(folder, "alone", "two", "b")  # the others have dropout, of which each process draws its own
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"adapter": {"method": "full"}}, "only LoRA can be trained together"),
+        ({"model": {"name": "other"}}, 'model.name: "base" in a, "other" in b'),
+        ({"model": {"dtype": "bfloat16"}}, "model.dtype"),
+        ({"train": {"micro_batch_tokens": 64}}, "train.micro_batch_tokens"),
+        ({"train": {"gradient_checkpointing": True}}, "train.gradient_checkpointing"),
+        ({"trainer": {"bf16": True}}, "trainer.bf16"),
+        ({"trainer": {"fsdp": True}}, "trainer.fsdp"),
+        ({"train": {"report_to": ["wandb"]}}, "wandb"),
+        ({"output": "out"}, "output out is that of a too"),
+    ],
+)
+def test_what_runs_must_have_in_common_is_named(changes, words):
+    base = yaml.safe_load(CONFIG) | {"output": "out"}
+    other = {key: base.get(key, {}) | value if isinstance(value, dict) else value for key, value in changes.items()}
+    if "adapter" in changes:
+        other["adapter"] = changes["adapter"]
+    configs = {"a": parse_config(base, (), "a"), "b": parse_config(base | {"output": "two"} | other, (), "b")}
+    with pytest.raises(ConfigError) as error:
+        check_together(configs)
+    assert words in str(error.value)
+
+
+def test_a_layer_that_is_computed_again_draws_the_same_again():
+    torch.manual_seed(3)
+    expected = torch.rand(4), torch.rand(4), torch.rand(4)
+    torch.manual_seed(3)
+    run = RunGenerators()
+    torch.manual_seed(9)  # of another run
+    others = torch.random.get_rng_state()
+    drawn = []
+    for what in ("first", "second", "second", "first"):
+        with run.drawing(what):
+            drawn.append(torch.rand(4))
+    assert all(map(torch.equal, drawn, (expected[0], expected[1], expected[1], expected[0])))
+    run.start_row()
+    with run.drawing("first"):
+        assert torch.equal(torch.rand(4), expected[2])
+    assert torch.equal(torch.random.get_rng_state(), others)
