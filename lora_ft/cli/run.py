@@ -41,7 +41,9 @@ def init(
 
 @command
 def check(
-    config: Annotated[Path | None, Argument(metavar="CONFIG", help="The config file; omit it with --shape.")] = None,
+    config: Annotated[
+        list[Path] | None, Argument(metavar="CONFIG...", help="The config file, or several; none with --shape.")
+    ] = None,
     set: Set = None,
     shape: Annotated[
         str | None, Option(metavar="SHAPE", help="Only print sizes of gpt2, gpt3-175b, ... or a folder's config.json.")
@@ -55,9 +57,9 @@ def check(
     Example: lora-ft check config.yaml --time
              lora-ft check --shape gpt3-175b --set adapter.rank=4
     """
-    from lora_ft.config.load import load_config, parse_config
+    from lora_ft.config.load import load_configs, parse_config
 
-    if (config is None) == (shape is None):
+    if bool(config) == bool(shape):
         raise ConfigError("give either a CONFIG file or --shape with a name or a folder that has a config.json")
     if shape is not None:
         without_data = {"model": {"name": shape}, "data": {"train": "none", "text": "{text}"}}
@@ -66,12 +68,19 @@ def check(
         from lora_ft.commands.check.shapes import check_shape
 
         check_shape(shape, settings, as_json=as_json, trust=trust)
-    elif config is not None:
-        settings = load_config(config, set or ())
-        silence_libraries()
+        return
+    configs = load_configs(config or (), set or ())
+    silence_libraries()
+    if len(configs) == 1:
         from lora_ft.commands.check.command import check
 
-        check(settings, as_json=as_json, time=time, trust=trust)
+        check(*configs.values(), as_json=as_json, time=time, trust=trust)
+    elif time:
+        raise ConfigError("--time measures one config")
+    else:
+        from lora_ft.commands.check.several import check_several
+
+        check_several(configs, as_json=as_json, trust=trust)
 
 
 @command
@@ -115,13 +124,11 @@ def train(
 
     Example: lora-ft train config.yaml --set train.learning_rate=1e-4
     """
-    from lora_ft.config.load import load_config
+    from lora_ft.config.load import load_configs
 
     if resume and overwrite:
         raise ConfigError("--resume continues the run, --overwrite replaces it: they cannot be combined")
-    configs = {str(path): load_config(path, set or ()) for path in config}
-    if len(configs) < len(config):
-        raise ConfigError("a config is given twice")
+    configs = load_configs(config, set or ())
     silence_libraries()
     from lora_ft.distributed.launch import launch, processes_to_start
 

@@ -47,6 +47,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _parse(document, overrides, name)
 
 
+def load_configs(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Config]:
+    """Config files by their paths, each with the overrides. Raises as `load_config`, and if one is given twice."""
+    if twice := next((path for i, path in enumerate(paths) if path in paths[:i]), None):
+        raise ConfigError(f"{printable(str(twice))}: given twice")
+    return {printable(str(path)): load_config(path, overrides) for path in paths}
+
+
 def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "the record's config") -> Config:
     """A config from parsed values such as those of a record; `source` names them in messages. Raises as `load_config`."""
     return _parse(yaml_reader.Document(dict(data), {}, []), overrides, printable(source))

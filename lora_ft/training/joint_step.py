@@ -83,7 +83,7 @@ class JointModel:
         self, base: PreTrainedModel, models: Mapping[int, PreTrainedModel], row_tokens: int | str, checkpointing: bool
     ):
         self.model, device = clone(base), base.device.type
-        self.row_tokens = min(micro_batch_tokens(row_tokens, device), ENOUGH.get(device, sys.maxsize))
+        self.row_tokens = row_limit(row_tokens, device)
         layers = {run: lora_layers(model) for run, model in models.items()}
         for path in dict.fromkeys(path for own in layers.values() for path in own):
             own = {run: of_run[path] for run, of_run in layers.items() if path in of_run}
@@ -144,6 +144,11 @@ class JointModel:
             means = [loss / max(1, s.step["total"]) for (s, _), loss in zip(row, losses, strict=True)]
             torch.stack(means).sum().backward()
         return {s.run: loss.detach() for (s, _), loss in zip(row, losses, strict=True)}
+
+
+def row_limit(setting: int | str, device: str) -> int:
+    """The most tokens of several runs in a row, unless a run has a longer one alone."""
+    return min(micro_batch_tokens(setting, device), ENOUGH.get(device, sys.maxsize))
 
 
 def rows(steps: Sequence[RunStep], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:

@@ -163,6 +163,20 @@ def test_two_processes_train_them_as_one_does(folder):
     assert_same(folder, "alone", "two", "b")  # the others have dropout, of which each process draws its own
 
 
+def test_check_shows_what_they_need_together(folder):
+    names = write_configs(folder, "checked")
+    ended = cli(folder, "check", *names, "--json")
+    facts = json.loads(ended.out)
+    alone = [facts["configs"][name]["memory"] for name in names]
+    assert facts["memory"]["weights"] == alone[0]["weights"]
+    assert facts["memory"]["adapter"] == sum(memory["adapter"] for memory in alone)
+    assert max(m["total"] for m in alone) < facts["memory"]["total"] < 2 * max(m["total"] for m in alone)
+    assert cli(folder, "check", *names, "--time").code == 2
+    ended = cli(folder, "check", *names)
+    assert "checked-c.yaml" in ended.out and "memory that training them together needs" in ended.out
+    assert cli(folder, "check", names[0], names[0]).err.strip() == "checked-a.yaml: given twice"
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
