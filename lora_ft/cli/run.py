@@ -162,6 +162,9 @@ def compare(
     output: Annotated[
         Path | None, Option(metavar="DIR", help="The folder for all runs. Default: the config's output with -compare.")
     ] = None,
+    one_by_one: Annotated[
+        bool, Option("--one-by-one", help="Train each run alone, to measure its time and memory; slower.")
+    ] = False,
     as_json: AsJson = False,
     trust: Trust = NO_TRUST,
 ) -> None:
@@ -183,6 +186,7 @@ def compare(
         tune_steps=tune_steps,
         output=output,
         overrides=set or (),
+        one_by_one=one_by_one,
         as_json=as_json,
         trust=trust,
     )

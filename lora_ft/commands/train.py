@@ -91,6 +91,8 @@ def train_run(
             setup.base.fingerprint,
         )
         record = setup.record | _base_scores(setup, evaluate)
+        if together:  # time and memory are not this run's alone
+            record["machine"] = record["machine"] | {"runs_together": together.count}
         setup.load_initial_adapter(model)  # after scoring the base: some methods change its own weights
 
         # ---- begin: from here on the output changes ----

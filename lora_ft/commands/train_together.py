@@ -2,24 +2,16 @@
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from lora_ft.commands.train import train_run
 from lora_ft.config.schema import Config
-from lora_ft.core.errors import ConfigError, UserError
-from lora_ft.core.messages import format_value, info
+from lora_ft.config.together import check_together
+from lora_ft.core.errors import UserError
+from lora_ft.core.messages import info
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.distributed import processes
 from lora_ft.training.together import Together
-
-# What the runs have in common, because they share the base, the rows, or the process
-SHARED = (
-    *("model.name", "model.revision", "model.dtype", "train.micro_batch_tokens", "train.gradient_checkpointing"),
-    *("trainer.use_cpu", "trainer.bf16", "trainer.tf32", "trainer.full_determinism"),
-    *("trainer.ddp_backend", "trainer.ddp_timeout"),
-)
 
 
 def train_together(
@@ -34,7 +26,7 @@ def train_together(
     check_together(configs)
     options = {"resume": resume, "overwrite": overwrite, "trust": trust}
     with processes.silence_other_ranks(), Stopper() as stopper:
-        together = Together(stopper)
+        together = Together(stopper, len(configs))
         stories = [
             (name, partial(train_run, config, stopper, **options, together=together))  # type: ignore[arg-type]
             for name, config in configs.items()
@@ -53,38 +45,3 @@ def train_together(
             raise failed[-1].error  # type: ignore[misc]
         folders = " ".join(str(config.output) for config in configs.values())
         info(f"compare them: lora-ft report {folders}")
-
-
-def check_together(configs: Mapping[str, Config]) -> None:
-    """Refuse configs that can't be trained together. Raises ConfigError, which names the setting."""
-    (first, one), *others = configs.items()
-    outputs: dict[Path, str] = {}
-    for name, config in configs.items():
-        if config.adapter.method != "lora":
-            raise ConfigError(
-                f"{name}: adapter.method {config.adapter.method}: only LoRA can be trained together. Train it alone."
-            )
-        if config.trainer.fsdp:
-            raise ConfigError(f"{name}: trainer.fsdp is not supported for several configs. Train it alone.")
-        if "wandb" in config.train.report_to:
-            raise ConfigError(
-                f"{name}: train.report_to: wandb has one run per process. Leave it out, or train it alone."
-            )
-        folder = Path(config.output).resolve()
-        if folder in outputs:
-            raise ConfigError(f"{name}: output {config.output} is that of {outputs[folder]} too. Give each its own.")
-        outputs[folder] = name
-    for name, config in others:
-        for setting in SHARED:
-            a, b = value_of(one, setting), value_of(config, setting)
-            if a != b:
-                raise ConfigError(
-                    f"{setting}: {format_value(a)} in {first}, {format_value(b)} in {name}. Configs that are trained "
-                    "together have it in common."
-                )
-
-
-def value_of(config: Config, setting: str) -> Any:
-    """The value of a setting, such as "train.seed"."""
-    section, name = setting.split(".")
-    return getattr(getattr(config, section), name)

@@ -48,10 +48,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_configs(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Config]:
-    """Config files by their paths, each with the overrides. Raises as `load_config`, and if one is given twice."""
+    """Config files by their names without folder and ending, or by their paths if two are called the same.
+
+    overrides: for each of them. Raises as `load_config`, and if one is given twice.
+    """
     if twice := next((path for i, path in enumerate(paths) if path in paths[:i]), None):
         raise ConfigError(f"{printable(str(twice))}: given twice")
-    return {printable(str(path)): load_config(path, overrides) for path in paths}
+    names = [printable(Path(path).stem) for path in paths]
+    if len({*names}) < len(names):
+        names = [printable(str(path)) for path in paths]
+    return {name: load_config(path, overrides) for name, path in zip(names, paths, strict=True)}
 
 
 def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "the record's config") -> Config:

@@ -84,10 +84,11 @@ class Together:
 
     Args:
         stopper: entered by the caller; its signals reach every run.
+        count: of the runs.
     """
 
-    def __init__(self, stopper: Stopper):
-        self.stopper = stopper
+    def __init__(self, stopper: Stopper, count: int):
+        self.stopper, self.count = stopper, count
         self._scheduler: greenlet = getcurrent()
         self._running: Run | None = None
         self._base: PreTrainedModel | None = None

@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lora_ft.commands.train_together import check_together
 from lora_ft.config.load import parse_config
+from lora_ft.config.together import check_together
 from lora_ft.core.errors import ConfigError
 from lora_ft.training.joint_step import RunGenerators
 from tests.helpers.command import Ended, cli, start
@@ -118,8 +118,8 @@ def test_neither_their_order_nor_their_number_changes_a_run(folder):
 def test_messages_say_whose_they_are(folder):
     shutil.rmtree(folder / "together-a", ignore_errors=True)
     ended = together(folder, "together-a.yaml", "together-b.yaml", flags=("--resume",))
-    assert "together-b.yaml: already finished" in ended.err
-    assert "together-a.yaml: step 10 of 10, eval: loss" in ended.err
+    assert "together-b: already finished" in ended.err
+    assert "together-a: step 10 of 10, eval: loss" in ended.err
     assert "lora-ft report together-a together-b" in ended.err
     assert_same(folder, "alone", "together")
 
@@ -146,14 +146,14 @@ def test_numbers_that_leave_the_finite_end_their_run_alone(folder):
     )
     ended = cli(folder, "train", *names)
     assert ended.code == 5
-    assert "nan-b.yaml: step" in ended.err and "1 of 3 runs failed: nan-b.yaml" in ended.err
+    assert "nan-b: step" in ended.err and "1 of 3 runs failed: nan-b" in ended.err
     assert_same(folder, "alone", "nan", "ac")
 
 
 def test_none_begins_if_one_cannot(folder):
     names = write_configs(folder, "begin", {"c": {"data": {"train": "missing.jsonl"}}})
     ended = cli(folder, "train", *names)
-    assert ended.code == 3 and "begin-c.yaml: " in ended.err
+    assert ended.code == 3 and "begin-c: " in ended.err
     assert not list(folder.glob("begin-?"))
 
 
@@ -167,13 +167,13 @@ def test_check_shows_what_they_need_together(folder):
     names = write_configs(folder, "checked")
     ended = cli(folder, "check", *names, "--json")
     facts = json.loads(ended.out)
-    alone = [facts["configs"][name]["memory"] for name in names]
+    alone = [facts["configs"][name]["memory"] for name in facts["configs"]]
     assert facts["memory"]["weights"] == alone[0]["weights"]
     assert facts["memory"]["adapter"] == sum(memory["adapter"] for memory in alone)
     assert max(m["total"] for m in alone) < facts["memory"]["total"] < 2 * max(m["total"] for m in alone)
     assert cli(folder, "check", *names, "--time").code == 2
     ended = cli(folder, "check", *names)
-    assert "checked-c.yaml" in ended.out and "memory that training them together needs" in ended.out
+    assert "checked-c" in ended.out and "memory that training them together needs" in ended.out
     assert cli(folder, "check", names[0], names[0]).err.strip() == "checked-a.yaml: given twice"
 
 

@@ -9,8 +9,8 @@ from lora_ft.commands.check import display
 from lora_ft.commands.check.command import PLACES, as_dict
 from lora_ft.commands.check.inspect import Inspection, inspect_run
 from lora_ft.commands.check.memory import Memory, largest_rows
-from lora_ft.commands.train_together import check_together
 from lora_ft.config.schema import Config
+from lora_ft.config.together import check_together
 from lora_ft.core.messages import echo_json, format_bytes
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.report.figures import format_duration

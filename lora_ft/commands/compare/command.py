@@ -19,7 +19,7 @@ from lora_ft.commands.compare.variants import (
     tuning_config,
     tuning_metric,
 )
-from lora_ft.config.schema import eval_sets
+from lora_ft.config.schema import Config, eval_sets
 from lora_ft.core.errors import ConfigError, FilesError, NumbersError
 from lora_ft.core.messages import echo, echo_json, info
 from lora_ft.core.metrics import metric_of
@@ -41,6 +41,7 @@ def compare_command(
     tune_steps: int | None = None,
     output: Path | None = None,
     overrides: Sequence[str] = (),
+    one_by_one: bool = False,
     as_json: bool = False,
     trust: Trust = NO_TRUST,
 ) -> None:
@@ -86,10 +87,14 @@ def compare_command(
         return result
 
     runner = Runner(folder, trust.options(), len(variants) * ((len(grid) if tuned else 0) + len(seed_list)))
+    if tuned and not one_by_one:
+        runner.train_together([c for r in results for _, c in tuning_runs(r, grid, tune_steps, seed_list[0], folder)])
     for result in results if tuned else ():
         with skip_if_refused(result):
             tune_variant(result, grid, tune_steps, seed_list[0], runner)
         write()
+    if not one_by_one:
+        runner.train_together([c for r in results if not r.failure for c in final_runs(r, seed_list, folder).values()])
     for result in results:
         if not result.failure:
             with skip_if_refused(result):
@@ -124,22 +129,34 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def tuning_runs(
+    result: VariantResult, grid: Sequence[dict], steps: int | None, seed: int, folder: Path
+) -> list[tuple[dict, Config]]:
+    """Each point of the grid with the config of its run, on nine tenths of train."""
+    outputs = [folder / "tuning" / f"{result.variant.folder},{folder_name(point)}" for point in grid]
+    return [(p, tuning_config(result.variant, p, seed, o, steps)) for p, o in zip(grid, outputs, strict=True)]
+
+
+def final_runs(result: VariantResult, seeds: Sequence[int], folder: Path) -> dict[int, Config]:
+    """Seed -> the config of its run. The first scores the base too, and is compared with it row by row."""
+    name = ",".join(filter(None, [result.variant.folder, folder_name(result.tuned)]))
+    outputs = {seed: folder / "runs" / f"{name},seed={seed}" for seed in seeds}
+    return {s: final_config(result.variant, result.tuned, s, o, s == seeds[0]) for s, o in outputs.items()}
+
+
 def tune_variant(result: VariantResult, grid: Sequence[dict], steps: int | None, seed: int, runner: Runner) -> None:
-    """Train with each point of the grid on nine tenths of train; `result` gets the best by its score on the last tenth."""
+    """Train with each point of the grid; `result` gets the best by its score on the tenth of train that is held out."""
     metric, overflow = tuning_metric(result.variant.config), None
-    for point in grid:
-        name = folder_name(point)
-        output = runner.folder / "tuning" / f"{result.variant.folder},{name}"
-        config = tuning_config(result.variant, point, seed, output, steps)
+    for point, config in tuning_runs(result, grid, steps, seed, runner.folder):
         try:
-            record = runner.train(f"{result.variant.name}, tuning {name}", config)
+            record = runner.train(f"{result.variant.name}, tuning {folder_name(point)}", config)
         except RunFailed as failure:
             if failure.exit_code != NumbersError.exit_code:
                 raise  # another learning rate, say, would not help
             score, overflow = None, failure
         else:
             score = record["metrics"][f"{TUNING_SET}_{metric}"]
-            for checkpoint in checkpoints(output):  # full fine-tuning's is three models, and only the score is needed
+            for checkpoint in checkpoints(Path(config.output)):  # full fine-tuning's is three models
                 remove_checkpoint(checkpoint)
         result.tried.append({"settings": point, "score": score})
     scored = [tried for tried in result.tried if tried["score"] is not None]
@@ -150,11 +167,8 @@ def tune_variant(result: VariantResult, grid: Sequence[dict], steps: int | None,
 
 
 def train_seeds(result: VariantResult, seeds: Sequence[int], runner: Runner) -> None:
-    """Train the tuned variant on every seed. Its first run scores the base too, and is compared with it row by row."""
-    name = ",".join(filter(None, [result.variant.folder, folder_name(result.tuned)]))
-    for seed in seeds:
-        output = runner.folder / "runs" / f"{name},seed={seed}"
-        config = final_config(result.variant, result.tuned, seed, output, not result.records)
+    """Train the tuned variant on every seed."""
+    for seed, config in final_runs(result, seeds, runner.folder).items():
         result.records[seed] = runner.train(f"{result.variant.name}, seed {seed}", config)
 
 

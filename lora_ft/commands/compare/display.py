@@ -45,6 +45,8 @@ def show(result: dict) -> None:
         for row in table.rows:
             printed.add_row(printable(row.name), *(printable(str(cell)) for cell in row.cells))
         console.print(printed)
+    if any(v.get("runs") and "seconds_per_step" not in v for v in result["variants"]):
+        console.print("Time and memory are not known of variants that were trained together (--one-by-one).")
     found = result_winner(result)
     console.print(f"{printable(found['sentence'], 500)} {printable(found['detail'], 500)}", soft_wrap=True)
     for variant in result["variants"]:

@@ -75,8 +75,12 @@ def mean_interval(values: Sequence[float]) -> dict:
 
 
 def costs(records: Sequence[dict]) -> dict:
-    """Parameters, bytes, speed and seconds per step (medians over a variant's runs) and peak memory (MiB, the highest)."""
-    record, outputs = records[0], [Path(record["config"]["output"]) for record in records]
+    """Parameters, bytes, speed and seconds per step (medians over a variant's runs) and peak memory (MiB, the highest).
+
+    Time and memory are those of runs that were trained alone.
+    """
+    alone = [record for record in records if "runs_together" not in record["machine"]]
+    record, outputs = records[0], [Path(record["config"]["output"]) for record in alone]
     logs = [[line for line in read_log(output) if "tokens_per_second" in line] for output in outputs]
     logs = [log for log in logs if log]
     weights = [name for name in record.get("files") or {} if name.endswith(".safetensors")]

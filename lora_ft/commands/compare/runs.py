@@ -15,8 +15,9 @@ from pathlib import Path
 
 from lora_ft.config.load import changes
 from lora_ft.config.schema import Config
+from lora_ft.config.together import shared_values
 from lora_ft.core.disk import WINDOWS
-from lora_ft.core.errors import EXIT_OUT_OF_MEMORY, ConfigError, FilesError, ModelError, NumbersError
+from lora_ft.core.errors import EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, ConfigError, FilesError, ModelError, NumbersError
 from lora_ft.core.messages import info, working
 from lora_ft.core.run_folder import RECORD, checkpoints, read_record
 from lora_ft.core.signals import Stopped
@@ -26,6 +27,7 @@ from lora_ft.report.figures import config_text
 # The variant does not fit the model, its numbers overflow, or it needs too much memory: it is left out of the comparison.
 SKIPPED_EXIT_CODES = (ModelError.exit_code, NumbersError.exit_code, EXIT_OUT_OF_MEMORY)
 
+TOGETHER = 8  # runs that are trained together at most: each adds its adapter and optimizer to the memory
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -71,13 +73,8 @@ class Runner:
                 raise ConfigError(f"{output}: holds a run with other settings:{settings}\n{way_out}")
             if record["kind"] == "adapter":
                 return record
-        # kept, so that the run can be repeated by hand
-        path = self.folder / "configs" / f"{output.relative_to(self.folder).as_posix().replace('/', '-')}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, config_text(config.model_dump(mode="json")))
-        command = [sys.executable, "-m", "lora_ft", "train", str(path), "--resume", *self.options]
         with working(f"run {self.started} of {self.total}"):
-            exit_code, last_line = run_and_stream(command)
+            exit_code, last_line = run_and_stream(self._command([config]))
         if exit_code in SKIPPED_EXIT_CODES:
             raise RunFailed(last_line, exit_code)
         if exit_code:
@@ -86,6 +83,36 @@ class Runner:
         record = newest_record(output)
         assert record is not None, "a finished run has a record"
         return record
+
+    def train_together(self, configs: Sequence[Config]) -> None:
+        """Train those of `configs` that can be trained together so, up to TOGETHER at a time; the others are left to `train`.
+
+        So are those that fail here: `train` finds what there is of each run, and says what became of it. Raises SystemExit if
+        they were stopped.
+        """
+        groups: dict[tuple, list[Config]] = {}
+        for config in configs:
+            record = newest_record(Path(config.output))
+            if config.adapter.method == "lora" and not (record and record["kind"] == "adapter"):
+                groups.setdefault(shared_values(config), []).append(config)
+        for group in groups.values():
+            for some in (group[i : i + TOGETHER] for i in range(0, len(group), TOGETHER)):
+                if len(some) > 1:
+                    info(f"compare: training {len(some)} runs together (--one-by-one trains each alone)")
+                    with working(f"{len(some)} runs"):
+                        exit_code, _ = run_and_stream(self._command(some))
+                    if exit_code >= EXIT_INTERRUPTED:
+                        raise SystemExit(exit_code)
+
+    def _command(self, configs: Sequence[Config]) -> list[str]:
+        """The command that trains `configs`, whose files are kept, so that runs can be repeated by hand."""
+        paths = []
+        for config in configs:
+            name = Path(config.output).relative_to(self.folder).as_posix().replace("/", "-")
+            paths.append(self.folder / "configs" / f"{name}.yaml")
+            paths[-1].parent.mkdir(parents=True, exist_ok=True)
+            write_file(paths[-1], config_text(config.model_dump(mode="json")))
+        return [sys.executable, "-m", "lora_ft", "train", *map(str, paths), "--resume", *self.options]
 
 
 def run_and_stream(command: list[str]) -> tuple[int, str]:
