@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lora_ft.core import machine
+from lora_ft.core.disk import WINDOWS
 from lora_ft.core.errors import EXIT_BUG, ConfigError
 from lora_ft.core.messages import info
 from lora_ft.core.ranks import world_size
@@ -42,6 +43,8 @@ def launch(processes: int, arguments: list[str], entry_point: Callable[[], None]
     """
     logging.disable(logging.CRITICAL)  # the elastic agent's; the processes and the code below report what happened
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
+    if WINDOWS:
+        os.environ.setdefault("USE_LIBUV", "0")  # torch's builds for Windows may lack it, but ask for it
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # multiprocessing's resource tracker, after a kill
     settings = LaunchConfig(
         min_nodes=1,

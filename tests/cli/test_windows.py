@@ -62,3 +62,16 @@ def test_every_command(tmp_path):
     weights = "adapter_model.safetensors"
     assert sha256(folder / "out" / weights) == sha256(folder / "elsewhere" / weights)
     assert json.loads((folder / "out/lora_ft.json").read_text())["config"]["data"]["train"] == ["data/train.jsonl"]
+
+
+def test_a_console_of_another_code_page_gets_escapes(tmp_path):
+    folder = write_run(tmp_path, config=SHORT)
+    with (folder / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"text": "schöner Film 映画 ” –", "label": 1}\n')
+
+    def run_all() -> None:
+        windows.imitate(console="cp437")
+        sys.exit(max(windows.run(*words) for words in (["check", "config.yaml"], ["check", "config.yaml", "--json"])))
+
+    ended = start(folder, before=run_all).end()
+    assert ended.code == 0, ended.err

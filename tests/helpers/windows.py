@@ -36,8 +36,11 @@ FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)
 _in_hook = threading.local()
 
 
-def imitate(before_opening: Callable[[Path], None] = lambda path: None) -> None:
-    """Make this process one of Windows, as far as Python code can tell. `before_opening` is told of every file first."""
+def imitate(before_opening: Callable[[Path], None] = lambda path: None, console: str = "cp1252") -> None:
+    """Make this process one of Windows, as far as Python code can tell.
+
+    before_opening: is told of every file first. console: its encoding.
+    """
     for name in [name for name in sys.modules if name.split(".")[0] == "lora_ft"]:
         del sys.modules[name]  # to be imported again, with what is hidden now
     sys.modules.update({name: Partial(name) for name in HIDDEN})
@@ -48,7 +51,7 @@ def imitate(before_opening: Callable[[Path], None] = lambda path: None) -> None:
         delattr(psutil, name)
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="cp1252", errors="strict")  # type: ignore[union-attr]
+        stream.reconfigure(encoding=console, errors="strict")  # type: ignore[union-attr]
     builtins.open = io.open = _open  # type: ignore[assignment]
     subprocess.Popen = Program  # type: ignore[assignment,misc]
     sys.addaudithook(lambda event, arguments: _watch(event, arguments, before_opening))
