@@ -1,4 +1,4 @@
-"""The main job on a tiny base: train, eval and merge by their command line, each once in a process of its own, else in forks."""
+"""The main job on a tiny base: train, eval and merge by their commands, each once in a process of its own, else in forks."""
 
 import json
 import shutil
