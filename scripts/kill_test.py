@@ -10,6 +10,7 @@ takes about a second.
 
 import argparse
 import builtins
+import gc
 import io
 import json
 import os
@@ -180,6 +181,8 @@ def main() -> None:
     tqdm.set_lock(threading.RLock())  # tqdm's default lock is shared by forks, and a killed one may hold it
     import lora_ft.commands.train  # noqa: F401 (imported once, before the forks)
     from tests.helpers.tiny import write_run
+
+    gc.freeze()  # what is imported stays: else each fork's gc.collect() would look through it and so copy it
 
     with tempfile.TemporaryDirectory() as parent:
         base = write_run(Path(parent).resolve() / "base", "gpt2")

@@ -1,5 +1,6 @@
 """One thread, no network, no progress bars, and caches that belong to this test session alone."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -33,6 +34,11 @@ def bases_are_scored_in_each_run():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kept, "read_scores", lambda key: None)
         yield
+
+
+def pytest_collection_finish():
+    """All is imported, and stays: else every gc.collect() of a run would look through it, and in a fork copy it first."""
+    gc.freeze()
 
 
 def pytest_unconfigure():

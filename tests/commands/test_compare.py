@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_ft.commands.compare import runs
 from lora_ft.commands.compare.command import compare_command, parse_seeds
 from lora_ft.commands.compare.display import show
 from lora_ft.commands.compare.page import page
@@ -18,7 +19,8 @@ from lora_ft.commands.compare.variants import final_config, make_variants, parse
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.storage import sha256
-from tests.helpers.tiny import lora_ft, write_run
+from tests.helpers.command import Ended, Forked, cli
+from tests.helpers.tiny import write_run
 
 CONFIG = """
 model: {name: base}
@@ -143,14 +145,26 @@ def test_metrics_of_several_eval_sets_are_kept_apart():
     assert found["dev"]["loss"]["mean"] == 2.0 and found["other"]["loss"]["values"] == [2.0, 6.0]
 
 
-VARY = ["--vary", "adapter.method=lora,bottleneck,prompt", "--tune", "train.learning_rate=1e-5,3e-2"]
+def compare(folder: Path, *words: str) -> Ended:
+    """`lora-ft compare config.yaml` in a fork, and its runs in forks of that."""
+    return cli(folder, "compare", "config.yaml", *words, before=lambda: setattr(runs.subprocess, "Popen", Forked))
+
+
+VARY = [
+    "--vary",
+    "adapter.method=lora,bottleneck,prompt",
+    "--tune",
+    "train.learning_rate=1e-5,3e-2",
+    "--set",
+    "train.max_steps=6",
+]
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """A comparison: its folder, and the finished command."""
     folder = write_run(tmp_path_factory.mktemp("compare"), "mixtral")  # whose experts take no adapter layers
-    return folder, lora_ft("compare", "config.yaml", *VARY, "--seeds", "0,1", cwd=folder, timeout=600)
+    return folder, compare(folder, *VARY, "--seeds", "0,1")
 
 
 def result(folder: Path) -> dict:
@@ -159,7 +173,7 @@ def result(folder: Path) -> dict:
 
 def test_compares_methods_from_a_config(compared):
     folder, done = compared
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     found = result(folder)
     lora, bottleneck, prompt = found["variants"]
     assert lora["tuned"] == {"train.learning_rate": "3e-2"}  # the other learns nothing
@@ -169,7 +183,7 @@ def test_compares_methods_from_a_config(compared):
     assert lora["bytes_on_disk"] == (Path(folder, lora["runs"]["0"]) / "adapter_model.safetensors").stat().st_size
     assert "experts" in bottleneck["refused"] and "metrics" not in bottleneck
     for word in ("lora", "skipped: ", "3e-2", "base"):
-        assert word in done.stdout
+        assert word in done.out
 
 
 def test_brackets_in_names_are_printed(capsys):
@@ -185,10 +199,10 @@ def test_brackets_in_names_are_printed(capsys):
 def test_runs_of_a_comparison_are_ordinary_runs(compared):
     folder, _ = compared
     run = result(folder)["variants"][0]["runs"]["1"]
-    done = lora_ft("eval", run, "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = cli(folder, "eval", run, "--json")
+    assert done.code == 0, done.err
     accuracy = result(folder)["variants"][0]["metrics"][""]["accuracy"]["values"][1]
-    assert json.loads(done.stdout)["adapter"]["accuracy"] == accuracy
+    assert json.loads(done.out)["adapter"]["accuracy"] == accuracy
 
 
 def test_tuning_runs_keep_no_checkpoint(compared):
@@ -206,17 +220,17 @@ def test_a_repeated_command_trains_nothing_and_gives_the_same_result(compared):
     times = {f"{part}_{what}": 1.0 for part in ("prompt", "token") for what in ("ms", "ratio")}
     old["variants"][0]["latency"] = {"of": sha256(weights), "prompt_tokens": 64, "adapter": times}
     (folder / "out-compare/compare.json").write_text(json.dumps(old))  # as benchmarks/latency.py does
-    done = lora_ft("compare", "config.yaml", *VARY, "--seeds", "0,1", "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == result(folder) == old
+    done = compare(folder, *VARY, "--seeds", "0,1", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == result(folder) == old
     assert {p: p.stat().st_mtime_ns for p in folder.glob("out-compare/*/*/lora_ft.json")} == before
 
 
 def test_a_folder_with_runs_of_other_settings_is_refused(compared):
     folder, _ = compared
-    done = lora_ft("compare", "config.yaml", *VARY, "--seeds", "0", "--set", "train.batch_size=4", cwd=folder)
-    assert done.returncode == 2
-    assert "train.batch_size: was 8, is 4" in done.stderr and "--output" in done.stderr
+    done = compare(folder, *VARY, "--seeds", "0", "--set", "train.batch_size=4")
+    assert done.code == 2
+    assert "train.batch_size: was 8, is 4" in done.err and "--output" in done.err
 
 
 def test_the_page_opens_offline(compared):
@@ -226,9 +240,11 @@ def test_the_page_opens_offline(compared):
 
 
 def test_a_signal_stops_the_run_and_the_same_command_resumes_it(tmp_path):
+    """The comparison and its run are processes of their own, until they are stopped."""
     folder = write_run(tmp_path)
-    words = ["compare", "config.yaml", "--vary", "adapter.rank=1,2", "--set", "train.max_steps=400"]
-    child = subprocess.Popen([sys.executable, "-m", "lora_ft", *words], cwd=folder, stderr=subprocess.PIPE, text=True)
+    words = ["--vary", "adapter.rank=1,2", "--set", "train.max_steps=200"]
+    command = [sys.executable, "-m", "lora_ft", "compare", "config.yaml", *words]
+    child = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     log = folder / "out-compare/runs/rank=1,seed=0/log.jsonl"
     until = time.monotonic() + 90
     while not log.exists() and time.monotonic() < until:
@@ -236,13 +252,13 @@ def test_a_signal_stops_the_run_and_the_same_command_resumes_it(tmp_path):
     child.send_signal(signal.SIGTERM)
     assert child.wait(60) == 143, child.stderr.read()
     assert list(log.parent.glob("checkpoints/step-*/lora_ft.json"))
-    done = lora_ft(*words, cwd=folder, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "resuming after step" in done.stderr and "rank=2" in done.stdout
+    done = compare(folder, *words)
+    assert done.code == 0, done.err
+    assert "resuming after step" in done.err and "rank=2" in done.out
 
 
 def test_if_no_variant_can_be_trained_the_exit_code_is_that_of_the_run(tmp_path):
     folder = write_run(tmp_path, "mixtral")
-    done = lora_ft("compare", "config.yaml", "--vary", "adapter.method=bottleneck", cwd=folder)
-    assert done.returncode == 4
-    assert "bottleneck: skipped: " in done.stderr and not list(folder.glob("out-compare/runs/*"))
+    done = compare(folder, "--vary", "adapter.method=bottleneck")
+    assert done.code == 4
+    assert "bottleneck: skipped: " in done.err and not list(folder.glob("out-compare/runs/*"))

@@ -15,7 +15,8 @@ from lora_ft.config import docs
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, FilesError
 from lora_ft.data.sniff import suggest_format
-from tests.helpers.tiny import lora_ft, write_base
+from tests.helpers.command import cli, files
+from tests.helpers.tiny import write_base
 
 WORDS = ["the", "film", "was", "good", "and", "bad", "and", "great", "but", "awful", "in", "parts"]
 
@@ -346,12 +347,12 @@ def test_a_file_is_overwritten_only_with_overwrite(tmp_path):
 
 
 def test_without_a_terminal_missing_options_are_errors(tmp_path):
-    done = lora_ft("init", "--task", "text", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("--model and --data: missing") and not done.stdout
-    assert lora_ft("init", "--model", "gpt2", cwd=tmp_path).stderr.startswith("--data: missing")
-    done = lora_ft("init", "--model", "a", "--data", "b.csv", "--task", "chatting", cwd=tmp_path)
-    assert done.returncode == 2 and "chat, classification" in done.stderr
-    assert not list(tmp_path.iterdir())
+    done = cli(tmp_path, "init", "--task", "text")
+    assert done.code == 2 and done.err.startswith("--model and --data: missing") and not done.out
+    assert cli(tmp_path, "init", "--model", "gpt2").err.startswith("--data: missing")
+    done = cli(tmp_path, "init", "--model", "a", "--data", "b.csv", "--task", "chatting")
+    assert done.code == 2 and "chat, classification" in done.err
+    assert not files(tmp_path)
 
 
 def test_four_questions_on_a_terminal(tmp_path):

@@ -1,4 +1,4 @@
-"""The main job through the command line: train, eval, merge, on a tiny base."""
+"""The main job on a tiny base: train, eval and merge by their commands, each once in a process of its own, else in forks."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora_ft.methods.lora.files import load_adapter
+from tests.helpers.command import cli, train
 from tests.helpers.tiny import RUN_FILES, lora_ft, write_base, write_run
 
 
@@ -78,17 +79,17 @@ def test_eval_repeats_the_figures_of_training_and_needs_no_argument(folder):
     assert scores["adapter"]["loss"] < scores["base"]["loss"]
     for who in ("base", "adapter"):
         assert {"loss", "perplexity", "accuracy", "accuracy_ci95", "macro_f1"} <= scores[who].keys()
-    table = lora_ft("eval", cwd=folder)
-    assert table.returncode == 0 and "accuracy" in table.stdout and "positive" in table.stdout
+    table = cli(folder, "eval")
+    assert table.code == 0 and "accuracy" in table.out and "positive" in table.out
 
 
 def test_merge_then_eval_of_the_merged_model_gives_the_adapters_figures(folder):
     done = lora_ft("merge", "--base", "base", "--adapter", "out", cwd=folder)
     assert done.returncode == 0, done.stderr
-    scores = json.loads(lora_ft("eval", "--json", cwd=folder).stdout)
-    merged = lora_ft("eval", "out-merged", "--json", cwd=folder)
-    assert merged.returncode == 0, merged.stderr
-    assert json.loads(merged.stdout)["model"]["loss"] == pytest.approx(scores["adapter"]["loss"], rel=1e-4)
+    scores = json.loads(cli(folder, "eval", "--json").out)
+    merged = cli(folder, "eval", "out-merged", "--json")
+    assert merged.code == 0, merged.err
+    assert json.loads(merged.out)["model"]["loss"] == pytest.approx(scores["adapter"]["loss"], rel=1e-4)
     ids = torch.tensor([[3, 14, 15, 92, 65]])
     ours = AutoModelForCausalLM.from_pretrained(folder / "base")
     load_adapter(ours, folder / "out")
@@ -102,58 +103,47 @@ def test_merge_then_eval_of_the_merged_model_gives_the_adapters_figures(folder):
 
 def test_a_checkpoint_is_an_adapter(folder):
     checkpoint = sorted((folder / "out/checkpoints").iterdir())[0]
-    done = lora_ft("eval", str(checkpoint.relative_to(folder)), "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["adapter"]["loss"] > 0
+    done = cli(folder, "eval", str(checkpoint.relative_to(folder)), "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["adapter"]["loss"] > 0
 
 
 def test_a_second_run_needs_leave_and_touches_nothing_of_others(folder):
     (folder / "out/mine.txt").write_text("mine")
     before = (folder / "out/adapter_model.safetensors").read_bytes()
-    refused = lora_ft("train", "config.yaml", cwd=folder)
-    assert refused.returncode == 6 and "--overwrite" in refused.stderr
-    bad = lora_ft("train", "config.yaml", "--overwrite", "--set", "data.train=nothing.jsonl", cwd=folder)
-    assert bad.returncode == 3
+    refused = train(folder)
+    assert refused.code == 6 and "--overwrite" in refused.err
+    bad = train(folder, "data.train=nothing.jsonl", flags=["--overwrite"])
+    assert bad.code == 3
     assert (folder / "out/adapter_model.safetensors").read_bytes() == before
-    again = lora_ft("train", "config.yaml", "--overwrite", cwd=folder)
-    assert again.returncode == 0, again.stderr
+    again = train(folder, flags=["--overwrite"])
+    assert again.code == 0, again.err
     assert (folder / "out/adapter_model.safetensors").read_bytes() == before, "the same seed gives the same bytes"
     assert (folder / "out/mine.txt").read_text() == "mine"
 
 
 def test_check_shows_rows_and_targets_without_training(folder):
-    done = lora_ft("check", "config.yaml", "--json", "--set", "output=other", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    done = cli(folder, "check", "config.yaml", "--json", "--set", "output=other")
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)
     assert facts["steps"] == 12 and len(facts["targets"]) == 4
     assert facts["trainable_parameters"] == record(folder)["trainable_parameters"]
-    assert "»" in lora_ft("check", "config.yaml", cwd=folder).stdout
+    assert "»" in cli(folder, "check", "config.yaml").out
     assert not (folder / "other").exists()
 
 
 def test_eval_with_nothing_trained_says_how_to_get_there(tmp_path):
-    done = lora_ft("eval", cwd=tmp_path)
-    assert done.returncode == 4
-    assert "lora-ft train CONFIG" in done.stderr
+    done = cli(tmp_path, "eval")
+    assert done.code == 4
+    assert "lora-ft train CONFIG" in done.err
 
 
 def test_early_stopping_and_a_held_out_share(tmp_path):
     folder = write_run(tmp_path, "gpt2")
-    done = lora_ft(
-        *(
-            "train",
-            "config.yaml",
-            "--set",
-            "data.eval=0.25",
-            "--set",
-            "train.learning_rate=1e-9",
-            "--set",
-            "train.eval_steps=1",
-        ),
-        *("--set", "train.early_stopping_patience=2", "--set", "train.metric_for_best_model=accuracy"),
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
+    changes = ("data.eval=0.25", "train.learning_rate=1e-9", "train.eval_steps=1")
+    stopping = ("train.early_stopping_patience=2", "train.metric_for_best_model=accuracy")
+    done = train(folder, *changes, *stopping)
+    assert done.code == 0, done.err
     about = record(folder)
     evals = {line["step"]: line["eval_loss"] for line in logged(folder) if "eval_loss" in line}
     assert about["steps"] == 3  # no accuracy is better than that of the first evaluation
@@ -161,33 +151,33 @@ def test_early_stopping_and_a_held_out_share(tmp_path):
         evals, key=lambda step: (evals[step], -step)
     )  # all tie: the lowest loss, the later step
     assert about["data"]["train"]["used"] == 36 and about["data"]["eval"]["used"] == 12
-    assert json.loads(lora_ft("eval", "--json", cwd=folder).stdout)["examples"] == 12
+    assert json.loads(cli(folder, "eval", "--json").out)["examples"] == 12
 
 
 def test_files_of_others_are_never_written_over(folder, tmp_path):
     run = write_run(tmp_path)
     (run / "out").mkdir()
     (run / "out/README.md").write_text("mine")
-    refused = lora_ft("train", "config.yaml", "--overwrite", cwd=run)
-    assert refused.returncode == 6 and "README.md" in refused.stderr
+    refused = train(run, flags=["--overwrite"])
+    assert refused.code == 6 and "README.md" in refused.err
     assert (run / "out/README.md").read_text() == "mine"
 
 
 def test_an_adapter_begins_only_from_its_own_base(folder, tmp_path):
     run = write_run(tmp_path)
     write_base(run / "base", seed=1)  # the same shapes, other weights
-    refused = lora_ft("train", "config.yaml", "--set", f"adapter.init_from={folder / 'out'}", cwd=run)
-    assert refused.returncode == 4 and "fingerprint" in refused.stderr
-    insisted = lora_ft("train", "config.yaml", "--set", f"adapter.init_from={folder / 'out'}", "--other-base", cwd=run)
-    assert insisted.returncode == 0 and "warning" in insisted.stderr
+    refused = train(run, f"adapter.init_from={folder / 'out'}")
+    assert refused.code == 4 and "fingerprint" in refused.err
+    insisted = train(run, f"adapter.init_from={folder / 'out'}", flags=["--other-base"])
+    assert insisted.code == 0 and "warning" in insisted.err
 
 
 def test_a_run_killed_while_its_adapter_landed_counts_as_unfinished(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "out/lora_ft.json").unlink()
     for command in (("eval",), ("merge", "--adapter", "out", "--output", "other")):
-        refused = lora_ft(*command, cwd=tmp_path)
-        assert refused.returncode == 4 and "unfinished" in refused.stderr and "checkpoints/step-" in refused.stderr
+        refused = cli(tmp_path, *command)
+        assert refused.code == 4 and "unfinished" in refused.err and "checkpoints/step-" in refused.err
 
 
 def test_config_decides_the_base_of_a_foreign_adapter(folder, tmp_path):
@@ -197,12 +187,12 @@ def test_config_decides_the_base_of_a_foreign_adapter(folder, tmp_path):
     shutil.rmtree(run / "peft/checkpoints")
     text = (run / "peft/adapter_config.json").read_text().replace('"base"', '"some/base"')
     (run / "peft/adapter_config.json").write_text(text)
-    done = lora_ft("eval", "peft", "--config", "config.yaml", "--json", cwd=run)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["adapter"]["loss"] == pytest.approx(record(folder)["metrics"]["loss"], rel=1e-5)
-    assert "has no fingerprint" in done.stderr
+    done = cli(run, "eval", "peft", "--config", "config.yaml", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["adapter"]["loss"] == pytest.approx(record(folder)["metrics"]["loss"], rel=1e-5)
+    assert "has no fingerprint" in done.err
 
 
 def test_a_reporter_that_is_not_installed_is_a_config_error(tmp_path):
-    refused = lora_ft("train", "config.yaml", "--set", "train.report_to=[neptune]", cwd=write_run(tmp_path))
-    assert refused.returncode == 2 and "neptune" in refused.stderr
+    refused = train(write_run(tmp_path), "train.report_to=[neptune]")
+    assert refused.code == 2 and "neptune" in refused.err

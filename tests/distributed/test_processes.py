@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from lora_ft.config.load import load_config
-from lora_ft.core.errors import ConfigError, variable_behind
+from lora_ft.core.errors import ConfigError, ModelError, variable_behind
 from lora_ft.data.batches import RowPacking, Shard, StepPlan, split_evenly
 from lora_ft.distributed import launch, processes
 from lora_ft.distributed.environment import with_accelerate_settings
@@ -29,18 +29,20 @@ from lora_ft.model.load import load_base, load_tokenizer
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.loss import supervised_loss
 from lora_ft.nn.rows import Segment
-from tests.helpers.ranks import command, ranks, train
+from lora_ft.training import setup
+from tests.helpers.command import Started, training
+from tests.helpers.ranks import command, launched, ranks, train
 from tests.helpers.tiny import CONFIG, write_base, write_run
 
-DROPOUT = ("adapter.dropout=0.2", "train.num_train_epochs=5")
-THIRTY = ("train.num_train_epochs=5",)  # steps
+EIGHTEEN = ("train.num_train_epochs=3",)  # steps
+DROPOUT = ("adapter.dropout=0.2", *EIGHTEEN)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run folder in which one process has trained thirty steps, into alone/."""
+    """A run folder in which one process has trained eighteen steps, into alone/."""
     made = write_run(tmp_path_factory.mktemp("run"))
-    train(made, 1, "output=alone", *THIRTY)
+    train(made, 1, "output=alone", *EIGHTEEN)
     return made
 
 
@@ -70,13 +72,13 @@ def assert_alike(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("count", [2, 3])
 def test_losses_and_adapter_equal_those_of_one_process(folder, count):
     output = f"output=together{count}"
-    said = train(folder, count, output, *THIRTY, "train.micro_batch_tokens=64")
+    said = train(folder, count, output, *EIGHTEEN, "train.micro_batch_tokens=64")
     assert_alike(folder / "alone", folder / output.removeprefix("output="))
     made = record(folder / f"together{count}")
     assert made["machine"]["processes"] == count
     metrics, of_one = made["metrics"], record(folder / "alone")["metrics"]
     assert metrics["confusion"] == of_one["confusion"] and metrics["loss"] == pytest.approx(of_one["loss"], rel=1e-4)
-    assert said.count("training: 30 steps") == said.count("done in") == 1  # rank 0 only
+    assert said.count("training: 18 steps") == said.count("done in") == 1  # rank 0 only
 
 
 def test_more_processes_than_examples_in_a_step(folder):
@@ -87,7 +89,7 @@ def test_more_processes_than_examples_in_a_step(folder):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_sharded_base_gives_the_same_result(folder, count):
-    train(folder, count, f"output=sharded{count}", *THIRTY, "trainer.fsdp=true", "train.micro_batch_tokens=40")
+    train(folder, count, f"output=sharded{count}", *EIGHTEEN, "trainer.fsdp=true", "train.micro_batch_tokens=40")
     assert_alike(folder / "alone", folder / f"sharded{count}")
 
 
@@ -200,19 +202,18 @@ def test_each_process_keeps_a_shard_of_the_layers_in_their_dtype(tmp_path):
 
 
 def test_resuming_on_the_same_number_of_processes_ends_in_the_same_bits(folder):
-    train(folder, 2, "output=whole", *DROPOUT)
-    train(folder, 2, "output=parts", *DROPOUT, "train.max_steps=15", "train.lr_scheduler_type=constant")
+    train(folder, 2, "output=parts", *DROPOUT, "train.max_steps=9", "train.lr_scheduler_type=constant")
     # a run that was stopped: the same length in its record
-    train(folder, 2, "output=whole-constant", *DROPOUT, "train.lr_scheduler_type=constant")
+    train(folder, 2, "output=whole", *DROPOUT, "train.lr_scheduler_type=constant")
     train(folder, 2, "output=parts", *DROPOUT, "train.lr_scheduler_type=constant", flags=("--resume",))
-    parts, whole = (load_file(folder / o / "adapter_model.safetensors") for o in ("parts", "whole-constant"))
+    parts, whole = (load_file(folder / o / "adapter_model.safetensors") for o in ("parts", "whole"))
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
 def test_resuming_on_another_number_of_processes_warns_and_uses_the_same_examples(folder):
-    train(folder, 2, "output=other", "train.max_steps=15", "train.lr_scheduler_type=constant")
-    said = train(folder, 1, "output=other", "train.lr_scheduler_type=constant", *THIRTY, flags=("--resume",))
-    train(folder, 1, "output=other-alone", "train.lr_scheduler_type=constant", *THIRTY)
+    train(folder, 2, "output=other", "train.max_steps=9", "train.lr_scheduler_type=constant")
+    said = train(folder, 1, "output=other", "train.lr_scheduler_type=constant", *EIGHTEEN, flags=("--resume",))
+    train(folder, 1, "output=other-alone", "train.lr_scheduler_type=constant", *EIGHTEEN)
     assert "processes 2 is now 1" in said
     assert log(folder / "other")[-1]["eval_loss"] == pytest.approx(
         log(folder / "other-alone")[-1]["eval_loss"], rel=1e-4
@@ -278,7 +279,7 @@ def test_the_processes_divide_each_step():
 )
 def test_launchers_start_connected_processes(folder, launcher, request):
     output = f"launched-{request.node.callspec.id}"
-    command = [sys.executable, *launcher, "--set", f"output={output}", "--set", "train.num_train_epochs=5"]
+    command = [sys.executable, *launcher, "--set", f"output={output}", *training(*EIGHTEEN)[2:]]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [output]
@@ -348,29 +349,24 @@ LONG = CONFIG.replace("num_train_epochs: 2", "num_train_epochs: 4000, eval_steps
 def running(tmp_path):
     """`lora-ft train --processes 2` in the middle of its steps: (the launcher, its two processes, its folder)."""
     folder = write_run(tmp_path, config=LONG)
-    command = [sys.executable, "-m", "lora_ft", "train", "config.yaml", "--processes", "2"]
-    launcher = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 400
-    while not (folder / "out/log.jsonl").exists():
-        if time.monotonic() > until or launcher.poll() is not None:
-            launcher.kill()  # else reading its output would wait for its end
-            raise AssertionError(launcher.communicate())
-        time.sleep(0.05)
+    launcher = launched(folder, "train", "config.yaml", "--processes", "2")
+    launcher.wait_for((folder / "out/log.jsonl").exists)
     yield launcher, children(launcher.pid), folder
-    launcher.kill()
+    if psutil.pid_exists(launcher.pid):  # a test has failed
+        launcher.send(signal.SIGKILL)
 
 
 def children(pid: int) -> list[int]:
     """The processes of a run, in the order of their ranks."""
-    return sorted(p.pid for p in psutil.Process(pid).children() if any("spawn_main" in word for word in p.cmdline()))
+    return sorted(p.pid for p in psutil.Process(pid).children())
 
 
-def end(launcher: subprocess.Popen, pids: list[int], seconds: float = 30) -> tuple[int, str]:
+def end(launcher: Started, pids: list[int]) -> tuple[int, str]:
     """Its exit code and stderr; it must end in time, and leave no process behind."""
-    _, said = launcher.communicate(timeout=seconds)
+    ended = launcher.end(30)
     time.sleep(0.2)
     assert not [pid for pid in pids if psutil.pid_exists(pid)], "an orphan"
-    return launcher.returncode, said
+    return ended.code, ended.err
 
 
 class TestAllEndTogether:
@@ -378,7 +374,7 @@ class TestAllEndTogether:
     def test_a_signal_to_the_launcher(self, running, signum, code):
         launcher, pids, folder = running
         assert len(pids) == 2
-        launcher.send_signal(signum)
+        launcher.send(signum)
         returned, said = end(launcher, pids)
         assert (returned, said.count("which is saved. Continue with")) == (code, 1), said
         assert "--processes 2 --resume" in said and "Traceback" not in said
@@ -397,7 +393,8 @@ class TestAllEndTogether:
 
     def test_a_killed_launcher_leaves_no_orphans(self, running):
         launcher, pids, _ = running
-        launcher.kill()
+        launcher.send(signal.SIGKILL)
+        assert launcher.end().code == -signal.SIGKILL
         until = time.monotonic() + 15
         while [pid for pid in pids if psutil.pid_exists(pid)]:
             assert time.monotonic() < until, "an orphan"
@@ -407,33 +404,21 @@ class TestAllEndTogether:
 def test_an_error_of_all_processes_is_printed_once(tmp_path):
     folder = write_run(tmp_path)
     (folder / "train.jsonl").write_text('{"text": "a", "label": 7}\n')
-    command = [sys.executable, "-m", "lora_ft", "train", "config.yaml", "--processes", "2"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 3 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "train.jsonl:1" in done.stderr and not (folder / "out").exists()
+    ended = launched(folder, "train", "config.yaml", "--processes", "2").end()
+    assert ended.code == 3 and len(ended.err.strip().splitlines()) == 1, ended.err
+    assert "train.jsonl:1" in ended.err and not (folder / "out").exists()
 
 
 def test_an_error_of_one_process_ends_all(tmp_path):
     """A process other than the main one that can't read its base."""
-    folder = write_run(tmp_path)
-    code = (
-        "import os, sys, lora_ft.training.setup, lora_ft.core.errors\n"
-        "def fail(*_): raise lora_ft.core.errors.ModelError('no model here')\n"
-        "if os.environ.get('RANK') == '1': lora_ft.training.setup.load_base = fail\n"
-        "from lora_ft.cli import main\n"
-        "main()\n"
-    )
-    (folder / "start.py").write_text(code)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "start.py",
-        "train",
-        "config.yaml",
-    ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "no model here" in done.stderr and "process 1 of 2" in done.stderr
-    assert "this is a bug" not in done.stderr, done.stderr
+    folder, load = write_run(tmp_path), setup.load_base
+
+    def fail(*args, **options):
+        if os.environ["RANK"] == "1":
+            raise ModelError("no model here")
+        return load(*args, **options)
+
+    before = lambda: setattr(setup, "load_base", fail)  # noqa: E731
+    ended = launched(folder, "train", "config.yaml", "--processes", "2", before=before).end()
+    assert ended.code == 4 and "no model here" in ended.err and "process 1 of 2" in ended.err, ended
+    assert "this is a bug" not in ended.err, ended.err

@@ -73,11 +73,11 @@ def test_what_all_rows_share_says_nothing_about_the_difference():
 @pytest.mark.parametrize("n", [20, 100])
 def test_the_interval_of_two_shares_covers_what_it_should(n, first, second):
     generator, covered = np.random.default_rng(1), 0
+    truth = _share(second) - _share(first)
     for _ in range(250):
         hard = generator.random(n)  # of a row, for both models
         a, b = ((hard + generator.normal(0, 0.1, n)) < share for share in (first, second))
         low, high = newcombe_interval(*(int(x.sum()) for x in (a & b, ~a & b, a & ~b, ~a & ~b)))
-        truth = _share(second) - _share(first)
         covered += low - 1e-9 <= truth <= high + 1e-9
     assert covered >= 228  # 237.5 expected; three standard deviations are 10
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from lora_ft.core.messages import silence_libraries
 
@@ -81,12 +81,21 @@ def start(folder: Path, *arguments: str, before: Callable[[], object] = lambda: 
     since, pid = time.monotonic(), os.fork()
     if pid:
         return Started(pid, folder, since)
-    try:
+
+    def in_folder() -> None:
         os.chdir(folder)
         for stream, name in enumerate(SAID, 1):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-        sys.argv = ["lora-ft", *arguments]
+
+    _run(in_folder, arguments, before)
+
+
+def _run(prepare: Callable[[], object], words: Sequence[str], before: Callable[[], object] = lambda: None) -> NoReturn:
+    """In a fork: `lora-ft WORDS` to its end, with the streams and the folder that `prepare` has set."""
+    try:
+        prepare()
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+        sys.argv = ["lora-ft", *words]
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler)
         torch.set_num_threads(1)
@@ -99,6 +108,22 @@ def start(folder: Path, *arguments: str, before: Callable[[], object] = lambda: 
         print(f"Traceback: {type(e).__name__}: {e}", file=sys.stderr)
         code = 1
     os._exit(code)
+
+
+class Forked:
+    """Stands in for subprocess.Popen of `python -m lora_ft WORDS`, of which a command reads stderr: a fork of the command."""
+
+    def __init__(self, command: Sequence[str], **_: object):
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            _run(lambda: os.dup2(write, 2), command[3:])
+        os.close(write)
+        self.stderr = open(read)  # noqa: SIM115 (closed by `wait`)
+
+    def wait(self) -> int:
+        self.stderr.close()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def without_rights(folder: Path) -> Callable[[], None]:

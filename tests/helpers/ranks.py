@@ -1,4 +1,4 @@
-"""Several processes of a run as forks of this one, which has imported everything: the launcher's part is played by the test."""
+"""Several processes of a run as forks of this one, which has imported everything: with a launcher of ours, or without one."""
 
 import os
 import socket
@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from tests.helpers.command import main
+from lora_ft.distributed import launch
+from tests.helpers.command import Started, main, start
 
 
 def ranks(count: int, work: Callable[[], object]) -> list[int]:
@@ -64,3 +65,15 @@ def command(folder: Path, count: int, *words: str) -> str:
     said = (folder / "said.txt").read_text()
     assert codes == [0] * count, said
     return said
+
+
+def launched(folder: Path, *words: str, before: Callable[[], object] = lambda: None) -> Started:
+    """`lora-ft WORDS --processes N` in a fork, which starts its processes as forks too. `before` is called in the launcher."""
+
+    def arm() -> None:
+        settings = launch.LaunchConfig
+        launch.LaunchConfig = lambda **given: settings(**given | {"start_method": "fork"})
+        AcceleratorState._reset_state(reset_partial_state=True)
+        before()
+
+    return start(folder, *words, before=arm)

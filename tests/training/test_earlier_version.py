@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_ft.methods.trained import Trained
-from tests.helpers.tiny import lora_ft
+from tests.helpers.command import cli
 
 EARLIER = Path(__file__).parent / "earlier_version"
 
@@ -31,8 +31,8 @@ def test_a_run_that_was_killed_resumes_and_ends_where_it_would_have(folder):
     out, expected = folder / "out", load_file(EARLIER / "out/adapter_model.safetensors")
     for name in ("lora_ft.json", "adapter_config.json", "adapter_model.safetensors", "README.md"):
         (out / name).unlink()
-    result = lora_ft("train", "config.yaml", "--resume", cwd=folder)
-    assert result.returncode == 0 and "resuming after step 6 of 12" in result.stderr, result.stderr
+    result = cli(folder, "train", "config.yaml", "--resume")
+    assert result.code == 0 and "resuming after step 6 of 12" in result.err, result.err
     trained = load_file(out / "adapter_model.safetensors")
     assert trained.keys() == expected.keys()
     for name, tensor in trained.items():  # to the bit on the machine that wrote them
@@ -41,14 +41,14 @@ def test_a_run_that_was_killed_resumes_and_ends_where_it_would_have(folder):
 
 
 def test_a_finished_run_is_recognised(folder):
-    result = lora_ft("train", "config.yaml", "--resume", cwd=folder)
-    assert result.returncode == 0 and "already finished" in result.stderr, result.stderr
+    result = cli(folder, "train", "config.yaml", "--resume")
+    assert result.code == 0 and "already finished" in result.err, result.err
 
 
 def test_its_adapter_evaluates_and_merges(folder):
     trained = Trained.open(folder / "out")
     assert trained.method == "lora" and trained.config is not None and trained.config.adapter.rank == 4
-    result = lora_ft("eval", "--json", cwd=folder)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["adapter"]["loss"] == pytest.approx(trained.record["metrics"]["loss"], abs=1e-4)
-    assert lora_ft("merge", "--adapter", "out", cwd=folder).returncode == 0
+    result = cli(folder, "eval", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["adapter"]["loss"] == pytest.approx(trained.record["metrics"]["loss"], abs=1e-4)
+    assert cli(folder, "merge", "--adapter", "out").code == 0
