@@ -186,6 +186,28 @@ def test_compares_methods_from_a_config(compared):
         assert word in done.out
 
 
+def test_runs_trained_together_and_one_by_one_have_the_same_scores(compared):
+    folder, done = compared
+    assert "compare: training 2 runs together" in done.err  # two rates, then two seeds, of LoRA alone
+    assert "(--one-by-one)" in done.out
+    together, prompt = result(folder)["variants"][0], result(folder)["variants"][2]
+    assert "seconds_per_step" in prompt and "seconds_per_step" not in together
+    words = (
+        "--vary",
+        "adapter.method=lora",
+        *VARY[2:],
+        "--seeds",
+        "0,1",
+        "--one-by-one",
+        "--output",
+        "alone",
+        "--json",
+    )
+    alone = json.loads(compare(folder, *words).out)["variants"][0]
+    assert (alone["tuned"], alone["metrics"]) == (together["tuned"], together["metrics"])
+    assert alone["seconds_per_step"] > 0 and alone["peak_memory_mb"] > 0
+
+
 def test_brackets_in_names_are_printed(capsys):
     names = {"targets=[q]": "", "targets=[q,v]": "no [k] in [/base]"}  # rich would take them for its own markup
     variants = [
