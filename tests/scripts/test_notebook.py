@@ -14,7 +14,6 @@ from nbclient import NotebookClient
 from tests.helpers.tiny import write_base
 
 ROOT = Path(__file__).parents[2]
-MODEL, DATA = ROOT / "models" / "smollm2-135m-instruct", ROOT / "data"
 TEXT = (ROOT / "lora.ipynb").read_text("utf-8")
 STORED = nbformat.reads(TEXT, as_version=4)
 CODE = [cell for cell in STORED.cells if cell.cell_type == "code"]
@@ -35,10 +34,9 @@ def write_reviews(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory) -> list:
-    """The code cells after a run from scratch, on the real model if `make assets` has downloaded it, else on a tiny one."""
+    """The code cells after a run from scratch on a tiny model; `make notebook` runs them on the real one."""
     folder = tmp_path_factory.mktemp("notebook")
-    real = (MODEL / "model.safetensors").is_file() and (DATA / "reviews_eval.jsonl").is_file()
-    model, data = (MODEL, DATA) if real else (write_base(folder / "base"), write_reviews(folder / "data"))
+    model, data = write_base(folder / "base"), write_reviews(folder / "data")
     settings = {"LORA_NB_SMALL": "1", "LORA_NB_MODEL": str(model), "LORA_NB_DATA": str(data)}
     notebook = copy.deepcopy(STORED)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
