@@ -19,7 +19,7 @@ import psutil
 from lora_ft.core.disk import WINDOWS, os_errors_as_files_error, rename, sync, where_supported
 from lora_ft.core.errors import FilesError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import format_value, json_text, printable
-from lora_ft.core.paths import refuse_not_utf8, refuse_special
+from lora_ft.core.paths import refuse_hollow, refuse_not_utf8, refuse_special
 
 NOT_UTF8 = "backslashreplace"  # other bytes of a file's name become \udcXX, which JSON reads back as the same name
 JSON_LIMIT = 16 * 2**20  # bytes; the largest JSON file of a model, its weight index, has a few MiB
@@ -65,11 +65,12 @@ def read_tensors(path: Path) -> dict:
     """The tensors of a safetensors file, on the CPU.
 
     Raises:
-        ModelError: the file is missing, truncated, or its header is damaged.
+        ModelError: the file is missing, truncated or hollow, or its header is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    refuse_hollow(path, ModelError)
     try:
         tensors = load_file(path)
         # Windows neither replaces nor removes a file that is mapped
@@ -187,6 +188,7 @@ def verify_manifest(folder: Path, entries: dict, error: type[UserError]) -> None
         if not entry:
             continue
         path = folder / name
+        refuse_hollow(path, error)
         try:
             size = path.stat().st_size if isinstance(entry, dict) and path.is_file() else None
             digest = sha256(path) if size is not None and size == entry["size"] else None

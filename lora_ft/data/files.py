@@ -13,7 +13,7 @@ import pyarrow
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import listed, printable
 from lora_ft.core.names import COMPRESSED_SUFFIXES, DATA_SUFFIXES, nearest
-from lora_ft.core.paths import local_path, refuse_special
+from lora_ft.core.paths import local_path, refuse_hollow, refuse_special
 
 TEXT_FILE = (
     "Make one row of it: python -c 'import json, sys; print(json.dumps({\"text\": sys.stdin.read()}))' < OLD > NEW.jsonl, "
@@ -116,6 +116,7 @@ def _has_text_files(folder: Path) -> bool:
 def _check_file(path: Path) -> None:
     name = printable(str(path))
     refuse_special(path, DataError)
+    refuse_hollow(path, DataError)
     if not path.exists():
         near = nearest(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
         hint = f" Did you mean {printable(str(path.parent / near))}?" if near else ""
