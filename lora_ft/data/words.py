@@ -1,4 +1,4 @@
-"""Whether a prompt and a completion have the same tokens together as each by itself, so that equal completions are tokenized once.
+"""Whether prompt and completion have the same tokens together as each alone, so that equal completions are tokenized once.
 
 They have with a tokenizer that splits a text into words by a pattern, and those into tokens: a completion that starts with a
 space, after a prompt that ends with something else, starts a word. The patterns below have no match across such a place, and
