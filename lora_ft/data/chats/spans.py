@@ -22,7 +22,6 @@ from lora_ft.data.chats.format import PROBE, ChatFormat
 from lora_ft.data.chats.turns import Conversation, Turn
 from lora_ft.data.template import BadRow
 
-
 MAX_RENDERED = 4_000_000  # turns, those before each supervised one: about a minute of a core
 
 
@@ -60,8 +59,8 @@ def locate_turns(text: str, conversation: Conversation, chat: ChatFormat) -> tup
     turns, tools = conversation.turns, conversation.tools
     if len(turns) * len(conversation.supervised) > MAX_RENDERED:
         raise BadRow(
-            f"{len(turns):,} turns, {len(conversation.supervised):,} of them supervised: too many to render the chat up to each "
-            "of these. Split it into shorter chats, or set data.supervise: last"
+            f"{len(turns):,} turns, {len(conversation.supervised):,} of them supervised: too many to render "
+            "the chat up to each of these. Split it into shorter chats, or set data.supervise: last"
         )
     marked = _marked(text, conversation, chat)
     located = []
