@@ -243,7 +243,9 @@ def test_chats_of_very_many_turns(write, plain):
     """Each supervised turn takes a rendering of those before it, so not all of them can be; the last one can."""
     turns = [USER_OR_ASSISTANT[i % 2] | {"content": f"turn {i} of a long conversation"} for i in range(6000)]
     path = write("a.jsonl", [{"messages": turns}])
-    with pytest.raises(DataError, match=r"a\.jsonl:1: 6,000 turns, 3,000 of them supervised: .* set data.supervise: last"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: 6,000 turns, 3,000 of them supervised: .* set data.supervise: last"
+    ):
         load_examples([path], Template(messages="messages", chat_template=CHATML), plain, max_length=200)
     template = Template(messages="messages", chat_template=CHATML, supervise="last")
     examples = load_examples([path], template, plain, max_length=200)
