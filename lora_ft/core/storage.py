@@ -131,7 +131,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise FilesError(f"{target}: exists already. Remove it or name another folder.")
     with os_errors_as_files_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        _remove_leftovers(target, "partial")
         staged = target.parent / f".{target.name}.partial-{os.getpid()}"
         staged.mkdir()
     try:
@@ -204,10 +204,14 @@ def verify_manifest(folder: Path, entries: dict, error: type[UserError]) -> None
 
 @contextmanager
 def atomic_file(path: Path, needed: int) -> Iterator[Path]:
-    """A temporary file for about `needed` bytes, on success synced and renamed to `path`. Raises as `write_file`."""
+    """A temporary file for about `needed` bytes, on success synced and renamed to `path`. Raises as `write_file`.
+
+    What a killed process left behind is removed by the next one with the same path.
+    """
     refuse_special(path, FilesError)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     with os_errors_as_files_error(path, needed):
+        _remove_leftovers(path, "tmp")
         try:
             temporary.write_bytes(b"")
             yield temporary
@@ -219,9 +223,11 @@ def atomic_file(path: Path, needed: int) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Remove the partial folders of `target` whose process is gone."""
-    for path in target.parent.iterdir():
-        pid = re.fullmatch(re.escape(f".{target.name}.partial-") + r"(\d{1,9})", path.name, re.ASCII)
-        if pid and (int(pid[1]) == os.getpid() or not psutil.pid_exists(int(pid[1]))):
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_leftovers(target: Path, kind: str) -> None:
+    """Remove the partial folders, or temporary files, of `target` whose process is gone."""
+    leftover = re.compile(re.escape(f".{target.name}.{kind}-") + r"(\d{1,9})", re.ASCII)
+    with suppress(OSError):  # a folder that can be written but not listed
+        for path in target.parent.iterdir():
+            pid = leftover.fullmatch(path.name)
+            if pid and (int(pid[1]) == os.getpid() or not psutil.pid_exists(int(pid[1]))):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
