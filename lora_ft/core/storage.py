@@ -19,7 +19,7 @@ import psutil
 from lora_ft.core.disk import WINDOWS, os_errors_as_files_error, rename, sync, where_supported
 from lora_ft.core.errors import FilesError, ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import format_value, json_text, printable
-from lora_ft.core.paths import refuse_not_utf8, refuse_special
+from lora_ft.core.paths import refuse_hollow, refuse_not_utf8, refuse_special
 
 NOT_UTF8 = "backslashreplace"  # other bytes of a file's name become \udcXX, which JSON reads back as the same name
 JSON_LIMIT = 16 * 2**20  # bytes; the largest JSON file of a model, its weight index, has a few MiB
@@ -65,11 +65,12 @@ def read_tensors(path: Path) -> dict:
     """The tensors of a safetensors file, on the CPU.
 
     Raises:
-        ModelError: the file is missing, truncated, or its header is damaged.
+        ModelError: the file is missing, truncated or hollow, or its header is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    refuse_hollow(path, ModelError)
     try:
         tensors = load_file(path)
         # Windows neither replaces nor removes a file that is mapped
@@ -130,7 +131,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise FilesError(f"{target}: exists already. Remove it or name another folder.")
     with os_errors_as_files_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        _remove_leftovers(target, "partial")
         staged = target.parent / f".{target.name}.partial-{os.getpid()}"
         staged.mkdir()
     try:
@@ -187,6 +188,7 @@ def verify_manifest(folder: Path, entries: dict, error: type[UserError]) -> None
         if not entry:
             continue
         path = folder / name
+        refuse_hollow(path, error)
         try:
             size = path.stat().st_size if isinstance(entry, dict) and path.is_file() else None
             digest = sha256(path) if size is not None and size == entry["size"] else None
@@ -202,10 +204,14 @@ def verify_manifest(folder: Path, entries: dict, error: type[UserError]) -> None
 
 @contextmanager
 def atomic_file(path: Path, needed: int) -> Iterator[Path]:
-    """A temporary file for about `needed` bytes, on success synced and renamed to `path`. Raises as `write_file`."""
+    """A temporary file for about `needed` bytes, on success synced and renamed to `path`. Raises as `write_file`.
+
+    What a killed process left behind is removed by the next one with the same path.
+    """
     refuse_special(path, FilesError)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     with os_errors_as_files_error(path, needed):
+        _remove_leftovers(path, "tmp")
         try:
             temporary.write_bytes(b"")
             yield temporary
@@ -217,9 +223,11 @@ def atomic_file(path: Path, needed: int) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Remove the partial folders of `target` whose process is gone."""
-    for path in target.parent.iterdir():
-        pid = re.fullmatch(re.escape(f".{target.name}.partial-") + r"(\d{1,9})", path.name, re.ASCII)
-        if pid and (int(pid[1]) == os.getpid() or not psutil.pid_exists(int(pid[1]))):
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_leftovers(target: Path, kind: str) -> None:
+    """Remove the partial folders, or temporary files, of `target` whose process is gone."""
+    leftover = re.compile(re.escape(f".{target.name}.{kind}-") + r"(\d{1,9})", re.ASCII)
+    with suppress(OSError):  # a folder that can be written but not listed
+        for path in target.parent.iterdir():
+            pid = leftover.fullmatch(path.name)
+            if pid and (int(pid[1]) == os.getpid() or not psutil.pid_exists(int(pid[1]))):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

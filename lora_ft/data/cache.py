@@ -27,10 +27,12 @@ from tqdm import tqdm
 
 from lora_ft.core.disk import WINDOWS, rename
 from lora_ft.core.errors import FilesError
+from lora_ft.core.machine import release_mapped
 from lora_ft.core.paths import temporary_folder
 
 MAX_BYTES = 20 * 2**30
 DAY_SECONDS = 24 * 3600.0
+RELEASED = 50  # batches of a pass over a table after which `release` is called
 Write = Callable[[list[tuple]], None]
 
 
@@ -107,6 +109,11 @@ def cached_table(key: str) -> tuple[datasets.Dataset, dict] | None:
     with suppress(OSError):  # a read-only cache
         os.utime(path.with_suffix(".json"))  # the time of last use, for `_trim`
     return table, facts
+
+
+def release(table: datasets.Dataset) -> None:
+    """Give back the memory of what was read of a table; see `release_mapped`."""
+    release_mapped({os.path.realpath(file["filename"]) for file in table.cache_files})
 
 
 def _column(values: tuple, type: pa.DataType) -> pa.Array:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +31,11 @@ class TurnSpan(NamedTuple):
     role: int
 
 
-def longest_kept(lengths: Sequence[int], room: int) -> int:
+def longest_kept(lengths: Sequence[int] | np.ndarray, room: int) -> int:
     """The most tokens that each part may keep, the longer ones being cut to that, so that all fit into `room`; -1: none."""
-    return bisect_right(range(max(lengths, default=0) + 1), room, key=lambda n: sum(min(n, m) for m in lengths)) - 1
+    lengths = np.asarray(lengths, dtype=np.int64)
+    longest = int(lengths.max(initial=0))
+    return bisect_right(range(longest + 1), room, key=lambda n: int(np.minimum(n, lengths).sum())) - 1
 
 
 def shorten_chat(
@@ -52,33 +55,43 @@ def shorten_chat(
 
     offsets: the characters (tokens, 2) of a text's tokens.
     """
-    of_tokens, mark = offsets(text), len(offsets(CUT_MARK))
-    starts, ends = of_tokens[:, 0].tolist(), of_tokens[:, 1].tolist()
+    mark, (starts, ends) = len(offsets(CUT_MARK)), np.ascontiguousarray(offsets(text).T)
+    spots = np.array([turn[:2] for turn in turns], dtype=starts.dtype).reshape(-1, 2)  # in characters
+    roles = np.array([turn.role for turn in turns], dtype=int)
 
-    def tokens(start: int, end: int) -> tuple[int, int]:
-        first = bisect_left(starts, start)
-        return first, max(bisect_right(ends, end), first)
+    def tokens(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first = np.searchsorted(starts, places[..., 0])
+        return first, np.maximum(np.searchsorted(ends, places[..., 1], side="right"), first)
 
-    first = next((turn.start for turn in turns if turn.role == USER), None)
+    parts = np.stack(tokens(spots), axis=-1)
+    lengths = parts[:, 1] - parts[:, 0]
+    asks = spots[roles == USER, 0]
     last = spans[-2] if spans else len(text)  # what asks for the last supervised turn is never left out
-    later = [turn.start for turn in turns if turn.role == USER and first is not None and first < turn.start < last]
-    for next_turn in (first, *later):
-        gone = (first, next_turn) if first is not None and next_turn is not None and next_turn > first else (0, 0)
-        if inside := [t.start for t in turns if t.role == SYSTEM and gone[0] < t.start < gone[1]]:
-            gone = (gone[0], inside[0])  # a template may write the system prompt into the last turn of the user
-        kept = [turn for turn in turns if not gone[0] <= turn.start < gone[1]]
-        parts = [tokens(turn.start, turn.end) for turn in kept]
-        lengths = [end - start for start, end in parts]
-        lost = np.subtract(*tokens(*gone)[::-1]) - mark if gone[1] else 0
-        limit = longest_kept(lengths, max_length - int(len(starts) - lost - sum(lengths)))
-        if limit >= min(least, max(lengths, default=0)):
-            break
+    ways = [(0, 0), *((int(asks[0]), int(ask)) for ask in asks if asks[0] < ask < last)]  # what is left out
+
+    def way(n: int) -> tuple[tuple[int, int], np.ndarray, int]:
+        """What is left out of the characters, which turns are kept, and the tokens that are in none of them."""
+        gone = ways[n]
+        if len(inside := spots[(roles == SYSTEM) & (gone[0] < spots[:, 0]) & (spots[:, 0] < gone[1]), 0]):
+            gone = (gone[0], int(inside[0]))  # a template may write the system prompt into the last turn of the user
+        kept = (spots[:, 0] < gone[0]) | (spots[:, 0] >= gone[1])
+        first, end = tokens(np.array(gone, dtype=spots.dtype))
+        lost = int(end - first) - mark if gone[1] else 0
+        return gone, kept, len(starts) - lost - int(lengths[kept].sum())
+
+    def fits(n: int) -> bool:
+        _, kept, others = way(n)
+        return others + int(np.minimum(lengths[kept], least).sum()) <= max_length
+
+    # the more is left out, the fewer tokens there are
+    n = 0 if fits(0) else min(bisect_left(range(1, len(ways)), True, key=fits) + 1, len(ways) - 1)
+    gone, kept, others = way(n)
+    limit = longest_kept(lengths[kept], max_length - others)
     limit = max(limit, least // 4, mark + 2)
     removed = [gone] if gone[1] else []
-    for (start, end), length in zip(parts, lengths, strict=True):
-        if length > limit:  # the characters between the tokens of its head and those of its tail
-            head, tail = start + (limit - mark + 1) // 2, end - (limit - mark) // 2
-            removed.append((ends[head - 1], starts[tail]))
+    for start, end in parts[kept & (lengths > limit)]:  # the characters between the tokens of its head and of its tail
+        head, tail = start + (limit - mark + 1) // 2, end - (limit - mark) // 2
+        removed.append((int(ends[head - 1]), int(starts[tail])))
     return _without(text, spans, sorted(removed))
 
 
@@ -88,9 +101,11 @@ def _without(text: str, spans: Sequence[int], removed: list[tuple[int, int]]) ->
     for start, end in removed:
         pieces += [text[position:start], CUT_MARK]
         position = end
-    kept = []
+    kept, shifts = [], [0, *accumulate(end - start - len(CUT_MARK) for start, end in removed)]
     for start, end in zip(spans[::2], spans[1::2], strict=True):
-        if not any(a <= start < b for a, b in removed):
-            shift = sum(b - a - len(CUT_MARK) for a, b in removed if b <= start)
-            kept += [start - shift, end - shift]
+        before = bisect_right(
+            removed, start, key=lambda part: part[0]
+        )  # how many parts are removed before it or with it
+        if not before or removed[before - 1][1] <= start:
+            kept += [start - shifts[before], end - shifts[before]]
     return "".join([*pieces, text[position:]]), kept

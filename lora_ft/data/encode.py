@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft.config.schema import CHAT_SETTINGS
 from lora_ft.core.errors import DataError
-from lora_ft.data.cache import Write, cached, key_of
+from lora_ft.data.cache import RELEASED, Write, cached, key_of, release
 from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.examples import (
     EXAMPLES,
@@ -126,8 +126,10 @@ def _encode(
 ) -> dict:
     """Write the examples (EXAMPLES) of the texts. Returns how many rows were used, dropped, empty and skipped."""
     bad, used, dropped, empty = BadRows(bad_rows), 0, 0, 0
-    for start, end in _batches(column_array(texts, "chars")):
+    for n, (start, end) in enumerate(_batches(column_array(texts, "chars"))):
         batch = texts[start:end]
+        if n % RELEASED == 0:
+            release(texts)
         encoded: Iterator[Iterable[Encoded]]  # the pieces of each row
         if template.messages:
             chats = (batch["completion"], batch["spans"], batch["turns"])

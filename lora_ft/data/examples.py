@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_ft.core.errors import DataError
+from lora_ft.data.cache import RELEASED, release
 
 IDS = pa.list_(pa.int32())
 EXAMPLES = pa.schema(
@@ -135,8 +136,15 @@ def reports(sets: dict[str, Examples]) -> dict[str, Any] | None:
 
 def largest_id(examples: Examples) -> int:
     """The largest token id in the examples, label words included."""
-    columns = [examples.dataset.data.column("input_ids"), pc.list_flatten(examples.dataset.data.column("choices"))]
-    return max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
+    largest, table = 0, examples.dataset.data
+    for n, (ids, choices) in enumerate(
+        zip(table.column("input_ids").chunks, table.column("choices").chunks, strict=True)
+    ):
+        for lists in (ids, pc.list_flatten(choices)):
+            largest = max(largest, pc.max(pc.list_flatten(lists)).as_py() or 0)
+        if n % RELEASED == 0:
+            release(examples.dataset)
+    return largest
 
 
 def held_out_count(population: int, amount: int | float) -> int:
@@ -173,7 +181,9 @@ def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
 
 def column_array(dataset: datasets.Dataset, name: str) -> np.ndarray:
     """A column of numbers."""
-    return np.asarray(dataset.select_columns(name).with_format("numpy")[:][name])
+    values = np.array(dataset.select_columns(name).with_format("numpy")[:][name])
+    release(dataset)
+    return values
 
 
 def totals(dataset: datasets.Dataset) -> dict[str, int]:

@@ -13,7 +13,7 @@ import pyarrow
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import listed, printable
 from lora_ft.core.names import COMPRESSED_SUFFIXES, DATA_SUFFIXES, nearest
-from lora_ft.core.paths import local_path, refuse_special
+from lora_ft.core.paths import local_path, refuse_hollow, refuse_special
 
 TEXT_FILE = (
     "Make one row of it: python -c 'import json, sys; print(json.dumps({\"text\": sys.stdin.read()}))' < OLD > NEW.jsonl, "
@@ -49,6 +49,10 @@ class FileFormat(NamedTuple):
 
 
 DEFAULT = FileFormat()
+
+
+class LongLine(DataError, exit_code=DataError.exit_code):
+    """A line of more than MAX_LINE."""
 
 
 def file_format(settings: Mapping[str, Any] | None) -> FileFormat:
@@ -116,6 +120,7 @@ def _has_text_files(folder: Path) -> bool:
 def _check_file(path: Path) -> None:
     name = printable(str(path))
     refuse_special(path, DataError)
+    refuse_hollow(path, DataError)
     if not path.exists():
         near = nearest(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
         hint = f" Did you mean {printable(str(path.parent / near))}?" if near else ""
@@ -193,7 +198,7 @@ def _bounded(file: IO[Line], name: str, nul: Line) -> Iterator[Line]:
         while len(parts[-1]) == PART and nul not in parts[-1] and (part := file.readline(PART)):
             parts.append(part)
             if (size := size + len(part)) > MAX_LINE:
-                raise DataError(
+                raise LongLine(
                     f"{name}:{number}: a line of more than {MAX_LINE / 2**20:,.0f} MiB, the limit for one row."
                 )
         yield line if len(parts) == 1 else line[:0].join(parts)
@@ -211,18 +216,21 @@ def _decoded_lines(file: BinaryIO, encoding: str, name: str) -> Iterator[str]:
 
 
 def likely_encoding(path: Path) -> str:
-    """The encoding in which the first MiB of a file is text: utf-8, utf-16, cp1252, or latin-1 if it is none of them."""
+    """The encoding in which the first MiB of a file is text: utf-8, utf-16, cp1252, or latin1 if it is none of them.
+
+    Its name is one that both Python and iconv know.
+    """
     with open_bytes(path) as file:
         raw = file.read(MAX_SAMPLE_BYTES)
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if b"\0" in raw:
         even, odd = raw[::2].count(0), raw[1::2].count(0)
-        return "utf-16-le" if odd > even else "utf-16-be" if even > odd else "utf-8"
+        return "utf-16le" if odd > even else "utf-16be" if even > odd else "utf-8"
     for encoding in ("utf-8", "cp1252"):
         try:
             codecs.getincrementaldecoder(encoding)().decode(raw)
             return encoding
         except UnicodeDecodeError:
             continue
-    return "latin-1"
+    return "latin1"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import printable
 from lora_ft.data.delimited import OLD_MAC
-from lora_ft.data.files import MAX_LINE, text_lines
+from lora_ft.data.files import MAX_LINE, LongLine, open_bytes, text_lines
 
 WITH_DATA = 'fromstream(2|truncate_stream(inputs|select(.[0][0]=="data")))'  # of {"data": [...]}
 
@@ -56,17 +56,26 @@ def read_json(path: Path, encoding: str) -> Iterator[SourceRow]:
 
 def _text(path: Path, encoding: str) -> str:
     """The text of a .json file, which is decoded in memory. Raises DataError as soon as it is larger than MAX_LINE."""
-    name, parts, size = printable(str(path)), [], 0
-    for line in text_lines(path, encoding):
-        parts.append(line)
-        if (size := size + len(line)) > MAX_LINE:
-            start = "".join(parts[:100]).lstrip()[:1]
-            way = "fromstream(1|truncate_stream(inputs))" if start == "[" else WITH_DATA
-            raise DataError(
-                f"{name}: more than {MAX_LINE / 2**20:,.0f} MiB, the limit for a .json file. Write a row to a line: "
-                f"jq -cn --stream '{way}' < OLD > NEW.jsonl. If each line is an object already, name it .jsonl."
-            )
+    parts, size = [], 0
+    try:
+        for line in text_lines(path, encoding):
+            parts.append(line)
+            if (size := size + len(line)) > MAX_LINE:
+                raise _too_large(path, encoding)
+    except LongLine:
+        raise _too_large(path, encoding) from None
     return "".join(parts)
+
+
+def _too_large(path: Path, encoding: str) -> DataError:
+    with open_bytes(path) as file:
+        start = file.read(2**10).decode(encoding, "ignore").lstrip("\ufeff \t\r\n")[:1]
+    way = "fromstream(1|truncate_stream(inputs))" if start == "[" else WITH_DATA
+    one_each = "" if start == "[" else " If each line is an object already, name it .jsonl."
+    return DataError(
+        f"{printable(str(path))}: more than {MAX_LINE / 2**20:,.0f} MiB, the limit for a .json file. Write a row to a line: "
+        f"jq -cn --stream '{way}' < OLD > NEW.jsonl.{one_each}"
+    )
 
 
 def _squad(article: Any, where: str) -> list[SourceRow]:

@@ -6,12 +6,14 @@ are joined. Where they don't agree, the piece grows until it does, at worst to t
 
 import threading
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 PIECE, OVERLAP = 2**18, 2**12  # characters
+GROUP = 2**16  # characters of short texts that are tokenized at once; at most PIECE
 Ids = array  # of int32: a list has 8 bytes for each token, and 28 for its int
 
 
@@ -37,12 +39,30 @@ def encode_long_with_offsets(tokenizer: Tokenizer, text: str) -> tuple[np.ndarra
     return np.asarray(ids), np.asarray(offsets).reshape(-1, 2)
 
 
-def groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in order, in lists of at most PIECE characters or one text."""
+def encoded_groups(
+    encode: Callable[[list[str]], list[Encoding]], texts: Iterable[str]
+) -> Iterator[list[Encoding] | str]:
+    """The texts in order: a text longer than PIECE as it is, the others by groups, as encoded.
+
+    A group is encoded beside the main thread, which works on the one before meanwhile.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        before: Future[list[Encoding]] | str | None = None
+        for group in _groups(texts):
+            started = group[0] if len(group[0]) > PIECE else pool.submit(encode, group)
+            if before is not None:
+                yield before if isinstance(before, str) else before.result()
+            before = started
+        if before is not None:
+            yield before if isinstance(before, str) else before.result()
+
+
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in order, in lists of at most GROUP characters or one text."""
     group: list[str] = []
     size = 0
     for text in texts:
-        if group and size + len(text) > PIECE:
+        if group and size + len(text) > GROUP:
             yield group
             group, size = [], 0
         group.append(text)

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft.data.cuts import CUT_MARK, longest_kept
-from lora_ft.data.pieces import PIECE, Ids, as_ids, encode_long, encode_long_with_offsets, groups
+from lora_ft.data.pieces import PIECE, Ids, as_ids, encode_long, encode_long_with_offsets, encoded_groups
+from lora_ft.data.words import splits_at_spaces, stand_apart
 
 IGNORE = -100
 
@@ -42,7 +43,7 @@ class TextEncoder:
 
     backend: with post-processing. bare: without it: nothing is added, and character offsets include white space, which
     ByteLevel's post-processing strips. before, after: ids added around a text (BOS where the tokenizer adds it). eos: the
-    id of the end-of-sequence token, if there is one.
+    id of the end-of-sequence token, if there is one. splits_at_spaces: see `lora_ft.data.words`.
     """
 
     backend: Tokenizer
@@ -50,14 +51,15 @@ class TextEncoder:
     before: Ids
     after: Ids
     eos: Ids
+    splits_at_spaces: bool
 
     def encode_prompts(self, texts: Iterable[str]) -> Iterator[Ids]:
         """Ids as at inference, without those that the tokenizer adds after a text: generation continues from there."""
-        for group in groups(texts):
-            if len(group[0]) > PIECE:
-                yield self.before + self.encode_bare(group[0])
+        for group in encoded_groups(self.backend.encode_batch_fast, texts):
+            if isinstance(group, str):
+                yield self.before + self.encode_bare(group)
             else:
-                for encoding in self.backend.encode_batch_fast(group):
+                for encoding in group:
                     ids = as_ids(encoding.ids)
                     del ids[len(ids) - len(self.after) :]
                     yield ids
@@ -66,13 +68,20 @@ class TextEncoder:
         """Ids of the text alone, nothing added."""
         return as_ids(self.bare.encode(text).ids) if len(text) <= PIECE else encode_long(self.bare, text)
 
+    def encode_bare_once(self, texts: Iterable[str]) -> dict[str, Ids]:
+        """`encode_bare` of each text that differs, by text."""
+        unique, found = list(dict.fromkeys(texts)), []
+        for group in encoded_groups(self.bare.encode_batch_fast, unique):
+            found += [encode_long(self.bare, group)] if isinstance(group, str) else [as_ids(e.ids) for e in group]
+        return dict(zip(unique, found, strict=True))
+
     def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids (tokens,) and character offsets (tokens, 2) of each text alone, nothing added."""
-        for group in groups(texts):
-            if len(group[0]) > PIECE:
-                yield encode_long_with_offsets(self.bare, group[0])
+        for group in encoded_groups(self.bare.encode_batch, texts):
+            if isinstance(group, str):
+                yield encode_long_with_offsets(self.bare, group)
             else:
-                for encoding in self.bare.encode_batch(group):
+                for encoding in group:
                     yield np.array(encoding.ids), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
     def truncate_start(self, prompt: Ids, max_length: int) -> Ids:
@@ -132,7 +141,8 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
     inner, outer = bare.encode("a").ids, backend.encode("a").ids
     first = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), 0)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return TextEncoder(backend, bare, as_ids(outer[:first]), as_ids(outer[first + len(inner) :]), as_ids(eos))
+    before, after = outer[:first], outer[first + len(inner) :]
+    return TextEncoder(backend, bare, as_ids(before), as_ids(after), as_ids(eos), splits_at_spaces(bare))
 
 
 def _labels(unsupervised: int, supervised: Ids) -> Ids:
@@ -176,8 +186,14 @@ def _encode_after(
     prompts: list[str], candidates: list[list[str]], encoder: TextEncoder
 ) -> Iterator[tuple[Ids, list[Ids], list[bool]]]:
     """For each prompt its ids, the ids of each candidate after it, and whether tokens merge across the boundary."""
-    joint = encoder.encode_prompts(p + c for p, texts in zip(prompts, candidates, strict=True) for c in texts)
-    for prompt, texts in zip(encoder.encode_prompts(prompts), candidates, strict=True):
+    apart = [encoder.splits_at_spaces and stand_apart(*row) for row in zip(prompts, candidates, strict=True)]
+    rows = list(zip(apart, prompts, candidates, strict=True))
+    alone = encoder.encode_bare_once(text for is_apart, _, texts in rows if is_apart for text in texts)
+    joint = encoder.encode_prompts(prompt + text for is_apart, prompt, texts in rows if not is_apart for text in texts)
+    for prompt, is_apart, texts in zip(encoder.encode_prompts(prompts), apart, candidates, strict=True):
+        if is_apart:
+            yield prompt, [encoder.strip_eos(alone[text]) for text in texts], [False] * len(texts)
+            continue
         encoded, merges = [], []
         for text in texts:
             ids = next(joint)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_ft.core.errors import ModelError, is_out_of_memory
 from lora_ft.core.names import is_local, with_slashes
-from lora_ft.core.paths import local_path, refuse_not_utf8, refuse_special
+from lora_ft.core.paths import local_path, refuse_hollow, refuse_not_utf8, refuse_special
 from lora_ft.core.storage import read_json
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.model.hub import cached_commit, snapshot
@@ -124,6 +124,7 @@ def _check_readable(base: Base) -> None:
     for path in sorted(base.folder.iterdir()) if base.gguf is None else [base.gguf]:
         if base.gguf or any(fnmatch(path.name, pattern) for pattern in (*WANTED, PICKLE)):
             refuse_special(path, ModelError)
+            refuse_hollow(path, ModelError)
             if path.is_file() and not os.access(path, os.R_OK):
                 raise ModelError(f"model {base.name}: {path} can't be read (Permission denied). {PERMISSIONS}")
 

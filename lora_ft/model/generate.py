@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -110,11 +111,18 @@ def generate(
         with _generating(model, config):
             return rows(model.generate(ids, **inputs))
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:
-        if started or is_out_of_memory(e):
+        if started or is_out_of_memory(e) or not _raised_by_settings(e):
             raise
         raise ModelError(
             f"nothing can be generated with these settings ({first_line(e)}). Check the model's generation_config.json."
         ) from e
+
+
+def _raised_by_settings(error: Exception) -> bool:
+    """Whether transformers' generation raised an error itself, or torch for it: not the model, whose error is a bug."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    *_, last = (name for name in frames if name.partition(".")[0] != "torch")
+    return last.startswith(("transformers.generation", "transformers.cache_utils"))
 
 
 class Begun(NamedTuple):

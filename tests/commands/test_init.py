@@ -225,8 +225,13 @@ def test_preferences_are_said_to_be_learned_from_the_chosen_answers_alone(tmp_pa
     data = write(
         tmp_path / "kto.jsonl", lambda i: {"prompt": sentence(i), "completion": sentence(2 * i), "label": i > 9}
     )
-    with pytest.raises(ConfigError, match="`label` .preferences, as for KTO.*Keep the rows whose label is true"):
+    with pytest.raises(ConfigError, match="`label` .preferences, as for KTO.*Keep the rows whose label is true") as e:
         suggest(data)
+    command = str(e.value).partition("python -c '")[2].partition("'")[0]
+    with open(data) as old, (tmp_path / "kept.jsonl").open("w") as new:
+        subprocess.run([sys.executable, "-c", command], stdin=old, stdout=new, check=True)
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert kept and all(row["label"] for row in kept)
     tree = write(tmp_path / "tree.jsonl", lambda i: {"parent_id": str(i), "role": "prompter", "text": sentence(i)})
     with pytest.raises(ConfigError, match="one message of a tree"):
         suggest(tree)

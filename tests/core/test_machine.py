@@ -1,5 +1,7 @@
 """Cores and memory: the tightest of the machine's, the process's and the container's limits."""
 
+import mmap
+import os
 import sys
 from types import SimpleNamespace
 
@@ -86,3 +88,16 @@ def test_ulimit_counts_what_the_process_has(groups):
         "assert 0 < free.size < 2**29 and free.where.endswith('(ulimit -v) of 512 MiB'), free\n"
     )
     python(program)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell nothing about mapped files")
+def test_a_mapped_file_is_given_back_and_stays_as_it_is(tmp_path):
+    path, content = tmp_path / "a", os.urandom(2**20) * 64
+    path.write_bytes(content)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert mapped[:] == content
+        before = machine.resident_memory()
+        machine.release_mapped([str(path)])
+        assert before - machine.resident_memory() > 2**25
+        assert mapped[:] == content
+    machine.release_mapped([])

@@ -95,6 +95,12 @@ def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_running_one_st
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         [f".out.partial-{os.getppid()}", ".out.partial-notes", "out"]
     )
+    for process in (dead.pid, os.getppid(), "notes"):
+        (tmp_path / f".a.gguf.tmp-{process}").write_text("a part")
+    storage.write_file(tmp_path / "a.gguf", "all")
+    assert sorted(p.name for p in tmp_path.glob("*a.gguf*")) == sorted(
+        [f".a.gguf.tmp-{os.getppid()}", ".a.gguf.tmp-notes", "a.gguf"]
+    )
 
 
 @pytest.mark.parametrize(

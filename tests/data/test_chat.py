@@ -57,6 +57,7 @@ DATED = "{{ strftime_now('%d %b %Y') if strftime_now is defined }} " + CHATML
 U1, A1 = {"role": "user", "content": "hello\nthere"}, {"role": "assistant", "content": "fine!\n\n🤗 you?\n"}
 U2, A2 = {"role": "user", "content": "so"}, {"role": "assistant", "content": "it  goes"}
 SYSTEM = {"role": "system", "content": "Be brief."}
+USER_OR_ASSISTANT = [{"role": "user"}, {"role": "assistant"}]
 THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}
 E = "<|im_end|>"
 
@@ -236,6 +237,20 @@ def test_bad_chats(write, plain, template, chat, message):
     if template != "{{ messages[0].nothing.at_all }}" and template != REWRITES:
         report = load(write, plain, [U1, A2], chat, chat_template=template, bad_rows="skip").report
         assert (report.used, report.skipped_count) == (1, 1) and "chats.jsonl:2: " in report.skipped[0]
+
+
+def test_chats_of_very_many_turns(write, plain):
+    """Each supervised turn takes a rendering of those before it, so not all of them can be; the last one can."""
+    turns = [USER_OR_ASSISTANT[i % 2] | {"content": f"turn {i} of a long conversation"} for i in range(6000)]
+    path = write("a.jsonl", [{"messages": turns}])
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: 6,000 turns, 3,000 of them supervised: .* set data.supervise: last"
+    ):
+        load_examples([path], Template(messages="messages", chat_template=CHATML), plain, max_length=200)
+    template = Template(messages="messages", chat_template=CHATML, supervise="last")
+    examples = load_examples([path], template, plain, max_length=200)
+    text = plain.decode(examples.dataset[0]["input_ids"])
+    assert "turn 5998 of a long conversation" in text and text.endswith("turn 5999 of a long conversation<|im_end|>\n")
 
 
 def test_a_template_with_a_syntax_error(write, plain):

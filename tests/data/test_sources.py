@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -276,19 +278,69 @@ def test_lines_up_to_the_limit_are_read_in_parts(write, low_limits):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_files_that_hold_nothing(write, low_limits, name):
-    """A sparse file, whose gigabytes of NUL are one line, is refused by its start; one of spaces by the limit of a line."""
+    """A sparse file, whose NULs are one line, is refused by its start; one of spaces by the limit of a line."""
     path = write(name, b"")
-    os.truncate(path, 2**36)
+    os.truncate(path, 2**29)
     assert ":1: byte 1 of the line (0x00) is not UTF-8 text" in refused(path)
     path = write(name, " " * 2**11)
-    assert f"{path}:1: a line of more than 0 MiB, the limit for one row." in refused(path)
+    limit = (
+        "more than 0 MiB, the limit for a .json file."
+        if name == "a.json"
+        else "a line of more than 0 MiB, the limit for one row."
+    )
+    assert limit in refused(path)
 
 
-@pytest.mark.parametrize("content, way", [("[%s]", "fromstream(1|"), ('{"data": [%s]}', '[0][0]=="data"')])
-def test_a_json_file_above_the_limit_names_the_command_that_converts_it(write, low_limits, content, way):
-    path = write("a.json", content % ",\n".join(['{"a": 1}'] * 200))
+def converted(message: str, old: str) -> list[dict]:
+    """The rows that are read after the command in a message was run on a file, as a shell runs it."""
+    command = re.search(r"(jq|iconv|tr|python) .*? < OLD(\.jsonl)? > NEW(\.jsonl)?", message, re.DOTALL)[0]
+    new = Path(old).with_name("new.jsonl" if "NEW.jsonl" in command else f"new{Path(old).suffix}")
+    command = re.sub(r" < .*", "", command).replace("python", sys.executable, 1)
+    with open(old, "rb") as source, new.open("wb") as target:
+        subprocess.run(command, shell=True, check=True, stdin=source, stdout=target)
+    return [row.columns for row in iter_rows(str(new))]
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="no jq")
+@pytest.mark.parametrize("gap", ["", "\n"])
+@pytest.mark.parametrize("content", ["\ufeff [%s]", '{"version": [1], "data": [%s], "more": {"data": [3]}}'])
+def test_a_json_file_above_the_limit_names_the_command_that_converts_it(write, low_limits, content, gap):
+    given = [{"a": i, "b": {"c": [i, "é", []]}} for i in range(50)]
+    path = write("a.json", content % f",{gap}".join(map(json.dumps, given)))
     message = refused(path)
-    assert "the limit for a .json file" in message and "jq -cn --stream" in message and way in message
+    assert "the limit for a .json file" in message and converted(message, path) == given
+
+
+@pytest.mark.parametrize(
+    "name, content, rows",
+    [
+        ("a.txt", b'A "text"\nof lines', [{"text": 'A "text"\nof lines'}]),
+        ("a.md", b"# It's", [{"text": "# It's"}]),
+        ("a.csv", "text,n\ncafé,1\n".encode("cp1252"), [{"text": "café", "n": "1"}]),
+        ("a.jsonl", '{"a": "ü"}\n'.encode("utf-16"), [{"a": "ü"}]),
+        ("a.jsonl", '{"a": "ü"}\n'.encode("utf-16-be"), [{"a": "ü"}]),
+        ("a.csv", "text,n\né\x81,1\n".encode("latin1"), [{"text": "é\x81", "n": "1"}]),
+        ("a.csv", b"a,b\r1,2\r3,4\r", [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]),
+        ("a.jsonl", b'{"a": 1}\r{"a": 2}\r', [{"a": 1}, {"a": 2}]),
+    ],
+)
+def test_the_command_in_a_message_makes_a_file_that_is_read(write, name, content, rows):
+    path = write(name, content)
+    assert converted(refused(path), path) == rows
+
+
+def test_the_command_for_a_folder_of_texts(tmp_path):
+    for label, text in (("neg", "bad"), ("pos", "good")):
+        (tmp_path / "texts" / label).mkdir(parents=True)
+        (tmp_path / "texts" / label / "1.txt").write_text(text)
+    message = refused(str(tmp_path / "texts"))
+    command = re.search("python .* FOLDER", message)[0].replace("python", sys.executable, 1)
+    made = subprocess.run(command.replace("FOLDER", "texts"), shell=True, check=True, cwd=tmp_path, capture_output=True)
+    (tmp_path / "new.jsonl").write_bytes(made.stdout)
+    assert [row.columns for row in iter_rows(str(tmp_path / "new.jsonl"))] == [
+        {"text": "bad", "label": "neg"},
+        {"text": "good", "label": "pos"},
+    ]
 
 
 def test_a_parquet_file_of_absurd_expansion_is_refused_by_its_metadata(tmp_path, low_limits, monkeypatch):

@@ -172,3 +172,15 @@ def test_a_config_of_wrong_types_is_the_models_fault():
     config = GenerationConfig(max_new_tokens=2, bos_token_id="x")
     with pytest.raises(ModelError, match=r"nothing can be generated .*generation_config.json"):
         generate(tiny_model("llama"), PROMPTS[:1], config, [EOS])
+
+
+@pytest.mark.parametrize("error", [TypeError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
+def test_an_error_of_the_model_is_not_the_configs_fault(error):
+    model = tiny_model("llama")
+
+    def fails(*_):
+        raise error
+
+    model.model.layers[0].mlp.forward = fails
+    with pytest.raises(type(error), match="a bug"):
+        generate(model, PROMPTS[:1], GenerationConfig(max_new_tokens=2), [EOS])

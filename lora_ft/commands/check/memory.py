@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import first_line, printable
 from lora_ft.data.batches import StepPlan
+from lora_ft.data.examples import column_array
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.layout import Layout
 from lora_ft.nn.loss import supervised_loss
@@ -78,7 +79,7 @@ class Memory:
 
 def largest_rows(plan: StepPlan, virtual: int = 0) -> list[Row]:
     """The rows with the most tokens and with the most supervised tokens; virtual: virtual tokens before each example."""
-    sizes = plan.dataset.select_columns(["tokens", "supervised"]).with_format("numpy")[:]
+    sizes = {name: column_array(plan.dataset, name) for name in ("tokens", "supervised")}
     steps = [plan.examples(step) for step in range(min(len(plan), SEARCHED_STEPS))]
     if plan.packing.share:  # needs the tokens themselves, so it reads the steps with the most
         totals = np.array([[column[examples].sum() for column in sizes.values()] for examples in steps])

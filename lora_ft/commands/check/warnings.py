@@ -9,6 +9,7 @@ import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_ft.core.messages import printable
+from lora_ft.data.cache import RELEASED, release
 from lora_ft.data.chats.format import end_tokens
 from lora_ft.data.cuts import LOST, LOST_OF_CHATS
 from lora_ft.data.examples import Examples, column_array
@@ -44,10 +45,13 @@ def _rows(dataset: datasets.Dataset, column: str) -> Iterator[np.ndarray]:
 
 def _lists(dataset: datasets.Dataset, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A column of lists by batches: their values one after another, and where in these each list ends."""
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(BATCH):
+    for n, batch in enumerate(dataset.select_columns([column]).with_format("arrow").iter(BATCH)):
         lists = batch[column].combine_chunks()
         values, lengths = (array.to_numpy(zero_copy_only=False) for array in (lists.flatten(), lists.value_lengths()))
         yield values, np.cumsum(lengths)
+        if n % RELEASED == 0:
+            release(dataset)
+    release(dataset)
 
 
 def labels_sharing_a_first_token(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from lora_ft.data.pieces import Ids, as_ids
 from lora_ft.data.tokens import IGNORE, Encoded, TextEncoder
 
 MAX_TRIES = 5  # of shortening a chat, whose tokens are other ones once it is shorter
+AT_ONCE = 2**20  # tokens whose spans are looked up together
 LEAST = 64  # tokens of a turn (or half of max_length): before they are fewer, a chat loses earlier turns
 
 
@@ -75,7 +76,7 @@ def _label_chat(
     text: str, spans: list[int], ids: np.ndarray, offsets: np.ndarray, encoder: TextEncoder
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels of a chat; ids, offsets: of its text as one piece."""
-    edges = np.array(spans, dtype=np.int64)
+    edges = np.array(spans, dtype=offsets.dtype)
     before = np.searchsorted(offsets[:, 0], edges) - 1  # the last token that starts before an edge
     cuts = edges[(before >= 0) & (offsets[before, 1] > edges)].tolist() if len(ids) else []
     if cuts:
@@ -84,9 +85,11 @@ def _label_chat(
         encoded = list(zip(starts, encoder.encode_with_offsets(parts), strict=True))
         ids = np.concatenate([part for _, (part, _) in encoded])
         offsets = np.concatenate([start + part for start, (_, part) in encoded])
-    bounds = np.array([*spans, 2**62, 2**62]).reshape(-1, 2)
-    # for each token, the first span that ends after the token's start
-    span = bounds[np.searchsorted(bounds[:, 1], offsets[:, 0], side="right")]
-    labels = np.where(span[:, 0] < offsets[:, 1], ids.astype(np.int32), np.int32(IGNORE))
+    bounds, labels = np.array([*spans, 2**62, 2**62]).reshape(-1, 2), ids.astype(np.int32)
+    for start in range(0, len(ids), AT_ONCE):
+        part = offsets[start : start + AT_ONCE]
+        # for each token, the first span that ends after the token's start
+        span = bounds[np.searchsorted(bounds[:, 1], part[:, 0], side="right")]
+        labels[start : start + AT_ONCE][span[:, 0] >= part[:, 1]] = IGNORE
     labels[:1] = IGNORE
     return ids, labels

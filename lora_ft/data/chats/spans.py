@@ -22,6 +22,8 @@ from lora_ft.data.chats.format import PROBE, ChatFormat
 from lora_ft.data.chats.turns import Conversation, Turn
 from lora_ft.data.template import BadRow
 
+MAX_RENDERED = 4_000_000  # turns, those before each supervised one: about a minute of a core
+
 
 class Words(NamedTuple):
     """Where a turn starts, where its words end, and where what certainly belongs to it ends: white space, closing tags."""
@@ -55,6 +57,11 @@ def locate_turns(text: str, conversation: Conversation, chat: ChatFormat) -> tup
         BadRow: a turn cannot be located; the message has its number.
     """
     turns, tools = conversation.turns, conversation.tools
+    if len(turns) * len(conversation.supervised) > MAX_RENDERED:
+        raise BadRow(
+            f"{len(turns):,} turns, {len(conversation.supervised):,} of them supervised: too many to render "
+            "the chat up to each of these. Split it into shorter chats, or set data.supervise: last"
+        )
     marked = _marked(text, conversation, chat)
     located = []
     for i in conversation.supervised:

@@ -114,16 +114,15 @@ def _turn(raw: Any, number: int, roles: Mapping[str, str], ignored: list[tuple[s
             f"turn {number} has the unknown role {format_value(said)}: say what it is with data.roles, as in "
             f"data.roles: {{{printable(said, 30)}: {target}}}"
         )
-    where = f"turn {number} ({printable(role, 30)})"
     content = _joinmessage_parts(content, number) if isinstance(content, list) else content
     content = "" if content is None and calls else content
     if not isinstance(content, str):
-        raise BadRow(f"{where}: its content is {type_in_words(content)}, not text")
+        raise BadRow(f"turn {number} ({printable(role, 30)}): its content is {type_in_words(content)}, not text")
     check_unicode(content)
     given = (turn.pop(key, None) for key in REASONING_KEYS)
     reasoning = next((text for text in given if isinstance(text, str) and text.strip()), "")
     if role == "assistant" and not (content.strip() or calls or reasoning) and _is_trained(raw, number):
-        raise BadRow(f"{where} is empty: it has no content and no tool calls")
+        raise BadRow(f"turn {number} (assistant) is empty: it has no content and no tool calls")
     for key in [key for key in turn if LIKE_A_WEIGHT.search(key)]:
         if key not in WEIGHT_KEYS:
             ignored.append((f"the unknown key `{printable(key, 30)}` of turns", number))

@@ -70,9 +70,9 @@ def read_adapter(trained: Trained) -> AdapterFile:
             raise ModelError(f"{problem} {way_out}")
         raise ModelError(f"{weights}: missing. The adapter is incomplete: copy it again.")
     check_config(config_path, config)
-    tensors, copies = _pair(weights, storage.read_tensors(weights))
+    stored, copies = _pair(weights, storage.read_tensors(weights))
     scalings = {}
-    for module, (A, B) in tensors.items():
+    for module, (A, B) in stored.items():  # shapes are in the file's header; its values are not read yet
         rank = by_pattern(config_path, config.get("rank_pattern"), module, config["r"])
         alpha = by_pattern(config_path, config.get("alpha_pattern"), module, config["lora_alpha"])
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
@@ -81,21 +81,20 @@ def read_adapter(trained: Trained) -> AdapterFile:
                 f"A must be ({rank}, in) and B (out, {rank})."
             )
         scalings[module] = scaling(rank, alpha, config.get("use_rslora") is True)
+    tensors = {module: _values(weights, module, *pair) for module, pair in stored.items()}
     parts = _read_parts(folder / RECORD, record, tensors, scalings)
     return AdapterFile(trained, tensors, scalings, parts, copies)
 
 
 def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Sort the file's tensors into A and B, in float32, by module, and copies of base weights by name."""
+    """Sort the file's tensors into A and B by module, and copies of base weights by name."""
     pairs: dict[str, dict[str, Tensor]] = {}
     copies, unexpected = {}, []
     for key, tensor in sorted(tensors.items()):
         if match := KEY.fullmatch(key):
             if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 raise ModelError(f"{path}: {key} is {tensor.dtype}, not a floating-point type.")
-            if not is_finite(tensor):
-                raise ModelError(f"{path}: {key} contains NaN or inf.")
-            pairs.setdefault(match[1], {})[match[2]] = tensor.float()
+            pairs.setdefault(match[1], {})[match[2]] = tensor
         elif kind := next((words for pattern, words in REFUSED.items() if re.search(pattern, key)), None):
             raise ModelError(f"{path}: {key}: {kind} can't be applied here. Merge it with PEFT.")
         elif key.startswith(PREFIX) and ".lora_" not in key:
@@ -106,6 +105,14 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tenso
     if missing or unexpected or not pairs:
         raise ModelError(differences(path, missing or (["any lora_A and lora_B"] if not pairs else []), unexpected))
     return {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}, copies
+
+
+def _values(path: Path, module: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a module in float32; ModelError for NaN or inf."""
+    for letter, tensor in (("A", A), ("B", B)):
+        if not is_finite(tensor):
+            raise ModelError(f"{path}: {PREFIX}{module}.lora_{letter}.weight contains NaN or inf.")
+    return A.float(), B.float()
 
 
 def differences(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> str:
