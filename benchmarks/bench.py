@@ -16,7 +16,7 @@ that results.json already has.
 
 A row is void if its losses differ from lora-ft's: by more than 1e-3 in a step on the same batches, by more than 2% in the mean
 on other batches (grouped). Results are merged into benchmarks/results.json, from which docs/bench.svg is drawn. On a GPU, the
-shape of Llama 3.2 1B runs as well.
+shapes of Llama 3.2 1B, Llama 3.1 8B and Qwen 2.5 7B run as well.
 """
 
 import argparse

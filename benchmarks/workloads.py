@@ -16,6 +16,15 @@ MODULES = {
     "smollm2": (["q_proj", "v_proj"], LLAMA),
     "gpt2": (["attn.c_attn"], GPT2),
     "llama1b": (["q_proj", "v_proj"], LLAMA),
+    "llama8b": (["q_proj", "v_proj"], LLAMA),
+    "qwen7b": (["q_proj", "v_proj"], LLAMA),
+}
+# The real shapes of Llama 3.2 1B, Llama 3.1 8B and Qwen 2.5 7B
+WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {
+    "llama1b": dict(zip(WIDTHS, (2048, 8192, 16, 32, 8), strict=True), vocab_size=128_256, tie_word_embeddings=True),
+    "llama8b": dict(zip(WIDTHS, (4096, 14336, 32, 32, 8), strict=True), vocab_size=128_256),
+    "qwen7b": dict(zip(WIDTHS, (3584, 18944, 28, 28, 4), strict=True), vocab_size=152_064),
 }
 MODELS = tuple(MODULES)
 WORKLOADS = {
@@ -72,16 +81,13 @@ def make_model(model: str, smollm2: Path, folder: Path) -> None:
         (folder / model).symlink_to(smollm2.absolute())
         return
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
 
     torch.manual_seed(0)
-    if model == "gpt2":  # GPT-2's real shape; without dropout, so that losses are comparable
+    if model == "gpt2":  # without dropout, so that losses are comparable
         config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    else:  # Llama 3.2 1B's shape
-        config = LlamaConfig(
-            vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-            num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, rope_theta=500_000.0,
-        )  # fmt: skip
+    else:
+        config = (Qwen2Config if model.startswith("qwen") else LlamaConfig)(**SHAPES[model])
     dtype = torch.float32 if model == "gpt2" else torch.bfloat16
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder / model)
     AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder / model)
