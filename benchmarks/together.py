@@ -2,9 +2,9 @@
 
     python benchmarks/together.py [--sst2 FILE] [--batches 4,16] [--steps 40] [--rounds 3]
 
-The runs differ in rank (4 to 64), learning rate, seed and order of the data, and have a batch size in common. Prints a line of JSON
-per batch size: seconds of each round both ways, the median of their ratios and its range, peak memory, and how far losses and
-adapters are apart. Each run evaluates the base and its last step on 200 rows; the base's scores are kept, as usual, for all runs.
+The runs differ in rank (4 to 64), learning rate, seed and order of the data, and have a batch size in common. Prints a line of
+JSON per batch size: seconds of each round both ways, the median of their ratios and its range, peak memory, and how far losses
+and adapters are apart. Each run evaluates the base and its last step on 200 rows; the base's scores are kept for all runs.
 """
 
 import argparse
