@@ -24,7 +24,6 @@ from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.telling_rows import describe_rows
 from lora_ft.evaluation.texts import check_installed
 from lora_ft.model.device import prepare_device
-from lora_ft.model.load import load_base
 from lora_ft.report.runs import evaluation_steps, read_log
 from lora_ft.report.write import write_report
 from lora_ft.training import resume as resuming
@@ -72,7 +71,7 @@ def train_run(
             return
 
         # ---- load: files and data, then the model and its steps ----
-        setup = RunSetup(config, device, trust, checkpoint, before, together.load_base if together else load_base)
+        setup = RunSetup(config, device, trust, checkpoint, before, together.load_base if together else None)
         args = setup.arguments
         if config.train.predict_with_generate:
             check_installed(config.generation.metrics)

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from lora_ft.core.signals import Stopped
 
 T = TypeVar("T")
 BUCKET_SIZE = 2**23  # numbers per all-reduce: an adapter's gradient fits one bucket, a full model's takes many
+REPORT_SECONDS = 1  # within which the launcher sees that a process has failed
 MAIN_ERROR_SECONDS = 3  # an error of all ranks ends rank 0, and with it the others, within this time
 TIMEOUT_SECONDS = 4 * 3600  # default of trainer.ddp_timeout: one process may encode the data while the others wait
 # The process counts of launchers that do not connect their processes (SLURM: of the step, not of the job).
@@ -90,11 +91,14 @@ def destroy_process_group() -> None:
 
 @contextmanager
 def silence_other_ranks() -> Iterator[None]:
-    """Silence every rank but 0; an error that only this rank raises is still printed."""
-    if is_main():
-        yield
-        return
+    """Silence every rank but 0; an error that only this rank raises is still printed.
+
+    A rank that stops because another has failed ends after it: the launcher takes the exit code of the first.
+    """
     try:
+        if is_main():
+            yield
+            return
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             try:
                 yield
@@ -102,8 +106,15 @@ def silence_other_ranks() -> Iterator[None]:
                 time.sleep(MAIN_ERROR_SECONDS)
                 raise
     except Stopped as stop:
+        if isinstance(stop.__cause__, RuntimeError):  # of `collective`
+            with suppress(Stopped):  # the launcher's signal, when it has seen it
+                time.sleep(REPORT_SECONDS)
+        if is_main():
+            raise
         raise SystemExit(stop.exit_code) from None
     except Exception:
+        if is_main():
+            raise
         info(f"process {rank()} of {world_size()} (counted from 0) fails:")
         raise
 

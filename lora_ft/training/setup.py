@@ -38,14 +38,17 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "t
 
 @dataclass
 class RunSetup:
-    """The parts of a run, each made when first used. before: the record of the `checkpoint` to resume from. load: the base."""
+    """The parts of a run, each made when first used. before: the record of the `checkpoint` to resume from.
+
+    load: as `load_base`, which it is by default.
+    """
 
     config: Config
     device: str
     trust: Trust = NO_TRUST
     checkpoint: Path | None = None
     before: dict | None = None
-    load: Callable[[Base, str, str], PreTrainedModel] = load_base
+    load: Callable[[Base, str, str], PreTrainedModel] | None = None
 
     @cached_property
     def arguments(self) -> TrainingArguments:
@@ -121,7 +124,9 @@ class RunSetup:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The base on its device, adapted: what trains requires gradients. It fits tokenizer and examples."""
-        model = (load_sharded if self.is_sharded else self.load)(self.base, self.config.model.dtype, self.device)
+        model = (load_sharded if self.is_sharded else self.load or load_base)(
+            self.base, self.config.model.dtype, self.device
+        )
         self.check_vocabulary(model)
         self._inject(model)
         self.check_length(model)

@@ -420,5 +420,5 @@ def test_an_error_of_one_process_ends_all(tmp_path):
 
     before = lambda: setattr(setup, "load_base", fail)  # noqa: E731
     ended = launched(folder, "train", "config.yaml", "--processes", "2", before=before).end()
-    assert ended.code != 0 and "no model here" in ended.err and "process 1 of 2" in ended.err, ended
+    assert ended.code == ModelError.exit_code and "no model here" in ended.err and "process 1 of 2" in ended.err, ended
     assert "this is a bug" not in ended.err, ended.err
