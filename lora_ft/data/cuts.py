@@ -42,8 +42,8 @@ def shorten_chat(
     offsets: Callable[[str], np.ndarray],
     max_length: int,
     least: int,
-) -> tuple[str, list[int]]:
-    """A chat's text of about `max_length` tokens, and its supervised spans (start, end, ... in characters) in it.
+) -> tuple[str, list[int], list[tuple[int, int]]]:
+    """A chat's text of about `max_length` tokens, its supervised spans (start, end, ... in characters) in it, and what it lost.
 
     Its longest turns that are not supervised lose their middle. If that would leave less than `least` tokens of them, the
     turns from the first to before a later one of the user are left out too, as few as need be: the system prompt stays, and
@@ -79,7 +79,8 @@ def shorten_chat(
         if length > limit:  # the characters between the tokens of its head and those of its tail
             head, tail = start + (limit - mark + 1) // 2, end - (limit - mark) // 2
             removed.append((ends[head - 1], starts[tail]))
-    return _without(text, spans, sorted(removed))
+    removed.sort()
+    return *_without(text, spans, removed), removed
 
 
 def _without(text: str, spans: Sequence[int], removed: list[tuple[int, int]]) -> tuple[str, list[int]]:
