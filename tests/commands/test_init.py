@@ -1,9 +1,9 @@
 """The config written by `init`: suggested by the data's columns, short, commented, and accepted by `check`."""
 
 import json
-import shutil
 import os
 import pty
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lora_ft.commands.init.command import create_config
-from lora_ft.commands.init.sizes import _learning_rate, examine_base
+from lora_ft.commands.init.sizes import examine_base, learning_rate_for
 from lora_ft.commands.init.suggest import TASKS, name_columns, suggest
 from lora_ft.config import docs
 from lora_ft.config.load import load_config
@@ -291,7 +291,7 @@ def test_max_length_holds_the_longest_example_in_tokens(tmp_path, base):
 @pytest.mark.parametrize(
     "layers, width, rate", [(30, 576, "5.0e-4"), (32, 4096, "2.0e-4"), (80, 8192, "1.0e-4"), (None, None, "2.0e-4")]
 )
-def test_the_learning_rate_follows_the_size_of_the_base(tmp_path, base, layers, width, rate):
+def test_thelearning_rate_for_follows_the_size_of_the_base(tmp_path, base, layers, width, rate):
     folder = base
     if layers:
         folder = tmp_path / "base"
@@ -300,7 +300,7 @@ def test_the_learning_rate_follows_the_size_of_the_base(tmp_path, base, layers, 
         config = json.loads((folder / "config.json").read_text()) | sizes
         (folder / "config.json").write_text(json.dumps(config))
     parameters = examine_base(str(folder)).parameters if layers else None
-    assert _learning_rate(parameters)[0] == rate
+    assert learning_rate_for(parameters)[0] == rate
 
 
 def test_a_test_set_is_held_out_of_many_rows_and_several_files_are_read(tmp_path):

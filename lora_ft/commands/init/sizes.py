@@ -80,11 +80,11 @@ def sizes(suggestion: Suggestion, base: BaseFacts) -> Sizes:
         _max_length(suggestion, base),
         (epochs, f"{about}; fewer if the loss on eval data rises again"),
         (batch, "examples per step; small data needs small batches for enough steps"),
-        _learning_rate(base.parameters),
+        learning_rate_for(base.parameters),
     )
 
 
-def _learning_rate(parameters: int | None) -> tuple[str, str]:
+def learning_rate_for(parameters: int | None) -> tuple[str, str]:
     """The rate at which to begin with LoRA on all linear layers.
 
     Dettmers et al. 2023 (QLoRA, table 9) found 2e-4 for 7B and 13B and 1e-4 for 33B and 65B; docs/claims.md has 1e-3 as the
