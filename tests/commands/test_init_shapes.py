@@ -200,6 +200,10 @@ REFUSED = {
         lambda i: {"question": said(i), "output": {"a": said(i, 1), "b": i}},
         "output is an object",
     ),
+    "an object with values of a few kinds": (
+        lambda i: {"email": said(i), "extracted": {"item": "chair", "color": T[i % 2], "count": i % 3}},
+        "extracted is an object",
+    ),
     "steps in lists": (lambda i: {"title": said(i)[:9], "steps": [said(i, 1)] * 3, "NER": ["x"]}, "most of the text"),
     "answers in lists": (lambda i: {"story": said(i) * 9, "answers": [said(i), "b"]}, "its answers are in answers"),
     "tokens and tags": (lambda i: {"tokens": said(i).split(), "tags": ["O", T[i % 5]]}, "as tokens, tags, make texts"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_ft.commands.init.columns import SAMPLE, VALUE, Table, base_name
-from lora_ft.commands.init.names import ANSWERS
+from lora_ft.commands.init.names import ANSWERS, LIKE_A_LABEL
 from lora_ft.commands.init.rewrites import AS_TEXT
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import listed, printable
@@ -27,7 +27,9 @@ def refuse_half_read(name: str, table: Table, columns: Sequence[str], task: str,
             )
     answer, whole = columns[-1], columns[-1].partition("[")[0]
     others = [c for c in table.columns if re.fullmatch(rf"{re.escape(whole)}\[[^\[\]]+\]", c) and c not in columns]
-    if task == "completion" and re.search(r"\[\D[^\]]*\]$", answer) and not VALUE.search(answer) and others:
+    inside = re.search(r"\[(\D[^\]]*)\]$", answer)
+    named = inside and task == "classification" and any(map(LIKE_A_LABEL.search, (inside[1].lower(), base_name(whole))))
+    if task in ("completion", "classification") and inside and not VALUE.search(answer) and others and not named:
         raise ConfigError(
             f"{name}: {printable(whole)} is an object, and {printable(answer)} would be all that is learned of it. Make a text "
             f"of it, and run init on that: {AS_TEXT}"
