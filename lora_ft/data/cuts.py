@@ -45,8 +45,8 @@ def shorten_chat(
     offsets: Callable[[str], np.ndarray],
     max_length: int,
     least: int,
-) -> tuple[str, list[int]]:
-    """A chat's text of about `max_length` tokens, and its supervised spans (start, end, ... in characters) in it.
+) -> tuple[str, list[int], list[tuple[int, int]]]:
+    """A chat's text of about `max_length` tokens, its supervised spans (start, end, ... in characters) in it, and what it lost.
 
     Its longest turns that are not supervised lose their middle. If that would leave less than `least` tokens of them, the
     turns from the first to before a later one of the user are left out too, as few as need be: the system prompt stays, and
@@ -92,7 +92,8 @@ def shorten_chat(
     for start, end in parts[kept & (lengths > limit)]:  # the characters between the tokens of its head and of its tail
         head, tail = start + (limit - mark + 1) // 2, end - (limit - mark) // 2
         removed.append((int(ends[head - 1]), int(starts[tail])))
-    return _without(text, spans, sorted(removed))
+    removed.sort()
+    return *_without(text, spans, removed), removed
 
 
 def _without(text: str, spans: Sequence[int], removed: list[tuple[int, int]]) -> tuple[str, list[int]]:
@@ -103,9 +104,7 @@ def _without(text: str, spans: Sequence[int], removed: list[tuple[int, int]]) ->
         position = end
     kept, shifts = [], [0, *accumulate(end - start - len(CUT_MARK) for start, end in removed)]
     for start, end in zip(spans[::2], spans[1::2], strict=True):
-        before = bisect_right(
-            removed, start, key=lambda part: part[0]
-        )  # how many parts are removed before it or with it
+        before = bisect_right(removed, start, key=lambda part: part[0])  # parts that are removed before it or with it
         if not before or removed[before - 1][1] <= start:
             kept += [start - shifts[before], end - shifts[before]]
     return "".join([*pieces, text[position:]]), kept

@@ -17,7 +17,9 @@ from lora_ft.core.paths import local_path, refuse_hollow, refuse_special
 
 TEXT_FILE = (
     "Make one row of it: python -c 'import json, sys; print(json.dumps({\"text\": sys.stdin.read()}))' < OLD > NEW.jsonl, "
-    'and train on it with data.text: "{text}" and data.long_text: split.'
+    'and train on it with data.text: "{text}" and data.long_text: split. If each line is a row of its own: python -c \'import '
+    'json, sys; [print(json.dumps({"text": line.rstrip()})) for line in sys.stdin if line.strip()]\' < OLD > NEW.jsonl. If it '
+    "is a table, end its name in .csv or .tsv."
 )
 TEXT_FOLDER = (
     " Make one row of each text file, with the name of its folder: python -c 'import json, pathlib, sys; "

@@ -10,6 +10,7 @@ from lora_ft.core.errors import DataError
 from lora_ft.core.messages import printable
 from lora_ft.data.delimited import OLD_MAC
 from lora_ft.data.files import MAX_LINE, LongLine, open_bytes, text_lines
+from lora_ft.data.json_objects import rows_of
 
 WITH_DATA = 'fromstream(2|truncate_stream(inputs|select(.[0][0]=="data")))'  # of {"data": [...]}
 
@@ -38,7 +39,7 @@ def read_jsonl(path: Path, encoding: str) -> Iterator[SourceRow]:
 
 
 def read_json(path: Path, encoding: str) -> Iterator[SourceRow]:
-    """A list of objects, {"data": [...]} (also SQuAD's, by question), or JSON Lines, which many .json files contain."""
+    """A list of objects, an object that has them (also SQuAD's, by question), or JSON Lines, which many .json files contain."""
     name, text = printable(str(path)), _text(path, encoding)
     start = len(text) - len(text.lstrip())
     if text.startswith("[", start):
@@ -47,11 +48,9 @@ def read_json(path: Path, encoding: str) -> Iterator[SourceRow]:
         value, end = _decode(text, start, name)
         if isinstance(value, dict) and text[end:].strip():
             yield from read_jsonl(path, encoding)
-        elif isinstance(value, dict) and isinstance(value.get("data"), list):
-            for i, row in enumerate(value["data"], 1):
-                yield from _squad(row, f"{name} row {i}") or [_json_row(row, f"{name} row {i}")]
         else:
-            raise DataError(f'{name}: a .json file must be a list of objects, or {{"data": [...]}}.')
+            for i, row in enumerate(rows_of(value if isinstance(value, dict) else {}, name), 1):
+                yield from _squad(row, f"{name} row {i}") or [_json_row(row, f"{name} row {i}")]
 
 
 def _text(path: Path, encoding: str) -> str:
@@ -105,6 +104,8 @@ def _json_problem(error: Exception) -> str:
 
 
 def _json_row(value: Any, where: str) -> SourceRow:
+    if isinstance(value, str):  # a list of texts
+        return SourceRow(where, {"text": value})
     problem = f'a row must be a JSON object, {{"column": value, ...}}, not a {type(value).__name__}'
     return SourceRow(where, value) if isinstance(value, dict) else SourceRow(where, {}, problem)
 

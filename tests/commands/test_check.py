@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_ft.commands.check import display
+from lora_ft.commands.check.chats import chat_turns
+from lora_ft.config.schema import DataConfig
 from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.chats.format import find_chat_format
 from lora_ft.data.chats.render import render_chat, turn_starts
@@ -231,6 +233,36 @@ def test_chats_are_shown_turn_by_turn():
         "  assistant, supervised, ends in <|im_end|>",
         "<|im_start|>assistant\n»fine<|im_end|>«\n",
     ]
+
+
+@pytest.mark.parametrize(
+    "truncate, shown",
+    [
+        ("start", ["  user", "  assistant, supervised, ends in <|im_end|>"] * 2),
+        ("end", ["  system", "  user", "  assistant, supervised, ends in <|im_end|>", "  user"]),
+        ("column", ["  system", "  user", "  assistant, supervised, ends in <|im_end|>"]),
+    ],
+)
+def test_of_chats_that_are_cut_the_turns_that_are_left_are_shown(tmp_path, truncate, shown):
+    """Where earlier turns are left out, the next turn of the user has the header of the first."""
+    tokenizer = build_tokenizer(chat_template=CHATML)
+    said = ("so it goes", "first " * 9, "it goes", "hello there " * 30, "fine")
+    roles = ("system", "user", "assistant", "user", "assistant")
+    turns = [{"role": role, "content": content} for role, content in zip(roles, said, strict=True)]
+    write_rows(tmp_path / "a.jsonl", [{"messages": turns}])
+    data = DataConfig(train=(str(tmp_path / "a.jsonl"),), messages="messages", max_length=90, truncate=truncate)
+    done = render_chat({"messages": turns}, Template(messages="messages"), find_chat_format(tokenizer))
+    spans, others = ([position for span in of for position in span] for of in (done.spans, done.others))
+    (example,) = encode_chats([done.text], [spans], [others], 90, truncate, text_encoder(tokenizer))
+    example = example._asdict() | {"row": 0}
+    assert example["truncated"]
+    starts = chat_turns(example, data, tokenizer)
+    lines = [line.plain for line in display.highlight_supervised(example, tokenizer, "utf-8", starts)]
+    assert [line for line in lines if line.startswith("  ")] == shown
+    for line in lines[1::2]:
+        assert line.count("<|im_start|>") == 1 or truncate == "start" and line == lines[1]
+    if truncate == "column":
+        assert lines[3].startswith("<|im_start|>user\n [...] hello") and "first" not in lines[3]
 
 
 def test_the_share_that_trains_is_of_all_parameters_that_are_there(made):

@@ -12,9 +12,10 @@ import pytest
 
 from lora_ft.commands.compare import runs
 from lora_ft.commands.compare.command import compare_command, parse_seeds
-from lora_ft.commands.compare.display import show
+from lora_ft.commands.compare.display import format_mean, show
 from lora_ft.commands.compare.page import page
 from lora_ft.commands.compare.results import mean_interval, metrics_over_seeds
+from lora_ft.commands.compare.runs import run_and_stream
 from lora_ft.commands.compare.variants import final_config, make_variants, parse_axes, ranking_metric, tuning_config
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError
@@ -136,6 +137,25 @@ def test_the_interval_is_students_t():
     assert found["mean"] == 2.0
     assert found["ci95"] == pytest.approx([2 - 2.484, 2 + 2.484], abs=1e-3)  # 4.303 / sqrt(3), as in any textbook
     assert "ci95" not in mean_interval([1.0])
+
+
+@pytest.mark.parametrize(
+    "key, mean, half, text",
+    [
+        ("loss", 5.1212, 0.4, "5.1212 ± 0.4000"),
+        ("accuracy", 0.862, 0.011, "86.2% ± 1.1"),
+        ("bleu", 56.81, 12.346, "56.81 ± 12.35"),
+        ("perplexity", 49219, 1234.5, "49,219 ± 1,234"),
+    ],
+)
+def test_a_mean_and_its_spread_have_the_same_decimals(key, mean, half, text):
+    assert format_mean(key, {"mean": mean, "ci95": [mean - half, mean + half]}) == text
+
+
+def test_what_a_run_says_last_about_its_adapter_is_left_out(capsys):
+    said = "import sys; sys.stderr.write('done\\nnext:   a\\n        b\\n')"
+    assert run_and_stream([sys.executable, "-Sc", said]) == (0, "b")
+    assert capsys.readouterr().err == "  done\n"
 
 
 def test_metrics_of_several_eval_sets_are_kept_apart():

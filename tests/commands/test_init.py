@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from lora_ft.commands.init.command import create_config
+from lora_ft.commands.init.sizes import examine_base, learning_rate_for
 from lora_ft.commands.init.suggest import TASKS, name_columns, suggest
 from lora_ft.config import docs
 from lora_ft.config.load import load_config
@@ -290,6 +292,21 @@ def test_max_length_holds_the_longest_example_in_tokens(tmp_path, base):
     longest = 3 * 40 + 1 + 3 + 1  # prompt, line end, completion, end token
     assert longest <= config.data.max_length == 128
     assert f"the longest of 40 examples has {longest}" in (tmp_path / "c.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "layers, width, rate", [(30, 576, "5.0e-4"), (32, 4096, "2.0e-4"), (80, 8192, "1.0e-4"), (None, None, "2.0e-4")]
+)
+def test_thelearning_rate_for_follows_the_size_of_the_base(tmp_path, base, layers, width, rate):
+    folder = base
+    if layers:
+        folder = tmp_path / "base"
+        shutil.copytree(base, folder)
+        sizes = {"num_hidden_layers": layers, "hidden_size": width, "vocab_size": 49152}
+        config = json.loads((folder / "config.json").read_text()) | sizes
+        (folder / "config.json").write_text(json.dumps(config))
+    parameters = examine_base(str(folder)).parameters if layers else None
+    assert learning_rate_for(parameters)[0] == rate
 
 
 def test_a_test_set_is_held_out_of_many_rows_and_several_files_are_read(tmp_path):

@@ -116,6 +116,64 @@ SHAPES = {
         {"messages": "conversations"},
         ("source",),
     ),
+    "choices in an object, the answer also in words": (
+        lambda i: (
+            {
+                "question": said(i),
+                "answer": T[i % 5],
+                "options": dict(zip("AB", (T[i % 5], T[(i + 1) % 5]), strict=True)),
+            }
+            | {"answer_idx": "AB"[i % 2], "exp": said(i, 2)}
+        ),
+        {
+            "prompt": "Question: {question}\nA. {options[A]}\nB. {options[B]}\nAnswer:",
+            "completion": " {answer_idx}",
+            "label_names": {"answer_idx": ["A", "B"]},
+        },
+        ("answer", "exp"),
+    ),
+    "ten choices, and a question of few values": (
+        lambda i: (
+            {"premise": said(i), "question": ("cause", "effect")[i // 2 % 2], "options": [*map(str, range(10))]}
+            | {"answer": "ABCDEFGHIJ"[i % 10], "answer_index": i % 10}
+        ),
+        {
+            "prompt": "Premise: {premise}\nQuestion: {question}\n"
+            + "".join(f"{letter}. {{options[{k}]}}\n" for k, letter in enumerate("ABCDEFGHIJ"))
+            + "Answer:",
+            "completion": " {answer}",
+            "label_names": {"answer": list("ABCDEFGHIJ")},
+        },
+        ("answer_index",),
+    ),
+    "two texts of one kind and a few values": (
+        lambda i: {"": i, "question1": said(i), "question2": said(i, 1), "is_duplicate": i % 2},
+        {
+            "prompt": "Question1: {question1}\nQuestion2: {question2}\nIs duplicate:",
+            "completion": " {is_duplicate}",
+            "label_names": {"is_duplicate": ["A", "B"]},
+        },
+        (),
+    ),
+    "answers in spans": (
+        lambda i: {
+            "passage": said(i),
+            "question": said(i, 1),
+            "answers_spans": {"spans": [str(i)], "types": ["number"]},
+        },
+        {"messages": [{"user": "{question}\n\n{passage}"}, {"assistant": "{answers_spans[spans][0]}"}]},
+        (),
+    ),
+    "names with spaces, numbers as text": (
+        lambda i: {"Question": said(i), "Correct Answer": said(i, 1), "Price": f"{i}.50"},
+        {"messages": [{"user": "{Question}"}, {"assistant": "{Correct Answer}"}]},
+        ("Price",),
+    ),
+    "turns that ask, the answer and the system prompt beside them": (
+        lambda i: {"input": [{"role": "user", "content": said(i)}], "output": said(i, 1), "system_prompt": "Be brief."},
+        {"messages": [{"system": "[[{system_prompt}]]"}, "input", {"assistant": "{output}"}]},
+        (),
+    ),
     "lists of labels": (lambda i: {"text": said(i), "labels": [i % 3, 3]}, {"text": "{text}"}, ("labels",)),
 }
 
@@ -129,7 +187,47 @@ def test_shapes(tmp_path, name):
     assert suggestion.data.settings == settings
     assert suggestion.unused == unused and ("not used" in suggestion.unused_note) == bool(unused)
     if name == "lists of labels":
-        assert "Of lists, as labels, join" in suggestion.unused_note
+        assert "Of lists, as labels, make texts first" in suggestion.unused_note
+
+
+# row number -> row that is refused; what the message says
+REFUSED = {
+    "pairs of what was said": (
+        lambda i: {"source": "x", "conversation": [{"input": said(i), "output": said(i, 1)}] * 2},
+        "in input and output",
+    ),
+    "an object as the answer": (
+        lambda i: {"question": said(i), "output": {"a": said(i, 1), "b": i}},
+        "output is an object",
+    ),
+    "an object with values of a few kinds": (
+        lambda i: {"email": said(i), "extracted": {"item": "chair", "color": T[i % 2], "count": i % 3}},
+        "extracted is an object",
+    ),
+    "steps in lists": (lambda i: {"title": said(i)[:9], "steps": [said(i, 1)] * 3, "NER": ["x"]}, "most of the text"),
+    "answers in lists": (lambda i: {"story": said(i) * 9, "answers": [said(i), "b"]}, "its answers are in answers"),
+    "tokens and tags": (lambda i: {"tokens": said(i).split(), "tags": ["O", T[i % 5]]}, "as tokens, tags, make texts"),
+    "lists as Python prints them": (lambda i: {"question": said(i), "answer": f"{{'text': ['{i}']}}"}, "to_json"),
+    "good and bad answers by number": (
+        lambda i: {"prompt": said(i), "response": said(i, 1), "label": i % 2},
+        "--task classification",
+    ),
+    "texts that are all the same": (lambda i: {"method": "POST a request", "n": i}, "do not suit"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rows_that_no_task_reads_are_refused_and_the_command_in_the_message_rewrites_them(tmp_path, name):
+    row, message = REFUSED[name]
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text("".join(json.dumps(row(i)) + "\n" for i in range(20)))
+    with pytest.raises(ConfigError, match=message) as e:
+        suggest(str(old), chat=True)
+    command = str(e.value).partition("python -c '")[2].partition("' <")[0]
+    if command:
+        with old.open() as source, new.open("w") as target:
+            subprocess.run([sys.executable, "-Sc", command], stdin=source, stdout=target, check=True)
+        assert suggest(str(new), chat=True).data.settings
 
 
 def test_names_of_classes_that_datasets_stored(tmp_path):

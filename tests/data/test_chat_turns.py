@@ -228,4 +228,6 @@ def test_a_row_that_asks_needs_no_answer():
     row = {"q": "And 2?", "system": "Count."}
     turns, _ = read_prompt(row, asked_messages(row, parts))
     assert [(turn["role"], turn["content"]) for turn in turns] == [("system", "Count."), ("user", "And 2?")]
+    inside = ({"user": "{translation[de]}"}, {"assistant": "{translation[en]}"})
+    assert asked_messages({"translation": {"de": "x"}}, inside) == inside[:1]
     assert asked_messages({"messages": [1]}, parts) == "messages" and asked_messages({"a": "x"}, parts) is None

@@ -72,6 +72,40 @@ def test_json(write):
 
 
 @pytest.mark.parametrize(
+    "value",
+    [
+        {"a": ["x", "y"], "b": [1, 2]},
+        {"a": {"0": "x", "1": "y"}, "b": {"0": 1, "1": 2}},
+        {"columns": ["a", "b"], "index": [0, 1], "data": [["x", 1], ["y", 2]]},
+        {"features": [{"name": "a"}], "rows": [{"row_idx": 0, "row": {"a": "x", "b": 1}}, {"row": {"a": "y", "b": 2}}]},
+        {"version": "1", "intents": [{"a": "x", "b": 1}, {"a": "y", "b": 2}]},
+        {"id1": {"a": "x", "b": 1}, "id2": {"a": "y", "b": 2}},
+    ],
+)
+def test_objects_that_have_rows(write, value):
+    path = write("a.json", json.dumps(value))
+    assert rows(path) == [(" row 1", {"a": "x", "b": 1}), (" row 2", {"a": "y", "b": 2})]
+
+
+def test_several_lists_of_rows_are_written_to_files_by_the_command_in_the_message(write):
+    path = write("a.json", json.dumps({"train": [{"a": 1}, {"a": 2}], "test": [{"a": 3}]}))
+    message = refused(path)
+    assert "train, test" in message and "> train.jsonl" in message
+    command = message.partition("python -c '")[2].partition("' <")[0]
+    text = Path(path).read_text()
+    out = subprocess.run(
+        [sys.executable, "-Sc", command], input=text, capture_output=True, text=True, check=True
+    ).stdout
+    assert rows(write("train.jsonl", out)) == [(":1", {"a": 1}), (":2", {"a": 2})]
+    assert "a .json file must be" in refused(write("chat.json", json.dumps({"messages": [{"role": "user"}], "id": 1})))
+
+
+def test_texts_without_columns(write):
+    assert rows(write("a.json", '["x", "y"]')) == [(":1", {"text": "x"}), (":1", {"text": "y"})]
+    assert rows(write("a.jsonl", '"x"\n"y"\n')) == [(":1", {"text": "x"}), (":2", {"text": "y"})]
+
+
+@pytest.mark.parametrize(
     "content, message",
     [
         ('[{"a": 1},\n {"a": ]', ":2: broken JSON"),

@@ -112,7 +112,7 @@ def show(result: Inspection) -> None:
 
 def show_data(result: Inspection, out: Console) -> None:
     """Print the counts, the lengths and a few examples as the model sees them."""
-    setup, train, max_length = result.setup, result.setup.train_set, result.setup.config.data.max_length
+    setup, train, data = result.setup, result.setup.train_set, result.setup.config.data
     display.section(out, "data")
     for name, examples in {"train": train, **{f"eval {n}".strip(): e for n, e in setup.eval_sets.items()}}.items():
         display.paragraph(out, f"  {name}: {examples.report.summary()}")
@@ -126,13 +126,14 @@ def show_data(result: Inspection, out: Console) -> None:
     if train.report.turn_ends:
         ends = ", ".join(f"{printable(end) or 'no token'} {count:,}" for end, count in train.report.turn_ends.items())
         display.paragraph(out, f"  supervised turns end in: {ends}")
-    bars = display.histogram_lines(display.histogram(warnings.lengths(train), max_length), out.encoding)
-    display.section(out, f"tokens per example, before truncation to max_length {max_length}", bars)
+    bars = display.histogram_lines(display.histogram(warnings.lengths(train), data.max_length), out.encoding)
+    display.section(out, f"tokens per example, before truncation to max_length {data.max_length}", bars)
     truncated = np.flatnonzero(column_array(train.dataset, "truncated")[EXAMPLES_SHOWN:]) + EXAMPLES_SHOWN
-    marks = "".join(display.marks(out.encoding))
+    marks, marked = "".join(display.marks(out.encoding)), data.truncate == "column" and data.text is None
     for i in [*range(min(EXAMPLES_SHOWN, len(train.dataset))), *truncated[:1].tolist()]:
         example = train.dataset[i]
-        tokens = f"{example['tokens']} tokens{', truncated' if example['truncated'] else ''}"
+        cut = f", truncated{' at [...]' * marked}" if example["truncated"] else ""
+        tokens = f"{example['tokens']} tokens{cut}"
         title = f"{example['where']}: {tokens}; supervised between {marks}"
-        turns = chat_turns(example, setup.config.data, setup.tokenizer) if setup.config.data.messages else []
+        turns = chat_turns(example, data, setup.tokenizer) if data.messages else []
         display.section(out, title, display.highlight_supervised(example, setup.tokenizer, out.encoding, turns))

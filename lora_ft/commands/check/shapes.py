@@ -87,7 +87,7 @@ def shape_config(shape: str, trust: Trust) -> PretrainedConfig:
 def show(facts: dict, adapted: PreTrainedModel, rank: int) -> None:
     """Print the facts for people, LoRA and full fine-tuning side by side."""
     out = display.console()
-    trained = f"{facts['trainable_parameters']:,} trainable ({facts['trainable_share']:.4%})"
+    trained = f"{facts['trainable_parameters']:,} trainable ({facts['trainable_share']:.2%})"
     ranks = f"  rank {rank}: {trained}, {format_bytes(facts['adapter_bytes'])} on disk"
     title = f"{facts['shape']}: {facts['base_parameters']:,} parameters, {facts['dtype']}"
     display.section(out, title, [*display.target_lines(lora_layers(adapted)), ranks])

@@ -17,7 +17,7 @@ from lora_ft.report.winner import winner
 
 COSTS = {  # key -> (title, format)
     "trainable_parameters": ("trained", "{:,}".format),
-    "trainable_share": ("share", "{:.3%}".format),
+    "trainable_share": ("share", "{:.2%}".format),
     "bytes_on_disk": ("disk, MiB", lambda size: f"{size / 2**20:,.2f}"),
     "peak_memory_mb": ("peak, MiB", "{:,.0f}".format),
     "seconds_per_step": ("s/step", "{:.3f}".format),
@@ -108,14 +108,15 @@ def latency_tables(result: dict) -> list[Table]:
 
 
 def format_mean(key: str, entry: dict | None) -> str:
-    """A mean with half its interval, `86.2% ± 1.1`; "" for None."""
+    """A mean with half its interval, to the same decimals, `86.2% ± 1.1`; "" for None."""
     if entry is None:
         return ""
     mean = format_metric(key, entry["mean"])
     if "ci95" not in entry:
         return mean
     half = entry["ci95"][1] - entry["mean"]
-    return f"{mean} ± {100 * half:.1f}" if mean.endswith("%") else f"{mean} ± {half:.2g}"
+    decimals = len(mean.rstrip("%").partition(".")[2])
+    return f"{mean} ± {half * (100 if mean.endswith('%') else 1):,.{decimals}f}"
 
 
 def tuning_table(result: dict) -> Table:

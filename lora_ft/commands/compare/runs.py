@@ -134,10 +134,12 @@ def run_and_stream(command: list[str]) -> tuple[int, str]:
         preexec_fn=(lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)) if libc else None,
     )
     assert child.stderr is not None
-    last_line = ""
+    last_line, shown = "", True
     try:
         for line in child.stderr:
-            info(f"  {line.rstrip()}")
+            shown = shown and not line.startswith("next:")  # the last lines of a run: what to do with its adapter alone
+            if shown:
+                info(f"  {line.rstrip()}")
             last_line = line.strip()  # of a failed run, the error
         exit_code = child.wait()
     except Stopped as stop:

@@ -124,10 +124,15 @@ class PromptFormat:
             return self.from_turns(*read_prompt(columns, messages, self.template.roles))
         if isinstance(columns.get("prompt"), str):
             return self.from_text(columns["prompt"], given=given)
-        turns = ", ".join(message_columns(self.template.messages or "messages"))
+        asked = self.template.messages or "messages"
+        turns = ", ".join(message_columns(asked if isinstance(asked, str) else asked[:-1]))
         choices = " or ".join(dict.fromkeys(['"prompt"', f'"{turns}"']))
         choices += f", or the template's {', '.join(self.needed or self.columns)}" if self.columns else ""
-        raise BadRow(f"a row needs {choices}; this one has {printable(', '.join(map(str, columns))) or 'nothing'}")
+        has = printable(", ".join(map(str, columns))) or "nothing"
+        hint = (
+            '. The run learned whole texts: give in "prompt" how one begins' if self.template.text is not None else ""
+        )
+        raise BadRow(f"a row needs {choices}; this one has {has}{hint}")
 
     def describe(self, given: Mapping[str, str]) -> str:
         """How a text becomes a prompt, in a few words."""

@@ -1,21 +1,17 @@
 """Suggestions for chats: columns of turns, preferences, and instructions through a chat template."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from lora_ft.commands.init.columns import SAMPLE, DataSettings, Table, base_name, is_history
-from lora_ft.commands.init.names import ASKS, CHATS, HELPERS, SYSTEMS
+from lora_ft.commands.init.names import ANSWERS, ASKS, CHATS, HELPERS, SAID_IN_TURN, SYSTEMS
+from lora_ft.commands.init.rewrites import TREE, keep_true, turns_of
+from lora_ft.commands.init.texts import turns_note
 from lora_ft.core.errors import ConfigError
 from lora_ft.data.chats.raw_turns import message_parts
 from lora_ft.data.chats.turns import CALL_ROLES, KNOWN_ROLES, SYNONYMS
 
-TREE = (
-    'python -c \'import json, sys; rows = {r["message_id"]: r for r in map(json.loads, sys.stdin)}; '
-    'path = lambda i: [*path(rows[i]["parent_id"]), rows[i]] if i in rows else []; '
-    'inner = {r["parent_id"] for r in rows.values()}; '
-    '[print(json.dumps({"messages": [{"role": r["role"], "content": r["text"]} for r in path(i)]})) '
-    "for i in rows if i not in inner and len(path(i)) > 1]' < OLD.jsonl > NEW.jsonl"
-)
 ONLY_CHOSEN = "preferences: only the chosen answers are learned, not that they are better than the rejected ones"
 
 
@@ -32,7 +28,24 @@ def detect_chat(table: Table) -> DataSettings | None:
         column = table.find(CHATS, table.chats) or table.chats[0]
         others = [name for name in table.chats if name != column]
         notes = {"messages": f"the column with the turns; {', '.join(others)} also has some"} if others else {}
-        return DataSettings({"messages": column} | _roles(table, [column]), notes, (column, *helpers), tuple(helpers))
+        parts: list[Any] = [column]
+        system = table.find([s for s in SYSTEMS if s not in HELPERS], table.texts)
+        if system and not _has_role(table, column, ("system", "developer")):
+            parts, helpers = [{"system": f"[[{{{system}}}]]"}, *parts], [*helpers, system]
+            notes = notes or {"messages": "the system prompt before the turns; the assistant's are supervised"}
+        answer = table.find(ANSWERS, table.texts) if not _has_role(table, column, None) else None
+        if answer:
+            parts = [*parts, {"assistant": f"{{{answer}}}"}]
+            notes = {"messages": f"the turns of {column} ask for the answer in {answer}, which is supervised"}
+        settings = {"messages": parts if len(parts) > 1 else column} | _roles(table, [column])
+        return DataSettings(settings, notes, (column, *filter(None, [answer]), *helpers), tuple(helpers))
+    for column in table.nested_columns:
+        said = [next((key for key in keys if table.all_items_have(column, key)), "") for keys in SAID_IN_TURN]
+        if all(said):
+            raise ConfigError(
+                f"each item of `{column}` has what the user and the assistant said, in {said[0]} and {said[1]}. Make turns of "
+                f"them, and run init on those: {turns_of(column, *said)}"
+            )
     if table.find(["parent_id"]) and table.find(["role"]) and table.find(["text"]):
         raise ConfigError(
             "each row is one message of a tree (parent_id, role, text). Make a chat of every path from a root to a leaf, and "
@@ -41,14 +54,21 @@ def detect_chat(table: Table) -> DataSettings | None:
     return None
 
 
+def _said_by(table: Table, column: str) -> list[str]:
+    """The roles of a column's first turns, each once, in order."""
+    turns = (turn for row in table.rows[:SAMPLE] if row.get(column) for turn in message_parts(row, column)[0])
+    return list(dict.fromkeys(str(turn.get("role", turn.get("from"))) for turn in turns))
+
+
+def _has_role(table: Table, column: str, wanted: Sequence[str] | None) -> bool:
+    """Whether some turn has one of the wanted roles; None: any that does not ask."""
+    asking = ("system", "developer", "user", "human")
+    return any(role in wanted if wanted else role not in asking for role in _said_by(table, column))
+
+
 def _roles(table: Table, columns: list[str]) -> dict[str, Any]:
     """data.roles for roles that are not known: the user's if only the assistant's are known, else by who starts."""
-    roles: dict[str, None] = {}
-    for row in table.rows[:SAMPLE]:
-        for column in columns:
-            if row.get(column):
-                turns = message_parts(row, column)[0]
-                roles |= dict.fromkeys(str(turn.get("role", turn.get("from"))) for turn in turns)
+    roles = dict.fromkeys(role for column in columns for role in _said_by(table, column))
     known = {role: SYNONYMS.get(role, role) for role in roles if role in (*KNOWN_ROLES, *SYNONYMS, *CALL_ROLES)}
     unknown = [role for role in roles if role not in known]
     free = [role for role in ("user", "assistant") if role not in known.values()]
@@ -64,13 +84,13 @@ def detect_preferences(table: Table) -> DataSettings | None:
     every = [*table.columns, *table.chats]
     chosen, rejected, ask = table.find(["chosen"], every), table.find(["rejected"], every), table.find(ASKS, every)
     if not chosen or not rejected:
-        answer, label = table.find(["completion", "response"], every), table.find(["label"])
+        answer, label = table.find(["completion", "response", "answer", "output"], every), table.find(["label"])
         marks = set(table.values(label)) if label and ask and answer else set()
-        if marks and all(isinstance(mark, bool) or mark in ("true", "false", "True", "False") for mark in marks):
+        if label and len(marks) > 1 and all(mark in (0, 1, "true", "false", "True", "False") for mark in marks):
             raise ConfigError(
                 f"the rows are good and bad answers, told apart by `{label}` (preferences, as for KTO), and lora-ft would "
-                f"learn both. Keep the rows whose {label} is true, and run init on them: python -c 'import json, sys; "
-                f'sys.stdout.writelines(line for line in sys.stdin if json.loads(line)["{label}"])\' < OLD.jsonl > NEW.jsonl'
+                f"learn both. Keep the rows whose {label} is true, and run init on them: {keep_true(label)}. Or learn to tell "
+                "them apart: --task classification."
             )
         return None
     if chosen in table.chats:
@@ -85,7 +105,8 @@ def detect_preferences(table: Table) -> DataSettings | None:
         prompt = "".join(f"[[{{{c}}}\n\n]]" for c in system) + f"{{{ask}}}\n"
         settings = {"prompt": prompt, "completion": f"{{{chosen}}}"}
         return DataSettings(settings, {"completion": ONLY_CHOSEN}, (*system, ask, chosen), tuple(system))
-    return DataSettings({"text": f"{{{chosen}}}"}, {"text": ONLY_CHOSEN}, (chosen,))
+    note = "; ".join(filter(None, [ONLY_CHOSEN, turns_note(table, chosen)]))
+    return DataSettings({"text": f"{{{chosen}}}"}, {"text": note}, (chosen,))
 
 
 def through_chat_template(table: Table, data: DataSettings) -> DataSettings:

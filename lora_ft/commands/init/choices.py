@@ -6,24 +6,18 @@ from lora_ft.commands.init import names
 from lora_ft.commands.init.columns import DataSettings, Table, base_name, title
 from lora_ft.commands.init.labels import LETTERS, class_words
 
-MAX_CHOICES = 8
+ONE = re.compile(r"\[(\d|[A-J])\]$")  # an item of a list, or of an object with a letter for each choice
 
 
 def detect_choices(table: Table) -> DataSettings | None:
     """Settings for a question whose choices are a list, or columns such as option1 and option2."""
-    choices, key = choice_columns(table), table.find(names.KEYS)
-    asked = [
-        name for name in table.long_texts if name not in (*choices, key) and not names.REASONING.search(name.lower())
-    ]
-    asked = table.without_parts(asked)
-    if not choices or not asked or key is None or len(set(map(str, table.values(key)))) > len(choices):
-        return None
-    values = sorted(set(map(str, table.values(key))))
-    if values[0] in LETTERS:
-        marks = LETTERS
-    elif all(value.isdecimal() for value in values) and int(values[-1]) <= len(choices):
-        marks = LETTERS if "0" in values else "123456789"
-    else:
+    choices = choice_columns(table)
+    found = ((name, _marks(table, name, len(choices))) for name in (table.find([key]) for key in names.KEYS) if name)
+    key, marks = next(((name, marks) for name, marks in found if marks), ("", ""))
+    others = [c for c in table.columns if c not in choices and base_name(c) not in names.KEYS]
+    asked = [c for c in others if c in table.long_texts or base_name(c) in names.ASKS]  # few may be asked, as in COPA
+    asked = table.without_parts([c for c in asked if not names.REASONING.search(base_name(c))])
+    if not asked or not key:
         return None
     words, _, _ = class_words(table, key)
     label_names = {"label_names": {key: list(LETTERS[: len(choices)])}} if marks == LETTERS and words else {}
@@ -37,11 +31,23 @@ def detect_choices(table: Table) -> DataSettings | None:
     return DataSettings(settings, notes, (*asked, *choices, key), tuple(c for c in choices if table.has_gaps(c)))
 
 
+def _marks(table: Table, key: str, count: int) -> str:
+    """The marks of `count` choices that the values of a column are, letters or numbers from 1; "" if they are neither."""
+    values = set(map(str, table.values(key)))
+    if not count or not values or len(values) > count:
+        return ""
+    if values <= set(LETTERS[:count]):
+        return LETTERS
+    if not all(value.isdecimal() for value in values) or max(map(int, values)) > min(count, 9):
+        return ""
+    return LETTERS if "0" in values else "123456789"
+
+
 def choice_columns(table: Table) -> list[str]:
     """The columns of the choices, in order; [] if there are none."""
-    inside = [c for c in table.columns if base_name(c) in names.CHOICES and re.search(r"\[\d\]$", c)]
+    inside = [c for c in table.columns if base_name(c) in names.CHOICES and ONE.search(c)]
     for prefix in dict.fromkeys(c.rpartition("[")[0] for c in inside):
-        items = [c for c in inside if c.rpartition("[")[0] == prefix][:MAX_CHOICES]
+        items = [c for c in inside if c.rpartition("[")[0] == prefix]
         if len(items) > 1 and not all(str(v) in LETTERS for c in items for v in table.values(c)):
             return items
     stems: dict[str, list[str]] = {}

@@ -11,10 +11,12 @@ from lora_ft.core.names import template_columns
 from lora_ft.data.chats.turns import parse_json
 from lora_ft.data.template import BadRow, Columns
 
+MAX_ITEMS = 10  # of a list, such as choices, that become columns
 MAX_CLASSES, MAX_NAMED_CLASSES = 20, 200  # of a column, and of one that is named like a label
 SAMPLE = 100  # rows that show what a column holds
 ID = re.compile(r"(?=.*\d)[\x21-\x7e]{6,}")  # a word with a digit: a key, a hash, an address
-VALUE = re.compile(r"\[(text|value|answer)\](\[0\])?$")
+VALUE = re.compile(r"\[(text|value|answer|spans)\](\[0\])?$")
+NUMBER = re.compile(r"\s*[-+]?[\d.,]*\d[\d.,]*(e[-+]?\d+)?\s*%?", re.IGNORECASE)
 TURN_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 
 
@@ -39,7 +41,7 @@ class Table:
         self.chats = [name for name, test in tests.items() if _holds(rows, name, test)]
         nested -= set(self.chats)
         self.rows = [_with_parts(row, nested) for row in rows] if nested else list(rows)
-        self.nested = {part: part.partition("[")[0] for part in column_names(self.rows) if "[" in part}
+        self.nested_columns = [name for name in column_names(rows) if name in nested]
         self._values: dict[str, list[Any]] = {}
 
     @cached_property
@@ -56,7 +58,7 @@ class Table:
         values = self.values(name)
         if not values or not all(isinstance(v, str) for v in values) or self.is_item(name):
             return False
-        if all(v.strip().isdecimal() for v in values):
+        if all(map(NUMBER.fullmatch, values)):
             return False
         worded = sum(len(v.split()) > 2 for v in values) * 2 > len(values)
         return worded or not (names.META.search(base_name(name)) or all(ID.fullmatch(v) for v in values))
@@ -70,15 +72,21 @@ class Table:
 
     @cached_property
     def long_texts(self) -> list[str]:
-        """The texts of 20 characters on average and more than one value; if there are none, all texts."""
-        long = [n for n in self.texts if sum(map(len, self.values(n))) >= 20 * len(self.values(n))]
-        return [n for n in long if len(set(self.values(n))) > 1] or self.texts
+        """The texts of 20 characters on average, if there are none all texts; of several rows only what differs in them."""
+        varied = [n for n in self.texts if len(set(self.values(n))) > 1 or len(self.rows) == 1]
+        return [n for n in varied if sum(map(len, self.values(n))) >= 20 * len(self.values(n))] or varied
 
     def values(self, name: str) -> list[Any]:
         """The values of a column, without gaps."""
         if name not in self._values:
             self._values[name] = [v for row in self.rows if (v := row.get(name)) is not None and v != ""]
         return self._values[name]
+
+    def all_items_have(self, name: str, key: str) -> bool:
+        """Whether a column has lists of objects, each with a text under `key`."""
+        lists = [value for row in self.rows[:SAMPLE] if (value := row.get(name))]
+        items = [item for value in lists for item in (value if isinstance(value, list) else [None])]
+        return bool(items) and all(isinstance(item, dict) and isinstance(item.get(key), str) for item in items)
 
     def has_gaps(self, name: str) -> bool:
         """Whether a column is empty in some rows."""
@@ -116,8 +124,8 @@ class Table:
 
 
 def base_name(column: str) -> str:
-    """The name of a column in lower case; of a value inside a column the column's."""
-    return column.partition("[")[0].strip().lower()
+    """The name of a column in lower case, with `_` between words; of a value inside a column the column's."""
+    return re.sub(r"[ -]", "_", column.partition("[")[0].strip().lower())
 
 
 def title(column: str) -> str:
@@ -166,7 +174,13 @@ def _with_parts(row: Columns, nested: set[str]) -> Columns:
     parts: Columns = {}
 
     def add(name: str, value: Any, depth: int) -> None:
-        inside = value.items() if isinstance(value, dict) else enumerate(value[:8]) if isinstance(value, list) else ()
+        inside = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value[:MAX_ITEMS])
+            if isinstance(value, list)
+            else ()
+        )
         for key, part in inside:
             if isinstance(part, list | dict):
                 if depth < 3:

@@ -4,21 +4,48 @@ import re
 
 LABELS = ("label", "labels", "class", "sentiment", "intent", "target", "stars", "category", "topic", "rating")
 WEAK_LABELS = LABELS[-3:]  # which texts have beside a question and an answer too
-LIKE_A_LABEL = re.compile(rf"(^|[_ ])({'|'.join(LABELS)}|class index|classification)$")
+LIKE_A_LABEL = re.compile(rf"(^|[_ ])({'|'.join(LABELS)}|class_index|classification)$")
 META = re.compile(
     r"(^|[_ ])(u?u?id|idx|index|url|uri|link|date|time|timestamp|source|lang|language|license|path|file|hash)s?$"
 )
-TEXTS = ("text", "sentence", "review", "content", "body", "comment", "document", "message", "title")
+TEXTS = (
+    "text",
+    "sentence",
+    "review",
+    "content",
+    "body",
+    "comment",
+    "document",
+    "message",
+    "title",
+    "subject",
+    "headline",
+)
 SYSTEMS = ("system", "system_prompt", "system_message")
 REASONING = re.compile(
-    r"(^|[_ ])(reasoning|rationale|explanations?|cot|chain[_ ]of[_ ]thought|thoughts?|thinking)([_ ]\d)?$"
+    r"^(reason|exp)$|(^|[_ ])(reasoning|rationale|explanations?|cot|chain[_ ]of[_ ]thought|thoughts?|thinking)([_ ]\d)?$"
 )
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
 ASKS = ("prompt", "question", "instruction", "query", "input")
 HELPERS = ("system", "tools", "functions")  # columns that chats read by themselves
-KEYS = ("answer", "answerkey", "label", "answer_idx", "answer_index", "correct", "correct_option", "gold", "target")
+KEYS = (
+    "answer",
+    "answerkey",
+    "label",
+    "answer_idx",
+    "answer_index",
+    "correct",
+    "correct_option",
+    "cop",
+    "gold",
+    "target",
+)
+SAID_IN_TURN = (
+    ("user", "human", "input", "question", "prompt", "instruction"),
+    ("assistant", "gpt", "bot", "output", "answer", "response"),
+)
 CHOICES = ("choices", "options", "endings", "candidates", "alternatives")
-ONE_CHOICE = re.compile(r"^((?:option|choice|sol|solution|ending|answer|candidate|response)?[_ ]?)([0-9]|[a-h])$")
+ONE_CHOICE = re.compile(r"^((?:option|op|choice|sol|solution|ending|answer|candidate|response)?[_ ]?)([0-9]|[a-h])$")
 
 ANSWERS: tuple[str, ...] = (
     "output",
@@ -26,6 +53,7 @@ ANSWERS: tuple[str, ...] = (
     "completion",
     "answer",
     "answers",
+    "answers_spans",
     "solution",
     "canonical_solution",
     "reply",

@@ -11,7 +11,10 @@ from lora_ft.commands.init import names
 from lora_ft.commands.init.chats import detect_chat, detect_preferences, through_chat_template
 from lora_ft.commands.init.choices import choice_columns, detect_choices
 from lora_ft.commands.init.columns import DataSettings, Table, base_name, column_names, title
+from lora_ft.commands.init.half_read import refuse_half_read
 from lora_ft.commands.init.labels import class_words
+from lora_ft.commands.init.rewrites import AS_TEXT
+from lora_ft.commands.init.texts import detect_text
 from lora_ft.core.errors import ConfigError, DataError
 from lora_ft.core.messages import listed, printable
 from lora_ft.data.files import file_format
@@ -25,7 +28,6 @@ TASKS = {
     "text": "plain text: a style, a domain or a language",
 }
 MAX_ROWS = 20_000  # read from the source
-TURNS_IN_TEXT = re.compile(r"(human|user)\s*:.*(assistant|bot|gpt)\s*:", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ class Suggestion:
         """What a reader is told about the columns that no setting reads; "" if there are none."""
         if not self.unused:
             return ""
-        lists = [c for c in self.unused if any(isinstance(row.get(c), list) for row in self.examined)]
+        lists = [c for c in self.unused if any(isinstance(row.get(c), list | dict) for row in self.examined)]
         note = (
             f"not used: {printable(listed(self.unused), 300)}. If an answer depends on a column, name it in the prompt."
         )
-        return note + (f" Of lists, as {listed(lists, 3)}, join the items to one text first." if lists else "")
+        return note + (f" Of lists, as {listed(lists, 3)}, make texts first (docs/data.md)." if lists else "")
 
 
 def suggest(
@@ -76,18 +78,20 @@ def suggest(
             break
     else:
         goal = f"the task {task} ({TASKS[task]})" if task else f"any of the tasks {', '.join(TASKS)}"
-        nested = [c for c in column_names(rows) if any(isinstance(row.get(c), list) for row in rows)]
-        hint = f" Of lists, as {listed(nested, 3)}, join the items to one text first." if nested else ""
+        nested = printable(listed(table.nested_columns, 3))
+        hint = f" Of lists and objects, as {nested}, make texts first: {AS_TEXT}" if nested else ""
         raise ConfigError(
             f"{name}: its columns ({printable(', '.join(column_names(rows)), 400)}) do not suit {goal}. Choose another "
             f"--task, or write data.prompt, text or messages by hand: docs/config.md.{hint}"
         )
+    guessed = task is None and detect in (_detect_texts_in_order, detect_text)
+    refuse_half_read(name, table, data.columns, found, guessed)
     if chat and found == "completion" and "prompt" in data.settings:
         data = through_chat_template(table, data)
     data = _skip_gaps(table, data)
     read = {base_name(column) for column in data.columns}
     filled = [column for column in column_names(rows) if any(row.get(column) not in (None, "", []) for row in rows)]
-    unused = tuple(column for column in filled if base_name(column) not in read)
+    unused = tuple(column for column in filled if column.strip() and base_name(column) not in read)
     return Suggestion(found, data, len(rows), len(source_rows) > MAX_ROWS, unused, rows)
 
 
@@ -111,7 +115,7 @@ def _detect_known_pair(table: Table) -> DataSettings | None:
         note = {"prompt": f"{listed(optional)} may be empty: [[...]] is left out then"} if optional else {}
         if "[0]" in answer:
             note["completion"] = f"the first of the values in {answer.partition('[')[0]}"
-        if thought := next((c for c in table.texts if names.REASONING.search(base_name(c))), None):
+        if thought := next((c for c in table.long_texts if names.REASONING.search(base_name(c))), None):
             first = f"[[{{{thought}}}\n\n]]" if table.has_gaps(thought) else f"{{{thought}}}\n\n"
             settings["completion"] = settings["completion"].replace("{", first + "{", 1)
             note["completion"] = f"first the {title(thought).lower()}; take {{{thought}}} out to learn the answer alone"
@@ -131,7 +135,8 @@ def _detect_classification(table: Table) -> DataSettings | None:
         return None
     label = table.find(names.LABELS, labels) or labels[0]
     unsure = guessed or base_name(label) in names.WEAK_LABELS
-    if unsure and len(texts) == 2 and not all(base_name(c) in names.TEXTS for c in texts):
+    alone = all(base_name(c) in names.TEXTS for c in texts) or guessed and _are_alike(texts)
+    if unsure and len(texts) == 2 and not alone:
         return None  # rather a question and an answer
     words, note, ids_in = (
         class_words(table, label) if table.is_label(label) else ([], "many values, learned as text", "")
@@ -159,6 +164,11 @@ def _is_named_label(table: Table, name: str) -> bool:
     return bool(names.LIKE_A_LABEL.search(base)) or name in table.class_names or answers
 
 
+def _are_alike(columns: Sequence[str]) -> bool:
+    """Whether columns have one name but for the number or letter at its end, as question1 and question2."""
+    return len({re.sub(r"_?([0-9]|(?<=_)[a-h])$", "", base_name(c)) for c in columns}) == 1
+
+
 def _is_short(table: Table, name: str) -> bool:
     """Whether the values of a column are numbers, or a word or two."""
     values = [] if table.is_item(name) else table.values(name)
@@ -168,35 +178,13 @@ def _is_short(table: Table, name: str) -> bool:
 
 def _detect_texts_in_order(table: Table) -> DataSettings | None:
     """Two texts of which the first asks for the second; or more, if none of them has the name of a text by itself."""
-    *asked, answer = table.long_texts or [""]
+    *asked, answer = [c for c in table.long_texts if not c.endswith("[0]")] or [""]
+    asked = [c for c in asked if not table.contains(c, answer)]  # the whole example, besides its parts
     if not asked or len(asked) > 1 and table.find(names.TEXTS, [*asked, answer]):
         return None
     prompt = f"{{{asked[0]}}}\n" if len(asked) == 1 else "".join(f"{title(c)}: {{{c}}}\n" for c in asked)
     settings = pair(table, prompt, f"{{{answer}}}", answer)
     return DataSettings(settings, {"completion": "guessed from the order of the columns"}, (*asked, answer))
-
-
-def _detect_text(table: Table) -> DataSettings | None:
-    if not table.long_texts:
-        return None
-    text, system = (
-        table.find(names.TEXTS, table.long_texts) or table.long_texts[0],
-        table.find(names.SYSTEMS, table.texts),
-    )
-    if system and system != text:
-        settings = {"text": f"[[{{{system}}}\n\n]]{{{text}}}"}
-        return DataSettings(settings, _of_turns(table, text), (system, text), (system,))
-    return DataSettings({"text": f"{{{text}}}"}, _of_turns(table, text), (text,))
-
-
-def _of_turns(table: Table, text: str) -> dict[str, str]:
-    """A note on a text that contains turns."""
-    values = table.values(text)
-    if 2 * sum(bool(TURNS_IN_TEXT.search(value)) for value in values) <= len(values):
-        return {}
-    return {
-        "text": "the turns in it are all learned, the user's too; to learn the answers alone make data.messages of them"
-    }
 
 
 def _preferences(table: Table, form: str) -> DataSettings | None:
@@ -213,7 +201,7 @@ DETECTORS = (
     ("completion", _detect_known_pair),
     ("classification", _detect_classification),
     ("completion", _detect_texts_in_order),
-    ("text", _detect_text),
+    ("text", detect_text),
 )
 
 

@@ -28,7 +28,8 @@ def dropped(text: str, located: list[Located], conversation: Conversation) -> li
             position, _ = at, parts.pop("the content", None)
         lost = [what for what, words in parts.items() if not all(_contains(rendered, word) for word in words)]
         if i in spans and len(lost) == len(parts):
-            raise BadRow(f"turn {i + 1} (assistant) is empty: the chat template drops {' and '.join(lost)}")
+            what = f"turn {i + 1} (assistant) is empty: the chat template drops {' and '.join(lost)}"
+            raise BadRow(f"{what}, which another one may write (data.chat_template)")
         found += [(what if turn["role"] == "assistant" else f"turns of the {turn['role']}", i + 1) for what in lost]
     if any(not _contains(text, _name(tool)) for tool in conversation.tools or []):
         found.append(("the tools", 0))

@@ -33,7 +33,7 @@ def encode_chats(
         ids, labels = _label_chat(text, row, ids, offsets, encoder)
         full_length, blank = len(ids), bool((labels == IGNORE).all())
         if full_length > max_length and truncate == "column":
-            ids, labels = _shorten(text, row, others, max_length, encoder)
+            ids, labels, _ = _shorten(text, row, others, max_length, encoder)
         kept = slice(-max_length, None) if truncate == "start" else slice(max_length)
         ids, labels = ids[kept], labels[kept]
         labels[:1] = IGNORE
@@ -53,15 +53,25 @@ def cut_chat_prompt(text: str, chat: str, turns: list[int], max_length: int, enc
     return encoder.truncate_start(ids, max_length)
 
 
+def lost_of_chat(
+    text: str, spans: list[int], turns: list[int], max_length: int, truncate: str, encoder: TextEncoder
+) -> list[tuple[int, int]]:
+    """What a chat that is too long loses, in characters (start, end); in its place is CUT_MARK where `truncate` is column."""
+    if truncate == "column":
+        return _shorten(text, spans, turns, max_length, encoder)[2]
+    _, offsets = next(encoder.encode_with_offsets([text]))
+    return [(0, offsets[-max_length, 0])] if truncate == "start" else [(offsets[max_length - 1, 1], len(text))]
+
+
 def _shorten(
     text: str, spans: list[int], turns: list[int], max_length: int, encoder: TextEncoder
-) -> tuple[np.ndarray, np.ndarray]:
-    """The ids and labels of a chat without what it loses to be of `max_length` tokens, if it can."""
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """The ids and labels of a chat without what it loses to be of `max_length` tokens, if it can, and what that is."""
     flat = zip(turns[::3], turns[1::3], turns[2::3], strict=True)
     parts = [TurnSpan(start, end, role) for start, end, role in flat]
     room, before, least = max_length, None, min(LEAST, max_length // 2)
     for _ in range(MAX_TRIES):
-        shorter, kept = shorten_chat(
+        shorter, kept, lost = shorten_chat(
             text, spans, parts, lambda t: next(encoder.encode_with_offsets([t]))[1], room, least
         )
         ids, labels = _label_chat(shorter, kept, *next(encoder.encode_with_offsets([shorter])), encoder)
@@ -69,7 +79,7 @@ def _shorten(
             break
         before = shorter
         room -= len(ids) - max_length
-    return ids, labels
+    return ids, labels, lost
 
 
 def _label_chat(

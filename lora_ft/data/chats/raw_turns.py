@@ -49,7 +49,7 @@ def message_columns(messages: Messages) -> list[str]:
 def asked_messages(columns: Mapping[str, Any], messages: Messages | None) -> Messages | None:
     """How to read the turns of a row that asks: as in training without the answer, or its `messages`; None if it has none."""
     asked = messages if messages is None or isinstance(messages, str) else messages[:-1]
-    if asked and any(columns.get(name) for name in message_columns(asked)):
+    if asked and any(columns.get(name) or columns.get(name.partition("[")[0]) for name in message_columns(asked)):
         return asked
     return "messages" if columns.get("messages") else None
 
