@@ -140,7 +140,7 @@ def train_run(
         write_report(output, record | result, samples=_samples(setup, result["metrics"], max(10.0, 0.05 * seconds)))
         saver.finish(result)
         info(f"done in {seconds:.0f} s: {output} holds the adapter of step {step}{_chosen(config, output)}")
-        info("\n".join(closing_lines(output, record | result)))
+        info("\n".join(closing_lines(output, record | result, with_next=together is None)))
         echo(output)
 
 
@@ -152,7 +152,7 @@ def _chosen(config: Config, output: Path) -> str:
     return f", the best of {evaluations} evaluations by {metric_of(config.train.metric_for_best_model).title}"
 
 
-def closing_lines(output: Path, record: dict) -> list[str]:
+def closing_lines(output: Path, record: dict, with_next: bool = True) -> list[str]:
     """What came of a run: its scores beside the base's, where its report is, and the next commands."""
     base, own = record.get("base_metrics", {}), record["metrics"]
     keys = [key for key in scalars(own) if not key.endswith("perplexity")]
@@ -168,7 +168,7 @@ def closing_lines(output: Path, record: dict) -> list[str]:
     last = f"lora-ft merge --adapter {folder}" if method == "lora" else f"lora-ft eval {folder}"
     usable = [f"lora-ft generate {folder}", last]
     report = [f"report: {output / REPORT}"] if (output / REPORT).is_file() else []
-    return [*lines, *report, "next:   " + "\n        ".join(usable)]
+    return [*lines, *report, *(["next:   " + "\n        ".join(usable)] if with_next else [])]
 
 
 def resume_hint(started: bool) -> str:

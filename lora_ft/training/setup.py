@@ -38,10 +38,7 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "t
 
 @dataclass
 class RunSetup:
-    """The parts of a run, each made when first used. before: the record of the `checkpoint` to resume from.
-
-    load: as `load_base`, which it is by default.
-    """
+    """The parts of a run, each made when first used. before: the record of the `checkpoint` to resume from. load: the base."""
 
     config: Config
     device: str
