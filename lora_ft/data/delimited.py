@@ -18,8 +18,8 @@ SEPARATORS = {".csv": (",", ";", "\t", "|"), ".tsv": ("\t", ";", ",", "|")}  # t
 Record = tuple[int, dict[str, str], str]  # line it starts on, values by column, the problem if it has no values
 
 
-def read_delimited(path: Path, format: FileFormat = DEFAULT) -> Iterator[Record]:
-    """The records of a .csv or .tsv file.
+def read_delimited(path: Path, format: FileFormat = DEFAULT, hints: bool = True) -> Iterator[Record]:
+    """The records of a .csv or .tsv file. hints: say with a problem which format would read the file, by trying some.
 
     Fields are separated by `format.separator`, by default the comma of a .csv and the tab of a .tsv, or the first of
     `SEPARATORS` that the header line has. A quoted field may contain separators, line ends and doubled quotes. In a .tsv
@@ -51,7 +51,7 @@ def read_delimited(path: Path, format: FileFormat = DEFAULT) -> Iterator[Record]
         except StopIteration:
             return
         except csv.Error as e:
-            way = _quote_hint(path, format) if quoted else ""
+            way = _quote_hint(path, format) if quoted and hints else ""
             way = OLD_MAC if "new-line character" in str(e) else way
             raise DataError(f"{name}:{line}: {e}.{way}") from e
         blank = not "".join(fields).strip()
@@ -63,7 +63,8 @@ def read_delimited(path: Path, format: FileFormat = DEFAULT) -> Iterator[Record]
         elif header and len(fields) == len(header):
             yield line, dict(zip(header, fields, strict=True)), ""
         elif header and (len(fields) > 1 or not blank):
-            hint = _separator_hint(path, format._replace(separator=separator), first) if hint is None else ""
+            tried = hints and hint is None
+            hint = _separator_hint(path, format._replace(separator=separator), first) if tried else ""
             yield line, {}, f"{len(fields)} fields, the header has {len(header)}{rule}{hint}"
 
 
@@ -98,6 +99,6 @@ def _quote_hint(path: Path, format: FileFormat) -> str:
 def _reads(path: Path, format: FileFormat) -> bool:
     """Whether a file is read without a problem in this format."""
     try:
-        return not any(problem for _, _, problem in read_delimited(path, format))
+        return not any(problem for _, _, problem in read_delimited(path, format, hints=False))
     except DataError:
         return False
