@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_ft.commands.check import display
 from lora_ft.commands.check.chats import chat_turns
+from lora_ft.commands.check.warnings import placeholder_words
 from lora_ft.config.schema import DataConfig
 from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.chats.format import find_chat_format
@@ -204,6 +205,14 @@ def test_a_shape_that_is_none_is_named(tmp_path):
 
 def test_spans():
     assert display.spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+def test_letters_for_classes_are_told_where_they_are_not_those_of_choices():
+    data = {"train": ("a.jsonl",), "completion": " {label}", "label_names": {"label": ["A", "B"]}}
+    (warning,) = placeholder_words(DataConfig(prompt="{text}\nLabel:", **data))
+    assert "letters" in warning and "[negative, positive]" in warning
+    assert not placeholder_words(DataConfig(prompt="{q}\nA. {a}\nB. {b}\nAnswer:", **data))
+    assert not placeholder_words(DataConfig(prompt="{text}", **data | {"label_names": {"label": ["bad", "good"]}}))
 
 
 CHATML = (
