@@ -227,6 +227,9 @@ def test_chats_are_shown_turn_by_turn():
     chat = find_chat_format(tokenizer)
     turns = [("user", "so"), ("assistant", "it goes"), ("user", "hello"), ("assistant", "fine")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    own = build_tokenizer(chat_template="<|im_start|>system\nBe kind.<|im_end|>\n" + CHATML)
+    (first, _), *_ = turn_starts(row, Template(messages="messages"), find_chat_format(own))
+    assert first == "user, after the chat template's own system prompt"
     template = Template(messages="messages")
     done = render_chat(row, template, chat)
     spans = [position for span in done.spans for position in span]
