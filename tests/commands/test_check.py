@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_ft.commands.check import display
 from lora_ft.commands.check.chats import chat_turns
+from lora_ft.commands.check.warnings import placeholder_words
 from lora_ft.config.schema import DataConfig
 from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.chats.format import find_chat_format
@@ -206,6 +207,14 @@ def test_spans():
     assert display.spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
 
 
+def test_letters_for_classes_are_told_where_they_are_not_those_of_choices():
+    data = {"train": ("a.jsonl",), "completion": " {label}", "label_names": {"label": ["A", "B"]}}
+    (warning,) = placeholder_words(DataConfig(prompt="{text}\nLabel:", **data))
+    assert "letters" in warning and "[negative, positive]" in warning
+    assert not placeholder_words(DataConfig(prompt="{q}\nA. {a}\nB. {b}\nAnswer:", **data))
+    assert not placeholder_words(DataConfig(prompt="{text}", **data | {"label_names": {"label": ["bad", "good"]}}))
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -218,6 +227,9 @@ def test_chats_are_shown_turn_by_turn():
     chat = find_chat_format(tokenizer)
     turns = [("user", "so"), ("assistant", "it goes"), ("user", "hello"), ("assistant", "fine")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    own = build_tokenizer(chat_template="<|im_start|>system\nBe kind.<|im_end|>\n" + CHATML)
+    (first, _), *_ = turn_starts(row, Template(messages="messages"), find_chat_format(own))
+    assert first == "user, after the chat template's own system prompt"
     template = Template(messages="messages")
     done = render_chat(row, template, chat)
     spans = [position for span in done.spans for position in span]

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lora_ft.commands.evaluate import evaluate_command
 from lora_ft.commands.generate import serving
 from lora_ft.commands.generate.command import generate_command
-from lora_ft.commands.generate.prompts import PromptFormat
+from lora_ft.commands.generate.prompts import PromptFormat, read_prompts
 from lora_ft.commands.merge import merge_command
 from lora_ft.commands.train import train
-from lora_ft.config.load import load_config
+from lora_ft.config.load import load_config, parse_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.trust import Trust
 from lora_ft.data.template import Template
@@ -123,6 +123,16 @@ def said(*texts: str) -> str:
 
 
 # ---- prompts ----
+
+
+def test_a_file_of_prompts_is_read_as_the_runs_data_is(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("q;a\nWo ist Köln?;Am Rhein\n".encode("cp1252"))
+    data = {"train": str(path), "text": "{q}", "format": {"encoding": "cp1252"}}
+    (row,) = read_prompts(str(path), parse_config({"model": {"name": "base"}, "data": data}))
+    assert row.columns == {"q": "Wo ist Köln?", "a": "Am Rhein"}
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(read_prompts(str(path), None))
 
 
 def test_a_text_fills_the_runs_template_and_the_answer_ends(here, capsys):

@@ -3,11 +3,13 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from string import ascii_uppercase
 
 import datasets
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lora_ft.config.schema import DataConfig
 from lora_ft.core.messages import printable
 from lora_ft.data.cache import RELEASED, release
 from lora_ft.data.chats.format import end_tokens
@@ -142,4 +144,17 @@ def examine_data(setup: RunSetup, generation: GenerationConfig) -> tuple[int, di
             f'data.completion: the labels "{first}" and "{second}" share a first token{more}. eval compares complete '
             "words, but tools that look at the first token only can't tell them apart. Choose other words if you can."
         )
+    result += placeholder_words(data)
     return learned, common, [sentence.strip() for sentence in result]
+
+
+def placeholder_words(data: DataConfig) -> list[str]:
+    """A warning if label words are the letters that `init` writes for ids, and not those of choices in the prompt."""
+    result = []
+    for column, words in (data.label_names or {}).items():
+        if list(words) == list(ascii_uppercase[: len(words)]) and "A. " not in (data.prompt or ""):
+            result.append(
+                f"data.label_names: {printable(column)} has letters for its classes, which mean nothing to the base. Replace "
+                "them by words for the ids, in their order, as in [negative, positive]: the adapter needs fewer rows then."
+            )
+    return result

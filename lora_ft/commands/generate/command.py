@@ -51,7 +51,8 @@ def generate_command(
     if as_json and prompt is None and prompts is None:
         raise ConfigError("--json needs --prompt or --prompts")
     named, base = find_adapters(folders, adapters, base)
-    rows = list(read_prompts(prompts)) if prompts is not None else []  # before loading: a bad file fails early
+    config = next((trained.config for trained in named.values()), None)
+    rows = list(read_prompts(prompts, config)) if prompts is not None else []  # before loading: a bad file fails early
     served = load(named, base, raw=raw, trust=trust)
     override(served.sampling, greedy, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
     if seed is not None:

@@ -21,7 +21,7 @@ from lora_ft.core.paths import local_path, refuse_special
 from lora_ft.data.chats.format import ChatFormat, chat_format
 from lora_ft.data.chats.raw_turns import asked_messages, message_columns
 from lora_ft.data.chats.turns import Turn, read_prompt
-from lora_ft.data.files import text_lines
+from lora_ft.data.files import file_format, text_lines
 from lora_ft.data.pieces import as_ids
 from lora_ft.data.prepare import template_of
 from lora_ft.data.sources import SourceRow, iter_rows
@@ -173,12 +173,21 @@ def prompt_format(config: Config | None, tokenizer: PreTrainedTokenizerBase, raw
     return PromptFormat(template, chat, is_chat, replace(text_encoder(tokenizer), eos=as_ids(())))
 
 
-def read_prompts(source: str) -> Iterator[SourceRow]:
-    """The rows of a prompts file, as of `iter_rows`; in a .txt file every line that is not blank is a prompt."""
+def read_prompts(source: str, config: Config | None) -> Iterator[SourceRow]:
+    """The rows of a prompts file, as of `iter_rows`; in a .txt file every line that is not blank is a prompt.
+
+    config: of the run, whose `data.format` reads a file that cannot be read without one.
+    """
     path = local_path(source)
     refuse_special(path, DataError)
     if path.suffix.lower() != ".txt":
-        yield from iter_rows(source)
+        try:
+            rows = list(iter_rows(source))
+        except DataError:
+            if config is None or not config.data.format:
+                raise
+            rows = list(iter_rows(source, file_format(config.data.format)))
+        yield from rows
         return
     try:
         for number, line in enumerate(text_lines(path), 1):

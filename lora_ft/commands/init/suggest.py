@@ -47,9 +47,10 @@ class Suggestion:
         if not self.unused:
             return ""
         lists = [c for c in self.unused if any(isinstance(row.get(c), list | dict) for row in self.examined)]
-        note = (
-            f"not used: {printable(listed(self.unused), 300)}. If an answer depends on a column, name it in the prompt."
-        )
+        note = f"not used: {printable(listed(self.unused), 300)}."
+        if self.task == "chat":
+            return note
+        note += " If an answer depends on a column, name it in the prompt."
         return note + (f" Of lists, as {listed(lists, 3)}, make texts first (docs/data.md)." if lists else "")
 
 

@@ -93,7 +93,10 @@ def turn_starts(columns: Mapping[str, Any], template: Template, chat: ChatFormat
         else:
             start = chat.agreement(chat.try_render(conversation.turns[:i], conversation.tools) or "", text)
         starts.append(max(start, starts[-1]))
-    return list(zip(map(_kind, conversation.turns), starts, strict=True))
+    kinds, first = [*map(_kind, conversation.turns)], conversation.turns[0]
+    if ROLES.get(first["role"]) != SYSTEM and "system" in text[: max(text.find(first["content"].strip()), 0)]:
+        kinds[0] += ", after the chat template's own system prompt"
+    return list(zip(kinds, starts, strict=True))
 
 
 def _other_turns(text: str, conversation: Conversation) -> list[TurnSpan]:
