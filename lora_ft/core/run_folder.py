@@ -37,8 +37,11 @@ RECORD_TYPES: dict[str, Any] = {
     **dict.fromkeys(
         ("data.train.rows", "step", "steps", "planned_steps", "parameters", "trainable_parameters"), int | None
     ),
+    **dict.fromkeys(("config.adapter.targets", "config.adapter.modules"), list | None),
+    **dict.fromkeys(("config.adapter.rank", "config.adapter.alpha", "base_seconds"), int | float | None),
+    "config.data.label_names": dict | None,
 }
-TYPE_NAMES = {dict: "an object", str: "a string", int: "an integer"}
+TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", float: "a number", int: "an integer"}
 
 
 def read_record(folder: Path, error: type[UserError] = ModelError) -> dict[str, Any] | None:

@@ -37,6 +37,10 @@ def check_config_files(base: Base) -> None:
                 raise ModelError(
                     f"{path}: {printable(name)} is {format_value(value)}, not a token id. Copy the file again."
                 )
+        if (size := content.get("vocab_size", 1)) is not None and (type(size) is not int or size < 1):
+            raise ModelError(
+                f"{path}: vocab_size is {format_value(size)}, not a number of tokens. Copy the file again."
+            )
         if count := absurd_count(content):
             raise ModelError(f"{path}: {count}; the limit is {MOST_MODULES:,}. Copy the file again.")
 

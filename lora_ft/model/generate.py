@@ -21,6 +21,9 @@ from lora_ft.nn.adapted import eval_mode
 from lora_ft.nn.attention import has_windows
 from lora_ft.nn.rows import WORTHWHILE, shared_length
 
+# What a model's own config may make generation return, in values of any type; only the ids are used
+UNUSED = ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")
+
 
 class Generated(NamedTuple):
     """ids: the new tokens, without the end token. ended: an end token came, not a limit of length or time."""
@@ -72,6 +75,8 @@ def generate(
     """
     config = copy.deepcopy(config)
     config.eos_token_id, config.max_length = sorted(ends) or None, None
+    for name in UNUSED:
+        setattr(config, name, False)
     config.pad_token_id = 0  # any id that has an embedding will do: padding is masked
     longest, shared = max(map(len, prompts)), len(begun.ids) if begun else 0
     ids = torch.full((len(prompts), longest), config.pad_token_id)  # (prompts, longest)

@@ -98,10 +98,11 @@ def _shown_rows(found: dict[str, Any]) -> dict[str, Any]:
     rows = [
         {"where": str(row.get("where", "")), "prompt": str(row.get("prompt", ""))}
         | {who: shortened(str(row[who])) if who in row else "" for who in ("label", "base", "adapter")}
-        for row in found["rows"]
+        for row in (found["rows"] if isinstance(found["rows"], list) else [])
         if isinstance(row, dict)
     ]
-    return {"title": KINDS.get(str(found.get("kind")), ""), "count": int(found.get("count") or len(rows)), "rows": rows}
+    count = found["count"] if isinstance(found.get("count"), int) else len(rows)
+    return {"title": KINDS.get(str(found.get("kind")), ""), "count": count, "rows": rows}
 
 
 def headline(run: RunData) -> dict[str, str]:

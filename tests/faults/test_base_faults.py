@@ -236,6 +236,7 @@ def test_small_files_that_are_damaged(folder, name, damage):
     [
         ("tokenizer_config.json", {"model_max_length": "many"}, "model base: its tokenizer can't be loaded"),
         ("generation_config.json", {"eos_token_id": "</s>"}, 'eos_token_id is "</s>", not a token id'),
+        ("config.json", {"vocab_size": 0}, "vocab_size is 0, not a number of tokens"),
     ],
 )
 def test_settings_of_a_wrong_type(fresh, name, setting, words):

@@ -174,6 +174,13 @@ def test_a_config_of_wrong_types_is_the_models_fault():
         generate(tiny_model("llama"), PROMPTS[:1], config, [EOS])
 
 
+def test_what_a_config_wants_returned_has_no_effect():
+    config, ends = GenerationConfig(max_new_tokens=2), [EOS]
+    expected = generate(tiny_model("llama"), PROMPTS[:1], config, ends)
+    config.output_hidden_states, config.return_dict_in_generate = 1e308, True
+    assert generate(tiny_model("llama"), PROMPTS[:1], config, ends) == expected
+
+
 @pytest.mark.parametrize("error", [TypeError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
 def test_an_error_of_the_model_is_not_the_configs_fault(error):
     model = tiny_model("llama")

@@ -398,3 +398,10 @@ def test_no_page_is_wider_than_a_phone_or_runs_what_a_row_says(classified, gener
         assert found, (page, done.stdout[:500])
         width, room, title, last = json.loads(found)
         assert width <= room and title != "ran" and last == "FOOTER", (page, found)
+
+
+def test_rows_of_wrong_types_in_a_damaged_file():
+    from lora_ft.report.scores import _shown_rows
+
+    assert _shown_rows({"kind": "fixed", "count": "\0", "rows": -1})["rows"] == []
+    assert _shown_rows({"kind": "fixed", "count": "\0", "rows": [{"where": "a:1"}, 3]})["count"] == 1
