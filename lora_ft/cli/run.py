@@ -59,7 +59,7 @@ def check(
     """
     from lora_ft.config.load import load_configs, parse_config
 
-    if bool(config) == bool(shape):
+    if (not config) == (shape is None):
         raise ConfigError("give either a CONFIG file or --shape with a name or a folder that has a config.json")
     if shape is not None:
         without_data = {"model": {"name": shape}, "data": {"train": "none", "text": "{text}"}}
@@ -137,7 +137,9 @@ def train(
         raise SystemExit(launch(count, sys.argv[1:], main))
     with redirect_stdout(sys.stderr):  # transformers announces W&B's offline mode on stdout
         from lora_ft.commands.train import train
-        from lora_ft.commands.train_together import train_together
+
+        if len(configs) > 1:
+            from lora_ft.commands.train_together import train_together
 
     if len(configs) > 1:
         train_together(configs, resume=resume, overwrite=overwrite, trust=trust)
