@@ -4,11 +4,11 @@ What they depend on is compared: the weights, the encoded examples, the settings
 The machine, its threads and the dtype that it chose change them by rounding only, which is no reason to compute them again.
 """
 
+import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,12 +43,8 @@ def base_scores(
     texts: whether texts are generated. again: compute them in any case.
     """
     data = config.data.model_dump(mode="json", exclude={"train", "eval"})
-    how: list[Any] = [
-        config.model.dtype,
-        config.train.seed,
-        config.generation.model_dump(mode="json") if texts else None,
-    ]
-    key = key_of("base scores", fingerprint, _content(asdict(examples.report)), data, how, VERSIONS)
+    writing = [config.train.seed, config.generation.model_dump(mode="json")] if texts else None
+    key = key_of("base scores", fingerprint, _encoded(examples), data, config.model.dtype, writing, VERSIONS)
     kept = None if again else processes.broadcast(lambda: read_scores(key))
     if kept:
         return kept, True
@@ -57,6 +53,15 @@ def base_scores(
         with suppress(FilesError):  # no room in the cache: the next run computes them
             _keep(key, scored)
     return scored, False
+
+
+def _encoded(examples: Examples) -> str:
+    """SHA-256 of the examples themselves, whichever file they are from and whichever seed has chosen them."""
+    digest = hashlib.sha256()
+    columns = [name for name in examples.dataset.column_names if name != "where"]
+    for batch in examples.dataset.select_columns(columns).with_format(None).iter(1000):
+        digest.update(repr(batch).encode())
+    return digest.hexdigest()
 
 
 def _content(report: dict) -> dict:

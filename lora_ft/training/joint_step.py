@@ -26,7 +26,7 @@ from lora_ft.nn.loss import supervised_losses
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.nn.rows import Segment
 
-ENOUGH = {"cpu": 512}  # tokens of a row beyond which it is no faster, but takes more memory (docs/performance.md)
+ENOUGH = {"cpu": 256}  # tokens of a row beyond which it is no faster, but takes more memory (docs/performance.md)
 
 
 class RunGenerators:

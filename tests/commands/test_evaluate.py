@@ -84,8 +84,7 @@ def test_what_the_run_scored_is_not_scored_again(folder):
 def test_a_base_is_scored_once_for_all_runs(folder, monkeypatch):
     monkeypatch.setattr(kept, "read_scores", READ_SCORES)
     first, second = (
-        train(folder, f"output=other{i}", "train.max_steps=1", f"adapter.rank={i}", "data.max_length=40")
-        for i in (2, 3)
+        train(folder, f"output=other{i}", "train.max_steps=1", f"train.seed={i}", "data.max_length=40") for i in (2, 3)
     )
     assert "base model evaluation (0 s)" in first.err and "base model evaluation (from an earlier run)" in second.err
     records = [json.loads((folder / f"other{i}/lora_ft.json").read_text()) for i in (2, 3)]
