@@ -36,12 +36,12 @@ _parts: Sequence[Part] = ()  # of the current row; a global: models pass no such
 
 
 @contextmanager
-def parts_of_row(parts: Sequence[Part], base_drops: bool) -> Iterator[None]:
-    """Within it the joint model computes a row of these parts. base_drops: whether the base has dropout of its own."""
+def parts_of_row(parts: Sequence[Part]) -> Iterator[None]:
+    """Within it the joint model computes a row of these parts."""
     global _parts
     _parts = parts
     try:
-        with _BaseDropout() if base_drops else nullcontext():
+        with _BaseDropout():
             yield
     finally:
         _parts = ()

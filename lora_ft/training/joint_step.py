@@ -88,11 +88,10 @@ class JointModel:
         for path in dict.fromkeys(path for own in layers.values() for path in own):
             own = {run: of_run[path] for run, of_run in layers.items() if path in of_run}
             self.model.set_submodule(path, JointLoRALinear(base.get_submodule(path), own))
-        config = base.config.get_text_config().to_dict()
-        self.base_drops = any("drop" in key and isinstance(value, float) and value > 0 for key, value in config.items())
+        settings = base.config.get_text_config().to_dict().items()
         if not checkpointing:
             keep_gate_and_up(self.model)
-        elif self.base_drops:
+        elif any("drop" in key and isinstance(value, float) and value > 0 for key, value in settings):
             raise ConfigError(
                 "train.gradient_checkpointing: with this model, which has dropout, train one config at a time."
             )
@@ -139,7 +138,7 @@ class JointModel:
         }
         inputs = {key: x.to(self.model.device, non_blocking=True) for key, x in joined.items()}
         counts = [len(micro["keep"]) for _, micro in row]
-        with row[0][0].isolation.row(self.model, segments), parts_of_row(parts, self.base_drops):
+        with row[0][0].isolation.row(self.model, segments), parts_of_row(parts):
             losses = supervised_losses(self.model, **inputs, counts=counts)
             means = [loss / max(1, s.step["total"]) for (s, _), loss in zip(row, losses, strict=True)]
             torch.stack(means).sum().backward()

@@ -38,14 +38,14 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "t
 
 @dataclass
 class RunSetup:
-    """The parts of a run, each made when first used. before: the record of the `checkpoint` to resume from. load: the base."""
+    """The parts of a run, each made when first used. before: the record of the `checkpoint` to resume from."""
 
     config: Config
     device: str
     trust: Trust = NO_TRUST
     checkpoint: Path | None = None
     before: dict | None = None
-    load: Callable[[Base, str, str], PreTrainedModel] | None = None
+    load: Callable[[Base, str, str], PreTrainedModel] | None = None  # instead of load_base
 
     @cached_property
     def arguments(self) -> TrainingArguments:
@@ -104,8 +104,13 @@ class RunSetup:
             check_data(self.before, tokenizer_hash(self.tokenizer), train_set, eval_sets)
         return train_set, eval_sets
 
-    train_set = property(lambda self: self.data[0])
-    eval_sets = property(lambda self: self.data[1])
+    @property
+    def train_set(self) -> Examples:
+        return self.data[0]
+
+    @property
+    def eval_sets(self) -> dict[str, Examples]:
+        return self.data[1]
 
     def read_files(self) -> None:
         """Download, check and encode: everything before the weights are loaded. Raises as the parts do."""
@@ -121,9 +126,8 @@ class RunSetup:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The base on its device, adapted: what trains requires gradients. It fits tokenizer and examples."""
-        model = (load_sharded if self.is_sharded else self.load or load_base)(
-            self.base, self.config.model.dtype, self.device
-        )
+        load = load_sharded if self.is_sharded else self.load or load_base
+        model = load(self.base, self.config.model.dtype, self.device)
         self.check_vocabulary(model)
         self._inject(model)
         self.check_length(model)
@@ -186,15 +190,9 @@ class RunSetup:
     def make_plan(self, packing: RowPacking, prefix: list[int], max_steps: int | None = None) -> StepPlan:
         """The run's steps, or its first `max_steps`, with the ids `prefix` before every example."""
         train = self.config.train
-        return StepPlan(
-            self.train_set.with_prefix(prefix).dataset,
-            train.batch_size,
-            train.num_train_epochs,
-            max_steps or train.max_steps,
-            packing,
-            train.seed,
-            self.shard,
-        )
+        dataset = self.train_set.with_prefix(prefix).dataset
+        length = train.batch_size, train.num_train_epochs, max_steps or train.max_steps
+        return StepPlan(dataset, *length, packing, train.seed, self.shard)
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -214,9 +212,9 @@ class RunSetup:
             info(f"{name.strip()}: {examples.report.summary()}")
             for note in examples.report.notes:
                 warn(f"{name.strip()}: {note}.")
-        trains, total = self.parameters
-        share = f"{trains:,} trainable parameters ({trains / total:.2%} of the model)"
-        info(f"{self.config.adapter.method}: {self.dry_run[1]}, {share}")
+        trains, of = self.parameters
+        what = f"{self.config.adapter.method}: {self.dry_run[1]}"
+        info(f"{what}, {trains:,} trainable parameters ({trains / of:.2%} of the model)")
         if self.isolation is Isolation.ONE_PER_ROW:
             info("this model's RoPE depends on the longest position, so examples cannot share a row (slower)")
 

@@ -10,7 +10,9 @@ from lora_ft.core.storage import read_tensors, verify_manifest
 from lora_ft.data.sources import content_hash
 from lora_ft.model.files import resolve
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "SEEK_DATA"), reason="Windows tells nothing about holes")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "SEEK_DATA"), reason="Windows can't tell the holes of a file (no os.SEEK_DATA)"
+)
 
 
 def sparse(path, size=2**36, data=b"", at=0):

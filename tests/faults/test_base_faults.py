@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -322,7 +323,7 @@ def base_loss(folder, *changes):
 
 
 def test_an_adapter_in_a_base_is_not_applied(folder):
-    pytest.importorskip("peft")  # transformers applies it where peft is installed
+    assert find_spec("peft")  # without it transformers would not apply one either
     loss = base_loss(folder, "output=first")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(folder / "out" / name, folder / "base" / name)

@@ -7,6 +7,7 @@ import tempfile
 
 import datasets
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 from lora_ft.core import paths
 from lora_ft.data import cache
@@ -163,8 +164,7 @@ def test_a_tracker_that_cannot_write(fresh):
     def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    event_files = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
-    before = lambda: setattr(event_files.RecordWriter, "write", fail)  # noqa: E731
+    before = lambda: setattr(event_file_writer.RecordWriter, "write", fail)  # noqa: E731
     refused(
         train(fresh, "train.report_to=[tensorboard]", before=before), 6, "out/tensorboard: can't be written (Input/"
     )
