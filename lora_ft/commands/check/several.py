@@ -76,5 +76,5 @@ def show(results: Mapping[str, Inspection], together: Memory | None) -> None:
         display.section(out, f"memory that training them together needs, {where}", lines)
     seconds = [result.seconds for result in results.values()]
     if all(seconds):
-        text = f"  at most {format_duration(sum(s or 0 for s in seconds))}, that of the runs one by one"
-        display.section(out, "time", [text, "  (an evaluation of the base counts for each)"])
+        text = f"  roughly {format_duration(sum(s or 0 for s in seconds))} or less, that of the runs one by one"
+        display.section(out, "time", [text])
