@@ -1,5 +1,6 @@
 """Commands up to a trained run: init, check, schema, env, train, compare."""
 
+import math
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -113,6 +114,10 @@ def train(
     set: Set = None,
     resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint, if there is one.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in `output`.")] = False,
+    until: Annotated[
+        float | None,
+        Option(metavar="N", help="Stop after step N, or below 1 after this part of the run, to be resumed."),
+    ] = None,
     processes: Annotated[
         int | None, Option(metavar="N", min=1, help="Train in N local processes. Default: one per visible GPU.")
     ] = None,
@@ -128,6 +133,8 @@ def train(
 
     if resume and overwrite:
         raise ConfigError("--resume continues the run, --overwrite replaces it: they cannot be combined")
+    if until is not None and (not 0 < until < math.inf or until >= 1 and until != int(until)):
+        raise ConfigError("--until: below 1 it is a part of the run (0.25), from 1 a number of steps, an integer (100)")
     configs = load_configs(config, set or ())
     silence_libraries()
     from lora_ft.distributed.launch import launch, processes_to_start
@@ -136,15 +143,12 @@ def train(
     if (count := processes_to_start(processes, on_gpus=not settings.trainer.use_cpu)) > 1:
         raise SystemExit(launch(count, sys.argv[1:], main))
     with redirect_stdout(sys.stderr):  # transformers announces W&B's offline mode on stdout
-        from lora_ft.commands.train import train
-
-        if len(configs) > 1:
-            from lora_ft.commands.train_together import train_together
+        from lora_ft.commands.train import train, train_together
 
     if len(configs) > 1:
-        train_together(configs, resume=resume, overwrite=overwrite, trust=trust)
+        train_together(configs, resume=resume, overwrite=overwrite, until=until, trust=trust)
     else:
-        train(settings, resume=resume, overwrite=overwrite, trust=trust)
+        train(settings, resume=resume, overwrite=overwrite, until=until, trust=trust)
 
 
 @command

@@ -1,210 +1,74 @@
-"""`lora-ft train`: a run in four acts: open, load, begin, finish."""
+"""`lora-ft train`: one run, or the runs of several configs together on one base."""
 
-import shlex
-import sys
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
+from lora_ft.commands.learning_rate import with_learning_rate
+from lora_ft.commands.train_run import train_run
 from lora_ft.config.schema import Config
-from lora_ft.core.errors import NumbersError
-from lora_ft.core.messages import echo, info
-from lora_ft.core.metrics import format_difference, format_metric, format_metrics, metric_of, scalars, verdict
-from lora_ft.core.run_folder import LOG, REPORT
+from lora_ft.config.together import check_together
+from lora_ft.core.errors import UserError
+from lora_ft.core.messages import info
 from lora_ft.core.signals import Stopped, Stopper
-from lora_ft.core.storage import append_line
 from lora_ft.core.trust import NO_TRUST, Trust
-from lora_ft.data.prepare import find_chat
 from lora_ft.distributed import processes
-from lora_ft.distributed.environment import with_accelerate_settings
-from lora_ft.evaluation.evaluate import Evaluator
-from lora_ft.evaluation.samples import generate_samples
-from lora_ft.evaluation.telling_rows import describe_rows
-from lora_ft.evaluation.texts import check_installed
-from lora_ft.model.device import prepare_device
-from lora_ft.report.runs import evaluation_steps, read_log
-from lora_ft.report.write import write_report
-from lora_ft.training import resume as resuming
-from lora_ft.training.lock import locked
-from lora_ft.training.output import clear
-from lora_ft.training.progress import trackers
-from lora_ft.training.saving import Saver
-from lora_ft.training.setup import RunSetup
 from lora_ft.training.together import Together
-from lora_ft.training.trainer import LoRATrainer
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False, trust: Trust = NO_TRUST) -> None:
-    """Train an adapter and leave it in `config.output`. Raises as `train_run`."""
-    with processes.silence_other_ranks(), Stopper() as stopper:
-        train_run(config, stopper, resume=resume, overwrite=overwrite, trust=trust)
-
-
-def train_run(
+def train(
     config: Config,
-    stopper: Stopper,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    until: float | None = None,
     trust: Trust = NO_TRUST,
-    together: Together | None = None,
 ) -> None:
-    """Train an adapter; together: with the other runs of this process.
+    """Train an adapter and leave it in `config.output`. Arguments and errors as of `train_run`."""
+    with processes.silence_other_ranks(), Stopper() as stopper:
+        config, facts = with_learning_rate(config, stopper, resume=resume, overwrite=overwrite, trust=trust)
+        train_run(config, stopper, resume=resume, overwrite=overwrite, until=until, trust=trust, facts=facts)
+        processes.destroy_process_group()
+
+
+def train_together(
+    configs: Mapping[str, Config],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    until: float | None = None,
+    trust: Trust = NO_TRUST,
+) -> None:
+    """Train an adapter for each config, by its name, and leave it in its output, as if each was trained alone.
+
+    Arguments as of `train_run`.
 
     Raises:
-        UserError: as the exit codes say; an earlier run is left alone until config, data, model and targets are checked.
-        Stopped: a signal came; what was done is saved.
+        ConfigError: the configs can't be trained together.
+        UserError, Stopped: of the last run that failed or was stopped, after the others went on to their ends.
     """
-    output, started, is_main = Path(config.output), time.perf_counter(), processes.is_main()
-    with locked(output) if is_main else nullcontext():
-        # ---- open: the processes, and what the output holds ----
-        stopper.hint = resume_hint(started="--overwrite" not in sys.argv)
-        config = with_accelerate_settings(config)
-        device = prepare_device(config.trainer.use_cpu)
-        processes.init_process_group(device, config.trainer.ddp_timeout, config.trainer.ddp_backend)
-        checkpoint = processes.broadcast(lambda: resuming.find_starting_point(output, config, resume, overwrite))
-        before = processes.broadcast(lambda: resuming.read_run(checkpoint) if checkpoint else None)
-        if before and before["kind"] == "adapter":
-            info(f"already finished: {output} holds the adapter of this config. Nothing to do.")
-            return
-
-        # ---- load: files and data, then the model and its steps ----
-        setup = RunSetup(config, device, trust, checkpoint, before, together.load_base if together else None)
-        args = setup.arguments
-        if config.train.predict_with_generate:
-            check_installed(config.generation.metrics)
-        with processes.local_main_first():
-            setup.read_files()
-        model, plan, state = setup.model, setup.plan, setup.state
-        setup.print_summary()
-        evaluate = Evaluator(
-            model,
-            setup.tokenizer,
-            setup.eval_sets,
-            config,
-            setup.isolation,
-            setup.packing,
-            setup.shard,
-            setup.base.fingerprint,
-        )
-        record = setup.record | _base_scores(setup, evaluate)
-        if together:  # time and memory are not this run's alone
-            record["machine"] = record["machine"] | {"runs_together": together.count}
-        setup.load_initial_adapter(model)  # after scoring the base: some methods change its own weights
-
-        # ---- begin: from here on the output changes ----
-        if together:
-            together.wait_for_others(model, len(plan) - (state.step if state else 0))
-        if is_main and before:
-            resuming.announce_resume(before, record, state, len(plan), output)
-        elif is_main:
-            clear(output)  # with --overwrite a run; else at most the log of one killed before its first checkpoint
-        stopper.hint = resume_hint(started=True)
-        saver = Saver(output, setup, record, partial(evaluate, stopper.check), evaluate.base_rows)
-        args.max_steps = len(plan)
-        trainer = LoRATrainer(
-            model=model,
-            args=args,
-            plan=plan,
-            isolation=setup.isolation,
-            evaluation=saver.evaluate if setup.eval_sets else None,
-            save=saver.save,
-            log_line=lambda line: append_line(output / LOG, line) if is_main else None,
-            patience=config.train.early_stopping_patience,
-            stopper=stopper,
-            together=together,
-        )
-        info(f"training: {len(plan)} steps of {config.train.batch_size} examples")
-        try:
-            with trackers(config.train.report_to, output):
-                trainer.train_from(state, checkpoint)
-        except (Stopped, NumbersError) as end:
-            if is_main:
-                write_report(output, record, str(end))
-            raise
-
-        # ---- finish: the best step's adapter, the report, the record ----
-        if together is None:
-            processes.destroy_process_group()
-        if not is_main:
-            return
-        last = trainer.state.global_step
-        if last < len(plan):
-            patience = config.train.early_stopping_patience
-            info(f"stopped early at step {last}: no improvement in the last {patience} evaluations")
-        step = (trainer.state.best_global_step or last) if config.train.load_best_model_at_end else last
-        seconds = time.perf_counter() - started
-        result = saver.load_best(step, last) | {"timings": {"seconds": round(seconds, 1)}}
-        write_report(output, record | result, samples=_samples(setup, result["metrics"], max(10.0, 0.05 * seconds)))
-        saver.finish(result)
-        info(f"done in {seconds:.0f} s: {output} holds the adapter of step {step}{_chosen(config, output)}")
-        info("\n".join(closing_lines(output, record | result, with_next=together is None)))
-        echo(output)
-
-
-def _chosen(config: Config, output: Path) -> str:
-    """By what the adapter's step was chosen: `, the best of 4 evaluations by loss`; "" if by nothing."""
-    evaluations = len(evaluation_steps(read_log(output)))
-    if not config.train.load_best_model_at_end or evaluations < 2:
-        return ""
-    return f", the best of {evaluations} evaluations by {metric_of(config.train.metric_for_best_model).title}"
-
-
-def closing_lines(output: Path, record: dict, with_next: bool = True) -> list[str]:
-    """What came of a run: its scores beside the base's, where its report is, and the next commands."""
-    base, own = record.get("base_metrics", {}), record["metrics"]
-    keys = [key for key in scalars(own) if not key.endswith("perplexity")]
-    width = max((len(metric_of(key).title) for key in keys), default=0)
-    lines = []
-    for key in keys:
-        before = f"{format_metric(key, base[key])} -> " if key in base else ""
-        compared = f", {format_difference(key, own)}, {verdict(key, own)}" if verdict(key, own) else ""
-        lines.append(f"  {metric_of(key).title:{width}}  {before}{format_metric(key, own[key])}{compared}")
-    if lines and base:
-        lines.insert(0, "base -> adapter on the eval data, the difference and its 95% interval:")
-    folder, method = shlex.quote(str(output)), record["config"]["adapter"]["method"]
-    last = f"lora-ft merge --adapter {folder}" if method == "lora" else f"lora-ft eval {folder}"
-    usable = [f"lora-ft generate {folder}", last]
-    report = [f"report: {output / REPORT}"] if (output / REPORT).is_file() else []
-    return [*lines, *report, *(["next:   " + "\n        ".join(usable)] if with_next else [])]
-
-
-def resume_hint(started: bool) -> str:
-    """The command line as it was typed, with --resume; until the run has started, --overwrite still has work to do."""
-    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-    return f"Continue with: {shlex.join(['lora-ft', *words, '--resume' if started else '--overwrite'])}"
-
-
-def _base_scores(setup: RunSetup, evaluate: Evaluator) -> dict:
-    """The record's scores of the base: those of the resumed run, or new ones if `train.evaluate_base` asks for them."""
-    if setup.before and "base_metrics" in setup.before:
-        evaluate.base_rows = setup.state.base_rows() if setup.state else {}
-        return {key: setup.before[key] for key in ("base_metrics", "base_seconds")}
-    if not setup.eval_sets or not setup.config.train.evaluate_base:
-        return {}
-    started = time.perf_counter()
-    metrics = evaluate(base=True)
-    seconds = round(time.perf_counter() - started, 1)
-    how = "from an earlier run" if evaluate.base_was_kept else f"{seconds:.0f} s"
-    info(f"base model evaluation ({how}): {format_metrics(metrics)}")
-    return {"base_metrics": metrics, "base_seconds": seconds}
-
-
-def _samples(setup: RunSetup, metrics: dict, seconds: float) -> Callable[[], dict]:
-    """Makes what the report shows of the eval rows: `rows` of classifications that tell something, else `samples`.
-
-    No samples where the base is not kept (full) or the model is sharded.
-    """
-    sets = setup.eval_sets
-    first = next(iter(sets.values()), None)
-
-    def make() -> dict:
-        samples: list[dict] = []
-        if first and not (first.label_words or setup.is_sharded or setup.config.adapter.method == "full"):
-            chat, of_chats = find_chat(setup.config.data, setup.tokenizer), bool(setup.config.data.messages)
-            samples = generate_samples(setup.model, setup.tokenizer, first, seconds, chat, of_chats)
-        return {"samples": samples, "rows": describe_rows(metrics, sets)}
-
-    return make
+    check_together(configs)
+    options = {"resume": resume, "overwrite": overwrite, "until": until, "trust": trust}
+    with processes.silence_other_ranks(), Stopper() as stopper:
+        choices = {
+            name: with_learning_rate(config, stopper, resume=resume, overwrite=overwrite, trust=trust)
+            for name, config in configs.items()
+        }
+        together = Together(stopper, len(configs))
+        stories = [
+            (name, partial(train_run, config, stopper, **options, facts=facts, together=together))  # type: ignore[arg-type]
+            for name, (config, facts) in choices.items()
+        ]
+        shared = next(iter(configs.values())).train
+        runs = together.train(stories, shared.micro_batch_tokens, shared.gradient_checkpointing)
+        processes.destroy_process_group()
+        failed = [run for run in runs if run.error]
+        for run in failed:
+            if isinstance(run.error, Stopped):
+                info(f"{run.name}: {'. '.join(run.error.args)}")
+                run.error.args = (f"{len(failed)} of {len(runs)} runs stopped",)
+            elif isinstance(run.error, UserError):
+                run.error.args = (f"{len(failed)} of {len(runs)} runs failed: {', '.join(r.name for r in failed)}",)
+        if failed:
+            raise failed[-1].error  # type: ignore[misc]
+        folders = " ".join(str(config.output) for config in configs.values())
+        info(f"compare them: lora-ft report {folders}")

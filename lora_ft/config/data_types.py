@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from lora_ft.config.types import COLUMN, NULL, TEXT, json_schema, list_of, unique
+from lora_ft.config.json_types import NULL, TEXT, json_schema, list_of
+from lora_ft.config.types import COLUMN, unique
 from lora_ft.core.messages import format_value
 from lora_ft.core.names import template_columns
 

@@ -123,7 +123,9 @@ class TrainConfig(Section):
     share_prefixes: types.AutoOrOff = setting(
         "auto", "compute what examples of a micro-batch begin with alike once; or off", resume="rounding"
     )
-    learning_rate: float = setting(5e-4, "the schedule's maximum", gt=0)
+    learning_rate: types.LearningRate = setting(
+        5e-4, "the schedule's maximum; auto: the best of five, tried in short runs on a held-out part of train"
+    )
     lr_scheduler_type: types.Scheduler = setting("linear", "the learning rate schedule, by its name in transformers")
     warmup_steps: types.StepsOrZero = setting(0.06, "below 1 a fraction of the run, from 1 a number of steps; 0: none")
     weight_decay: float = setting(0.0, "weight decay of AdamW", ge=0)

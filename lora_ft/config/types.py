@@ -8,8 +8,9 @@ import os
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator
 
+from lora_ft.config.json_types import COUNT, FRACTION, NULL, TEXT, json_schema, list_of, mapping, one_or_more
 from lora_ft.config.training_arguments import SCHEDULERS
 from lora_ft.core.messages import format_value
 from lora_ft.core.metrics import TEXT_METRICS
@@ -90,6 +91,12 @@ def _steps_or_zero(value: Any) -> Any:
 def _micro_batch_tokens(value: Any) -> Any:
     if value != "auto" and not (type(value) is int and value >= 1):
         raise ValueError(f"{format_value(value)} is not valid; give auto, or a number of tokens, an integer from 1")
+    return value
+
+
+def _learning_rate(value: Any) -> Any:
+    if value != "auto" and not (type(value) in (int, float) and 0 < value < float("inf")):
+        raise ValueError(f"{format_value(value)} is not valid; give auto, or a number above 0, as 5e-4")
     return value
 
 
@@ -177,29 +184,6 @@ def _roles(value: Any) -> Any:
     return value
 
 
-def json_schema(*alternatives: dict[str, Any]) -> WithJsonSchema:
-    """The JSON Schema of a type whose validators accept any of these."""
-    return WithJsonSchema(alternatives[0] if len(alternatives) == 1 else {"anyOf": list(alternatives)})
-
-
-def list_of(item: dict[str, Any], **limits: Any) -> dict[str, Any]:
-    return {"type": "array", "items": item, "uniqueItems": True, **limits}
-
-
-def _one_or_more(*words: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    word = {"enum": list(words)}
-    return word, list_of(word)
-
-
-def _mapping(pattern: str, value: dict[str, Any], **limits: Any) -> dict[str, Any]:
-    keys = {"minProperties": 1, "patternProperties": {pattern: value}, "additionalProperties": False}
-    return {"type": "object", **keys, **limits}
-
-
-TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
-NULL: dict[str, Any] = {"type": "null"}
-FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-COUNT = {"type": "integer", "minimum": 1}
 _LAYER = {"type": "integer", "minimum": 0, "maximum": MAX_LAYERS - 1}
 _RANGE = {"type": "string", "pattern": r"^\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?$"}
 _EVAL_SET = (TEXT, list_of(TEXT, minItems=1), FRACTION, COUNT)
@@ -214,36 +198,38 @@ Source = Annotated[Name, AfterValidator(with_slashes)]
 Sources = Annotated[OneOrMore[Source], json_schema(TEXT, list_of(TEXT))]
 LocalPath = Annotated[Source, AfterValidator(os.path.expanduser)]  # no shell expands a ~ in a config
 Names = Annotated[OneOrMore[Name], json_schema(TEXT, list_of(TEXT))]
-Targets = Annotated[OneOrMore[Annotated[str, AfterValidator(_role)]], json_schema(*_one_or_more(*ROLES, *GROUPS))]
+Targets = Annotated[OneOrMore[Annotated[str, AfterValidator(_role)]], json_schema(*one_or_more(*ROLES, *GROUPS))]
 _LAYERS = json_schema(list_of(_LAYER, minItems=1), _RANGE, NULL)
 Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_layers), _LAYERS]
 Steps = Annotated[int | float, BeforeValidator(_steps), json_schema(FRACTION, COUNT)]
 StepsOrZero = Annotated[int | float, BeforeValidator(_steps_or_zero), json_schema(FRACTION, COUNT | {"minimum": 0})]
 _AUTO_OR_COUNT = json_schema({"const": "auto"}, COUNT)
 MicroBatchTokens = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), _AUTO_OR_COUNT]
+_RATE = json_schema({"const": "auto"}, {"type": "number", "exclusiveMinimum": 0})
+LearningRate = Annotated[Literal["auto"] | float, BeforeValidator(_learning_rate), _RATE]
 _OFF = BeforeValidator(lambda value: "off" if value is False else value)  # what YAML reads as false
 AutoOrOff = Annotated[Literal["auto", "off"], _OFF]
 _REPORTER = Literal[*REPORTERS]  # type: ignore[valid-type]
 _NONE = BeforeValidator(lambda value: [] if value == "none" else value)
-Reporters = Annotated[OneOrMore[_REPORTER], _NONE, json_schema({"const": "none"}, *_one_or_more(*REPORTERS))]
+Reporters = Annotated[OneOrMore[_REPORTER], _NONE, json_schema({"const": "none"}, *one_or_more(*REPORTERS))]
 _METRIC = Literal[*TEXT_METRICS]  # type: ignore[valid-type]
-TextMetrics = Annotated[OneOrMore[_METRIC], json_schema(*_one_or_more(*TEXT_METRICS))]
+TextMetrics = Annotated[OneOrMore[_METRIC], json_schema(*one_or_more(*TEXT_METRICS))]
 TemplateText = Annotated[str, AfterValidator(_template), json_schema(TEXT)]
 Supervised = Annotated[str, AfterValidator(_supervised), json_schema(TEXT)]
 Column = Annotated[str, AfterValidator(_column), json_schema(TEXT | {"pattern": COLUMN})]
 EvalSets = Annotated[
     EvalSet | dict[str, EvalSet] | None,
     BeforeValidator(_eval_sets),
-    json_schema(*_EVAL_SET, _mapping(f"^{SET_NAME}$", {"anyOf": list(_EVAL_SET)}), NULL),
+    json_schema(*_EVAL_SET, mapping(f"^{SET_NAME}$", {"anyOf": list(_EVAL_SET)}), NULL),
 ]
 LabelNames = Annotated[
     dict[str, tuple[str, ...]] | None,
     BeforeValidator(_label_names),
-    json_schema(_mapping(COLUMN, list_of(TEXT, minItems=2), maxProperties=1), NULL),
+    json_schema(mapping(COLUMN, list_of(TEXT, minItems=2), maxProperties=1), NULL),
 ]
 TemplateKwargs = Annotated[
     dict[str, bool | int | float | str] | None,
     BeforeValidator(_template_kwargs),
-    json_schema(_mapping("^[A-Za-z_][A-Za-z0-9_]*$", {"type": ["boolean", "number", "string"]}), NULL),
+    json_schema(mapping("^[A-Za-z_][A-Za-z0-9_]*$", {"type": ["boolean", "number", "string"]}), NULL),
 ]
-Roles = Annotated[dict[str, str] | None, BeforeValidator(_roles), json_schema(_mapping(".", TEXT), NULL)]
+Roles = Annotated[dict[str, str] | None, BeforeValidator(_roles), json_schema(mapping(".", TEXT), NULL)]

@@ -64,6 +64,16 @@ def read_record(folder: Path, error: type[UserError] = ModelError) -> dict[str, 
     return record
 
 
+def newest_record(output: Path) -> dict[str, Any] | None:
+    """The record of a finished run, else of its newest checkpoint, as its `kind` says; None if there is neither.
+
+    Raises:
+        FilesError: as `read_record`.
+    """
+    folders = [folder for folder in (*checkpoints(output), output) if (folder / RECORD).is_file()]
+    return read_record(folders[-1], FilesError) if folders else None
+
+
 def checkpoint_folders(output: Path) -> list[Path]:
     """All folders named like checkpoints, oldest first, complete or not."""
     folders = (output / "checkpoints").glob("step-*")

@@ -47,6 +47,8 @@ def arguments(config: Config, device: str) -> TrainingArguments:
         report_to=list(train.report_to),
         disable_tqdm=True,  # the bar is ours
     ) | train.model_dump(include=SAME_NAME)
+    if train.learning_rate == "auto":  # in `check`: training has chosen one by now
+        del settings["learning_rate"]
     try:
         args = TrainingArguments(**settings | config.trainer.model_dump(exclude={"fsdp"}))
         if args.n_gpu > 1:

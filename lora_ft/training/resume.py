@@ -35,14 +35,10 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
         FilesError: `output` holds a run and neither flag was given, no checkpoint is intact, or its name is not UTF-8.
         ConfigError: the run used settings that lead to another result.
     """
-    refuse_not_utf8(output, FilesError)
     if not resume:
-        check_foreign(output)
-        if overwrite:
-            check_removable(output)
-        elif holds_run(output):
-            raise FilesError(f"output {output}: {HOLDS_RUN}")
+        check_output(output, overwrite)
         return None
+    refuse_not_utf8(output, FilesError)
     check_no_links(output / run_folder.LOG, *run_folder.checkpoint_folders(output))  # cut back; removed by rotation
     ended = read_run(output)
     if ended:
@@ -58,6 +54,16 @@ def find_starting_point(output: Path, config: Config, resume: bool, overwrite: b
         assert record is not None, "an intact checkpoint has a record"
         check_settings(record, config)
     return checkpoint
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Check that a new run can have the folder. Raises FilesError, as if it holds one and that is not to be overwritten."""
+    refuse_not_utf8(output, FilesError)
+    check_foreign(output)
+    if overwrite:
+        check_removable(output)
+    elif holds_run(output):
+        raise FilesError(f"output {output}: {HOLDS_RUN}")
 
 
 def holds_run(output: Path) -> bool:

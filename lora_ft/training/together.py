@@ -140,6 +140,7 @@ class Together:
             while steps:
                 bar.update(len(steps))
                 steps = self._advance(self._compute(steps))
+        self.stopper.deferred = False
         return runs
 
     def _start(self, runs: Sequence[Run]) -> list[Run]:

@@ -16,7 +16,7 @@ from lora_ft.commands.compare.display import format_mean, show
 from lora_ft.commands.compare.page import page
 from lora_ft.commands.compare.results import mean_interval, metrics_over_seeds
 from lora_ft.commands.compare.runs import run_and_stream
-from lora_ft.commands.compare.variants import final_config, make_variants, parse_axes, ranking_metric, tuning_config
+from lora_ft.commands.compare.variants import final_config, make_variants, parse_axes, ranking_metric, tuning_run
 from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.storage import sha256
@@ -113,14 +113,14 @@ def test_nothing_is_selected_on_the_eval_data(config):
     run = final_config(variant, {"train.learning_rate": "1e-2"}, 3, Path("out"), evaluate_base=False)
     assert (run.train.learning_rate, run.train.seed) == (1e-2, 3)
     assert not run.train.load_best_model_at_end and run.train.early_stopping_patience is None
-    chooses = tuning_config(variant, {}, 0, Path("out"))
+    chooses = tuning_run(variant, {}, 0, Path("out"))
     assert chooses.data.eval == {"tuning": 0.1}
     assert chooses.train.metric_for_best_model == "tuning_loss"
 
 
 def test_tuning_data_excludes_eval_rows_held_out_of_train(config):
     variant = make_variants(config, ["data.eval={a: 0.2, b: eval.jsonl}"], {})[0]
-    assert tuning_config(variant, {}, 0, Path("out")).data.eval == {"a": 0.2, "tuning": 0.1}
+    assert tuning_run(variant, {}, 0, Path("out")).data.eval == {"a": 0.2, "tuning": 0.1}
 
 
 def test_the_ranking_metric(config):
@@ -247,6 +247,7 @@ def test_tuning_runs_keep_no_checkpoint(compared):
 def test_a_repeated_command_trains_nothing_and_gives_the_same_result(compared):
     folder, _ = compared
     before = {p: p.stat().st_mtime_ns for p in folder.glob("out-compare/*/*/lora_ft.json")}
+    before |= {p: p.stat().st_mtime_ns for p in folder.glob("out-compare/tuning/*/tuning.json")}
     assert len(before) == 8
     old = result(folder)
     weights = Path(folder, old["variants"][0]["runs"]["0"], "adapter_model.safetensors")
@@ -256,7 +257,8 @@ def test_a_repeated_command_trains_nothing_and_gives_the_same_result(compared):
     done = compare(folder, *VARY, "--seeds", "0,1", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out) == result(folder) == old
-    assert {p: p.stat().st_mtime_ns for p in folder.glob("out-compare/*/*/lora_ft.json")} == before
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert not list(folder.glob("out-compare/tuning/*/lora_ft.json"))
 
 
 def test_a_folder_with_runs_of_other_settings_is_refused(compared):

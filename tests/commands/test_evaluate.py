@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lora_ft.commands.evaluate
-from lora_ft.commands.train import closing_lines
+from lora_ft.commands.train_run import closing_lines
 from lora_ft.core.errors import FilesError
 from lora_ft.evaluation import kept
 from tests.helpers.command import cli, refused, train

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 import lora_ft.commands.evaluate
+import lora_ft.commands.train_run
 import lora_ft.core.signals
 import lora_ft.data.encode
 import lora_ft.evaluation.scoring
@@ -71,7 +72,7 @@ AFTER_IT = {
     "an evaluation": (lora_ft.evaluation.scoring, "_log_probabilities", 3),
     "saving": (State, "write", 2),
     "rotation": (lora_ft.training.saving, "rotate", 3),
-    "the log": (lora_ft.commands.train, "append_line", 4),
+    "the log": (lora_ft.commands.train_run, "append_line", 4),
     "the last step": (lora_ft.training.step, "supervised_loss", 12),
     "the last checkpoint": (State, "write", 4),
     "the end": (Saver, "finish", 1),

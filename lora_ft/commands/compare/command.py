@@ -6,23 +6,21 @@ from pathlib import Path
 
 from lora_ft.commands.compare.display import show
 from lora_ft.commands.compare.page import page
-from lora_ft.commands.compare.results import VariantResult, base_metrics
+from lora_ft.commands.compare.results import Candidate, VariantResult, base_metrics
 from lora_ft.commands.compare.runs import RunFailed, Runner
 from lora_ft.commands.compare.variants import (
-    TUNING_SET,
     final_config,
     folder_name,
     grid_points,
     make_variants,
     parse_axes,
     ranking_metric,
-    tuning_config,
-    tuning_metric,
+    tuning_run,
 )
-from lora_ft.config.schema import Config, eval_sets
+from lora_ft.config.schema import Config
+from lora_ft.config.tuning import STAGES, better_half, keep_score, kept_scores, score_of, tuning_metric
 from lora_ft.core.errors import ConfigError, FilesError, NumbersError
 from lora_ft.core.messages import echo, echo_json, info
-from lora_ft.core.metrics import metric_of
 from lora_ft.core.run_folder import checkpoints
 from lora_ft.core.storage import read_json, write_json
 from lora_ft.core.trust import NO_TRUST, Trust
@@ -57,14 +55,12 @@ def compare_command(
     seed_list = parse_seeds(seeds)
     variants, grid = make_variants(path, overrides, varied), grid_points(tuned)
     config = variants[0].config
-    if tuned and TUNING_SET in eval_sets(config.data.eval):
-        raise ConfigError(f"data.eval.{TUNING_SET}: is what --tune holds out of train; give the eval set another name")
     folder = output or Path(f"{config.output.rstrip('/')}-compare")
     _check_distinct("--vary", [variant.folder for variant in variants])
     _check_distinct("--tune", [folder_name(point) for point in grid])
     for variant in variants:  # all config errors come before the first run
         for point in grid:
-            tuning_config(variant, point, seed_list[0], folder, tune_steps)
+            tuning_run(variant, point, seed_list[0], folder, tune_steps)
             final_config(variant, point, seed_list[0], folder, evaluate_base=False)
     folder.mkdir(parents=True, exist_ok=True)
     latency = _measured_latency(folder / RESULT)
@@ -87,12 +83,18 @@ def compare_command(
         return result
 
     runner = Runner(folder, trust.options(), len(variants) * ((len(grid) if tuned else 0) + len(seed_list)))
-    if tuned and not one_by_one:
-        runner.train_together([c for r in results for _, c in tuning_runs(r, grid, tune_steps, seed_list[0], folder)])
     for result in results if tuned else ():
-        with skip_if_refused(result):
-            tune_variant(result, grid, tune_steps, seed_list[0], runner)
-        write()
+        result.candidates = candidates(result, grid, tune_steps, seed_list[0], folder)
+        result.left = list(result.candidates)
+    for stage in STAGES:
+        undecided = [result for result in results if len(result.left) > 1 and not result.failure]
+        if not one_by_one:
+            configs = [candidate.config for result in undecided for candidate in result.left]
+            runner.train_together([c for c in configs if stage not in kept_scores(c)], until=stage)
+        for result in undecided:
+            with skip_if_refused(result):
+                tune_variant(result, stage, runner)
+            write()
     if not one_by_one:
         runner.train_together([c for r in results if not r.failure for c in final_runs(r, seed_list, folder).values()])
     for result in results:
@@ -129,12 +131,12 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def tuning_runs(
+def candidates(
     result: VariantResult, grid: Sequence[dict], steps: int | None, seed: int, folder: Path
-) -> list[tuple[dict, Config]]:
-    """Each point of the grid with the config of its run, on nine tenths of train."""
+) -> list[Candidate]:
+    """Each point of the grid with the config of its run."""
     outputs = [folder / "tuning" / f"{result.variant.folder},{folder_name(point)}" for point in grid]
-    return [(p, tuning_config(result.variant, p, seed, o, steps)) for p, o in zip(grid, outputs, strict=True)]
+    return [Candidate(p, tuning_run(result.variant, p, seed, o, steps)) for p, o in zip(grid, outputs, strict=True)]
 
 
 def final_runs(result: VariantResult, seeds: Sequence[int], folder: Path) -> dict[int, Config]:
@@ -144,26 +146,34 @@ def final_runs(result: VariantResult, seeds: Sequence[int], folder: Path) -> dic
     return {s: final_config(result.variant, result.tuned, s, o, s == seeds[0]) for s, o in outputs.items()}
 
 
-def tune_variant(result: VariantResult, grid: Sequence[dict], steps: int | None, seed: int, runner: Runner) -> None:
-    """Train with each point of the grid; `result` gets the best by its score on the tenth of train that is held out."""
-    metric, overflow = tuning_metric(result.variant.config), None
-    for point, config in tuning_runs(result, grid, steps, seed, runner.folder):
-        try:
-            record = runner.train(f"{result.variant.name}, tuning {folder_name(point)}", config)
-        except RunFailed as failure:
-            if failure.exit_code != NumbersError.exit_code:
-                raise  # another learning rate, say, would not help
-            score, overflow = None, failure
-        else:
-            score = record["metrics"][f"{TUNING_SET}_{metric}"]
-            for checkpoint in checkpoints(Path(config.output)):  # full fine-tuning's is three models
+def tune_variant(result: VariantResult, stage: float, runner: Runner) -> None:
+    """Train what is left of the variant's candidates to the end of a stage; the better half by its score is left then."""
+    metric, failed = (
+        tuning_metric(result.variant.config),
+        RunFailed("failed with each value of --tune", NumbersError.exit_code),
+    )
+    for candidate in result.left:
+        if stage not in kept_scores(candidate.config):
+            try:
+                title = f"{result.variant.name}, tuning {folder_name(candidate.settings)}"
+                record = runner.train(title, candidate.config, until=stage)
+            except RunFailed as failure:
+                if failure.exit_code != NumbersError.exit_code:
+                    raise  # another learning rate, say, would not help
+                failed = failure
+                keep_score(candidate.config, stage, None)
+            else:
+                keep_score(candidate.config, stage, score_of(record, metric))
+        candidate.stage, candidate.score = stage, kept_scores(candidate.config)[stage]
+    is_last = stage == STAGES[-1]
+    before, scores = result.left, {candidate: candidate.score for candidate in result.left}
+    result.left = better_half(scores, metric, least=1 if is_last else 2)  # the last two are tried longest
+    if not result.left:
+        raise failed
+    for candidate in before:
+        if is_last or candidate not in result.left:  # it goes no further
+            for checkpoint in checkpoints(Path(candidate.config.output)):  # full fine-tuning's is three models
                 remove_checkpoint(checkpoint)
-        result.tried.append({"settings": point, "score": score})
-    scored = [tried for tried in result.tried if tried["score"] is not None]
-    if overflow and not scored:
-        raise overflow
-    best = min if metric_of(metric).lower_is_better else max
-    result.tuned = best(scored, key=lambda tried: tried["score"])["settings"]
 
 
 def train_seeds(result: VariantResult, seeds: Sequence[int], runner: Runner) -> None:

@@ -127,8 +127,8 @@ def tuning_table(result: dict) -> Table:
             chosen = " (chosen)" if tried["settings"] == variant["tuned"] else ""
             settings = ", ".join(f"{name}={value}" for name, value in tried["settings"].items())
             score = "failed" if tried["score"] is None else format_metric(key, tried["score"])
-            rows.append(Row(variant["name"], [settings + chosen, score]))
-    return Table(["tried", f"{metric_of(key).title}, held out"], rows, numbers=False)
+            rows.append(Row(variant["name"], [settings + chosen, f"1/{round(1 / tried['part'])} of the steps", score]))
+    return Table(["tried", "until", f"{metric_of(key).title}, held out"], rows, numbers=False)
 
 
 def metric_keys(result: dict) -> dict[str, list[str]]:

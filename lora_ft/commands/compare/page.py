@@ -32,10 +32,11 @@ def page(result: dict) -> str:
     )
     note = f"{of}. The last step of each run counts: nothing was selected on the eval data."
     if tuned:
-        steps = f", after {result['tune_steps']} steps" if result["tune_steps"] else ""
+        steps = f" {result['tune_steps']}" if result["tune_steps"] else ""
         note += (
             f" {', '.join(tuned)}: the best for each variant by {metric_of(result['tuning_metric']).title} on a tenth of the"
-            f" training data, held out, with seed {result['seeds'][0]}{steps}."
+            f" training data, held out, with seed {result['seeds'][0]}; after an eighth, a quarter and half of the{steps} steps"
+            " the worse half stopped."
         )
     runs = [Row(variant["name"], list(variant["runs"].values())) for variant in result["variants"] if "runs" in variant]
     refused = "\n".join(f"{v['name']}: {skipped(v)}" for v in result["variants"] if skipped(v))

@@ -8,26 +8,42 @@ from pathlib import Path
 
 from lora_ft.commands.compare.runs import RunFailed
 from lora_ft.commands.compare.variants import Variant
+from lora_ft.config.schema import Config
+from lora_ft.config.tuning import Score
 from lora_ft.core.intervals import student_t
 from lora_ft.core.metrics import VS_BASE, scalars, split_set_name
 from lora_ft.report.runs import eval_set_names, read_log
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A point of the tuning grid and the config of its run. score: after a `stage`, a part of its steps."""
+
+    settings: dict[str, str]
+    config: Config
+    stage: float | None = None
+    score: Score = None
 
 
 @dataclass
 class VariantResult:
     """The results of a variant so far.
 
-    tuned: the settings chosen by tuning. tried: {"settings": ..., "score": ...} of each point of the tuning grid; the score is
-    None where the run failed. records: seed -> the record of each finished run. failure: why the variant can't be trained
-    here. latency: as benchmarks/latency.py has measured its first run's weights.
+    candidates: of tuning. left: those that have not been dropped, best first. records: seed -> the record of each finished run.
+    failure: why the variant can't be trained here. latency: as benchmarks/latency.py has measured its first run's weights.
     """
 
     variant: Variant
-    tuned: dict[str, str] = field(default_factory=dict)
-    tried: list[dict] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    left: list[Candidate] = field(default_factory=list)
     records: dict[int, dict] = field(default_factory=dict)
     failure: RunFailed | None = None
     latency: dict = field(default_factory=dict)
+
+    @property
+    def tuned(self) -> dict[str, str]:
+        """The settings chosen by tuning."""
+        return self.left[0].settings if self.left else {}
 
     @property
     def weights_hash(self) -> str:
@@ -38,7 +54,12 @@ class VariantResult:
     def as_dict(self) -> dict:
         """For compare.json; the keys of `metrics` are eval sets, "" for a single one without a name."""
         variant = self.variant
-        entry: dict = {"name": variant.name, "settings": variant.settings, "tuned": self.tuned, "tried": self.tried}
+        tried = [
+            {"settings": c.settings, "part": c.stage, "score": c.score and c.score[0]}
+            for c in self.candidates
+            if c.stage
+        ]
+        entry: dict = {"name": variant.name, "settings": variant.settings, "tuned": self.tuned, "tried": tried}
         if self.failure:
             entry["refused"] = str(self.failure)
         if records := list(self.records.values()):

@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_ft.config.load import changes
+from lora_ft.config.learning_rate import chosen_before
 from lora_ft.config.schema import Config
 from lora_ft.config.together import shared_values
+from lora_ft.config.tuning import refuse_other_settings
 from lora_ft.core.disk import WINDOWS
-from lora_ft.core.errors import EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, ConfigError, FilesError, ModelError, NumbersError
+from lora_ft.core.errors import EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, ModelError, NumbersError
 from lora_ft.core.messages import info, working
-from lora_ft.core.run_folder import RECORD, checkpoints, read_record
+from lora_ft.core.run_folder import newest_record
 from lora_ft.core.signals import Stopped
 from lora_ft.core.storage import write_file
 from lora_ft.report.figures import config_text
@@ -39,12 +40,6 @@ class RunFailed(Exception):
         self.exit_code = exit_code
 
 
-def newest_record(output: Path) -> dict | None:
-    """The record of a finished run, else of its newest checkpoint, as its `kind` says; None if there is neither."""
-    folders = [folder for folder in (*checkpoints(output), output) if (folder / RECORD).is_file()]
-    return read_record(folders[-1], FilesError) if folders else None
-
-
 @dataclass
 class Runner:
     """Trains the runs of the comparison in `folder`. options: of `lora-ft train`. total: the number of runs to expect."""
@@ -52,39 +47,38 @@ class Runner:
     folder: Path
     options: Sequence[str]
     total: int
-    started: int = 0
+    begun: set[str] = field(default_factory=set)  # the outputs of runs so far
 
-    def train(self, title: str, config: Config) -> dict:
+    def train(self, title: str, config: Config, until: float | None = None) -> dict:
         """Train `config` to its end, unless its output holds that run already; returns the run's record.
+
+        until: as for `lora-ft train`; the record is then that of the last checkpoint.
 
         Raises:
             RunFailed: the variant does not fit the model or the memory, or its numbers overflow.
             ConfigError: the output holds a run with other settings, which are listed.
             SystemExit: the run failed otherwise, or was stopped; with its exit code.
         """
-        self.started += 1
-        info(f"compare: run {self.started} of {self.total}: {title}")
-        output = Path(config.output)
-        if record := newest_record(output):
-            differences = changes(record["config"], config)
-            if lines := differences["result"] + differences["longer"]:
-                settings = "".join(f"\n  {line}" for line in lines)
-                way_out = "Restore them, or give another folder: --output DIR."
-                raise ConfigError(f"{output}: holds a run with other settings:{settings}\n{way_out}")
+        self.begun |= {config.output}
+        info(f"compare: run {len(self.begun)} of {self.total}: {title}")
+        if record := newest_record(Path(config.output)):
+            refuse_other_settings(Path(config.output), record["config"], chosen_before(config, record))
             if record["kind"] == "adapter":
                 return record
-        with working(f"run {self.started} of {self.total}"):
-            exit_code, last_line = run_and_stream(self._command([config]))
+        with working(f"run {len(self.begun)} of {self.total}"):
+            exit_code, last_line = run_and_stream(self._command([config], until))
         if exit_code in SKIPPED_EXIT_CODES:
             raise RunFailed(last_line, exit_code)
         if exit_code:
-            info(f"compare: the run in {output} failed with exit code {exit_code}; repeat the command to resume it")
+            info(
+                f"compare: the run in {config.output} failed with exit code {exit_code}; repeat the command to resume it"
+            )
             raise SystemExit(exit_code)
-        record = newest_record(output)
-        assert record is not None, "a finished run has a record"
+        record = newest_record(Path(config.output))
+        assert record is not None, "a run that succeeded has a record"
         return record
 
-    def train_together(self, configs: Sequence[Config]) -> None:
+    def train_together(self, configs: Sequence[Config], until: float | None = None) -> None:
         """Train those of `configs` that can be trained together so, up to TOGETHER at a time; the others are left to `train`.
 
         So are those that fail here: `train` finds what there is of each run, and says what became of it. Raises SystemExit if
@@ -100,11 +94,11 @@ class Runner:
                 if len(some) > 1:
                     info(f"compare: training {len(some)} runs together (--one-by-one trains each alone)")
                     with working(f"{len(some)} runs"):
-                        exit_code, _ = run_and_stream(self._command(some))
+                        exit_code, _ = run_and_stream(self._command(some, until))
                     if exit_code >= EXIT_INTERRUPTED:
                         raise SystemExit(exit_code)
 
-    def _command(self, configs: Sequence[Config]) -> list[str]:
+    def _command(self, configs: Sequence[Config], until: float | None) -> list[str]:
         """The command that trains `configs`, whose files are kept, so that runs can be repeated by hand."""
         paths = []
         for config in configs:
@@ -112,7 +106,8 @@ class Runner:
             paths.append(self.folder / "configs" / f"{name}.yaml")
             paths[-1].parent.mkdir(parents=True, exist_ok=True)
             write_file(paths[-1], config_text(config.model_dump(mode="json")))
-        return [sys.executable, "-m", "lora_ft", "train", *map(str, paths), "--resume", *self.options]
+        stop = ["--until", str(until)] if until else []
+        return [sys.executable, "-m", "lora_ft", "train", *map(str, paths), "--resume", *stop, *self.options]
 
 
 def run_and_stream(command: list[str]) -> tuple[int, str]:

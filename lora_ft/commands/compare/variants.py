@@ -10,13 +10,10 @@ import yaml
 
 from lora_ft.config.load import load_config, parse_config
 from lora_ft.config.schema import AdapterConfig, Config, eval_sets, methods_of
+from lora_ft.config.tuning import tuning_config, tuning_metric, without_selection
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import printable
-from lora_ft.core.metrics import TEXT_METRICS, selection_metric
-
-TUNING_SET, TUNING_SHARE = "tuning", 0.1  # the eval set for tuning, and its share of train
-MAX_TUNING_EXAMPLES = 500  # unless data.max_eval_examples is set
-NEVER = 2**31  # steps between evaluations; the last step is always evaluated
+from lora_ft.core.metrics import selection_metric
 
 
 @dataclass(frozen=True)
@@ -118,50 +115,24 @@ def final_config(variant: Variant, tuned: dict[str, str], seed: int, output: Pat
     """The config of a run whose scores are reported: nothing in it is selected on the eval data."""
     config = with_settings(variant.config, tuned)
     train = {"evaluate_base": evaluate_base, "predict_with_generate": bool(config.generation.metrics)}
-    return _run_config(config, output, seed, train)
+    return without_selection(config, output, train | {"seed": seed})
 
 
-def tuning_config(variant: Variant, tuned: dict[str, str], seed: int, output: Path, steps: int | None = None) -> Config:
-    """The config of a run that scores `tuned` on a tenth of train, held out after the eval data's own share.
-
-    steps: the length of the run; None: that of the final runs.
-    """
+def tuning_run(variant: Variant, tuned: dict[str, str], seed: int, output: Path, steps: int | None = None) -> Config:
+    """The config of a run that scores `tuned`. steps: its length; None: that of the final runs."""
     config = with_settings(variant.config, tuned)
-    sets = eval_sets(config.data.eval)  # amounts of train to hold out, and sources
-    held_out = {name or "eval": amount for name, amount in sets.items() if not isinstance(amount, tuple)}
-    most = config.data.max_eval_examples or MAX_TUNING_EXAMPLES
-    train: dict = {"evaluate_base": False, "predict_with_generate": False, "max_steps": steps or config.train.max_steps}
-    train |= {"metric_for_best_model": f"{TUNING_SET}_{tuning_metric(config)}"}
-    return _run_config(config, output, seed, train, eval=held_out | {TUNING_SET: TUNING_SHARE}, max_eval_examples=most)
-
-
-def _run_config(config: Config, output: Path, seed: int, train: dict, **data: object) -> Config:
-    """The config of a run that ends with its last step, the only one that is evaluated."""
-    values = config.model_dump(mode="json") | {"output": str(output)}
-    no_selection = {"load_best_model_at_end": False, "early_stopping_patience": None, "eval_steps": NEVER}
-    values["train"] |= no_selection | {"seed": seed, "save_total_limit": 1} | train
-    values["data"] |= data
-    return parse_config(values)
-
-
-def tuning_metric(config: Config) -> str:
-    """The metric to tune by: metric_for_best_model, or the loss if that needs generated texts."""
-    metric = _selection(config)[1]
-    return "loss" if metric in TEXT_METRICS else metric
+    length = steps or config.train.max_steps
+    return tuning_config(config, output, tuning_metric(variant.config), seed=seed, max_steps=length)
 
 
 def ranking_metric(config: Config) -> tuple[str, str]:
     """(eval set, metric) to rank variants by: metric_for_best_model; if that is the loss, a more telling one."""
-    name, metric = _selection(config)
+    selection = selection_metric(config.train.metric_for_best_model, list(eval_sets(config.data.eval)) or [""])
+    assert selection is not None, "checked by the config's rules"
+    name, metric = selection
     if metric == "loss" and config.generation.metrics:
         return name, config.generation.metrics[0]
     return name, "accuracy" if metric == "loss" and config.data.label_names else metric
-
-
-def _selection(config: Config) -> tuple[str, str]:
-    selection = selection_metric(config.train.metric_for_best_model, list(eval_sets(config.data.eval)) or [""])
-    assert selection is not None, "checked by the config's rules"
-    return selection
 
 
 def folder_name(settings: dict[str, str]) -> str:

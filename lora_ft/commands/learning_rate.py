@@ -1,0 +1,133 @@
+"""`train.learning_rate: auto`: try rates in short runs, on rows held out of train, and train with the best.
+
+The trials are ordinary runs in the output's folder learning_rate/, LoRA's trained together; what they scored is kept, so that a
+stopped command goes on where it was.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from lora_ft.commands.train_run import train_run
+from lora_ft.config.learning_rate import AUTO, TRIALS, chosen_before, rates_to_try, trial_config, with_rate
+from lora_ft.config.schema import Config
+from lora_ft.config.together import check_together
+from lora_ft.config.tuning import SCORES, STAGES, Score, better_half, keep_score, kept_scores, score_of
+from lora_ft.core.errors import ConfigError, NumbersError
+from lora_ft.core.messages import info, listed
+from lora_ft.core.run_folder import checkpoints, newest_record
+from lora_ft.core.signals import Stopper
+from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.distributed import processes
+from lora_ft.model.device import prepare_device
+from lora_ft.model.files import resolve
+from lora_ft.model.load import load_model_config
+from lora_ft.training.output import remove_checkpoint
+from lora_ft.training.resume import check_output
+from lora_ft.training.together import Together
+
+METRIC = "loss"
+
+
+def with_learning_rate(
+    config: Config, stopper: Stopper, *, resume: bool = False, overwrite: bool = False, trust: Trust = NO_TRUST
+) -> tuple[Config, dict]:
+    """The config with a learning rate, and what the record says of the choice; of a config that has one, as it is.
+
+    Raises:
+        UserError: as `train_run`; NumbersError if the numbers overflow with each rate.
+        Stopped: a signal came; resuming goes on with the trials.
+    """
+    if config.train.learning_rate != AUTO:
+        return config, {}
+    output, is_main = Path(config.output), processes.is_main()
+    device = prepare_device(config.trainer.use_cpu)
+    processes.init_process_group(device, config.trainer.ddp_timeout, config.trainer.ddp_backend)
+    record = processes.broadcast(lambda: newest_record(output) if resume else None)
+    if not resume:
+        processes.broadcast(lambda: check_output(output, overwrite))
+    if record:
+        return chosen_before(config, record), {TRIALS: record[TRIALS]}
+    width = load_model_config(resolve(config.model.name, config.model.revision, trust)).get_text_config().hidden_size
+    rates = rates_to_try(config, width)
+    trials = {rate: trial_config(config, rate) for rate in rates}
+    info(f"learning rate: trying {listed([f'{rate:g}' for rate in rates])} on nine tenths of the training data")
+    if overwrite and is_main:
+        for trial in trials.values():
+            (Path(trial.output) / SCORES).unlink(missing_ok=True)
+    tried: dict[float, dict] = {}  # rate -> the part of the steps it was trained for, and its score then
+    for number, stage in enumerate(STAGES[:2]):  # up to half, it would cost more than the run itself
+        run_trials(trials, stage, stopper, resume=resume or number > 0, overwrite=overwrite and not number, trust=trust)
+        scores = scores_after(stage, trials)
+        tried |= {
+            rate: {"learning_rate": rate, "part": stage, METRIC: score and score[0]} for rate, score in scores.items()
+        }
+        better = better_half(scores, METRIC, least=1 if number else 2)
+        if not better:
+            raise NumbersError(
+                f"train.learning_rate: auto: the numbers overflow with each of {listed([*map(str, rates)])}."
+            )
+        trials = {rate: trials[rate] for rate in better}
+    best = better[0]
+    if is_main:
+        for rate in rates:
+            for checkpoint in checkpoints(output / TRIALS / f"{rate:g}"):
+                remove_checkpoint(checkpoint)
+    info(f"learning rate: {best:g}, the best by the loss on held-out rows: {'; '.join(map(in_words, tried.values()))}")
+    return with_rate(config, best), {TRIALS: {"tried": [tried[rate] for rate in rates]}}
+
+
+def in_words(tried: Mapping) -> str:
+    """`0.001 0.2345 after 1/8`."""
+    score = "failed" if tried[METRIC] is None else f"{tried[METRIC]:.4f}"
+    return f"{tried['learning_rate']:g} {score} after 1/{round(1 / tried['part'])}"
+
+
+def scores_after(stage: float, trials: Mapping[float, Config]) -> dict[float, Score]:
+    """What is kept of the scores after a stage, on every process."""
+    kept = processes.broadcast(lambda: {rate: kept_scores(trial) for rate, trial in trials.items()})
+    return {rate: scores[stage] for rate, scores in kept.items() if stage in scores}
+
+
+def run_trials(
+    trials: Mapping[float, Config], stage: float, stopper: Stopper, *, resume: bool, overwrite: bool, trust: Trust
+) -> None:
+    """Train each trial to the end of a stage, unless that is done, and keep its score."""
+    known = scores_after(stage, trials)
+    waiting = {rate: trial for rate, trial in trials.items() if rate not in known}
+    train = partial(train_run, stopper=stopper, resume=resume, overwrite=overwrite, until=stage, trust=trust)
+    for rate, error in (train_together(waiting, stopper, train) or train_one_by_one(waiting, train)).items():
+        if error and not isinstance(error, NumbersError):
+            raise error
+        if processes.is_main():
+            record = None if error else newest_record(Path(waiting[rate].output))
+            keep_score(waiting[rate], stage, score_of(record, METRIC) if record else None)
+
+
+def train_together(
+    trials: Mapping[float, Config], stopper: Stopper, train: Callable[..., None]
+) -> dict[float, BaseException | None]:
+    """Train the trials together; the error that ended each, if one did. {} if they, or runs on this base, can't be."""
+    if not trials:
+        return {}
+    together = Together(stopper, len(trials))
+    try:
+        check_together({f"{rate:g}": trial for rate, trial in trials.items()})
+        stories = [(f"{rate:g}", partial(train, trial, together=together)) for rate, trial in trials.items()]
+        settings = next(iter(trials.values())).train
+        runs = together.train(stories, settings.micro_batch_tokens, settings.gradient_checkpointing)
+    except ConfigError:
+        return {}
+    return {rate: run.error for rate, run in zip(trials, runs, strict=True)}
+
+
+def train_one_by_one(trials: Mapping[float, Config], train: Callable[..., None]) -> dict[float, BaseException | None]:
+    """Train the trials one after the other; the error of each whose numbers overflowed."""
+    ends: dict[float, BaseException | None] = dict.fromkeys(trials)
+    for rate, trial in trials.items():
+        try:
+            train(trial)
+        except NumbersError as error:
+            info(f"{rate:g}: {error}")
+            ends[rate] = error
+    return ends

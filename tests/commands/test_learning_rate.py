@@ -1,0 +1,240 @@
+"""`train.learning_rate: auto`, tuning by halves, and `--until`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from lora_ft.config.learning_rate import rates_to_try, usual_rate
+from lora_ft.config.load import load_config, parse_config
+from lora_ft.config.tuning import better_half, keep_score, kept_scores
+from lora_ft.core.errors import ConfigError, FilesError
+from tests.helpers.command import Ended, cli
+from tests.helpers.tiny import CONFIG, write_reviews, write_run
+
+
+def config_with(**settings) -> dict:
+    config = yaml.safe_load(CONFIG)
+    for name, values in settings.items():
+        config[name] = config.get(name, {}) | values if isinstance(values, dict) else values
+    return config
+
+
+def write_auto(folder: Path, name: str = "auto", **settings) -> str:
+    """A config with learning_rate auto on 96 rows, whose run takes 24 steps; its path."""
+    write_reviews(folder / "train.jsonl", 96)
+    train = {"learning_rate": "auto"} | settings.pop("train", {})
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config_with(train=train, output=name, **settings)))
+    return f"{name}.yaml"
+
+
+def train(folder: Path, *words: str, code: int = 0) -> Ended:
+    ended = cli(folder, "train", *words)
+    assert ended.code == code, ended.err
+    return ended
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "lora_ft.json").read_text())
+
+
+# ---- the rates ----
+
+
+@pytest.mark.parametrize(
+    "adapter, width, rate",
+    [
+        ({"alpha": 32.0}, 2000, 5e-4),
+        ({"alpha": 32.0, "rank": 64}, 2000, 5e-4),
+        ({"alpha": 8.0}, 2000, 1e-3),
+        ({"alpha": 8.0, "rank": 16, "rslora": True}, 2000, 5e-4),
+        ({"alpha": 32.0}, 8000, 1.7e-4),
+        ({"method": "full"}, 2000, 5e-5),
+        ({"method": "prompt"}, 2000, 5e-3),
+    ],
+)
+def test_the_usual_rate(adapter, width, rate):
+    config = config_with()
+    config["adapter"] = adapter
+    assert usual_rate(parse_config(config), width) == pytest.approx(rate, rel=0.01)
+
+
+def test_the_rates_to_try_are_around_it():
+    assert rates_to_try(parse_config(config_with(adapter={"alpha": 32.0})), 2000) == [8e-5, 2e-4, 5e-4, 1.3e-3, 3.1e-3]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "fast", "true", "[1e-3]"])
+def test_a_rate_that_is_none_is_refused(value, tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.learning_rate.*auto"):
+        load_config(write_run(tmp_path) / "config.yaml", [f"train.learning_rate={value}"])
+
+
+# ---- halving ----
+
+
+@pytest.mark.parametrize(
+    "scores, metric, better",
+    [
+        ({"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}, "loss", ["b", "c"]),
+        ({"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}, "accuracy", ["d", "a"]),
+        ({"a": 3.0, "b": 1.0, "c": 2.0}, "loss", ["b"]),
+        ({"a": None, "b": 1.0, "c": None, "d": 4.0}, "loss", ["b", "d"]),
+        ({"a": 1.0, "b": 1.0}, "loss", ["a"]),
+        ({"a": None, "b": None}, "loss", []),
+    ],
+)
+def test_the_better_half(scores, metric, better):
+    assert better_half({key: score and (score, 0.0) for key, score in scores.items()}, metric) == better
+
+
+def test_the_last_two_are_kept_and_the_loss_decides_between_equals():
+    scores = {"a": (0.5, 2.0), "b": (0.5, 1.0), "c": (0.4, 0.1)}
+    assert better_half(scores, "accuracy", least=2) == ["b", "a"]
+
+
+def test_scores_are_kept_with_their_settings(tmp_path):
+    config = parse_config(config_with(output=str(tmp_path / "run")))
+    keep_score(config, 0.125, (0.8, 1.5))
+    keep_score(config, 0.25, None)
+    assert kept_scores(config) == {0.125: (0.8, 1.5), 0.25: None}
+    with pytest.raises(ConfigError, match=r"other settings:\n  adapter\.rank: was 4, is 2"):
+        kept_scores(parse_config(config_with(adapter={"rank": 2}, output=config.output)))
+    (tmp_path / "run/tuning.json").write_text('{"config": [], "scores": {"a": 1}}')
+    with pytest.raises(FilesError, match="damaged"):
+        kept_scores(config)
+
+
+# ---- --until ----
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_run_that_stops_at_a_step_is_resumed_as_if_it_had_not(together, tmp_path):
+    write_run(tmp_path)
+    train(tmp_path, "config.yaml")
+    names = ["paused"] + ["other"] * together
+    for name in names:
+        (tmp_path / f"{name}.yaml").write_text(CONFIG + f"output: {name}\n")
+    files = [f"{name}.yaml" for name in names]
+    for until, step in (("5", 5), ("0.7", 9), ("9", 9)):
+        train(tmp_path, *files, "--resume", "--until", until)
+        assert sorted(tmp_path.glob("paused/checkpoints/*"))[-1].name == f"step-{step}"
+        assert not (tmp_path / "paused/lora_ft.json").exists()
+    train(tmp_path, *files, "--resume")
+    alone, paused = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "paused"))
+    assert all((alone[key] - paused[key]).abs().max() <= 1e-6 * together for key in alone)
+    losses = [
+        [(line["step"], line.get("loss")) for line in map(json.loads, (tmp_path / name / "log.jsonl").open())]
+        for name in ("out", "paused")
+    ]
+    assert [step for step, _ in losses[0]] == [step for step, _ in losses[1]]
+
+
+@pytest.mark.parametrize("until", ["0", "-1", "1.5", "nan"])
+def test_a_step_that_is_none_is_refused(until, tmp_path):
+    assert "--until" in train(write_run(tmp_path), "config.yaml", "--until", until, code=2).err
+
+
+# ---- auto ----
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("auto"))
+    train(folder, write_auto(folder))
+    return folder
+
+
+def test_a_rate_is_chosen_on_rows_held_out_of_train(chosen):
+    record = record_of(chosen / "auto")
+    tried = record["learning_rate"]["tried"]
+    assert [t["part"] for t in tried].count(1 / 8) == 3 and [t["part"] for t in tried].count(1 / 4) == 2
+    best = min((t for t in tried if t["part"] == 1 / 4), key=lambda t: t["loss"])
+    assert record["config"]["train"]["learning_rate"] == best["learning_rate"]
+    trial = json.loads((chosen / f"auto/learning_rate/{best['learning_rate']:g}/tuning.json").read_text())
+    assert trial["config"]["data"]["eval"] == {"tuning": 0.1} and trial["scores"]["0.25"][0] == best["loss"]
+    assert not list(chosen.glob("auto/learning_rate/*/checkpoints/step-*"))
+
+
+def test_the_run_is_the_one_with_that_rate(chosen):
+    record = record_of(chosen / "auto")
+    rate = record["config"]["train"]["learning_rate"]
+    train(chosen, "auto.yaml", "--set", f"train.learning_rate={rate}", "--set", "output=given")
+    assert record["metrics"] == record_of(chosen / "given")["metrics"]
+
+
+def test_the_same_seed_chooses_the_same(chosen):
+    train(chosen, "auto.yaml", "--set", "output=again")
+    assert record_of(chosen / "again")["learning_rate"] == record_of(chosen / "auto")["learning_rate"]
+
+
+def test_a_finished_run_is_not_tuned_again(chosen):
+    ended = train(chosen, "auto.yaml", "--resume")
+    assert "already finished" in ended.err and "trying" not in ended.err
+    assert "already contains a run" in train(chosen, "auto.yaml", code=6).err
+
+
+def test_a_longer_run_keeps_its_rate(chosen):
+    shutil.copytree(chosen / "auto", chosen / "longer")
+    train(chosen, "auto.yaml", "--resume", "--set", "output=longer", "--set", "train.num_train_epochs=3")
+    one, other = (record_of(chosen / name)["config"]["train"]["learning_rate"] for name in ("auto", "longer"))
+    assert one == other
+
+
+def test_a_run_with_a_given_rate_is_not_resumed_with_auto(chosen):
+    given = config_with(train={"max_steps": 3}, output="fixed")
+    (chosen / "fixed.yaml").write_text(yaml.safe_dump(given))
+    train(chosen, "fixed.yaml")
+    ended = train(chosen, "fixed.yaml", "--resume", "--set", "train.learning_rate=auto", code=2)
+    assert "was given 0.03" in ended.err and "--overwrite" in ended.err
+
+
+def test_a_stopped_command_goes_on_where_it_was(chosen):
+    for rate in record_of(chosen / "auto")["learning_rate"]["tried"][:2]:  # as if killed after two scores
+        source = chosen / f"auto/learning_rate/{rate['learning_rate']:g}"
+        shutil.copytree(source, chosen / "stopped/learning_rate" / source.name)
+        scores = json.loads((source / "tuning.json").read_text())
+        scores["config"]["output"] = scores["config"]["output"].replace("auto", "stopped", 1)
+        scores["scores"] = {"0.125": scores["scores"]["0.125"]}
+        path = chosen / "stopped/learning_rate" / source.name / "tuning.json"
+        path.write_text(json.dumps(scores))
+    train(chosen, "auto.yaml", "--resume", "--set", "output=stopped")
+    assert record_of(chosen / "stopped")["learning_rate"] == record_of(chosen / "auto")["learning_rate"]
+
+
+def test_overwriting_tries_again(chosen):
+    shutil.copytree(chosen / "auto", chosen / "replaced")
+    train(chosen, "auto.yaml", "--overwrite", "--set", "output=replaced", "--set", "train.seed=1")
+    tried, before = (record_of(chosen / name)["learning_rate"]["tried"] for name in ("replaced", "auto"))
+    assert [t["loss"] for t in tried] != [t["loss"] for t in before]
+
+
+def test_other_methods_try_rates_one_by_one(chosen):
+    config = yaml.safe_load((chosen / "auto.yaml").read_text()) | {"adapter": {"method": "full"}, "output": "full"}
+    (chosen / "full.yaml").write_text(yaml.safe_dump(config))
+    train(chosen, "full.yaml", "--set", "train.max_steps=8")
+    assert len(record_of(chosen / "full")["learning_rate"]["tried"]) == 5
+    assert not list(chosen.glob("full/learning_rate/*/checkpoints/step-*"))
+
+
+def test_rates_that_overflow_are_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_ft.config.learning_rate.FACTORS", (1, 1e30, 2e30))
+    folder = write_run(tmp_path)
+    train(folder, write_auto(folder))
+    record = record_of(folder / "auto")
+    assert [t["loss"] is None for t in record["learning_rate"]["tried"]] == [False, True, True]
+
+
+def test_several_configs_choose_each_its_own(chosen):
+    config = yaml.safe_load((chosen / "auto.yaml").read_text())
+    (chosen / "fixed2.yaml").write_text(yaml.safe_dump(config | {"train": {"max_steps": 4}, "output": "fixed2"}))
+    train(chosen, "auto.yaml", "fixed2.yaml", "--overwrite")
+    assert record_of(chosen / "auto")["learning_rate"] and "learning_rate" not in record_of(chosen / "fixed2")
+
+
+def test_check_accepts_it(chosen):
+    ended = cli(chosen, "check", "auto.yaml", "--set", "output=new")
+    assert ended.code == 0, ended.err
+    assert "learning_rate" in ended.out and "auto" in ended.out
