@@ -143,7 +143,10 @@ def train(
     if (count := processes_to_start(processes, on_gpus=not settings.trainer.use_cpu)) > 1:
         raise SystemExit(launch(count, sys.argv[1:], main))
     with redirect_stdout(sys.stderr):  # transformers announces W&B's offline mode on stdout
-        from lora_ft.commands.train import train, train_together
+        if len(configs) > 1:
+            from lora_ft.commands.train import train_together
+        else:
+            from lora_ft.commands.train import train
 
     if len(configs) > 1:
         train_together(configs, resume=resume, overwrite=overwrite, until=until, trust=trust)
