@@ -1,17 +1,19 @@
 """`lora-ft train`: one run, or the runs of several configs together on one base."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from lora_ft.commands.learning_rate import with_learning_rate
 from lora_ft.commands.train_run import train_run
 from lora_ft.config.schema import Config
 from lora_ft.config.together import check_together
 from lora_ft.core.errors import UserError
-from lora_ft.core.messages import info
+from lora_ft.core.messages import info, warn
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.distributed import processes
+from lora_ft.report.write import COMPARISON, write_comparison
 from lora_ft.training.together import Together
 
 
@@ -70,5 +72,15 @@ def train_together(
                 run.error.args = (f"{len(failed)} of {len(runs)} runs failed: {', '.join(r.name for r in failed)}",)
         if failed:
             raise failed[-1].error  # type: ignore[misc]
-        folders = " ".join(str(config.output) for config in configs.values())
-        info(f"compare them: lora-ft report {folders}")
+        if until is None and processes.is_main():
+            compare([Path(config.output) for config in configs.values()])
+
+
+def compare(folders: Sequence[Path]) -> None:
+    """Write a page that compares runs, beside the first. A failure is only a warning: the runs are there."""
+    page = folders[0].parent / COMPARISON
+    try:
+        write_comparison(folders, page)
+        info(f"compared in {page}")
+    except UserError as e:
+        warn(str(e))

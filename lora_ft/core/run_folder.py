@@ -31,7 +31,7 @@ RECORD_TYPES: dict[str, Any] = {
     **dict.fromkeys(("base", "config"), dict),
     **dict.fromkeys(("data", "versions", "machine", "metrics", "base_metrics", "slices", "files"), dict | None),
     **dict.fromkeys(("config.adapter", "config.data", "config.train", "config.model"), dict | None),
-    **dict.fromkeys(("data.train", "data.eval"), dict | None),
+    **dict.fromkeys(("data.train", "data.eval", "learning_rate"), dict | None),
     **dict.fromkeys(("data.train.content", "base.name", "base.revision", "base.fingerprint", "base.dtype"), str | None),
     **dict.fromkeys(("kind", "tokenizer", "chat_template", "config.adapter.method"), str | None),
     **dict.fromkeys(

@@ -36,6 +36,16 @@ def run_figures(run: RunData) -> list[tuple[str, str]]:
     return [(title, text) for title, text in figures if text]
 
 
+def rates_tried(record: dict) -> list[tuple[str, list[str]]]:
+    """With `train.learning_rate: auto`: each rate, with its loss on held-out rows, and the part of the steps it had then."""
+    chosen, rows = record["config"].get("train", {}).get("learning_rate"), []
+    for tried in (record.get("learning_rate") or {}).get("tried", []):
+        loss = "failed" if tried["loss"] is None else f"{tried['loss']:.4f}"
+        name = f"{tried['learning_rate']:g}" + (" (chosen)" if tried["learning_rate"] == chosen else "")
+        rows.append((name, [loss, f"1/{round(1 / tried['part'])}"]))
+    return rows
+
+
 DATA_TITLES = {
     "rows": "rows read",
     "used": "rows used",

@@ -14,10 +14,12 @@ from lora_ft.methods.usage import method_of, peft_snippet
 from lora_ft.report.comparison import compare_runs
 from lora_ft.report.confusion import shortened
 from lora_ft.report.curves import run_charts
-from lora_ft.report.figures import config_text, data_table, hashes, provenance, run_figures
+from lora_ft.report.figures import config_text, data_table, hashes, provenance, rates_tried, run_figures
 from lora_ft.report.render import render, write_page
 from lora_ft.report.runs import RunData, eval_set_names, evaluation_steps, read_run_data
 from lora_ft.report.scores import headline, score_tables
+
+COMPARISON = "compare-report.html"
 
 
 def write_report(
@@ -65,6 +67,7 @@ def report_page(run: RunData) -> str:
         results=score_tables(run),
         selection_note=_selection_note(run),
         run_figures=run_figures(run),
+        rates=rates_tried(run.record),
         charts=run_charts(run),
         snippet=peft_snippet(record, folder) if run.finished and method in ("lora", "prompt") else "",
         merges=method == "lora",
@@ -95,9 +98,13 @@ def _selection_note(run: RunData) -> str:
 
 def report_command(folders: Sequence[Path], page: Path | None) -> None:
     """Write the report of a run, or one page that compares several, and print its path. Raises as `read_run_data`."""
-    runs = [read_run_data(folder) for folder in folders]
-    if len(runs) == 1:
-        page = write_run_report(runs[0], page)
+    if len(folders) == 1:
+        page = write_run_report(read_run_data(folders[0]), page)
     else:
-        write_page(page := page or Path("compare-report.html"), compare_runs(runs))
+        write_comparison(folders, page := page or Path(COMPARISON))
     echo(page)
+
+
+def write_comparison(folders: Sequence[Path], page: Path) -> None:
+    """Write a page that compares runs. Raises as `read_run_data` and `write_page`."""
+    write_page(page, compare_runs([read_run_data(folder) for folder in folders]))

@@ -164,7 +164,7 @@ def test_options_reach_the_commands(monkeypatch, tmp_path):
     (config,), options = call("train", str(path), "--set", "adapter.rank=3", "--set", "train.seed=2", "--overwrite")
     assert (config.adapter.rank, config.train.seed) == (3, 2)
     assert options == {
-        **{"resume": False, "overwrite": True, "trust": NO_TRUST},
+        **{"resume": False, "overwrite": True, "until": None, "trust": NO_TRUST},
     }
     (config,), options = call("check", str(path), "--json")
     assert config.model.name == "gpt2" and options == {

@@ -156,6 +156,10 @@ def test_a_rate_is_chosen_on_rows_held_out_of_train(chosen):
     trial = json.loads((chosen / f"auto/learning_rate/{best['learning_rate']:g}/tuning.json").read_text())
     assert trial["config"]["data"]["eval"] == {"tuning": 0.1} and trial["scores"]["0.25"][0] == best["loss"]
     assert not list(chosen.glob("auto/learning_rate/*/checkpoints/step-*"))
+    assert (
+        f'<th scope="row">{best["learning_rate"]:g} (chosen)</th><td>{best["loss"]:.4f}</td><td>1/4</td>'
+        in (chosen / "auto/report.html").read_text()
+    )
 
 
 def test_the_run_is_the_one_with_that_rate(chosen):

@@ -120,7 +120,8 @@ def test_messages_say_whose_they_are(folder):
     ended = together(folder, "together-a.yaml", "together-b.yaml", flags=("--resume",))
     assert "together-b: already finished" in ended.err
     assert "together-a: step 10 of 10, eval: loss" in ended.err
-    assert "lora-ft report together-a together-b" in ended.err
+    assert "compared in compare-report.html" in ended.err
+    assert "together-a" in (folder / "compare-report.html").read_text()
     assert_same(folder, "alone", "together")
 
 
