@@ -9,7 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from lora_ft.commands.train_run import train_run
-from lora_ft.config.learning_rate import AUTO, TRIALS, chosen_before, rates_to_try, trial_config, with_rate
+from lora_ft.config.learning_rate import (
+    AUTO,
+    FEWEST_STEPS,
+    TRIALS,
+    chosen_before,
+    rates_to_try,
+    trial_config,
+    with_rate,
+)
 from lora_ft.config.schema import Config
 from lora_ft.config.together import check_together
 from lora_ft.config.tuning import SCORES, STAGES, Score, better_half, keep_score, kept_scores, score_of
@@ -18,12 +26,14 @@ from lora_ft.core.messages import info, listed
 from lora_ft.core.run_folder import checkpoints, newest_record
 from lora_ft.core.signals import Stopper
 from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.data.batches import RowPacking
 from lora_ft.distributed import processes
 from lora_ft.model.device import prepare_device
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_model_config
 from lora_ft.training.output import remove_checkpoint
 from lora_ft.training.resume import check_output
+from lora_ft.training.setup import RunSetup
 from lora_ft.training.together import Together
 
 METRIC = "loss"
@@ -51,6 +61,11 @@ def with_learning_rate(
     width = load_model_config(resolve(config.model.name, config.model.revision, trust)).get_text_config().hidden_size
     rates = rates_to_try(config, width)
     trials = {rate: trial_config(config, rate) for rate in rates}
+    steps = steps_of(next(iter(trials.values())), device, trust)
+    if steps < FEWEST_STEPS:
+        rate = rates[len(rates) // 2]
+        info(f"learning rate: {rate:g}, the usual one: in a run of {steps} steps there are too few to try others")
+        return with_rate(config, rate), {TRIALS: {"tried": []}}
     info(f"learning rate: trying {listed([f'{rate:g}' for rate in rates])} on nine tenths of the training data")
     if overwrite and is_main:
         for trial in trials.values():
@@ -75,6 +90,14 @@ def with_learning_rate(
                 remove_checkpoint(checkpoint)
     info(f"learning rate: {best:g}, the best by the loss on held-out rows: {'; '.join(map(in_words, tried.values()))}")
     return with_rate(config, best), {TRIALS: {"tried": [tried[rate] for rate in rates]}}
+
+
+def steps_of(trial: Config, device: str, trust: Trust) -> int:
+    """The steps of a trial. Raises what its files and data make training raise before any weights are loaded."""
+    setup = RunSetup(trial, device, trust)
+    with processes.local_main_first():
+        setup.read_files()
+    return len(setup.make_plan(RowPacking(1), []))
 
 
 def in_words(tried: Mapping) -> str:

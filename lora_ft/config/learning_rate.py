@@ -17,6 +17,8 @@ FACTORS = (
     2.5,
     6.25,
 )  # of the usual rate: five candidates, of which two go on after an eighth of the steps
+FEWEST_STEPS = 32  # of a run: an eighth of less has hardly begun
+MOST_WARMUP = 0.06  # of a run: else the first eighth would show the warmup more than the rate
 TRIALS = "learning_rate"  # the folder of their runs in the output, and the record's entry
 # How much more than LoRA's a method's rate is: full fine-tuning about a tenth (Schulman et al. 2025, LoRA Without Regret),
 # prompts ten times and more (Lester et al. 2021, section 3.1), bottleneck layers the same (docs/claims.md)
@@ -45,8 +47,8 @@ def rates_to_try(config: Config, width: int) -> list[float]:
 
 def trial_config(config: Config, rate: float) -> Config:
     """The config of the run that tries a rate: on nine tenths of train, scored by the loss on the rest, never on eval data."""
-    output = Path(config.output) / TRIALS / f"{rate:g}"
-    return tuning_config(config, output, "loss", learning_rate=rate, report_to=[])
+    output, warmup = Path(config.output) / TRIALS / f"{rate:g}", min(config.train.warmup_steps, MOST_WARMUP)
+    return tuning_config(config, output, "loss", learning_rate=rate, warmup_steps=warmup, report_to=[])
 
 
 def with_rate(config: Config, rate: float) -> Config:

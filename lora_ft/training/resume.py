@@ -110,7 +110,7 @@ def announce_resume(before: dict, record: dict, state: State | None, steps: int,
             "schedule from here, so the result differs from a run that had this length from the start"
         )
     for name in ("versions", "machine"):
-        old, new = before.get(name) or {}, record.get(name) or {}
+        old, new = ({k: v for k, v in (of.get(name) or {}).items() if k != "runs_together"} for of in (before, record))
         different = [
             f"{k} {old.get(k)} is now {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
         ]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from lora_ft.config.learning_rate import rates_to_try, usual_rate
+from lora_ft.config.learning_rate import rates_to_try, trial_config, usual_rate
 from lora_ft.config.load import load_config, parse_config
 from lora_ft.config.tuning import better_half, keep_score, kept_scores
 from lora_ft.core.errors import ConfigError, FilesError
@@ -24,9 +24,9 @@ def config_with(**settings) -> dict:
 
 
 def write_auto(folder: Path, name: str = "auto", **settings) -> str:
-    """A config with learning_rate auto on 96 rows, whose run takes 24 steps; its path."""
+    """A config with learning_rate auto on 96 rows, whose run takes 48 steps; its path."""
     write_reviews(folder / "train.jsonl", 96)
-    train = {"learning_rate": "auto"} | settings.pop("train", {})
+    train = {"learning_rate": "auto", "batch_size": 4} | settings.pop("train", {})
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config_with(train=train, output=name, **settings)))
     return f"{name}.yaml"
 
@@ -218,9 +218,20 @@ def test_overwriting_tries_again(chosen):
 def test_other_methods_try_rates_one_by_one(chosen):
     config = yaml.safe_load((chosen / "auto.yaml").read_text()) | {"adapter": {"method": "full"}, "output": "full"}
     (chosen / "full.yaml").write_text(yaml.safe_dump(config))
-    train(chosen, "full.yaml", "--set", "train.max_steps=8")
+    train(chosen, "full.yaml", "--set", "train.max_steps=32")
     assert len(record_of(chosen / "full")["learning_rate"]["tried"]) == 5
     assert not list(chosen.glob("full/learning_rate/*/checkpoints/step-*"))
+
+
+def test_a_short_run_takes_the_usual_rate(chosen):
+    ended = train(chosen, "auto.yaml", "--set", "train.max_steps=31", "--set", "output=short")
+    assert "too few to try" in ended.err and record_of(chosen / "short")["learning_rate"] == {"tried": []}
+    train(chosen, "auto.yaml", "--resume", "--set", "train.max_steps=31", "--set", "output=short")
+
+
+def test_a_long_warmup_is_shortened_in_trials():
+    assert trial_config(parse_config(config_with(train={"warmup_steps": 100})), 1e-3).train.warmup_steps == 0.06
+    assert trial_config(parse_config(config_with(train={"warmup_steps": 0})), 1e-3).train.warmup_steps == 0
 
 
 def test_rates_that_overflow_are_dropped(tmp_path, monkeypatch):
