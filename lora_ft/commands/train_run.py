@@ -29,6 +29,7 @@ from lora_ft.report.runs import evaluation_steps, read_log
 from lora_ft.report.write import write_report
 from lora_ft.training import resume as resuming
 from lora_ft.training.lock import locked
+from lora_ft.training.optimizer import learn_b_faster
 from lora_ft.training.output import clear
 from lora_ft.training.pause import Pause, last_step
 from lora_ft.training.progress import trackers
@@ -121,6 +122,8 @@ def train_run(
             stopper=stopper,
             together=together,
         )
+        if config.train.loraplus_ratio:
+            learn_b_faster(trainer.create_optimizer(), model, config.train.loraplus_ratio)
         if last < len(plan):
             trainer.add_callback(Pause(last, evaluates=TUNING_SET in eval_sets(config.data.eval)))
         info(f"training: {len(plan)} steps of {config.train.batch_size} examples")

@@ -171,6 +171,12 @@ def _adapter_rules(config: Config) -> Iterator[Broken]:
         if method not in (methods := methods_of(name)):
             message = f"applies to method {' and '.join(methods)}, but adapter.method is {method}; remove one of them"
             yield f"adapter.{name}", "adapter.method", message
+    if config.train.loraplus_ratio and method != "lora":
+        yield (
+            "train.loraplus_ratio",
+            "adapter.method",
+            f"applies to method lora, but adapter.method is {method}; remove it",
+        )
     if method == "full" and config.model.dtype in ("bfloat16", "float16"):
         yield "model.dtype", "adapter.method", "full trains float32 weights; leave it auto, and use trainer.bf16"
     if method == "full" and config.trainer.fsdp:

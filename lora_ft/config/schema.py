@@ -126,6 +126,7 @@ class TrainConfig(Section):
     learning_rate: types.LearningRate = setting(
         5e-4, "the schedule's maximum; auto: the best of five, tried in short runs on a held-out part of train"
     )
+    loraplus_ratio: float | None = setting(None, "LoRA+: how many times A's learning rate B's is; null: the same", gt=0)
     lr_scheduler_type: types.Scheduler = setting("linear", "the learning rate schedule, by its name in transformers")
     warmup_steps: types.StepsOrZero = setting(0.06, "below 1 a fraction of the run, from 1 a number of steps; 0: none")
     weight_decay: float = setting(0.0, "weight decay of AdamW", ge=0)

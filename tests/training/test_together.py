@@ -30,7 +30,13 @@ RUNS = {
     },
     "c": {
         "adapter": {"rank": 3, "dropout": 0.3, "targets": ["q"], "layers": [1]},
-        "train": {"batch_size": 16, "max_steps": 15, "lr_scheduler_type": "cosine", "early_stopping_patience": 1},
+        "train": {
+            "batch_size": 16,
+            "max_steps": 15,
+            "loraplus_ratio": 3.0,
+            "lr_scheduler_type": "cosine",
+            "early_stopping_patience": 1,
+        },
     },
 }
 COMMON = {"micro_batch_tokens": 128, "logging_steps": 1, "max_steps": 10}

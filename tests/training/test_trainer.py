@@ -4,12 +4,14 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from transformers import TrainingArguments, get_linear_schedule_with_warmup
 
 from lora_ft.core.errors import NumbersError
 from lora_ft.data.batches import RowPacking, StepPlan
 from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
 from lora_ft.nn.attention import Isolation
+from lora_ft.training.optimizer import learn_b_faster
 from lora_ft.training.trainer import LoRATrainer
 from tests.helpers.families import tiny_model, token_ids
 
@@ -27,7 +29,7 @@ def corpus(n: int = 40) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def run(model, folder, micro_batch_tokens=64, alone=False, dataset=None, **arguments) -> list[dict]:
+def run(model, folder, micro_batch_tokens=64, alone=False, dataset=None, ratio=None, **arguments) -> list[dict]:
     """Train `model` as the tool does; the log's lines."""
     plan = StepPlan(dataset or corpus(), 8, 1, STEPS, RowPacking(micro_batch_tokens, alone), seed=0)
     settings = dict(
@@ -45,6 +47,8 @@ def run(model, folder, micro_batch_tokens=64, alone=False, dataset=None, **argum
         save=lambda state, best_step: None,
         log_line=lines.append,
     )
+    if ratio:
+        learn_b_faster(trainer.create_optimizer(), model, ratio)
     trainer.train_from(None)
     return lines
 
@@ -55,10 +59,13 @@ def adapted(family="llama", seed=0, **settings):
     return model
 
 
-def plain_padded_training(model, rate: float):
-    """Each step's loss and batch in a loop without the Trainer: padded batches of the plan's examples, plain AdamW."""
+def plain_padded_training(model, rate: float, ratio=None):
+    """Each step's loss and batch in a loop without the Trainer: padded batches of the plan's examples, plain AdamW, or PEFT's
+    LoRA+ with a `ratio`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    if ratio:
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=ratio)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
     plan, data = StepPlan(corpus(), 8, 1, STEPS, RowPacking(64), seed=0), corpus()
     for step in range(STEPS):
@@ -79,15 +86,16 @@ def plain_padded_training(model, rate: float):
         schedule.step()
 
 
-def test_loss_curve_equals_that_of_peft_in_a_plain_padded_loop(tmp_path):
+@pytest.mark.parametrize("ratio", [None, 4.0])
+def test_loss_curve_equals_that_of_peft_in_a_plain_padded_loop(ratio, tmp_path):
     ours = adapted()
     start = {path: layer.lora_A[next(iter(layer.rows))].detach().clone() for path, layer in lora_layers(ours).items()}
-    losses = [line["loss"] for line in run(ours, tmp_path)]
+    losses = [line["loss"] for line in run(ours, tmp_path, ratio=ratio)]
 
     theirs = get_peft_model(tiny_model("llama"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     for path, A in start.items():
         theirs.base_model.model.get_submodule(path).lora_A["default"].weight.data.copy_(A)
-    for step, (ours_now, (loss, _)) in enumerate(zip(losses, plain_padded_training(theirs, RATE), strict=True)):
+    for step, (ours_now, (loss, _)) in enumerate(zip(losses, plain_padded_training(theirs, RATE, ratio), strict=True)):
         assert ours_now == pytest.approx(loss, abs=1e-4), step
     assert losses[-1] < losses[0] - 0.3, "nothing was learned"
 

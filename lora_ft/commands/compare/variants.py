@@ -107,6 +107,8 @@ def with_settings(config: Config, settings: dict[str, str]) -> Config:
     data = config.model_dump(mode="json")
     method = settings.get("adapter.method", config.adapter.method)
     data["adapter"] = {key: value for key, value in data["adapter"].items() if applies_to(f"adapter.{key}", method)}
+    if method != "lora":
+        data["train"]["loraplus_ratio"] = None
     changes = [f"{key}={value}" for key, value in settings.items()]
     return parse_config(data, changes, f"the config with {', '.join(changes)}")
 
