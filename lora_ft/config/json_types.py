@@ -27,4 +27,5 @@ def mapping(pattern: str, value: dict[str, Any], **limits: Any) -> dict[str, Any
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 NULL: dict[str, Any] = {"type": "null"}
 FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+POSITIVE = {"type": "number", "exclusiveMinimum": 0}
 COUNT = {"type": "integer", "minimum": 1}

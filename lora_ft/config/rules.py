@@ -35,6 +35,7 @@ NEEDS_EVAL = "needs data.eval: a data source, or a fraction (0.05) or number (50
 MAPPINGS = (
     *(("trainer", "lr_scheduler_kwargs"), ("data", "label_names"), ("data", "eval")),
     *(("data", "chat_template_kwargs"), ("data", "roles"), ("data", "format")),
+    *(("adapter", "rank_pattern"), ("adapter", "alpha_pattern")),
 )
 SYNONYMS = {"fp16": "float16", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}  # spelled too differently
 EXAMPLES = {

@@ -11,8 +11,7 @@ from pydantic.fields import FieldInfo
 
 from lora_ft.config import data_types, types
 from lora_ft.config.section import Resume, Section, setting
-
-LogLevel = Literal["passive", "debug", "detail", "info", "warning", "error", "critical"]
+from lora_ft.config.trainer_section import TrainerConfig
 
 
 class ModelConfig(Section):
@@ -33,6 +32,10 @@ class AdapterConfig(Section):
     )
     rank: int = setting(8, "number of rows of A and columns of B", ge=1, le=65536, methods="lora")
     alpha: float = setting(16.0, "the update B A is scaled by alpha / rank", gt=0, methods="lora")
+    rank_pattern: types.Ranks = setting(
+        {}, 'other ranks by role, layers or module; the first counts: {mlp: 4, "0-5": 16, lm_head: 8}', methods="lora"
+    )
+    alpha_pattern: types.Alphas = setting({}, "other alphas, as rank_pattern", methods="lora")
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead", methods="lora")
     dropout: float = setting(0.0, "dropout probability of the adapter's input", ge=0, lt=1, methods="lora")
     targets: types.Targets = setting(
@@ -43,6 +46,9 @@ class AdapterConfig(Section):
     modules: types.Names = setting((), "other modules, by exact name or dotted suffix (lm_head)", methods="lora")
     layers: types.Layers = setting(
         None, 'the adapted layers: null for all, a list [0, 1, 2], or a range "6-11"', methods="lora bottleneck"
+    )
+    exclude: types.Names = setting(
+        (), "what is not adapted: roles, layers or modules, as in rank_pattern", methods="lora"
     )
     init_from: types.LocalPath | None = setting(
         None, "an adapter (from lora-ft or PEFT) whose weights to start from", methods="lora bottleneck prompt"
@@ -163,43 +169,6 @@ class GenerationConfig(Section):
     temperature: float = setting(1.0, "sampling temperature; below 1 is less random", gt=0)
     top_k: int = setting(0, "sample from this number of most likely tokens; 0: from all", ge=0)
     top_p: float = setting(1.0, "sample from the most likely tokens that add up to this probability", gt=0, le=1)
-
-
-class TrainerConfig(Section):
-    """Other fields of transformers.TrainingArguments, by their own names and with their own defaults."""
-
-    # A field that is not given is None here and absent from `model_dump()`.
-    lr_scheduler_kwargs: dict[str, Any] = setting(None, "arguments of train.lr_scheduler_type")
-    optim: Literal["adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmsprop"] = setting(None, "the optimizer")
-    optim_args: str = setting(None, "arguments of the optimizer")
-    adam_beta1: float = setting(None, "decay rate of AdamW's first moment", ge=0, lt=1)
-    adam_beta2: float = setting(None, "decay rate of AdamW's second moment", ge=0, lt=1)
-    adam_epsilon: float = setting(None, "AdamW's epsilon", ge=0)
-    bf16: bool = setting(None, "compute in bfloat16 (autocast)")
-    tf32: bool = setting(None, "TF32 matrix products on GPUs that have it")
-    eval_on_start: bool = setting(None, "evaluate before the first step")
-    eval_delay: float = setting(None, "number of steps before the first evaluation", ge=0)
-    full_determinism: bool = setting(None, "deterministic algorithms only (slower)", resume="rounding")
-    use_cpu: bool = setting(None, "train on the CPU even if there is a GPU", resume="rounding")
-    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl"] = setting(
-        None, "the backend of torch.distributed", resume="rounding"
-    )
-    ddp_bucket_cap_mb: int = setting(None, "size of DDP's gradient buckets", ge=1, resume="rounding")
-    ddp_timeout: int = setting(None, "seconds that processes wait for each other", ge=1, resume="free")
-    fsdp: bool = setting(None, "shard the frozen base over the processes", resume="rounding")
-    logging_first_step: bool = setting(None, "also log the first step", resume="free")
-    log_on_each_node: bool = setting(None, "log on each node, not only on the first", resume="free")
-    log_level: LogLevel = setting(None, "transformers' log level", resume="free")
-    log_level_replica: LogLevel = setting(None, "transformers' log level in the other processes", resume="free")
-    run_name: str = setting(None, "name of the run for report_to", resume="free")
-    project: str = setting(None, "name of the project for report_to", resume="free")
-    trackio_space_id: str = setting(None, "the Hugging Face Space for Trackio", resume="free")
-    trackio_bucket_id: str = setting(None, "the Hugging Face bucket for Trackio", resume="free")
-    skip_memory_metrics: bool = setting(None, "do not measure memory in the Trainer", resume="free")
-
-    @model_serializer(mode="wrap")
-    def _given(self, handler: Any) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
 
 
 class Config(Section):

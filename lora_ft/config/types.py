@@ -8,9 +8,9 @@ import os
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from lora_ft.config.json_types import COUNT, FRACTION, NULL, TEXT, json_schema, list_of, mapping, one_or_more
+from lora_ft.config.json_types import COUNT, FRACTION, NULL, POSITIVE, TEXT, json_schema, list_of, mapping, one_or_more
 from lora_ft.config.training_arguments import SCHEDULERS
 from lora_ft.core.messages import format_value
 from lora_ft.core.metrics import TEXT_METRICS
@@ -205,7 +205,7 @@ Steps = Annotated[int | float, BeforeValidator(_steps), json_schema(FRACTION, CO
 StepsOrZero = Annotated[int | float, BeforeValidator(_steps_or_zero), json_schema(FRACTION, COUNT | {"minimum": 0})]
 _AUTO_OR_COUNT = json_schema({"const": "auto"}, COUNT)
 MicroBatchTokens = Annotated[Literal["auto"] | int, BeforeValidator(_micro_batch_tokens), _AUTO_OR_COUNT]
-_RATE = json_schema({"const": "auto"}, {"type": "number", "exclusiveMinimum": 0})
+_RATE = json_schema({"const": "auto"}, POSITIVE)
 LearningRate = Annotated[Literal["auto"] | float, BeforeValidator(_learning_rate), _RATE]
 _OFF = BeforeValidator(lambda value: "off" if value is False else value)  # what YAML reads as false
 AutoOrOff = Annotated[Literal["auto", "off"], _OFF]
@@ -226,6 +226,13 @@ LabelNames = Annotated[
     dict[str, tuple[str, ...]] | None,
     BeforeValidator(_label_names),
     json_schema(mapping(COLUMN, list_of(TEXT, minItems=2), maxProperties=1), NULL),
+]
+Ranks = Annotated[
+    dict[str, Annotated[int, Field(ge=1, le=65536)]],
+    json_schema(mapping(".", COUNT | {"maximum": 65536}, minProperties=0)),
+]
+Alphas = Annotated[
+    dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], json_schema(mapping(".", POSITIVE, minProperties=0))
 ]
 TemplateKwargs = Annotated[
     dict[str, bool | int | float | str] | None,

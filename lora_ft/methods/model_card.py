@@ -118,7 +118,11 @@ def what_it_is(record: dict) -> str:
     match method_of(record):
         case "lora":
             targets = ", ".join([*adapter["targets"], *adapter["modules"]])
-            return f"LoRA of rank {adapter['rank']}, alpha {adapter['alpha']:g} on {targets}"
+            patterns = {"rank": adapter.get("rank_pattern"), "alpha": adapter.get("alpha_pattern")}
+            others = "".join(
+                f", {what} {v:g} on {word}" for what, of in patterns.items() for word, v in (of or {}).items()
+            )
+            return f"LoRA of rank {adapter['rank']}, alpha {adapter['alpha']:g} on {targets}{others}"
         case "bottleneck":
             return f"bottleneck adapters of size {adapter['bottleneck_size']}, placement {adapter['placement']}"
         case "prompt":

@@ -19,6 +19,7 @@ from tests.helpers.tiny import write_base, write_reviews, write_run
 TIMES = {"seconds", "tokens_per_second", "peak_memory_mb"}
 SETTINGS = [
     "train.loraplus_ratio=2",
+    'adapter.rank_pattern={"0": 3}',
     "adapter.dropout=0.1",
     "train.micro_batch_tokens=32",
     "train.logging_steps=5",

@@ -1,11 +1,13 @@
 """LoRA layers to and from PEFT's two files, exact to the bit.
 
 PEFT stores one A and one B per module. Here a module may have several parts, such as q and v of a fused projection. Their A are
-stacked into one, and each B is placed in the columns of its A and the rows of its part. All modules get the same rank R by zero
-padding, and lora_alpha = s R, so every reader computes h = W x + s B A x. The record's `slices` restore the parts.
+stacked into one, and each B is placed in the columns of its A and the rows of its part. Modules that have one scaling s get the
+same rank R by zero padding, and lora_alpha = s R, so every reader computes h = W x + s B A x. With several scalings each keeps
+its own rank, in PEFT's rank_pattern and alpha_pattern. The record's `slices` restore the parts.
 """
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from lora_ft.methods.lora.compatibility import check_ab_shapes, check_against, c
 from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.multi import adapter_names, add_adapter
 from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Parts, differences, read_adapter
-from lora_ft.methods.lora.peft_config import CONFIG, file_rank
+from lora_ft.methods.lora.peft_config import CONFIG, file_rank, file_ranks
 from lora_ft.methods.lora.targets import suffixes
 from lora_ft.methods.trained import Trained
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
@@ -35,20 +37,20 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
     if not layers:
         raise ModelError("there is no adapter to save: the model has no LoRA layers")
     parts = parts_record(model)
-    R, s = file_rank(parts), next(iter(layers.values())).scaling
+    ranks, R = file_ranks(parts), file_rank(parts)
+    alphas = {module: as_int(layer.scaling * ranks[module]) for module, layer in layers.items()}
+    alpha = next(alphas[module] for module in layers if ranks[module] == R)
     tensors = {}
     for module, layer in layers.items():
-        A, B = to_peft_matrices(layer, R)
-        # One lora_alpha for all: a module with another scaling has the ratio in B. (In a run all scalings are equal.)
+        A, B = to_peft_matrices(layer, ranks[module])
         tensors[f"{PREFIX}{module}.lora_A.weight"] = A
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = B if layer.scaling == s else B * (layer.scaling / s)
-    alpha = s * R
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = B
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": os.path.expanduser(base_name),
         "r": R,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_alpha": alpha,
         "lora_dropout": max((layer.dropout.p if layer.dropout else 0.0) for layer in layers.values()),
         "target_modules": target_modules(model),
         "bias": "none",
@@ -59,15 +61,19 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         "use_dora": False,
         "use_rslora": False,  # lora_alpha includes it
     }
+    if rank_pattern := {re.escape(module): own for module, own in ranks.items() if own != R}:
+        config["rank_pattern"] = rank_pattern
+    if alpha_pattern := {re.escape(module): own for module, own in alphas.items() if own != alpha}:
+        config["alpha_pattern"] = alpha_pattern
     storage.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     storage.write_json(folder / CONFIG, config)
     return parts
 
 
 def bytes_on_disk(model: nn.Module) -> int:
-    """The bytes of the tensors that `save_adapter` writes: float32, every module at the same rank."""
-    R = file_rank(parts_record(model))
-    return sum(4 * R * (layer.in_features + layer.out_features) for layer in lora_layers(model).values())
+    """The bytes of the tensors that `save_adapter` writes, float32."""
+    ranks = file_ranks(parts_record(model))
+    return sum(4 * ranks[m] * (layer.in_features + layer.out_features) for m, layer in lora_layers(model).items())
 
 
 def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Iterable[str] = ()) -> None:
@@ -77,13 +83,20 @@ def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Ite
 
 
 def parts_record(model: nn.Module) -> dict[str, dict]:
-    """The record's `slices`: module -> rank, scaling (that of the files), parts (part -> blocks, width, start, length)."""
-    layers = lora_layers(model)
-    s = next((layer.scaling for layer in layers.values()), None)
+    """The record's `slices`: module -> rank, scaling, parts (part -> blocks, width, start, length)."""
     return {
-        module: {"rank": layer.rank, "scaling": s, "parts": {part: list(rows) for part, rows in layer.rows.items()}}
-        for module, layer in layers.items()
+        module: {
+            "rank": layer.rank,
+            "scaling": layer.scaling,
+            "parts": {part: list(rows) for part, rows in layer.rows.items()},
+        }
+        for module, layer in lora_layers(model).items()
     }
+
+
+def as_int(number: float) -> float:
+    """A whole number as an int, as PEFT writes it."""
+    return int(number) if number == int(number) else number
 
 
 def load_adapter(

@@ -3,7 +3,8 @@
 Injecting is the only place that decides what trains: it freezes the base, and the layers it adds have requires_grad.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.targets import find_targets
+from lora_ft.methods.lora.words import by_module, without
 from lora_ft.nn.lora import InputDropout, LoRALinear, scaling
 
 SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles whose modules in a layer have the same input tensor
@@ -26,6 +28,9 @@ def inject_lora(
     rslora: bool = False,
     modules: Sequence[str] = (),
     layers: Sequence[int] | None = None,
+    exclude: Sequence[str] = (),
+    rank_pattern: Mapping[str, int] = MappingProxyType({}),
+    alpha_pattern: Mapping[str, float] = MappingProxyType({}),
     seed: int | None = None,
 ) -> list[str]:
     """Freeze `model` and replace modules by LoRA layers, in place. Returns the paths of the adapted modules.
@@ -37,18 +42,21 @@ def inject_lora(
         targets, modules, layers: see `find_targets`, also for errors.
         rank: of A (rank, in) and B (out, rank); at least 1.
         alpha: s is alpha / rank, or alpha / sqrt(rank) with `rslora`.
+        exclude, rank_pattern, alpha_pattern: what is not adapted, or with another rank or alpha, by words; see `chooses`.
         dropout: the probability of dropping an input of A in training; in [0, 1).
         seed: determines A, whatever the global random state; None draws from it.
     """
     if rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"rank {rank} must be at least 1, dropout {dropout} at least 0 and below 1")
-    adapted = find_targets(model, targets, modules, layers)
+    adapted = without(find_targets(model, targets, modules, layers), exclude)
+    ranks = by_module("adapter.rank_pattern", rank_pattern, adapted, rank)
+    alphas = by_module("adapter.alpha_pattern", alpha_pattern, adapted, alpha)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     dropouts: dict[tuple, InputDropout] = {}  # one for all layers that have the same input
     for path, rows in adapted.items():
         base = model.get_submodule(path)
-        layer = LoRALinear(base, rank, scaling(rank, alpha, rslora), rows)
+        layer = LoRALinear(base, ranks[path], scaling(ranks[path], alphas[path], rslora), rows)
         layer.start(generator)
         if dropout:
             group = next((roles for roles in SAME_INPUT if set(rows) <= set(roles)), path)

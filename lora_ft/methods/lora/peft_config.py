@@ -105,8 +105,15 @@ def _check_unknown(path: Path, settings: dict) -> None:
 
 
 def file_rank(parts: dict[str, dict]) -> int:
-    """R, the one rank of an adapter's files, which holds the stacked parts of any module. parts: the record's `slices`."""
+    """R, the largest rank in an adapter's files, which holds the stacked parts of any module. parts: the record's `slices`."""
     return max(entry["rank"] * len(entry["parts"]) for entry in parts.values())
+
+
+def file_ranks(parts: dict[str, dict]) -> dict[str, int]:
+    """Each module's rank in the files: R for all if they have one scaling, else their own."""
+    if len({entry["scaling"] for entry in parts.values()}) == 1:
+        return dict.fromkeys(parts, file_rank(parts))
+    return {module: entry["rank"] * len(entry["parts"]) for module, entry in parts.items()}
 
 
 def _rank(path: Path, key: str, value: object) -> None:

@@ -77,6 +77,10 @@ CASES = [
     ("gpt_neox", dict(targets=("k", "o", "up"))),
     ("phi3", dict(targets=("v", "gate"))),
     ("codegen", dict(targets=("q", "k"))),
+    ("llama", dict(targets=("all",), rank_pattern={"mlp": 2, "1": 7, "lm_head": 3}, modules=("lm_head",))),
+    ("llama", dict(targets=("q", "v"), rank_pattern={"0": 1}, alpha_pattern={"v": 3.0}, rslora=True)),
+    ("gpt2", dict(targets=("q", "v", "o"), rank_pattern={"c_attn": 2}, alpha_pattern={"o": 1.0})),
+    ("gpt_neox", dict(targets=("q", "v", "o"), rank_pattern={"o": 5}, exclude=("0",))),
 ]
 
 
@@ -88,7 +92,7 @@ def test_peft_and_we_load_what_we_save(tmp_path, family, settings):
     assert (expected - base).abs().max() > 0.01  # there is something to lose
 
     theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "a").eval()
-    assert torch.allclose(logits(theirs), expected, atol=2e-6)
+    assert torch.allclose(logits(theirs), expected, atol=5e-6)
     assert {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")} == set(lora_layers(model))
 
     again = tiny_model(family)
@@ -193,7 +197,7 @@ def test_same_adapter_same_bytes_and_modes_of_the_umask(tmp_path):
         assert (tmp_path / "b" / name).stat().st_mode & 0o777 == 0o600
 
 
-def test_scalings_that_differ_are_folded_into_B(tmp_path):
+def test_scalings_that_differ_are_pefts_patterns(tmp_path):
     model = adapted("llama")
     list(lora_layers(model).values())[1].scaling *= 3
     expected = logits(model)

@@ -310,3 +310,58 @@ def test_subclasses_of_linear_are_adapted():
     inject_lora(model, ["o"])
     assert all(isinstance(layer, LoRALinear) for layer in lora_layers(model).values())
     assert type(next(iter(lora_layers(model).values())).base) is not nn.Linear
+
+
+# ---- words: other ranks and alphas, and what is left out ----
+
+
+@pytest.mark.parametrize(
+    "family, settings, ranks",
+    [
+        ("llama", {"rank_pattern": {"q": 2}}, {"0.self_attn.q_proj": 2, "0.self_attn.v_proj": 4}),
+        ("llama", {"rank_pattern": {"1": 2, "q": 3}}, {"0.self_attn.q_proj": 3, "1.self_attn.q_proj": 2}),
+        ("llama", {"rank_pattern": {"0-1": 2}}, {"0.self_attn.q_proj": 2, "1.self_attn.v_proj": 2}),
+        ("llama", {"rank_pattern": {"attention": 2}}, {"1.self_attn.v_proj": 2}),
+        ("llama", {"rank_pattern": {"1.self_attn.q_proj": 2}}, {"0.self_attn.q_proj": 4, "1.self_attn.q_proj": 2}),
+        ("gpt2", {"rank_pattern": {"c_attn": 2}}, {"0.attn.c_attn": 2}),
+        ("gpt2", {"exclude": ["q"], "rank_pattern": {"v": 2}}, {"0.attn.c_attn": 2}),
+    ],
+)
+def test_other_ranks(family, settings, ranks):
+    model = tiny_model(family)
+    inject_lora(model, ["q", "v"], rank=4, alpha=8, **settings)
+    layers = {path.partition("layers." if family == "llama" else "h.")[2]: x for path, x in lora_layers(model).items()}
+    assert {path: layers[path].rank for path in ranks} == ranks
+    assert all(layers[path].scaling == 8 / rank for path, rank in ranks.items())
+
+
+def test_another_alpha():
+    model = tiny_model("llama")
+    inject_lora(model, ["q", "v"], rank=4, alpha=8, alpha_pattern={"v": 1.0})
+    assert {path[-6:]: layer.scaling for path, layer in lora_layers(model).items()} == {"q_proj": 2.0, "v_proj": 0.25}
+
+
+def test_what_is_excluded():
+    model = tiny_model("llama")
+    adapted = inject_lora(model, ["all"], exclude=["mlp", "0", "1.self_attn.k_proj"])
+    assert [path[-8:] for path in adapted] == ["n.q_proj", "n.v_proj", "n.o_proj"]
+    fused = tiny_model("gpt2")
+    inject_lora(fused, ["attention"], exclude=["k", "o"])
+    assert {part for layer in lora_layers(fused).values() for part in layer.rows} == {"q", "v"}
+
+
+@pytest.mark.parametrize(
+    "family, settings, says",
+    [
+        ("llama", {"rank_pattern": {"o": 2}}, r"adapter.rank_pattern: 'o' stands for none .* q_proj, v_proj"),
+        ("llama", {"alpha_pattern": {"2-9": 2.0}}, r"adapter.alpha_pattern: '2-9' stands for none"),
+        ("llama", {"exclude": ["q_prj"]}, r"adapter.exclude: 'q_prj' stands for none"),
+        ("llama", {"exclude": ["attention"]}, "nothing is left to adapt"),
+        ("gpt2", {"rank_pattern": {"q": 2}}, r"h.0.attn.c_attn holds q and v in one module"),
+    ],
+)
+def test_words_that_can_not_be_followed(family, settings, says):
+    model = tiny_model(family)
+    with pytest.raises(ModelError, match=says):
+        inject_lora(model, ["q", "v"], **settings)
+    assert not lora_layers(model)
