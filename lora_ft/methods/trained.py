@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lora_ft.config.load import parse_config
 from lora_ft.config.schema import Config
@@ -27,8 +25,10 @@ from lora_ft.core.storage import read_json, verify_manifest
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.peft_config import CONFIG
 from lora_ft.model.files import Base, digest, resolve
-from lora_ft.model.load import tokenizer_hash
 from lora_ft.model.small_files import require_inside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What a method's `save` returns: the names of the files, and what the record must contain for them
 Saved = tuple[list[str], dict[str, Any]]
@@ -108,7 +108,7 @@ class Trained:
         return resolve(name, revision, trust)
 
     def check(
-        self, base: Base, tokenizer: PreTrainedTokenizerBase | None, other_base: bool, name: str | None = None
+        self, base: Base, tokenizer: "PreTrainedTokenizerBase | None", other_base: bool, name: str | None = None
     ) -> None:
         """Check that this is the base, and the tokenizer (None: has none), of the training; else raise ModelError.
 
@@ -122,6 +122,8 @@ class Trained:
                 problem = "has no tokenizer, but the adapter was trained with one. Restore its files."
                 raise ModelError(f"{prefix}model {base.name}: {problem}")
             return
+        from lora_ft.model.load import tokenizer_hash  # imports torch, which `inspect` does without
+
         if trained_with not in (None, tokenizer_hash(tokenizer)):
             problem = "its tokenizer (vocabulary, merges or special tokens) has changed since the training."
             _refuse(f"{prefix}base {base.name}: {problem}", "Restore it", other_base)

@@ -17,14 +17,12 @@ from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD
-from lora_ft.methods.lora.peft_config import CONFIG, by_pattern, check_config
+from lora_ft.methods.lora.peft_config import CONFIG, KEY, PREFIX, WEIGHTS, by_pattern, check_config
 from lora_ft.methods.trained import Trained
 from lora_ft.model.stored import is_finite
-from lora_ft.nn.lora import RowBlocks, scaling
+from lora_ft.nn.lora import RowBlocks
+from lora_ft.nn.scaling import scaling
 
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 REFUSED = {r"\.lora_embedding_": "LoRA on an embedding", r"\.lora_magnitude_vector": "DoRA"}
 REFUSED |= {r"\.lora_[AB]\.bias$": "trained biases (lora_bias)"}
 
