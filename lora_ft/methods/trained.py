@@ -145,6 +145,13 @@ def run_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | No
     return settings
 
 
+def training_records(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What is recorded of each training behind a folder: its own record, or those of the adapters that it was made of."""
+    parts = (record.get("made_of") or {}).get("parts")
+    own = [part.get("record") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return [found for of in own if isinstance(of, dict) for found in training_records(of)] or [record]
+
+
 def is_trained(folder: Path, error: type[UserError] = ModelError) -> bool:
     """Whether a finished run, a checkpoint or another tool's adapter is in a folder, not verified; see `read_record`."""
     if unfinished_run(folder):

@@ -1,0 +1,65 @@
+"""The subset of PEFT's format that every tool reads: one rank, scaling 1, no patterns. It is exact."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_ft.core import storage
+from lora_ft.methods.lora.peft import AdapterFile
+from lora_ft.methods.lora.peft_config import CONFIG, PREFIX, WEIGHTS
+from lora_ft.methods.lora.targets import suffixes
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # module -> A (rank, in) and B (out, rank), of the change B A
+
+
+def plain_tensors(adapter: AdapterFile) -> Factors:
+    """Module -> A and s B, whatever patterns or rslora the adapter has."""
+    return {module: (A, adapter.scalings[module] * B) for module, (A, B) in adapter.tensors.items()}
+
+
+def padded(tensors: Factors) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+    """The same with all ranks made the largest, R, by zeros; and R. With lora_alpha = R the scaling of a reader is 1."""
+    R = max(A.shape[0] for A, _ in tensors.values())
+    missing = {module: R - A.shape[0] for module, (A, _) in tensors.items()}
+    return {
+        module: (F.pad(A, (0, 0, 0, missing[module])).contiguous(), F.pad(B, (0, missing[module])).contiguous())
+        for module, (A, B) in tensors.items()
+    }, R
+
+
+def write_plain(folder: Path, tensors: Factors, parts: Iterable[AdapterFile], base_name: str | None) -> int:
+    """Write the two files of an adapter into an existing folder; `parts` are those whose modules it has. Returns the rank."""
+    of_all, R = padded(tensors)
+    stored = {}
+    for module, (A, B) in of_all.items():
+        stored[f"{PREFIX}{module}.lora_A.weight"] = A
+        stored[f"{PREFIX}{module}.lora_B.weight"] = B
+    parts = list(parts)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": R,
+        "lora_alpha": R,
+        "lora_dropout": 0.0,
+        "target_modules": sorted({target for part in parts for target in targets(part)}),
+        "bias": "none",
+        "fan_in_fan_out": all(bool(part.trained.adapter_config.get("fan_in_fan_out")) for part in parts),
+        "inference_mode": True,
+    }
+    storage.write_tensors(folder / WEIGHTS, stored)
+    storage.write_json(folder / CONFIG, config)
+    return R
+
+
+def targets(adapter: AdapterFile) -> list[str]:
+    """target_modules, sorted: the adapter's own list if it alone determines the modules, else the paths of all modules."""
+    config, modules = adapter.trained.adapter_config, sorted(adapter.tensors)
+    own = config.get("target_modules")
+    narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    if not isinstance(own, list) or narrowed:
+        return modules
+    matches = [set(own) & set(suffixes(module)) for module in modules]
+    return sorted(set(own)) if all(matches) and set().union(*matches) == set(own) else modules
