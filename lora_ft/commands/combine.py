@@ -65,12 +65,14 @@ def compress_command(
     run's eval data.
 
     Raises:
-        ConfigError: neither or both of rank and energy; with `evaluate`, no eval data.
+        ConfigError: neither or both of rank and energy; `evaluate` without eval data, or as JSON.
         ModelError: no LoRA adapter.
         FilesError: `output` exists, or can't be written.
     """
     if (rank is None) == (energy is None):
         raise ConfigError("compress: give --rank N, or --energy SHARE, as in --energy 0.99")
+    if evaluate and as_json:
+        raise ConfigError(f"--eval and --json: give one; `lora-ft eval {folder} OUT --json` scores both as JSON")
     output = output or sibling(folder, "-small")
     _refuse_existing(output)
     part = Part(open_part(folder), 1.0)
@@ -85,7 +87,7 @@ def compress_command(
     what = f"{folder}, {format_bytes(before)}, in {format_bytes(after)}"
     _tell(output, what, written, made, as_json)
     if evaluate:
-        evaluate_command([folder, output], as_json=as_json, trust=trust)
+        evaluate_command([folder, output], trust=trust)
 
 
 def _tell(output: Path, what: str, rank: int, made: Combined, as_json: bool) -> None:

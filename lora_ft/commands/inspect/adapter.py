@@ -100,8 +100,10 @@ def _read_tensors(adapter: Adapter) -> None:
             rank = by_pattern(folder / CONFIG, config.get("rank_pattern"), module, config["r"])
             alpha = by_pattern(folder / CONFIG, config.get("alpha_pattern"), module, config["lora_alpha"])
             s = scaling(rank, alpha, config.get("use_rslora") is True)
-        except (ModelError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-            continue  # `check_config` has told what is wrong with it
+        except (ModelError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            s = np.nan
+        if not np.isfinite(s):
+            continue  # `check_config` has told what is wrong with the config
         if len(A.shape) != 2 or len(B.shape) != 2 or (A.shape[0], B.shape[1]) != (rank, rank):
             says = f"{CONFIG} says rank {rank}"
             adapter.find("rank", f"{module}: A is {_shape(A)} and B {_shape(B)}, but {says}")
@@ -145,7 +147,7 @@ def _moved_tensors(adapter: Adapter, entry: Mapping[str, Any]) -> list[Finding]:
         return []
     hashes = {name: stored.hash() for name, stored in adapter.stored.items()}
     changed = [name for name in hashes if name in recorded and hashes[name] != recorded[name]]
-    origin = {recorded[name]: name for name in recorded}
+    origin = {str(found): name for name, found in recorded.items()}
     swapped: dict[tuple[str, str], int] = {}
     other = []
     for name in changed:
@@ -171,12 +173,12 @@ def _check_record(adapter: Adapter) -> None:
     slices = adapter.trained.record.get("slices") or {}
     if slices and adapter.stored:
         for words, names in (
-            ("missing, though the record has", slices.keys() - adapter.modules),
-            ("not in the record:", adapter.modules - slices.keys()),
+            ("modules of the record are missing", slices.keys() - adapter.modules),
+            ("modules are not in the record", adapter.modules - slices.keys()),
         ):
             if names:
                 which = listed(sorted(names, key=by_layer), 3)
-                adapter.find("missing", f"{WEIGHTS}: {len(names)} of {len(slices)} modules {words} them: {which}")
+                adapter.find("missing", f"{WEIGHTS}: {len(names)} of {len(slices)} {words}: {which}")
     wrong = {}
     for module, s in adapter.scalings.items():
         entry = slices.get(module)

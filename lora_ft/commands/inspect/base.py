@@ -49,7 +49,7 @@ def find_base(adapter: Adapter, name: str | None) -> Base | None:
 def base_weights(adapter: Adapter, base: Base) -> dict[str, Stored]:
     """Module -> its W; findings: modules that the base lacks, has in another shape or quantized, or that the adapter lacks."""
     lacking = [] if adapter.trained.record.get("slices") else _named_by_config(adapter, base)
-    found = locate(base, [*adapter.modules, *lacking])
+    found = locate(base, adapter.modules, lacking)
     _tell_missing(adapter, [module for module in lacking if found.pop(module, None)])
     if absent := [module for module in adapter.modules if module not in found]:
         adapter.find("base", f"{base.name} has no {listed(absent, 3)}: is it another model's adapter?")
@@ -65,17 +65,17 @@ def base_weights(adapter: Adapter, base: Base) -> dict[str, Stored]:
     return {module: stored for module, stored in found.items() if stored.is_float}
 
 
-def locate(base: Base, modules: Sequence[str]) -> dict[str, Stored]:
-    """Module -> where its W is in the base's files, of the modules that it has."""
+def locate(base: Base, modules: Sequence[str], others: Sequence[str]) -> dict[str, Stored]:
+    """Module -> where its W is in the base's files, of the `modules` and `others` that it has."""
     files = {name: stored for path in weight_files(base) for name, stored in read_header(path).items()}
-    names: dict[str, str | None] = {module: f"{module}.weight" for module in modules}
-    if not all(name in files for name in names.values()):  # they have other names in memory, or the head is tied
+    names: dict[str, str | None] = {module: f"{module}.weight" for module in (*modules, *others)}
+    if any(names[module] not in files for module in modules):  # they have other names in memory, or the head is tied
         from lora_ft.methods.lora.stored_names import source_of, stored_names
         from lora_ft.model.load import skeleton
 
         model = skeleton(base)
         stored = stored_names(model, list(files))
-        names = {module: source_of(model, stored, f"{module}.weight") for module in modules}
+        names = {module: source_of(model, stored, f"{module}.weight") for module in names}
     return {module: files[name] for module, name in names.items() if name in files}
 
 

@@ -1,7 +1,7 @@
 """`lora-ft inspect`: what is in an adapter, or in two, from their files alone. Imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +9,10 @@ from lora_ft.commands.inspect.adapter import Adapter, read
 from lora_ft.commands.inspect.base import base_weights, check_without_base, find_base
 from lora_ft.commands.inspect.display import facts, show, write_html
 from lora_ft.commands.inspect.intruders import count_intruders
-from lora_ft.commands.inspect.measures import Module, decompose, measure, overlap
+from lora_ft.commands.inspect.measures import Module, measure, overlap
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import echo, echo_json
-from lora_ft.methods.lora.factors import SVD
 from lora_ft.model.tensor_file import Stored
-
-
-@dataclass
-class Inspected:
-    """An adapter with its numbers."""
-
-    adapter: Adapter
-    decomposed: dict[str, SVD]
-    modules: list[Module]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        trained = self.adapter.trained
-        return {
-            "adapter": str(trained.folder),
-            "facts": dict(facts(self.adapter)),
-            "findings": [finding._asdict() for finding in self.adapter.findings],
-            "modules": [module.as_dict() for module in self.modules],
-        }
 
 
 def inspect_command(
@@ -52,26 +32,24 @@ def inspect_command(
         FilesError: `html` is another tool's file, or can't be written.
     """
     inspected = [_inspect(folder, base, intruders) for folder in folders]
-    one, other = inspected[0], inspected[1] if len(inspected) > 1 else None
-    overlaps = overlap(one.adapter, other.adapter, one.decomposed, other.decomposed) if other else []
-    shown = [(of.adapter, of.modules) for of in inspected]
+    adapters = [adapter for adapter, _ in inspected]
+    overlaps = overlap(*adapters) if len(adapters) == 2 else []
     if as_json:
-        content: dict[str, Any] = {"adapters": [of.as_dict() for of in inspected]}
-        echo_json(content | ({"overlap": [asdict(entry) for entry in overlaps]} if other else {}))
+        content: dict[str, Any] = {"adapters": [_as_dict(*of) for of in inspected]}
+        echo_json(content | ({"overlap": [asdict(entry) for entry in overlaps]} if len(adapters) == 2 else {}))
     else:
-        show(shown, overlaps)
+        show(inspected, overlaps)
     if html:
-        write_html(html, shown, overlaps)
+        write_html(html, inspected, overlaps)
         if not as_json:
             echo(html)
-    problems = {of.adapter.trained.folder: [f for f in of.adapter.findings if f.problem] for of in inspected}
-    if broken := [
-        f"{folder} has {len(found)} problem{'s'[: len(found) > 1]}" for folder, found in problems.items() if found
-    ]:
-        raise ModelError(f"{', '.join(broken)}: see above.")
+    counts = {of.trained.folder: sum(finding.problem for finding in of.findings) for of in adapters}
+    if any(counts.values()):
+        told = ", ".join(f"{folder} has {n} problem{'s'[: n > 1]}" for folder, n in counts.items() if n)
+        raise ModelError(f"{told}: see above.")
 
 
-def _inspect(folder: Path, base_name: str | None, intruders: bool) -> Inspected:
+def _inspect(folder: Path, base_name: str | None, intruders: bool) -> tuple[Adapter, list[Module]]:
     adapter = read(folder)
     base = find_base(adapter, base_name)
     weights: dict[str, Stored] = {}
@@ -82,8 +60,16 @@ def _inspect(folder: Path, base_name: str | None, intruders: bool) -> Inspected:
             adapter.find("base", f"{e} |W| is unknown.", False)
     else:
         check_without_base(adapter)
-    decomposed = decompose(adapter)
-    modules = measure(adapter, decomposed, weights)
+    modules = measure(adapter, weights)
     if intruders:
         count_intruders(adapter, modules, weights)
-    return Inspected(adapter, decomposed, modules)
+    return adapter, modules
+
+
+def _as_dict(adapter: Adapter, modules: Sequence[Module]) -> dict[str, Any]:
+    return {
+        "adapter": str(adapter.trained.folder),
+        "facts": dict(facts(adapter)),
+        "findings": [finding._asdict() for finding in adapter.findings],
+        "modules": [module.as_dict() for module in modules],
+    }

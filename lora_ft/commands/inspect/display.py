@@ -30,14 +30,14 @@ def facts(adapter: Adapter) -> list[tuple[str, str]]:
     ]
     sources = listed(list(map(str, settings.get("train") or [])), 3)
     parts = (record.get("made_of") or {}).get("parts") or []
-    made = [f"{part.get('weight', 1):g} x {part.get('name')}" for part in parts if isinstance(part, dict)]
+    made = [f"{part.get('weight')} x {part.get('name')}" for part in parts if isinstance(part, dict)]
     versions = ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items())
     rank, alpha = config.get("r"), config.get("lora_alpha")
     stated = [
         ("adapter", f"rank {rank}, lora_alpha {alpha}, {len(adapter.modules)} modules, {elements:,} parameters"),
         ("base", str(adapter.trained.base_name or "not named")),
         ("fingerprint", (base.get("fingerprint") or "")[:16]),
-        ("data", f"{sources}: {trained['examples']:,} examples" if trained.get("examples") else ""),
+        ("data", f"{sources}: {examples:,} examples" if isinstance(examples := trained.get("examples"), int) else ""),
         ("scores", ", ".join(scored)),
         ("made of", ", ".join(made)),
         ("trained", f"step {record['step']:,}, seed {record.get('seed')}" if record.get("step") else ""),

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_ft.commands.inspect.adapter import Adapter, layer_and_role
 from lora_ft.core.messages import listed
-from lora_ft.methods.lora.factors import SVD, cosines, effective_rank, rank_for_energy, svd
+from lora_ft.methods.lora.factors import cosines, effective_rank, rank_for_energy, singular_values, svd
 from lora_ft.model.tensor_file import Stored
 
 NEAR_ZERO = 1e-4  # of the larger updates (their 90th percentile): a module below does nothing
@@ -47,18 +47,14 @@ class Module:
         return asdict(self) | {"ratio": self.ratio}
 
 
-def decompose(adapter: Adapter) -> dict[str, SVD]:
-    """Module -> the singular value decomposition of B A, without s."""
-    return {module: svd(*pair) for module, pair in adapter.tensors.items()}
-
-
-def measure(adapter: Adapter, decomposed: dict[str, SVD], weights: dict[str, Stored]) -> list[Module]:
+def measure(adapter: Adapter, weights: dict[str, Stored]) -> list[Module]:
     """The numbers of each module that is whole; findings: dead modules, and changes far above W."""
     modules = []
-    for name, of in decomposed.items():
+    for name, (A, B) in adapter.tensors.items():
+        S = singular_values(A, B)
         layer, role = layer_and_role(name)
-        norm = abs(adapter.scalings[name]) * float(np.linalg.norm(of.S))
-        rank, effective, most = adapter.tensors[name][0].shape[0], effective_rank(of.S), rank_for_energy(of.S, 0.99)
+        norm = abs(adapter.scalings[name]) * float(np.linalg.norm(S))
+        rank, effective, most = len(A), effective_rank(S), rank_for_energy(S, 0.99)
         base_norm = weights[name].norm() if name in weights and weights[name].is_float else None
         modules.append(Module(name, layer, role, rank, effective, most, norm, base_norm))
     if not modules:
@@ -116,11 +112,11 @@ def together(modules: Iterable[Module]) -> float | None:
     return math.hypot(*(norm for norm, _ in pairs)) / base if base > 0 else None
 
 
-def overlap(one: Adapter, other: Adapter, ones: dict[str, SVD], others: dict[str, SVD]) -> list[Overlap]:
+def overlap(one: Adapter, other: Adapter) -> list[Overlap]:
     """The overlap in each module that both adapt, in the same shape."""
     found = []
-    for name in [name for name in ones if name in others]:
-        a, b = ones[name], others[name]
+    for name in [name for name in one.tensors if name in other.tensors]:
+        a, b = svd(*one.tensors[name]), svd(*other.tensors[name])
         if (a.U.shape[0], a.V.shape[1]) != (b.U.shape[0], b.V.shape[1]):
             continue
         m, n = a.rank, b.rank

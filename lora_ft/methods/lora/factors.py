@@ -44,6 +44,12 @@ def svd(A: Array, B: Array) -> SVD:
     return SVD(Q @ U[:, : len(S)], S, V[: len(S)] @ P.T)
 
 
+def singular_values(A: Array, B: Array) -> Array:
+    """Those of B A alone, in half the time of `svd`."""
+    R, T = (np.linalg.qr(thin.astype(np.float64), mode="r") for thin in (B, A.T))
+    return np.linalg.svd(R @ T.T, compute_uv=False)
+
+
 def svd_of_matrix(D: Array, rank: int) -> SVD:
     """The `rank` largest singular values and vectors of a full matrix, by the eigenvectors of its smaller Gram matrix."""
     if D.shape[0] < D.shape[1]:
