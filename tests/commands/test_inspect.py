@@ -209,6 +209,19 @@ def test_the_numbers_are_those_of_the_full_matrices(tmp_path, capsys, family, se
             assert entry[way] == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_a_base_whose_files_have_other_names(tmp_path, capsys):
+    """As the hub's gpt2, without the prefix and the tied head; its names come from transformers."""
+    out = write(tmp_path, "gpt2", targets=("q", "o"), modules=("lm_head",))
+    before = found(capsys, out, intruders=True)[2]["adapters"][0]["modules"]
+    weights = tmp_path / "base/model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(weights).items()}
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, weights, {"format": "pt"})
+    (out / RECORD).unlink()
+    problems, _, content = found(capsys, out, intruders=True)
+    assert not problems and content["adapters"][0]["modules"] == before
+    assert [m["name"] for m in before][-1] == "lm_head" and all(m["ratio"] > 0 for m in before)
+
+
 def test_what_the_terminal_and_the_page_show(folder, capsys):
     shutil.copytree(folder / "out", folder / "copy")
     inspect_command([folder / "out", folder / "copy"], html=folder / "page.html")

@@ -18,7 +18,7 @@ from lora_ft.core.storage import sibling
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.compatibility import check_against, check_copies
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
-from lora_ft.methods.lora.portable import plain_tensors, write_plain
+from lora_ft.methods.lora.portable import padded, plain_tensors, write_plain
 from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.methods.usage import vllm_rank
@@ -98,7 +98,8 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
     model = _checked_model(adapter, base)
     with storage.atomic_folder(target) as staged:
         recorded = adapter.trained.adapter_config.get("base_model_name_or_path") or ""
-        rank = write_plain(staged, plain_tensors(adapter), [adapter], published_name(recorded) or None)
+        tensors, _ = padded(plain_tensors(adapter))
+        rank = write_plain(staged, tensors, [adapter], published_name(recorded) or None)
         if (card := adapter.folder / CARD).is_file():
             require_inside(adapter.folder, card)
             name = str(adapter.trained.adapter_config.get("base_model_name_or_path"))  # PEFT's cards may have a path

@@ -99,10 +99,14 @@ def combine(parts: Sequence[Part], settings: Settings) -> Combined:
             kept = rank_for_energy(exact.S, settings.energy) if settings.energy else rank
             A, B = exact.cut(max(kept, 1))
             error = exact.error(max(kept, 1))
-        factors[module] = (torch.from_numpy(A.astype("float32")), torch.from_numpy(B.astype("float32")))
+        factors[module] = (_tensor(A), _tensor(B))
         errors[module] = error
         wrong, total = wrong + (error * norm) ** 2, total + norm**2
     return Combined(factors, errors, math.sqrt(wrong / total) if total else 0.0)
+
+
+def _tensor(matrix: Array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(matrix, "float32"))
 
 
 def _check_equal_ranks(parts: Sequence[Part]) -> None:

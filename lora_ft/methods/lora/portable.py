@@ -1,4 +1,4 @@
-"""The subset of PEFT's format that every tool reads: one rank, scaling 1, no patterns. It is exact."""
+"""Adapters in the plainest of PEFT's format: scaling 1, and one rank if the modules have one. It is exact."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ def plain_tensors(adapter: AdapterFile) -> Factors:
 
 
 def padded(tensors: Factors) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
-    """The same with all ranks made the largest, R, by zeros; and R. With lora_alpha = R the scaling of a reader is 1."""
+    """The same with all ranks made the largest, R, by zeros, as every tool reads it; and R."""
     R = max(A.shape[0] for A, _ in tensors.values())
     missing = {module: R - A.shape[0] for module, (A, _) in tensors.items()}
     return {
@@ -30,12 +30,13 @@ def padded(tensors: Factors) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
 
 
 def write_plain(folder: Path, tensors: Factors, parts: Iterable[AdapterFile], base_name: str | None) -> int:
-    """Write the two files of an adapter into an existing folder; `parts` are those whose modules it has. Returns the rank."""
-    of_all, R = padded(tensors)
-    stored = {}
-    for module, (A, B) in of_all.items():
-        stored[f"{PREFIX}{module}.lora_A.weight"] = A
-        stored[f"{PREFIX}{module}.lora_B.weight"] = B
+    """Write the two files of an adapter into an existing folder. Returns its largest rank, R.
+
+    With lora_alpha = R, and where a rank is lower the same in both patterns, the scaling of a reader is 1. parts: the adapters
+    whose modules it has.
+    """
+    R = max(A.shape[0] for A, _ in tensors.values())
+    lower = {module: A.shape[0] for module, (A, _) in tensors.items() if A.shape[0] < R}
     parts = list(parts)
     config = {
         "peft_type": "LORA",
@@ -43,13 +44,19 @@ def write_plain(folder: Path, tensors: Factors, parts: Iterable[AdapterFile], ba
         "base_model_name_or_path": base_name,
         "r": R,
         "lora_alpha": R,
+        **({"rank_pattern": lower, "alpha_pattern": lower} if lower else {}),
         "lora_dropout": 0.0,
         "target_modules": sorted({target for part in parts for target in targets(part)}),
         "bias": "none",
         "fan_in_fan_out": all(bool(part.trained.adapter_config.get("fan_in_fan_out")) for part in parts),
         "inference_mode": True,
     }
-    storage.write_tensors(folder / WEIGHTS, stored)
+    named = {
+        f"{PREFIX}{module}.lora_{x}.weight": M
+        for module, pair in tensors.items()
+        for x, M in zip("AB", pair, strict=True)
+    }
+    storage.write_tensors(folder / WEIGHTS, named)
     storage.write_json(folder / CONFIG, config)
     return R
 
