@@ -3,6 +3,7 @@
 Imports no torch. `methods/lora/peft.py` reads an adapter to apply it, and refuses at the first fault.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ from lora_ft.methods.lora.peft_config import CONFIG, KEY, PREFIX, WEIGHTS, by_pa
 from lora_ft.methods.trained import Trained
 from lora_ft.model.tensor_file import Stored, read_header
 from lora_ft.nn.scaling import scaling
+
+
+LAYER = re.compile(r"[0-9]{1,6}")
 
 
 class Finding(NamedTuple):
@@ -135,7 +139,7 @@ def _check_manifest(adapter: Adapter) -> None:
             moved = _moved_tensors(adapter, entry) if name == WEIGHTS and isinstance(entry, dict) else []
             for finding in moved or [Finding("changed", str(e))]:
                 adapter.findings.append(finding)
-    if not adapter.trained.record:
+    if not (folder / RECORD).is_file():
         hint = f"no {RECORD}: whether tensors were changed, or layers exchanged, since the training can't be known"
         adapter.find("record", hint, False)
 
@@ -195,7 +199,7 @@ def _check_record(adapter: Adapter) -> None:
 def layer_and_role(module: str) -> tuple[int | None, str]:
     """The layer, the first number in a module's path, and the name in it; (None, path) for a module outside all layers."""
     parts = module.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    at = next((i for i, part in enumerate(parts) if LAYER.fullmatch(part)), None)
     return (None, module) if at is None else (int(parts[at]), ".".join(parts[at + 1 :]))
 
 

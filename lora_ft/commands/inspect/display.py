@@ -28,7 +28,8 @@ def facts(adapter: Adapter) -> list[tuple[str, str]]:
         f"{key} {format_metric(key, value)}" + (f" (base {format_metric(key, before[key])})" if key in before else "")
         for key, value in scores.items()
     ]
-    sources = listed(list(map(str, settings.get("train") or [])), 3)
+    named = settings.get("train")
+    sources = listed(list(map(str, named)), 3) if isinstance(named, list) else str(named)
     parts = (record.get("made_of") or {}).get("parts") or []
     made = [f"{part.get('weight')} x {part.get('name')}" for part in parts if isinstance(part, dict)]
     versions = ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items())
@@ -42,7 +43,7 @@ def facts(adapter: Adapter) -> list[tuple[str, str]]:
         ("made of", ", ".join(made)),
         ("trained", f"step {record['step']:,}, seed {record.get('seed')}" if record.get("step") else ""),
         ("versions", versions or (f"peft {config['peft_version']}" if config.get("peft_version") else "")),
-        ("record", "" if record else f"none: no {RECORD}"),
+        ("record", "" if record else f"none that can be read ({RECORD})"),
     ]
     return [(title, text) for title, text in stated if text]
 
