@@ -63,9 +63,7 @@ class Trained:
             problem = "nothing trained there" if folder.is_dir() else "no such folder"
             way_out = "Train first with `lora-ft train CONFIG`, or give the folder that a training run or PEFT wrote."
             raise ModelError(f"{folder}: {problem}. {way_out}")
-        adapter_config = read_json(folder / CONFIG, ModelError) if (folder / CONFIG).is_file() else {}
-        if not isinstance(name := adapter_config.get("base_model_name_or_path"), str | None):
-            raise ModelError(f"{folder / CONFIG}: base_model_name_or_path is {name!r:.100}; it must be a name.")
+        adapter_config = read_adapter_config(folder) if (folder / CONFIG).is_file() else {}
         return cls(folder, _method(folder, adapter_config), record, adapter_config)
 
     @cached_property
@@ -135,6 +133,14 @@ class Trained:
     @property
     def _recorded_base(self) -> dict[str, Any]:
         return self.record.get("base", {})
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of `adapter_config.json`. Raises ModelError if it can't be read, or its base is no name."""
+    config = read_json(folder / CONFIG, ModelError)
+    if not isinstance(name := config.get("base_model_name_or_path"), str | None):
+        raise ModelError(f"{folder / CONFIG}: base_model_name_or_path is {name!r:.100}; it must be a name.")
+    return config
 
 
 def run_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -14,13 +14,12 @@ import numpy as np
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD, read_record
-from lora_ft.core.storage import read_json, verify_manifest
+from lora_ft.core.storage import verify_manifest
 from lora_ft.methods.lora.factors import Array
 from lora_ft.methods.lora.peft_config import CONFIG, KEY, PREFIX, WEIGHTS, by_pattern, check_config
-from lora_ft.methods.trained import Trained
+from lora_ft.methods.trained import Trained, read_adapter_config
 from lora_ft.model.tensor_file import Stored, read_header
 from lora_ft.nn.scaling import scaling
-
 
 LAYER = re.compile(r"[0-9]{1,6}")
 
@@ -61,7 +60,7 @@ def read(folder: Path) -> Adapter:
     if not (folder / CONFIG).is_file():
         problem = "no adapter_config.json in that folder" if folder.is_dir() else "no such folder"
         raise ModelError(f"{folder}: {problem}. Give the folder of a LoRA adapter, of lora-ft or PEFT.")
-    adapter = Adapter(Trained(folder, "lora", {}, read_json(folder / CONFIG, ModelError)))
+    adapter = Adapter(Trained(folder, "lora", {}, read_adapter_config(folder)))
     if (kind := adapter.trained.adapter_config.get("peft_type")) != "LORA":
         raise ModelError(f"{folder}: holds {kind or 'an adapter of another method'}; inspect reads LoRA adapters.")
     try:

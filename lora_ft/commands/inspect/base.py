@@ -87,6 +87,8 @@ def check_without_base(adapter: Adapter) -> None:
 
 def _named_by_config(adapter: Adapter, base: Base | None) -> list[str]:
     """What the adapter lacks of the modules that its config names: those that it has in some layers, in all others."""
+    if any(finding.kind == "config" for finding in adapter.findings):
+        return []
     layers = [layer for layer, _ in map(layer_and_role, adapter.modules) if layer is not None]
     config = read_json(base.folder / "config.json", ModelError) if base else {}
     config |= text if isinstance(text := config.get("text_config"), dict) else {}
@@ -99,7 +101,8 @@ def _named_by_config(adapter: Adapter, base: Base | None) -> list[str]:
     }
     try:
         named = targeted(adapter.trained.adapter_config, candidates, None) or set()
-    except ModelError:  # `check_config` has told it
+    except ModelError as e:  # a pattern that is invalid or takes too long
+        adapter.find("config", str(e))
         return []
     return sorted(named - set(adapter.modules), key=by_layer)
 

@@ -136,7 +136,7 @@ def _read_parts(path: Path, record: dict, tensors: dict, scalings: dict[str, flo
             parts[module] = Parts(int(rank), rows)
             inside = [min(r) >= 0 and 0 < r.length <= r.width - r.start for r in rows.values()]
             fits = all(inside) and {r.blocks * r.width for r in rows.values()} == {B.shape[0]}
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise ModelError(f"{path}: slices of {module} can't be read ({e!r}).") from e
         if not fits or not 1 <= parts[module].rank <= A.shape[0] // len(rows):
             raise ModelError(f"{path}: slices of {module} don't fit A {tuple(A.shape)} and B {tuple(B.shape)}.")
