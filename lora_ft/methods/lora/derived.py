@@ -58,7 +58,8 @@ def write_derived(output: Path, parts: Sequence[Part], settings: Settings, made:
     adapters = [part.adapter for part in parts]
     with storage.atomic_folder(output) as staged:
         first = next((adapter.trained for adapter in adapters if adapter.trained.record), adapters[0].trained)
-        R = write_plain(staged, made.factors, adapters, first.base_name)
+        base_name = first.adapter_config.get("base_model_name_or_path") or first.base_name  # where PEFT finds it
+        R = write_plain(staged, made.factors, adapters, base_name)
         files = [WEIGHTS, CONFIG]
         if template := first.chat_template:
             storage.write_file(staged / TEMPLATE, template)

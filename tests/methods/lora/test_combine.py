@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
+from lora_ft.commands.inspect.command import inspect_command
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
 from lora_ft.methods.lora.combine import Part, Settings, combine
 from lora_ft.methods.lora.derived import check_same_base, open_part, write_derived
@@ -102,6 +103,31 @@ def test_as_peft_makes_it(tmp_path, family, settings, peft):
         found = (updates[module] - exact[module]).norm() / exact[module].norm()
         assert error == pytest.approx(found.item(), abs=1e-5), module
     assert (max(result.errors.values()) < 1e-6) == (settings["how"] in ("cat", "dare"))
+
+
+def test_adapters_of_peft_with_patterns_layers_and_rslora(tmp_path, capsys):
+    """Without a record: by the base's name, with the modules of both; `inspect` finds nothing wrong with the result."""
+    settings = (
+        dict(r=4, use_rslora=True, rank_pattern={"layers.1.self_attn.q_proj": 2}, target_modules=["q_proj", "v_proj"]),
+        dict(r=3, alpha_pattern={"down_proj": 1}, target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
+    )
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder, given in zip(folders, settings, strict=True):
+        torch.manual_seed(len(given))
+        model = tiny_model("llama")
+        model.name_or_path = "base"
+        model = get_peft_model(model, LoraConfig(lora_alpha=6, init_lora_weights=False, task_type="CAUSAL_LM", **given))
+        model.save_pretrained(folder)
+    result = made(tmp_path, folders, (1.0, -2.0), how="cat")
+    logits, updates = ours("llama", tmp_path / "out")
+    for module, exact in exact_sum("llama", folders, (1.0, -2.0)).items():
+        torch.testing.assert_close(updates.pop(module), exact, atol=1e-5, rtol=0)
+    assert not updates and sorted({len(A) for A, _ in result.factors.values()}) == [3, 4, 5]
+    read = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "out").eval()(input_ids=IDS).logits
+    torch.testing.assert_close(read, logits, atol=1e-5, rtol=0)
+    inspect_command([*folders])
+    inspect_command([tmp_path / "out"])
+    assert capsys.readouterr().out.count("no problem found") == 3
 
 
 def test_the_plain_formula_where_peft_differs(tmp_path):
