@@ -1,6 +1,8 @@
 """The data of `lora-ft eval`: read by the run's template, and compared with the rows that were trained on."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +42,11 @@ def columns_of(data: DataConfig) -> list[str]:
 
 
 def warn_of_trained_rows(
-    folder: Path, record: dict, config: Config, tokenizer: PreTrainedTokenizerBase, sets: dict[str, Examples]
+    folder: Path,
+    record: Mapping[str, Any],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: dict[str, Examples],
 ) -> None:
     """Warn of eval rows that the folder was trained on: by their tokens, or else by the content of the named files."""
     trained_on = (record.get("data") or {}).get("train") or {}
@@ -59,7 +65,7 @@ def warn_of_trained_rows(
             )
 
 
-def _training_set(folder: Path, record: dict, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
+def _training_set(folder: Path, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Examples | None:
     """What the run was trained on; None if that is not known, is much, or can't be read as it was."""
     trained_on, settings = (record.get("data") or {}).get("train") or {}, run_settings(folder, record)
     if not settings or not trained_on or trained_on.get("rows", 0) > MOST_ROWS:

@@ -28,7 +28,7 @@ from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import use
 from lora_ft.methods.lora.peft import read_adapter
-from lora_ft.methods.trained import Trained, is_model, run_settings
+from lora_ft.methods.trained import Trained, is_model, run_settings, training_records
 from lora_ft.model.device import micro_batch_tokens, prepare_device
 from lora_ft.model.files import Base, resolve
 from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer
@@ -78,7 +78,8 @@ def evaluate_command(
     for name, examples in sets.items():
         info(f"{f'eval {name}'.strip()}: {examples.report.summary()}")
     for entry_folder, of in [(entry.folder, entry.record) for entry in trained] or [(folder, record)]:
-        warn_of_trained_rows(entry_folder, of, config, tokenizer, sets)
+        for training in training_records(of):
+            warn_of_trained_rows(entry_folder, training, config, tokenizer, sets)
     results = None if again or texts_path or several else recorded_results(trained, config, files, sets)
     kept = results is not None
     if results is None:

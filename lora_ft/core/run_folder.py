@@ -29,7 +29,9 @@ UNHASHED = (LOG, "tensorboard", *REPORTS)  # listed in an adapter's manifest by 
 # The types of what is read from a record, where it has them; an entry of a section may be null
 RECORD_TYPES: dict[str, Any] = {
     **dict.fromkeys(("base", "config"), dict),
-    **dict.fromkeys(("data", "versions", "machine", "metrics", "base_metrics", "slices", "files"), dict | None),
+    **dict.fromkeys(
+        ("data", "versions", "machine", "metrics", "base_metrics", "slices", "files", "made_of"), dict | None
+    ),
     **dict.fromkeys(("config.adapter", "config.data", "config.train", "config.model"), dict | None),
     **dict.fromkeys(("data.train", "data.eval", "learning_rate"), dict | None),
     **dict.fromkeys(("data.train.content", "base.name", "base.revision", "base.fingerprint", "base.dtype"), str | None),

@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lora_ft.config.load import parse_config
 from lora_ft.config.schema import Config
@@ -27,8 +25,10 @@ from lora_ft.core.storage import read_json, verify_manifest
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.peft_config import CONFIG
 from lora_ft.model.files import Base, digest, resolve
-from lora_ft.model.load import tokenizer_hash
 from lora_ft.model.small_files import require_inside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What a method's `save` returns: the names of the files, and what the record must contain for them
 Saved = tuple[list[str], dict[str, Any]]
@@ -63,9 +63,7 @@ class Trained:
             problem = "nothing trained there" if folder.is_dir() else "no such folder"
             way_out = "Train first with `lora-ft train CONFIG`, or give the folder that a training run or PEFT wrote."
             raise ModelError(f"{folder}: {problem}. {way_out}")
-        adapter_config = read_json(folder / CONFIG, ModelError) if (folder / CONFIG).is_file() else {}
-        if not isinstance(name := adapter_config.get("base_model_name_or_path"), str | None):
-            raise ModelError(f"{folder / CONFIG}: base_model_name_or_path is {name!r:.100}; it must be a name.")
+        adapter_config = read_adapter_config(folder) if (folder / CONFIG).is_file() else {}
         return cls(folder, _method(folder, adapter_config), record, adapter_config)
 
     @cached_property
@@ -108,7 +106,7 @@ class Trained:
         return resolve(name, revision, trust)
 
     def check(
-        self, base: Base, tokenizer: PreTrainedTokenizerBase | None, other_base: bool, name: str | None = None
+        self, base: Base, tokenizer: "PreTrainedTokenizerBase | None", other_base: bool, name: str | None = None
     ) -> None:
         """Check that this is the base, and the tokenizer (None: has none), of the training; else raise ModelError.
 
@@ -122,6 +120,8 @@ class Trained:
                 problem = "has no tokenizer, but the adapter was trained with one. Restore its files."
                 raise ModelError(f"{prefix}model {base.name}: {problem}")
             return
+        from lora_ft.model.load import tokenizer_hash  # imports torch, which `inspect` does without
+
         if trained_with not in (None, tokenizer_hash(tokenizer)):
             problem = "its tokenizer (vocabulary, merges or special tokens) has changed since the training."
             _refuse(f"{prefix}base {base.name}: {problem}", "Restore it", other_base)
@@ -135,12 +135,27 @@ class Trained:
         return self.record.get("base", {})
 
 
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of `adapter_config.json`. Raises ModelError if it can't be read, or its base is no name."""
+    config = read_json(folder / CONFIG, ModelError)
+    if not isinstance(name := config.get("base_model_name_or_path"), str | None):
+        raise ModelError(f"{folder / CONFIG}: base_model_name_or_path is {name!r:.100}; it must be a name.")
+    return config
+
+
 def run_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The settings in a folder's record, None if it has none; the chat template is the copy in the folder, if there is one."""
     settings, template = record.get("config"), folder / TEMPLATE
     if settings and (settings.get("data") or {}).get("messages") and template.is_file():
         settings = {**settings, "data": {**settings["data"], "chat_template": str(template)}}
     return settings
+
+
+def training_records(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What is recorded of each training behind a folder: its own record, or those of the adapters that it was made of."""
+    parts = (record.get("made_of") or {}).get("parts")
+    own = [part.get("record") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return [found for of in own if isinstance(of, dict) for found in training_records(of)] or [record]
 
 
 def is_trained(folder: Path, error: type[UserError] = ModelError) -> bool:

@@ -17,7 +17,8 @@ from lora_ft.core.names import is_local, with_slashes
 from lora_ft.core.paths import local_path, refuse_hollow, refuse_not_utf8, refuse_special
 from lora_ft.core.storage import read_json
 from lora_ft.core.trust import NO_TRUST, Trust
-from lora_ft.model.hub import cached_commit, snapshot
+from lora_ft.model.hub import cached, cached_commit, snapshot
+from lora_ft.model.tensor_file import read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -52,16 +53,11 @@ class Base:
             return digest([["gguf", self.gguf.stat().st_size, _sample(self.gguf, 0, self.gguf.stat().st_size)]])
         if self.pickles:
             return digest([["pickle", p.stat().st_size, _sample(p, 0, p.stat().st_size, 2**12)] for p in self.pickles])
-        tensors = []
-        for path in weight_files(self):
-            with path.open("rb") as f:
-                header_bytes = int.from_bytes(f.read(8), "little")
-                header = json.loads(f.read(header_bytes))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    start, end = entry["data_offsets"]
-                    sample = _sample(path, 8 + header_bytes + start, end - start)
-                    tensors.append([name, entry["dtype"], entry["shape"], sample])
+        tensors = [
+            [name, stored.dtype, stored.shape, _sample(stored.path, stored.start, stored.end - stored.start)]
+            for path in weight_files(self)
+            for name, stored in read_header(path).items()
+        ]
         return digest(sorted(tensors))
 
 
@@ -80,6 +76,17 @@ def resolve(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> 
     unpickle = trust.pickles and not base.gguf and not _has_safetensors(base.folder)
     pickles = tuple(_listed(base.folder, PICKLE_INDEX, PICKLE)) if unpickle else ()
     return replace(base, pickles=pickles, trusted_code=trust.remote_code)
+
+
+def on_this_machine(name: str, revision: str | None = None) -> Base | None:
+    """As `resolve`, but a hub id is only looked for in the cache: nothing is downloaded. None if it is not there."""
+    try:
+        if is_local(name):
+            return resolve(name)
+        folder = cached(name, revision, WANTED)
+    except ModelError:
+        return None
+    return Base(name, folder, revision=folder.name) if folder and _is_complete(folder) else None
 
 
 def _local(name: str) -> Base:
@@ -147,7 +154,7 @@ def weight_files(base: Base) -> list[Path]:
             f"{PICKLE} that you trust, add --allow-pickle: torch's weights_only loader reads it."
         )
     for path in files:
-        with opened(path):
+        with opened(path, "numpy"):  # which imports no torch
             pass
     return files
 
@@ -174,7 +181,7 @@ def _listed(folder: Path, index_name: str, single: str) -> list[Path]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[safe_open]:
+def opened(path: Path, framework: str = "pt") -> Iterator[safe_open]:
     """Open a safetensors file lazily; raises ModelError if it can't be read, its header is damaged or it is truncated."""
     try:
         with path.open("rb"):  # safetensors calls any file that it can't open missing
@@ -182,7 +189,7 @@ def opened(path: Path) -> Iterator[safe_open]:
     except OSError as e:
         raise ModelError(f"{path}: can't be read ({e.strerror}).") from e
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             yield file
     except SafetensorError as e:
         if is_out_of_memory(e):

@@ -51,8 +51,11 @@ def cached_commit(name: str, revision: str | None, patterns: list[str]) -> Path 
 
     The folder may be incomplete: an earlier download may have been interrupted, or of other files.
     """
-    if not (revision and re.fullmatch(r"[0-9a-f]{40}", revision)):
-        return None
+    return cached(name, revision, patterns) if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
+
+
+def cached(name: str, revision: str | None, patterns: list[str]) -> Path | None:
+    """The cached folder of a hub model, perhaps incomplete; None if it is not cached. Asks no network."""
     try:
         return _files(name, revision, patterns, local_only=True)
     except (OSError, ValueError):  # not cached

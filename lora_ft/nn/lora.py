@@ -242,8 +242,3 @@ def draw_(weight: Tensor, generator: torch.Generator | None) -> None:
     """Kaiming-uniform values, drawn on the CPU so that a seed gives the same ones on any device."""
     drawn = torch.empty(weight.shape, dtype=torch.float32, device="meta" if weight.is_meta else "cpu")
     weight.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
-
-
-def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
-    """s = alpha / rank, or alpha / sqrt(rank) with `rslora`."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank

@@ -47,7 +47,8 @@ def read_run_data(folder: Path, record: dict | None = None, stop_reason: str | N
         if record.get("kind") == "checkpoint":
             raise ModelError(f"{folder}: is a checkpoint. Give the output folder of its run: {folder.parent.parent}.")
         if record.get("kind") != "adapter":
-            raise ModelError(f"{folder}: is a merged model and holds no run. Give the output folder of a run.")
+            what = "a merged model" if record.get("kind") == "merged" else "made of other adapters"
+            raise ModelError(f"{folder}: is {what} and holds no run. Give the output folder of a run.")
     elif record is None:
         if not checkpoints:
             problem = "holds no run" if folder.is_dir() else "no such folder"

@@ -44,6 +44,7 @@ def test_examples_are_those_of_a_fresh_clone():
     """Their options exist, and their files: of the repository, of `make assets`, or of the examples before."""
     made = {"config.yaml": "init", "reviews=out": "train"}
     made |= dict.fromkeys(["lora-ft.schema.json", "env.txt"], "schema")
+    made |= dict.fromkeys(["out/a=0.7", "out/b=0.3", "out/a=1", "out/b=-0.5", "out/both", "out/less"], "combine")
     group = typer.main.get_command(app)
     for name, *words in examples():
         command = words[: words.index(">")] if ">" in words else words

@@ -24,6 +24,9 @@ COMMANDS = """
     merge --adapter out
     export out --to peft
     report out
+    inspect out --html page.html
+    combine out=0.5 --out half
+    compress out --rank 2 --eval
     compare config.yaml --vary adapter.rank=4 --set train.max_steps=1 --output compared
     env
 """
@@ -56,7 +59,7 @@ def test_every_command(tmp_path):
 
     ended = start(folder, before=run_all).end()
     codes = json.loads((folder / "codes.json").read_text())
-    assert codes == [0, 0, 130, *[0] * 8], ended.err
+    assert codes == [0, 0, 130, *[0] * 11], ended.err
     uninterrupted = cli(folder, "train", "config.yaml", "--set", "output=elsewhere")
     assert uninterrupted.code == 0
     weights = "adapter_model.safetensors"

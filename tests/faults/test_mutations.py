@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lora_ft.commands.inspect.command import inspect_command
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, DataError, FilesError, ModelError
 from lora_ft.core.run_folder import read_record
@@ -34,7 +35,7 @@ from lora_ft.training.resume import announce_resume, check_data, find_starting_p
 from tests.helpers.families import tiny_model
 from tests.helpers.tiny import CONFIG, save_with_record, tiny_tokenizer, write_run
 
-KINDS = 32  # tests below
+KINDS = 35  # tests below
 EACH = -(-int(os.environ.get("MUTATIONS", "640")) // KINDS)
 SECONDS = 5  # for each; most take a few milliseconds
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -179,15 +180,18 @@ def adapter(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(
+    "read", [lambda folder: read_adapter(Trained.open(folder)), lambda folder: inspect_command([folder])]
+)
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "lora_ft.json"])
-def test_adapters(name, adapter, tmp_path):
+def test_adapters(name, read, adapter, tmp_path):
     for file in adapter.iterdir():
         if name == "lora_ft.json" or file.name != "lora_ft.json":  # without a record, so that no hash answers first
             (tmp_path / file.name).write_bytes(file.read_bytes())
     answered(
         tmp_path / name,
         (adapter / name).read_bytes(),
-        lambda: read_adapter(Trained.open(tmp_path)),
+        lambda: read(tmp_path),
         (ModelError, FilesError),
         name,
     )

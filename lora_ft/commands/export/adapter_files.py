@@ -1,71 +1,15 @@
-"""Write an adapter alone as other programs read it: the subset of PEFT's format that all support, and llama.cpp's GGUF.
-
-The subset has one rank, scaling 1 and no patterns, and is exact. The GGUF, for `--lora FILE` with a base's, is like that of
-llama.cpp's convert_lora_to_gguf.py.
-"""
+"""Write an adapter alone as llama.cpp's GGUF, for `--lora FILE` with a base's, like its convert_lora_to_gguf.py does."""
 
 from pathlib import Path
 
 import gguf
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_ft.commands.export.gguf_format import Weight, by_number, gguf_name, layout, reordered, write_gguf
-from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.names import published_name
-from lora_ft.methods.lora.files import CONFIG, WEIGHTS
-from lora_ft.methods.lora.peft import PREFIX, AdapterFile
-from lora_ft.methods.lora.targets import suffixes
-
-
-def portable_tensors(adapter: AdapterFile) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
-    """Module -> A (R, in) and s B (out, R), float32, zero-padded to the largest rank R; and R.
-
-    With lora_alpha = R the scaling of a reader is 1, whatever patterns or rslora the adapter has.
-    """
-    R = max(A.shape[0] for A, _ in adapter.tensors.values())
-    padded = {}
-    for module, (A, B) in adapter.tensors.items():
-        sB, missing = adapter.scalings[module] * B, R - A.shape[0]
-        padded[module] = (F.pad(A, (0, 0, 0, missing)).contiguous(), F.pad(sB, (0, missing)).contiguous())
-    return padded, R
-
-
-def write_portable(adapter: AdapterFile, folder: Path) -> int:
-    """Write the adapter's two files into an existing folder. Returns the rank."""
-    padded, R = portable_tensors(adapter)
-    config, tensors = adapter.trained.adapter_config, {}
-    for module, (A, B) in padded.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = A
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = B
-    new_config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": published_name(config.get("base_model_name_or_path") or "") or None,
-        "r": R,
-        "lora_alpha": R,
-        "lora_dropout": 0.0,
-        "target_modules": targets(adapter),
-        "bias": "none",
-        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
-        "inference_mode": True,
-    }
-    storage.write_tensors(folder / WEIGHTS, tensors)
-    storage.write_json(folder / CONFIG, new_config)
-    return R
-
-
-def targets(adapter: AdapterFile) -> list[str]:
-    """target_modules, sorted: the adapter's own list if it alone determines the modules, else the paths of all modules."""
-    config, modules = adapter.trained.adapter_config, sorted(adapter.tensors)
-    own = config.get("target_modules")
-    narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
-    if not isinstance(own, list) or narrowed:
-        return modules
-    matches = [set(own) & set(suffixes(module)) for module in modules]
-    return sorted(set(own)) if all(matches) and set().union(*matches) == set(own) else modules
+from lora_ft.methods.lora.peft import AdapterFile
+from lora_ft.methods.lora.portable import padded, plain_tensors
 
 
 def write_adapter_gguf(adapter: AdapterFile, model: PreTrainedModel, path: Path, dtype: str, base_name: str) -> int:
@@ -78,16 +22,16 @@ def write_adapter_gguf(adapter: AdapterFile, model: PreTrainedModel, path: Path,
         ModelError: the family is not supported, or the adapter changes a tied head.
     """
     order = layout(model.config)
-    padded, R = portable_tensors(adapter)
+    tensors, R = padded(plain_tensors(adapter))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     weights = []
-    for module in sorted(padded, key=by_number):
+    for module in sorted(tensors, key=by_number):
         if tied and model.get_submodule(module) is model.get_output_embeddings():
             raise ModelError(
                 f"{adapter.folder}: adapts the head, which is tied to the embedding; llama.cpp can't load such an adapter. "
                 "Export the merged model instead: add --merged."
             )
-        name, (A, B) = gguf_name(order, f"{module}.weight"), padded[module]
+        name, (A, B) = gguf_name(order, f"{module}.weight"), tensors[module]
         B = reordered(order, f"{module}.weight", B)
         weights += [Weight(f"{name}.lora_{x}", tuple(M.shape), M.clone) for x, M in (("a", A), ("b", B))]
     writer = gguf.GGUFWriter(path, order.architecture)

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from lora_ft.commands.export import hub
-from lora_ft.commands.export.adapter_files import write_adapter_gguf, write_portable
+from lora_ft.commands.export.adapter_files import write_adapter_gguf
 from lora_ft.commands.export.gguf_format import FAMILIES
 from lora_ft.commands.export.gguf_model import verify_gguf, write_model_gguf
 from lora_ft.commands.merge import merge_command
@@ -18,6 +18,7 @@ from lora_ft.core.storage import sibling
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.compatibility import check_against, check_copies
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
+from lora_ft.methods.lora.portable import padded, plain_tensors, write_plain
 from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.methods.usage import vllm_rank
@@ -96,7 +97,9 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
     """Write the adapter's two files and its model card as a folder, after checking that it fits the base."""
     model = _checked_model(adapter, base)
     with storage.atomic_folder(target) as staged:
-        rank = write_portable(adapter, staged)
+        recorded = adapter.trained.adapter_config.get("base_model_name_or_path") or ""
+        tensors, _ = padded(plain_tensors(adapter))
+        rank = write_plain(staged, tensors, [adapter], published_name(recorded) or None)
         if (card := adapter.folder / CARD).is_file():
             require_inside(adapter.folder, card)
             name = str(adapter.trained.adapter_config.get("base_model_name_or_path"))  # PEFT's cards may have a path

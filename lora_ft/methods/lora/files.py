@@ -24,6 +24,7 @@ from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Part
 from lora_ft.methods.lora.peft_config import CONFIG, file_rank, file_ranks
 from lora_ft.methods.lora.targets import suffixes
 from lora_ft.methods.trained import Trained
+from lora_ft.model.tensor_file import read_header
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
 
@@ -77,9 +78,14 @@ def bytes_on_disk(model: nn.Module) -> int:
 
 
 def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Iterable[str] = ()) -> None:
-    """Write lora_ft.json, with size and hash of the files `names` and the mere names of `mentions`. Always the last file."""
-    files = storage.manifest(folder, names) | dict.fromkeys(sorted(mentions))
-    storage.write_json(folder / RECORD, {**record, "files": files})
+    """Write lora_ft.json, with size and hash of the files `names` and the mere names of `mentions`. Always the last file.
+
+    An adapter's tensors have hashes of their own, by which `inspect` tells which were changed or exchanged.
+    """
+    files = storage.manifest(folder, names)
+    if WEIGHTS in files:
+        files[WEIGHTS]["tensors"] = {name: stored.hash() for name, stored in read_header(folder / WEIGHTS).items()}
+    storage.write_json(folder / RECORD, {**record, "files": files | dict.fromkeys(sorted(mentions))})
 
 
 def parts_record(model: nn.Module) -> dict[str, dict]:

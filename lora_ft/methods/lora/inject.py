@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.targets import find_targets
 from lora_ft.methods.lora.words import by_module, without
-from lora_ft.nn.lora import InputDropout, LoRALinear, scaling
+from lora_ft.nn.lora import InputDropout, LoRALinear
+from lora_ft.nn.scaling import scaling
 
 SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles whose modules in a layer have the same input tensor
 

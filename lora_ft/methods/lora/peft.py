@@ -17,14 +17,12 @@ from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD
-from lora_ft.methods.lora.peft_config import CONFIG, by_pattern, check_config
+from lora_ft.methods.lora.peft_config import CONFIG, KEY, PREFIX, WEIGHTS, by_pattern, check_config
 from lora_ft.methods.trained import Trained
 from lora_ft.model.stored import is_finite
-from lora_ft.nn.lora import RowBlocks, scaling
+from lora_ft.nn.lora import RowBlocks
+from lora_ft.nn.scaling import scaling
 
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 REFUSED = {r"\.lora_embedding_": "LoRA on an embedding", r"\.lora_magnitude_vector": "DoRA"}
 REFUSED |= {r"\.lora_[AB]\.bias$": "trained biases (lora_bias)"}
 
@@ -138,7 +136,7 @@ def _read_parts(path: Path, record: dict, tensors: dict, scalings: dict[str, flo
             parts[module] = Parts(int(rank), rows)
             inside = [min(r) >= 0 and 0 < r.length <= r.width - r.start for r in rows.values()]
             fits = all(inside) and {r.blocks * r.width for r in rows.values()} == {B.shape[0]}
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise ModelError(f"{path}: slices of {module} can't be read ({e!r}).") from e
         if not fits or not 1 <= parts[module].rank <= A.shape[0] // len(rows):
             raise ModelError(f"{path}: slices of {module} don't fit A {tuple(A.shape)} and B {tuple(B.shape)}.")

@@ -1,5 +1,9 @@
-"""PEFT's adapter_config.json (peft 0.21): which settings are accepted, a module's rank and alpha, the targeted modules."""
+"""PEFT's adapter_config.json (peft 0.21): which settings are accepted, a module's rank and alpha, the targeted modules.
 
+Imports no torch.
+"""
+
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -10,6 +14,9 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import printable, warn
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 # Settings that change what the tensors compute. When off they are null, false, empty or absent.
 REFUSED = {

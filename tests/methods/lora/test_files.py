@@ -442,6 +442,7 @@ def test_records_that_contradict_the_files(folder):
         ({"parts": {"q": [1, 97, 0, 32]}}, ["don't fit"]),
         ({"parts": {"q": [1, 96, 80, 32]}}, ["don't fit"]),
         ({"parts": [1]}, ["can't be read"]),
+        ({"parts": {"q": [1, float("inf"), 0, 32]}}, ["can't be read"]),
     ]:
         record = json.loads(json.dumps(good))
         record["slices"][module] |= change
