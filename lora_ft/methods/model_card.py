@@ -117,7 +117,7 @@ def what_it_is(record: dict) -> str:
     adapter = record["config"]["adapter"]
     match method_of(record):
         case "lora":
-            targets = ", ".join([*adapter["targets"], *adapter["modules"]])
+            targets = ", ".join(map(str, [*adapter["targets"], *adapter["modules"]]))
             return f"LoRA of rank {adapter['rank']}, alpha {adapter['alpha']:g} on {targets}"
         case "bottleneck":
             return f"bottleneck adapters of size {adapter['bottleneck_size']}, placement {adapter['placement']}"
