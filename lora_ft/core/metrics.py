@@ -89,9 +89,33 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def interval(key: str, metrics: Mapping[str, Any]) -> list[float] | None:
     """The ends of a metric's 95% interval, if it was computed."""
-    ends = metrics.get(f"{key}_ci95")
-    valid = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
-    return ends if valid else None
+    return metrics.get(f"{key}_ci95")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number to compute with: not NaN, infinite, or of a size that only damage explains."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e100
+
+
+def _well_formed(key: str, value: Any) -> bool:
+    """Whether an entry of metrics is what its key says."""
+
+    def is_pair(ends: object) -> bool:
+        return isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))
+
+    if key.endswith("_ci95"):
+        return is_pair(value)
+    if key.endswith(VS_BASE):
+        counts = ("p", "better", "worse") if isinstance(value, dict) and "p" in value else ()
+        numbers = ("difference", *counts)
+        return isinstance(value, dict) and is_pair(value.get("ci95")) and all(is_number(value.get(n)) for n in numbers)
+    if key.endswith("confusion"):
+        rows: list[Any] = value if isinstance(value, list) and value else [None]
+        lists = all(isinstance(row, list) and len(row) == len(rows) for row in rows)
+        return lists and all(isinstance(n, int) and is_number(n) and n >= 0 for row in rows for n in row)
+    return is_number(value) or (key.endswith("rows") and isinstance(value, dict))
 
 
 def add_set_name(name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,9 +124,11 @@ def add_set_name(name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_set_name(metrics: object, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The inverse of `add_set_name`: eval set -> its metrics, given the names of all sets."""
+    """The inverse of `add_set_name`: eval set -> its metrics, given the names of all sets; without damaged entries."""
     sets: dict[str, dict[str, Any]] = {}
     for key, value in metrics.items() if isinstance(metrics, dict) else ():
+        if not _well_formed(key, value):
+            continue
         name = max((n for n in names if key.startswith(f"{n}_")), key=len, default="")
         sets.setdefault(name, {})[key.removeprefix(f"{name}_") if name else key] = value
     return sets

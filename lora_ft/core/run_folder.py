@@ -26,22 +26,24 @@ MODEL_FILES = (  # of full fine-tuning, whose output is a complete model
 UNHASHED = (LOG, "tensorboard", *REPORTS)  # listed in an adapter's manifest by name only
 
 
-# The types of what is read from a record, where it has them; an entry of a section may be null
+# The types of what is read from a record, where it has them and they are not null
 RECORD_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("base", "config"), dict),
     **dict.fromkeys(
-        ("data", "versions", "machine", "metrics", "base_metrics", "slices", "files", "made_of"), dict | None
+        ("base", "config", "data", "versions", "machine", "metrics", "base_metrics", "slices", "files"), dict
     ),
-    **dict.fromkeys(("config.adapter", "config.data", "config.train", "config.model"), dict | None),
-    **dict.fromkeys(("data.train", "data.eval", "learning_rate"), dict | None),
-    **dict.fromkeys(("data.train.content", "base.name", "base.revision", "base.fingerprint", "base.dtype"), str | None),
-    **dict.fromkeys(("kind", "tokenizer", "chat_template", "config.adapter.method"), str | None),
-    **dict.fromkeys(
-        ("data.train.rows", "step", "steps", "planned_steps", "parameters", "trainable_parameters"), int | None
-    ),
-    **dict.fromkeys(("config.adapter.targets", "config.adapter.modules"), list | None),
-    **dict.fromkeys(("config.adapter.rank", "config.adapter.alpha", "base_seconds"), int | float | None),
-    "config.data.label_names": dict | None,
+    **dict.fromkeys(("made_of", "learning_rate"), dict),
+    **dict.fromkeys(("config.adapter", "config.data", "config.train", "config.model", "data.eval"), dict),
+    **dict.fromkeys(("base.name", "base.revision", "base.fingerprint", "base.dtype"), str),
+    **dict.fromkeys(("kind", "tokenizer", "chat_template", "config.adapter.method"), str),
+    **dict.fromkeys(("step", "steps", "planned_steps", "parameters", "trainable_parameters"), int),
+    **dict.fromkeys(("config.adapter.targets", "config.adapter.modules"), list),
+    **dict.fromkeys(("config.adapter.rank", "config.adapter.alpha", "base_seconds"), int | float),
+    "config.data.label_names": dict,
+}
+DATA_TYPES: dict[str, Any] = {  # of what a record has of a data set; the others are counts
+    **dict.fromkeys(("skipped", "notes"), list),
+    **dict.fromkeys(("turns", "turn_ends", "files"), dict),
+    **dict.fromkeys(("content", "sha256", "texts"), str),
 }
 TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", float: "a number", int: "an integer"}
 
@@ -60,10 +62,26 @@ def read_record(folder: Path, error: type[UserError] = ModelError) -> dict[str, 
         parent: Any = record
         for part in filter(None, section.split(".")):
             parent = parent.get(part) or {}
-        if key in parent and (not isinstance(parent[key], kind) or isinstance(parent[key], bool)):
-            wanted = next(words for type_, words in TYPE_NAMES.items() if isinstance(type_(), kind))
-            raise error(f"{folder / RECORD}: damaged: {name} is not {wanted}. Restore it from a backup.")
+        _check_type(folder / RECORD, name, parent.get(key), kind, error)
+    for name in [name for name in ("base", "config") if name in record and record[name] is None]:
+        raise error(f"{folder / RECORD}: damaged: {name} is not an object. Restore it from a backup.")
+    data, config = record.get("data") or {}, record.get("config") or {}
+    sets, names = {"train": data.get("train"), "eval": data.get("eval")}, (config.get("data") or {}).get("eval")
+    if isinstance(names, dict):
+        sets |= {f"eval.{name}": of for name, of in (sets.pop("eval") or {}).items()}
+    for name, of in sets.items():
+        _check_type(folder / RECORD, f"data.{name}", of, dict, error)
+        for key, value in (of or {}).items():
+            _check_type(folder / RECORD, f"data.{name}.{key}", value, DATA_TYPES.get(key, int), error)
     return record
+
+
+def _check_type(path: Path, name: str, value: Any, kind: Any, error: type[UserError]) -> None:
+    """Raise `error` for a value of another kind, other than null, and for an integer of absurd size."""
+    absurd = isinstance(value, int) and abs(value) >= 2**63
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or absurd):
+        wanted = next(words for type_, words in TYPE_NAMES.items() if isinstance(type_(), kind))
+        raise error(f"{path}: damaged: {name} is not {wanted}. Restore it from a backup.")
 
 
 def newest_record(output: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import secrets
 import tempfile
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -32,6 +32,7 @@ from lora_ft.core.paths import temporary_folder
 
 MAX_BYTES = 20 * 2**30
 DAY_SECONDS = 24 * 3600.0
+BATCH = 1000  # rows that are in memory at once
 RELEASED = 50  # batches of a pass over a table after which `release` is called
 Write = Callable[[list[tuple]], None]
 
@@ -91,7 +92,7 @@ def cached(
     finally:
         partial.unlink(missing_ok=True)
         partial_facts.unlink(missing_ok=True)
-    table = datasets.Dataset.from_file(str(path))
+    table = _opened(path)
     _trim(folder)
     return table, facts
 
@@ -101,7 +102,7 @@ def cached_table(key: str) -> tuple[datasets.Dataset, dict] | None:
     path = _folder() / f"{key}.arrow"
     try:
         facts = json.loads(path.with_suffix(".json").read_bytes())
-        table = datasets.Dataset.from_file(str(path))
+        table = _opened(path)
         if len(table) != facts.pop("rows_written"):
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
@@ -109,6 +110,21 @@ def cached_table(key: str) -> tuple[datasets.Dataset, dict] | None:
     with suppress(OSError):  # a read-only cache
         os.utime(path.with_suffix(".json"))  # the time of last use, for `_trim`
     return table, facts
+
+
+def column_batches(table: datasets.Dataset, name: str) -> Iterator[pa.Array]:
+    """A column, BATCH rows at a time."""
+    for n, batch in enumerate(table.select_columns([name]).with_format("arrow").iter(BATCH)):
+        yield batch[name].combine_chunks()
+        if n % RELEASED == 0:
+            release(table)
+    release(table)
+
+
+def _opened(path: Path) -> datasets.Dataset:
+    table = datasets.Dataset.from_file(str(path))
+    release(table)  # opening it reads something of each batch
+    return table
 
 
 def release(table: datasets.Dataset) -> None:

@@ -7,11 +7,12 @@ from typing import Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft.config.schema import CHAT_SETTINGS
 from lora_ft.core.errors import DataError
-from lora_ft.data.cache import RELEASED, Write, cached, key_of, release
+from lora_ft.data.cache import BATCH, RELEASED, Write, cached, key_of, release
 from lora_ft.data.chats.encode import encode_chats
 from lora_ft.data.examples import (
     EXAMPLES,
@@ -23,10 +24,10 @@ from lora_ft.data.examples import (
     totals,
 )
 from lora_ft.data.files import DEFAULT, FileFormat
+from lora_ft.data.pieces import Ids
 from lora_ft.data.sources import content_hash
 from lora_ft.data.template import Template
 from lora_ft.data.texts import (
-    BATCH,
     ENCODING_VERSION,
     MAX_BATCH_CHARS,
     MAX_REPORTED_ROWS,
@@ -71,18 +72,18 @@ def load_examples(
     settings = [_identity(template), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed]
     settings += [list(held_out), part]
     texts, read = load_texts(sources, content, template, tokenizer, bad_rows, format)
-    usable, is_rest = len(texts), part is None
-    if held_out:
-        texts = texts.select(part_indices(usable, held_out, part, seed))
-    count = len(texts) if max_examples is None else min(max_examples, len(texts))
-    sample = texts.select(sample_indices(len(texts), count, seed)) if count < len(texts) else texts
+    is_rest, rows = part is None, part_indices(len(texts), held_out, part, seed)
+    count = len(rows) if max_examples is None else min(max_examples, len(rows))
+    sample = rows[sample_indices(len(rows), count, seed)] if count < len(rows) else rows
     chat = chat_format_of(template, tokenizer).template if template.messages else None
     sha256 = key_of(content, settings, chat)  # without versions: --resume compares it with an earlier run's record
     encoder = text_encoder(tokenizer)
     dataset, made = cached(
         key_of(sha256, truncate, sources, ENCODING_VERSION, version("tokenizers"), version("transformers")),
         EXAMPLES,
-        lambda write: _encode(sample, template, max_length, truncate, long_text == "split", bad_rows, encoder, write),
+        lambda write: _encode(
+            texts, sample, template, max_length, truncate, long_text == "split", bad_rows, encoder, write
+        ),
         "encoding",
         len(sample),
     )
@@ -91,10 +92,10 @@ def load_examples(
             f"{join_names(sources)}: nothing supervised is left in any of the {len(sample):,} rows after truncation to "
             f"{max_length} tokens. Raise data.max_length."
         )
-    counts: dict = {"rows": len(texts), "examples": len(dataset), "not_sampled": len(texts) - len(sample)}
+    counts: dict = {"rows": len(rows), "examples": len(dataset), "not_sampled": len(rows) - len(sample)}
     counts |= made | totals(dataset)
     if is_rest:  # rows skipped while reading are reported once, with the training rows
-        counts |= {"rows": read["rows"], "held_out": usable - len(texts)}
+        counts |= {"rows": read["rows"], "held_out": len(texts) - len(rows)}
         counts["skipped"] = (read["skipped"] + made["skipped"])[:MAX_REPORTED_ROWS]
         counts["skipped_count"] += read["skipped_count"]
         counts |= {name: read[name] for name in ("notes", "turns", "turn_ends") if name in read}
@@ -103,7 +104,7 @@ def load_examples(
     counts |= {"texts": read["key"], "files": files if len(files) <= MAX_FILES else {}}
     report = EncodingReport(**counts, content=content, sha256=sha256)
     words = template.label_names[template.label_column] if template.label_names and template.label_column else []
-    return Examples(dataset, report, list(words), texts)
+    return Examples(dataset, report, list(words), texts.select(rows) if held_out else texts)
 
 
 def _identity(template: Template) -> dict:
@@ -116,6 +117,7 @@ def _identity(template: Template) -> dict:
 
 def _encode(
     texts: datasets.Dataset,
+    rows: np.ndarray,
     template: Template,
     max_length: int,
     truncate: str,
@@ -124,10 +126,11 @@ def _encode(
     encoder: TextEncoder,
     write: Write,
 ) -> dict:
-    """Write the examples (EXAMPLES) of the texts. Returns how many rows were used, dropped, empty and skipped."""
+    """Write the examples (EXAMPLES) of some rows of the texts. Returns how many rows were used, dropped, empty and skipped."""
     bad, used, dropped, empty = BadRows(bad_rows), 0, 0, 0
-    for n, (start, end) in enumerate(_batches(column_array(texts, "chars"))):
-        batch = texts[start:end]
+    checked: Sequence[Ids] = ()  # the choices that were compared last: most rows have the same
+    for n, (start, end) in enumerate(_batches(column_array(texts, "chars")[rows])):
+        batch = _read(texts, rows[start:end])
         if n % RELEASED == 0:
             release(texts)
         encoded: Iterator[Iterable[Encoded]]  # the pieces of each row
@@ -146,9 +149,12 @@ def _encode(
         for row, where, label, pieces in zip(batch["row"], batch["where"], batch["label"], encoded, strict=True):
             kept = 0
             for e in pieces:
-                if problem := _problem(e, where):
+                if problem := _problem(e):
                     bad.add(where, problem)
                     break
+                if e.choices is not checked:
+                    _refuse_equal(e.choices, where)
+                    checked = e.choices
                 supervised = e.supervised
                 if supervised:
                     source = (row, where, e.prompt_length, e.choices, label)
@@ -174,15 +180,25 @@ def _batches(chars: np.ndarray) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _problem(example: Encoded, where: str) -> str:
+def _read(texts: datasets.Dataset, rows: np.ndarray) -> dict[str, list]:
+    """The columns of some rows, ascending, read by runs of neighbours: a selection of `datasets` is read row by row."""
+    starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    runs = zip(rows[starts].tolist(), np.diff(starts, append=len(rows)).tolist(), strict=True)
+    return pa.concat_tables(texts.data.fast_slice(first, count) for first, count in runs).to_pydict()
+
+
+def _problem(example: Encoded) -> str:
     """What is wrong with a row by its first example; "" if nothing is."""
     if example.blank:
         return "nothing in it is supervised"
     if example.choices and not example.prompt_length:
         return "its prompt is empty or does not fit, so its label words cannot be compared"
-    if len(set(map(bytes, example.choices))) < len(example.choices):
+    return ""
+
+
+def _refuse_equal(choices: Sequence[Ids], where: str) -> None:
+    if len(set(map(bytes, choices))) < len(choices):
         raise DataError(
             f"{where}: two label words have equal tokens after the prompt, so they cannot be told apart. "
             "Choose other words in data.label_names."
         )
-    return ""

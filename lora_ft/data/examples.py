@@ -1,5 +1,6 @@
 """Encoded examples, the report on their encoding, and seeded parts and samples of rows."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_ft.core.errors import DataError
-from lora_ft.data.cache import RELEASED, release
+from lora_ft.data.cache import column_batches
 
 IDS = pa.list_(pa.int32())
 EXAMPLES = pa.schema(
@@ -136,15 +137,9 @@ def reports(sets: dict[str, Examples]) -> dict[str, Any] | None:
 
 def largest_id(examples: Examples) -> int:
     """The largest token id in the examples, label words included."""
-    largest, table = 0, examples.dataset.data
-    for n, (ids, choices) in enumerate(
-        zip(table.column("input_ids").chunks, table.column("choices").chunks, strict=True)
-    ):
-        for lists in (ids, pc.list_flatten(choices)):
-            largest = max(largest, pc.max(pc.list_flatten(lists)).as_py() or 0)
-        if n % RELEASED == 0:
-            release(examples.dataset)
-    return largest
+    ids = column_batches(examples.dataset, "input_ids")
+    choices = map(pc.list_flatten, column_batches(examples.dataset, "choices"))
+    return max(pc.max(pc.list_flatten(lists)).as_py() or 0 for lists in itertools.chain(ids, choices))
 
 
 def held_out_count(population: int, amount: int | float) -> int:
@@ -181,9 +176,8 @@ def sample_indices(population: int, count: int, seed: int) -> np.ndarray:
 
 def column_array(dataset: datasets.Dataset, name: str) -> np.ndarray:
     """A column of numbers."""
-    values = np.array(dataset.select_columns(name).with_format("numpy")[:][name])
-    release(dataset)
-    return values
+    batches = [values.to_numpy(zero_copy_only=False) for values in column_batches(dataset, name)]
+    return np.concatenate(batches) if batches else np.empty(0, int)
 
 
 def totals(dataset: datasets.Dataset) -> dict[str, int]:

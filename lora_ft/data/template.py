@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from lora_ft.core.errors import ConfigError
@@ -65,13 +65,27 @@ def pair_renderer(template: Template) -> Callable[[Columns], tuple[str, str, lis
 
     def render(columns: Columns) -> tuple[str, str, list[str], int, list[int]]:
         text, spans = prompt(columns)
-        if column is None:
-            return text, completion(columns), [], -1, spans
-        label = class_id(columns, column, names[column])
-        choices = [completion(columns | {column: choice}) for choice in range(len(names[column]))]
+        return text, completion(columns), [], -1, spans
+
+    if column is None:
+        return render
+    words = names[column]
+
+    def choices_of(columns: Columns) -> list[str]:
+        return [completion(columns | {column: choice}) for choice in range(len(words))]
+
+    choices_of_all = cache(lambda: choices_of({}))
+    same_for_all = {name for part in _parts("completion", template.completion or "") for name in part.columns} == {
+        column
+    }
+
+    def classify(columns: Columns) -> tuple[str, str, list[str], int, list[int]]:
+        text, spans = prompt(columns)
+        label = class_id(columns, column, words)
+        choices = choices_of_all() if same_for_all else choices_of(columns)
         return text, choices[label], choices, label, spans
 
-    return render
+    return classify
 
 
 def renderer(field: str, template: str, label_names: Mapping[str, Sequence[str]]) -> Callable[[Columns], str]:
@@ -93,8 +107,8 @@ def _spans_renderer(
     def render(columns: Columns) -> tuple[str, list[int]]:
         text, spans = "", []
         for part in parts:
-            empty = {column for column in part.columns if part.optional and _is_empty(columns, column)}
-            if part.optional and len(empty) == len(set(part.columns)):
+            empty = {column for column in part.columns if _is_empty(columns, column)} if part.optional else ()
+            if empty and len(empty) == len(set(part.columns)):
                 continue
             for literal, column in part.fields:
                 text += literal

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.core.errors import DataError
 from lora_ft.core.messages import printable
 from lora_ft.core.names import nearest
-from lora_ft.data.cache import Write, cached, key_of
+from lora_ft.data.cache import BATCH, Write, cached, key_of
 from lora_ft.data.chats.format import ChatFormat, chat_format
 from lora_ft.data.chats.render import ChatSummary, render_chat
 from lora_ft.data.files import DEFAULT, FileFormat
@@ -21,7 +21,7 @@ from lora_ft.data.sources import iter_rows
 from lora_ft.data.template import BadRow, Columns, Template, optional_columns, pair_renderer, renderer
 
 ENCODING_VERSION = 9  # raise it when rows are encoded differently, or a schema changes: old cache entries expire
-BATCH, MAX_BATCH_CHARS = 1000, 2**22  # rows that are in memory at once, and their characters unless it is one row
+MAX_BATCH_CHARS = 2**22  # that are in memory at once, unless it is one row
 MAX_REPORTED_ROWS = 20
 
 TEXTS = pa.schema(

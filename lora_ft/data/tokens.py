@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft.data.cuts import CUT_MARK, longest_kept
 from lora_ft.data.pieces import PIECE, Ids, as_ids, encode_long, encode_long_with_offsets, encoded_groups
-from lora_ft.data.words import splits_at_spaces, stand_apart
+from lora_ft.data.words import ends_word, splits_at_spaces, start_words
 
 IGNORE = -100
+_IGNORED = as_ids([IGNORE])
 
 
 class Encoded(NamedTuple):
@@ -61,7 +62,8 @@ class TextEncoder:
             else:
                 for encoding in group:
                     ids = as_ids(encoding.ids)
-                    del ids[len(ids) - len(self.after) :]
+                    if self.after:
+                        del ids[-len(self.after) :]
                     yield ids
 
     def encode_bare(self, text: str) -> Ids:
@@ -147,9 +149,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
 
 def _labels(unsupervised: int, supervised: Ids) -> Ids:
     """Labels of so many unsupervised tokens and the supervised ones after them."""
-    labels = as_ids([IGNORE]) * unsupervised + supervised
-    labels[:1] = as_ids([IGNORE] * len(labels[:1]))
-    return labels
+    return _IGNORED * unsupervised + supervised if unsupervised else _IGNORED[: len(supervised)] + supervised[1:]
 
 
 def encode_pairs(
@@ -168,12 +168,12 @@ def encode_pairs(
     `TextEncoder.cut_prompt` does, until the longest choice with end-of-sequence fits; then the completion loses its end.
     """
     # the completion is one of the choices, if there are any
-    candidates = [words or [completion] for completion, words in zip(completions, choices, strict=True)]
+    candidates = [tuple(words) or (completion,) for completion, words in zip(completions, choices, strict=True)]
     for i, (prompt, encoded, merges) in enumerate(_encode_after(prompts, candidates, encoder)):
         right = candidates[i].index(completions[i])
         words = encoded if choices[i] else ()
         completion = encoded[right] + encoder.eos
-        reserved = max(len(completion), *(len(word) + len(encoder.eos) for word in words), 0)
+        reserved = max(map(len, encoded)) + len(encoder.eos)
         kept = encoder.cut_prompt(prompt, prompts[i], spans[i], max_length - reserved, truncate)[:max_length]
         full_length = len(prompt) + len(completion)
         fits = completion[: max_length - len(kept)]
@@ -183,16 +183,22 @@ def encode_pairs(
 
 
 def _encode_after(
-    prompts: list[str], candidates: list[list[str]], encoder: TextEncoder
+    prompts: list[str], candidates: list[tuple[str, ...]], encoder: TextEncoder
 ) -> Iterator[tuple[Ids, list[Ids], list[bool]]]:
-    """For each prompt its ids, the ids of each candidate after it, and whether tokens merge across the boundary."""
-    apart = [encoder.splits_at_spaces and stand_apart(*row) for row in zip(prompts, candidates, strict=True)]
+    """For each prompt its ids, the ids of each candidate after it, and whether tokens merge across the boundary.
+
+    Where they don't, equal candidates have the same list of ids.
+    """
+    can_stand_apart = {texts: encoder.splits_at_spaces and start_words(texts) for texts in set(candidates)}
+    apart = [can_stand_apart[texts] and ends_word(prompt) for prompt, texts in zip(prompts, candidates, strict=True)]
     rows = list(zip(apart, prompts, candidates, strict=True))
-    alone = encoder.encode_bare_once(text for is_apart, _, texts in rows if is_apart for text in texts)
+    kinds = {texts for is_apart, _, texts in rows if is_apart}
+    alone = encoder.encode_bare_once(text for texts in kinds for text in texts)
+    after = {texts: ([encoder.strip_eos(alone[text]) for text in texts], [False] * len(texts)) for texts in kinds}
     joint = encoder.encode_prompts(prompt + text for is_apart, prompt, texts in rows if not is_apart for text in texts)
     for prompt, is_apart, texts in zip(encoder.encode_prompts(prompts), apart, candidates, strict=True):
         if is_apart:
-            yield prompt, [encoder.strip_eos(alone[text]) for text in texts], [False] * len(texts)
+            yield prompt, *after[texts]
             continue
         encoded, merges = [], []
         for text in texts:

@@ -7,6 +7,7 @@ without the completion, and the other way round. Unicode's composition (NFC) lea
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -34,9 +35,14 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
     )
 
 
-def stand_apart(prompt: str, completions: list[str]) -> bool:
-    """Whether all completions start with a space, and the prompt ends with something else."""
-    return bool(prompt) and not prompt[-1].isspace() and all(text.startswith(" ") for text in completions)
+def ends_word(prompt: str) -> bool:
+    """Whether a prompt ends with something else than white space."""
+    return bool(prompt) and not prompt[-1].isspace()
+
+
+def start_words(completions: Iterable[str]) -> bool:
+    """Whether all completions start with a space."""
+    return all(text.startswith(" ") for text in completions)
 
 
 def _reaches_further(token: dict[str, Any]) -> bool:

@@ -117,7 +117,7 @@ def what_it_is(record: dict) -> str:
     adapter = record["config"]["adapter"]
     match method_of(record):
         case "lora":
-            targets = ", ".join([*adapter["targets"], *adapter["modules"]])
+            targets = ", ".join(map(str, [*adapter["targets"], *adapter["modules"]]))
             patterns = {"rank": adapter.get("rank_pattern"), "alpha": adapter.get("alpha_pattern")}
             others = "".join(
                 f", {what} {v:g} on {word}" for what, of in patterns.items() for word, v in (of or {}).items()

@@ -80,7 +80,7 @@ def vllm_text(record: dict) -> str:
         )
     name = shlex.quote(" ".join(portable_name(base["name"]).split()))
     options = f" --revision {base['revision']}" if is_hub(record) else ""
-    if data["chat_template"]:
+    if data.get("chat_template"):
         options += f" --chat-template ADAPTER/{TEMPLATE}"
     if data.get("chat_template_kwargs"):
         options += f" --default-chat-template-kwargs {shlex.quote(json.dumps(data['chat_template_kwargs']))}"
@@ -107,20 +107,20 @@ model = AutoModelForCausalLM.from_pretrained({arguments})"""
 
 def _generation(record: dict, adapter: str) -> str:
     data = record["config"]["data"]
-    if data["messages"]:
+    if data.get("messages"):
         options = "".join(f", {name}={value!r}" for name, value in (data.get("chat_template_kwargs") or {}).items())
         file = str(PurePath(adapter, TEMPLATE))
         template = (
-            f"tokenizer.chat_template = open({file!r}, encoding='utf-8').read()\n" if data["chat_template"] else ""
+            f"tokenizer.chat_template = open({file!r}, encoding='utf-8').read()\n" if data.get("chat_template") else ""
         )
         inputs = f"""{template}messages = [{{"role": "user", "content": "..."}}]
 options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt"{options})
 inputs = tokenizer.apply_chat_template(messages, **options)"""
     else:
-        braces = "  # replace what is in braces" if data["prompt"] else ""
-        if data["prompt"] and template_columns(data["prompt"], optional=True):
+        braces = "  # replace what is in braces" if data.get("prompt") else ""
+        if data.get("prompt") and template_columns(data.get("prompt"), optional=True):
             braces += ", and leave out what is in [[ ]] if it is empty, else its brackets"
-        inputs = f'inputs = tokenizer({data["prompt"] or "Once upon a time"!r}, return_tensors="pt"){braces}'
+        inputs = f'inputs = tokenizer({data.get("prompt") or "Once upon a time"!r}, return_tensors="pt"){braces}'
     return f"""{inputs}
 answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""

@@ -15,7 +15,9 @@ def confusion_tables(run: RunData, set_name: str) -> dict[str, Any]:
     counts = {who: of["confusion"] for who, of in both.items() if of.get("confusion")}
     if not counts:
         return {}
-    words = label_words(run, len(next(iter(counts.values()))))
+    size = len(next(iter(counts.values())))
+    counts = {who: of for who, of in counts.items() if len(of) == size}
+    words = label_words(run, size)
     columns = words if len(words) <= WORDS_AS_COLUMNS else [str(i) for i in range(1, len(words) + 1)]
     matrices = [{"who": who, "rows": _shaded(of)} for who, of in counts.items()]
     found: dict[str, Any] = {"words": words, "columns": columns, "matrices": matrices, "labels": [], "mix_ups": []}
@@ -27,7 +29,8 @@ def confusion_tables(run: RunData, set_name: str) -> dict[str, Any]:
 
 def label_words(run: RunData, count: int) -> list[str]:
     """The words of the labels, shortened."""
-    names: list[str] = next(iter((run.record["config"]["data"].get("label_names") or {}).values()), [])
+    named = (run.record["config"]["data"].get("label_names") or {}).values()
+    names: list[str] = next((words for words in named if isinstance(words, list)), [])
     words = [str(names[i]) if i < len(names) else str(i) for i in range(count)]
     return [shortened(word) or "(empty)" for word in words]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from lora_ft.core.metrics import is_number
 from lora_ft.report.runs import RunData, eval_set_names
 
 
@@ -27,10 +28,13 @@ def run_figures(run: RunData) -> list[tuple[str, str]]:
         ("steps", f"{run.last_step:,}" if run.last_step == planned else f"{run.last_step:,} of {planned:,}"),
         ("epochs", f"{last['epoch']:.2f}" if "epoch" in last else ""),
         ("training with evaluations", format_duration(last["seconds"]) if "seconds" in last else ""),
-        ("evaluation of the base", format_duration(record["base_seconds"]) if "base_seconds" in record else ""),
+        (
+            "evaluation of the base",
+            format_duration(record["base_seconds"]) if is_number(record.get("base_seconds")) else "",
+        ),
         ("tokens per second, median", f"{statistics.median(speeds):,.0f}" if speeds else ""),
         ("peak memory", f"{last['peak_memory_mb']:,.0f} MiB" if "peak_memory_mb" in last else ""),
-        ("trainable parameters", f"{record['trainable_parameters']:,}" if "trainable_parameters" in record else ""),
+        ("trainable parameters", f"{trained:,}" if (trained := record.get("trainable_parameters")) else ""),
         ("device", ", ".join(parts)),
     ]
     return [(title, text) for title, text in figures if text]

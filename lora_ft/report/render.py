@@ -1,6 +1,7 @@
 """Rendering the templates in pages/, and writing what they give. The results have no script and make no request."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ MARKS = re.compile(f"({_MARK}{{6}}){_MARK}+")
 
 def render(template: str, **values: Any) -> str:
     """A template of pages/ with these values, all of which are escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache  # with the templates that it has compiled
+def _environment() -> jinja2.Environment:
     pages, strict = jinja2.PackageLoader("lora_ft.report", "pages"), jinja2.StrictUndefined
     environment = jinja2.Environment(
         loader=pages,
@@ -30,7 +36,7 @@ def render(template: str, **values: Any) -> str:
         finalize=_harmless,
     )
     environment.globals |= {"version": __version__, "plot": charts}
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def _harmless(value: Any) -> Any:

@@ -1,14 +1,27 @@
 """What a run left in its output folder, finished or not: record, log, samples. Imports no torch."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lora_ft.core import run_folder
 from lora_ft.core.errors import FilesError, ModelError
-from lora_ft.core.metrics import split_set_name
-from lora_ft.core.storage import read_json
+from lora_ft.core.metrics import is_number, split_set_name
+from lora_ft.core.names import template_columns
+from lora_ft.core.storage import read_json, wrong_entries
+
+NEEDED: dict[str, Any] = {
+    **dict.fromkeys(("base", "data", "config", "config.adapter", "config.data"), dict),
+    "base.name": str,
+    "config.data.prompt": str | None,
+    "config.data.chat_template_kwargs": dict | None,
+}
+NEEDED_OF: dict[str, dict[str, Any]] = {  # in config.adapter, by its method
+    "lora": {"targets": list, "modules": list, "rank": int, "alpha": int | float},
+    "bottleneck": {"bottleneck_size": int, "placement": str},
+    "prompt": {"virtual_tokens": int},
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +68,8 @@ def read_run_data(folder: Path, record: dict | None = None, stop_reason: str | N
             raise ModelError(f"{folder}: {problem}. Give the output folder of one: lora-ft report OUT.")
         path = checkpoints[-1] / run_folder.RECORD
         record = (run_folder.read_record(checkpoints[-1], FilesError) or {}) | {"kind": "unfinished"}
-    for name in ("config", "base", "data"):
-        if not isinstance(record.get(name), dict):
-            raise FilesError(f"{path}: damaged: {name} is missing. Restore it from a copy.")
+    if wrong := _wrong(record):
+        raise FilesError(f"{path}: damaged: {wrong[0]} is missing, or not what it should be. Restore it from a copy.")
     finished, log = record.get("kind") == "adapter", read_log(folder)
     if finished:
         step, metrics, last = record.get("step"), record.get("metrics"), record.get("steps")
@@ -69,8 +81,23 @@ def read_run_data(folder: Path, record: dict | None = None, stop_reason: str | N
     return RunData(folder, record, log, step, last, finished, stop_reason, own, base, *_read_samples(folder, step))
 
 
+def _wrong(record: dict) -> list[str]:
+    """Entries that a report needs and the record lacks or has in another form; `read_record` has checked the others."""
+    if wrong := wrong_entries(record, NEEDED):
+        return wrong
+    config = record["config"]
+    method = config["adapter"].get("method", "lora")
+    if wrong := wrong_entries(config["adapter"], NEEDED_OF.get(method, {})):
+        return [f"config.adapter.{name}" for name in wrong]
+    try:
+        template_columns(config["data"].get("prompt") or "")
+    except ValueError:
+        return ["config.data.prompt"]
+    return []
+
+
 def read_log(folder: Path) -> list[dict]:
-    """The complete lines of a run's log, with the values that are finite numbers."""
+    """The complete lines of a run's log, with the values that are numbers."""
     try:
         text = (folder / run_folder.LOG).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -81,8 +108,8 @@ def read_log(folder: Path) -> list[dict]:
             line = json.loads(text_line)
         except (ValueError, RecursionError):
             continue  # cut by a crash
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append({k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)})
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and is_number(line["step"]):
+            lines.append({k: v for k, v in line.items() if is_number(v)})
     return lines
 
 
@@ -113,7 +140,7 @@ def _last_evaluation(checkpoints: list[Path], log: list[dict]) -> tuple[int, dic
 def eval_examples(record: dict, set_name: str) -> int:
     """The number of examples of an eval set; 0 if it is unknown."""
     data = record["data"].get("eval") or {}
-    return int((data.get(set_name) or {} if set_name else data).get("examples") or 0)
+    return max(0, (data.get(set_name) or {} if set_name else data).get("examples") or 0)
 
 
 def _read_samples(folder: Path, step: int) -> tuple[list[dict], list[dict]]:
@@ -122,4 +149,4 @@ def _read_samples(folder: Path, step: int) -> tuple[list[dict], list[dict]]:
     content = read_json(path, FilesError) if run_folder.is_own_report(path) else {}
     lists = [content.get(key) if content.get("step") == step else None for key in ("samples", "rows")]
     samples, rows = ([of for of in found if isinstance(of, dict)] if isinstance(found, list) else [] for found in lists)
-    return samples, rows
+    return [sample for sample in samples if isinstance(sample.get("cut", []), list)], rows

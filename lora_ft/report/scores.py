@@ -162,7 +162,8 @@ def _in_words(key: str, title: str, base: dict, own: dict, examples: int) -> dic
         borderline = ", so that this is borderline" if entry["p"] >= 0.05 and sure != "uncertain" else ""
         detail += f": rows fixed {entry['better']:,}, broken {entry['worse']:,} (McNemar's exact test: {p}{borderline})"
     detail += "."
-    if sure == "uncertain" and (of_loss := verdict("loss", own)) in ("better", "worse"):
+    both = "loss" in base and "loss" in own
+    if sure == "uncertain" and both and (of_loss := verdict("loss", own)) in ("better", "worse"):
         before, after = (format_metric("loss", of["loss"]) for of in (base, own))
         detail += f" The loss went from {before} to {after}: {of_loss}."
     return {"sentence": sentence, "detail": detail, "verdict": sure}

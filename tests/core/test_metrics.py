@@ -1,5 +1,7 @@
 """Metrics: every key has its title, format and direction, with the name of an eval set in front too."""
 
+import math
+
 import pytest
 
 from lora_ft.core.metrics import (
@@ -36,6 +38,9 @@ def test_set_names_are_added_and_split_again():
     assert split_set_name(keys, ["dev", "dev_2"]) == {"dev": sets["dev"], "dev_2": sets["dev_2"]}
     assert split_set_name({"loss": 1.0}, []) == {"": {"loss": 1.0}}
     assert split_set_name("damaged", ["dev"]) == {}
+    damaged = {"loss": math.nan, "accuracy": 10**400, "accuracy_ci95": [0.1], "loss_vs_base": {"difference": 1.0}}
+    damaged |= {"dev_confusion": [[1, 2], [3]], "confusion": [[1, "2"], [3, 4]], "rows": {"fixed": 1}}
+    assert split_set_name(damaged, ["dev"]) == {"": {"rows": {"fixed": 1}}}
 
 
 def test_the_metric_that_a_run_is_selected_by():

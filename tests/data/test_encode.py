@@ -162,6 +162,17 @@ def test_choices(write, make_tokenizer, bos, max_length):
         assert example["prompt_length"] + room <= max_length
 
 
+@pytest.mark.parametrize("completion", [" it is {label} then", " {label}: {text}", " {label}[[ ({note})]]"])
+def test_choices_are_those_of_the_row(write, plain, completion):
+    rows = [{"text": f"film {i}", "label": i % 3, "note": "x" * (i % 2)} for i in range(6)]
+    examples = load(write("a.jsonl", rows), Template("So", completion, label_names={"label": WORDS}), plain)
+    before = len(ids(plain, "So"))
+    for row, example in zip(rows, examples.dataset, strict=True):
+        form = completion.replace("[[", "").replace("]]", "") if row["note"] else completion.partition("[[")[0]
+        wanted = [ids(plain, "So" + form.format(**row | {"label": word}))[before:] for word in WORDS]
+        assert example["choices"] == wanted and example["input_ids"][before:-1] == wanted[row["label"]]
+
+
 def test_no_choices_without_a_labelled_column_in_the_completion(write, plain):
     path = write("a.jsonl", [{"text": "x", "label": 1}])
     examples = load(path, Template("{label}: ", "{text}", label_names={"label": ["a", "b"]}), plain)

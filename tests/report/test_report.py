@@ -28,7 +28,7 @@ from lora_ft.model.load import load_base, load_tokenizer
 from lora_ft.report.charts import log_ticks
 from lora_ft.report.curves import comparison_charts, run_charts
 from lora_ft.report.runs import RunData, read_run_data
-from lora_ft.report.write import report_command
+from lora_ft.report.write import report_command, report_page
 from tests.helpers.tiny import lora_ft as command_line
 from tests.helpers.tiny import python, write_run
 
@@ -349,6 +349,36 @@ def test_a_log_with_a_cut_line_and_nan_is_read(classified, tmp_path):
     assert lines[-1] == {"step": 13, "grad_norm": 1.0}
     report_command([tmp_path / "out"], tmp_path / "page.html")
     assert (tmp_path / "page.html").exists()
+
+
+ODD = (None, [], [None], "x", {}, math.nan, 10**400, -1)
+FIELDS = {
+    "lora_ft.json": "base.name base_seconds trainable_parameters planned_steps config.adapter config.adapter.rank "
+    "config.adapter.targets config.data.prompt config.data.label_names.label data.eval data.eval.examples "
+    "data.train.skipped metrics.loss metrics.accuracy_ci95 metrics.accuracy_vs_base metrics.accuracy_vs_base.p "
+    "metrics.confusion base_metrics.confusion.0 base_metrics",
+    "log.jsonl": "step loss seconds",
+    "samples.json": "samples rows",
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_wrong_types_are_left_out_or_refused_with_the_file(classified, tmp_path, name):
+    path = shutil.copytree(classified / "out", tmp_path / "out") / name
+    text = path.read_text()
+    whole = text.splitlines()[0] if name.endswith("l") else text
+    for field in FIELDS[name].split():
+        for value in ODD:
+            content = at = json.loads(whole)
+            *parents, last = (int(key) if key.isdigit() else key for key in field.split("."))
+            for key in parents:
+                at = at[key]
+            at[last] = value
+            path.write_text(text.replace(whole, json.dumps(content, indent=None if name.endswith("l") else 2)))
+            try:
+                report_page(read_run_data(tmp_path / "out"))
+            except FilesError as e:
+                assert name == "lora_ft.json" and str(path) in str(e) and field.split(".")[0] in str(e)
 
 
 # ---- charts ----

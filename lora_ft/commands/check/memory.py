@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import first_line, printable
 from lora_ft.data.batches import StepPlan
+from lora_ft.data.cache import release
 from lora_ft.data.examples import column_array
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.layout import Layout
@@ -89,6 +90,7 @@ def largest_rows(plan: StepPlan, virtual: int = 0) -> list[Row]:
         ids: list = [range(virtual + int(sizes["tokens"][i])) for i in examples]
         if plan.packing.share:
             ids = [[*range(-virtual, 0), *plan.dataset[i]["input_ids"]] for i in examples]
+            release(plan.dataset)
         for row in plan.packing.rows(ids):
             supervised = sum(int(sizes["supervised"][examples[i]]) for i in row)
             rows.append(Row(Tree.of([ids[i] for i in row], plan.packing.share).segments(), supervised))

@@ -11,12 +11,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_ft.config.schema import DataConfig
 from lora_ft.core.messages import printable
-from lora_ft.data.cache import RELEASED, release
+from lora_ft.data.cache import column_batches
 from lora_ft.data.chats.format import end_tokens
 from lora_ft.data.cuts import LOST, LOST_OF_CHATS
 from lora_ft.data.examples import Examples, column_array
 from lora_ft.data.prepare import find_chat
-from lora_ft.data.texts import BATCH
 from lora_ft.training.setup import RunSetup
 
 FEW_LABELS = 20  # a data set with at most this many distinct completions has labels of a classification
@@ -47,13 +46,9 @@ def _rows(dataset: datasets.Dataset, column: str) -> Iterator[np.ndarray]:
 
 def _lists(dataset: datasets.Dataset, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A column of lists by batches: their values one after another, and where in these each list ends."""
-    for n, batch in enumerate(dataset.select_columns([column]).with_format("arrow").iter(BATCH)):
-        lists = batch[column].combine_chunks()
+    for lists in column_batches(dataset, column):
         values, lengths = (array.to_numpy(zero_copy_only=False) for array in (lists.flatten(), lists.value_lengths()))
         yield values, np.cumsum(lengths)
-        if n % RELEASED == 0:
-            release(dataset)
-    release(dataset)
 
 
 def labels_sharing_a_first_token(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
