@@ -42,10 +42,8 @@ def combine_command(parts: Sequence[str], output: Path, settings: Settings, *, a
     summands = ", ".join(f"{part.weight:g} x {part.adapter.folder}" for part in opened)
     _tell(output, f"{settings.how} of {summands}", rank, made, as_json)
     if made.error > LOSSY and not as_json:
-        info(
-            "note: --how cat is exact; a higher --rank is closer"
-            + ("" if settings.how == "svd" else ", as is --how svd")
-        )
+        nearer = "a higher --rank" if settings.how == "svd" else "--how svd"
+        info(f"note: --how cat is exact, and {nearer} is closer")
     _note_templates(opened)
 
 

@@ -237,6 +237,11 @@ def test_a_base_that_is_not_here(folder, capsys):
     shutil.rmtree(folder / "base")
     problems, text, content = found(capsys, out)
     assert not problems and "is not on this machine" in text and content["adapters"][0]["modules"][0]["ratio"] is None
+    path = out / CONFIG
+    (out / RECORD).unlink()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 6000}))
+    problems, text, _ = found(capsys, out)
+    assert not problems and "s is 2000, where 0.5 to 4 is usual" in text
     with pytest.raises(ModelError, match="no such model on this machine"):
         inspect_command([out], base="who/knows")
     with pytest.raises(ModelError, match="no adapter_config.json"):

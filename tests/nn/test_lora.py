@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.nn import adapted, lora
 from lora_ft.nn.lora import ALL_ROWS, InputDropout, LoRALinear, RowBlocks
+from lora_ft.nn.scaling import scaling
 
 IN, OUT, RANK = 10, 24, 3
 PARTS = {
@@ -33,7 +34,7 @@ def build(parts=None, *, conv=False, bias=True, dtype=torch.float32, seed=0, alp
     base = Conv1D(OUT, IN) if conv else nn.Linear(IN, OUT, bias=bias)
     for parameter in base.parameters():
         parameter.data.normal_(generator=g)
-    layer = LoRALinear(base.to(dtype), RANK, lora.scaling(RANK, alpha), parts)
+    layer = LoRALinear(base.to(dtype), RANK, scaling(RANK, alpha), parts)
     layer.start(g)
     for B in layer.lora_B.values():
         B.data.normal_(generator=g)
@@ -354,8 +355,8 @@ def test_the_order_of_parts_is_that_of_rows():
 
 
 def test_scaling():
-    assert lora.scaling(8, 16) == 2.0
-    assert lora.scaling(16, 16, rslora=True) == 4.0
+    assert scaling(8, 16) == 2.0
+    assert scaling(16, 16, rslora=True) == 4.0
     assert build(alpha=6.0).scaling == 2.0
 
 

@@ -15,6 +15,7 @@ from lora_ft.model.tensor_file import Stored
 
 NEAR_ZERO = 1e-4  # of the larger updates (their 90th percentile): a module below does nothing
 FAR_ABOVE = 1.0  # of |W|: trained adapters change a weight by some percent
+LARGE_SCALING = 64.0  # where |W| is not known
 
 
 @dataclass
@@ -70,6 +71,8 @@ def measure(adapter: Adapter, weights: dict[str, Stored]) -> list[Module]:
         worst = max(far, key=lambda m: m.ratio or 0)
         text = f"|s B A| is far above |W| in {len(far)} of {len(modules)} modules, {worst.ratio:,.3g} times in {worst.name}"
         adapter.find("exploded", f"{text} (s = {adapter.scalings[worst.name]:g}): is alpha right?")
+    elif not any(m.ratio for m in modules) and (s := max(map(abs, adapter.scalings.values()))) > LARGE_SCALING:
+        adapter.find("exploded", f"s is {s:g}, where 0.5 to 4 is usual: is alpha right?", False)
     return modules
 
 

@@ -90,9 +90,8 @@ def combine(parts: Sequence[Part], settings: Settings) -> Combined:
         if settings.how == "cat":
             (A, B), error = _beside_each_other(summands), 0.0
         elif settings.how in ("ties", "dare"):
-            update = (
-                _ties(summands, settings.density) if settings.how == "ties" else _dare(summands, settings, generator)
-            )
+            ties = settings.how == "ties"
+            update = _ties(summands, settings.density) if ties else _dare(summands, settings.density, generator)
             A, B = svd_of_matrix(update, rank).cut(rank)
             error = float(np.linalg.norm(B @ A - (exact.U * exact.S) @ exact.V)) / (norm or 1)
         else:
@@ -159,10 +158,10 @@ def _ties(summands: Sequence[Summand], density: float) -> Array:
     return np.asarray(merged / np.maximum(sum(a.astype(float) for a in agrees), 1))
 
 
-def _dare(summands: Sequence[Summand], settings: Settings, generator: np.random.Generator) -> Array:
+def _dare(summands: Sequence[Summand], density: float, generator: np.random.Generator) -> Array:
     """Drop at random and rescale (Yu et al. 2023, section 3.2), then the sum: its expectation is the exact one."""
     kept = []
     for of in summands:
         update = of.weight * (of.B @ of.A)
-        kept.append(update * (generator.random(update.shape) < settings.density) / settings.density)
+        kept.append(update * (generator.random(update.shape) < density) / density)
     return np.asarray(sum(kept))

@@ -8,14 +8,17 @@ from typing import Any
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
+from lora_ft.core.messages import listed
 from lora_ft.core.names import published_name
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.combine import Combined, Part, Settings
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS, write_record
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
+from lora_ft.methods.lora.peft_config import KEY
 from lora_ft.methods.lora.portable import write_plain
 from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained
+from lora_ft.model.tensor_file import read_header
 from lora_ft.nn.lora import ALL_ROWS, RowBlocks
 
 OF_ONE = ("data", "seed")  # what of the record is true of an adapter made of a single one
@@ -23,14 +26,15 @@ OF_ALL = ("config", "tokenizer", "chat_template")  # what the first one gives: h
 
 
 def open_part(folder: Path) -> AdapterFile:
-    """The LoRA adapter in a folder. Raises ModelError if it is none, is damaged, or has weights of the base in its file."""
+    """The LoRA adapter in a folder. Raises ModelError if it is none, is damaged, or is more than A and B."""
     trained = Trained.open(folder)
     if trained.method != "lora":
         raise ModelError(f"{folder}: of method {trained.method}; only LoRA adapters are combined and compressed.")
     adapter = read_adapter(trained)
-    if adapter.copies:
-        problem = f"its file also has weights of the base ({next(iter(adapter.copies))})"
-        raise ModelError(f"{folder}: {problem}. `lora-ft export {folder} --to peft` checks them and leaves them out.")
+    if more := [name for name in read_header(folder / WEIGHTS) if not KEY.fullmatch(name)]:
+        problem = f"has more than A and B, which alone are combined and compressed: {listed(more, 3)}"
+        way_out = f"If these are copies of the base's weights, `lora-ft export {folder} --to peft` leaves them out."
+        raise ModelError(f"{folder / WEIGHTS}: {problem}. {way_out}")
     return adapter
 
 

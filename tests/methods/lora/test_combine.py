@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from lora_ft.commands.inspect.command import inspect_command
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
@@ -197,6 +198,13 @@ def test_what_is_refused(tmp_path):
     wide = write(tmp_path / "e", "llama_mha", 5, A)
     with pytest.raises(ModelError, match=r"e: model.layers.0.self_attn.q_proj is \(32, 32\) here and \(48, 32\)"):
         made(tmp_path, (a, wide), (1, 1), how="cat")
+    tensors = load_file(wide / "adapter_model.safetensors") | {"base_model.model.lm_head.weight": torch.ones(2, 2)}
+    save_file(tensors, wide / "adapter_model.safetensors")
+    (wide / "lora_ft.json").unlink()
+    with pytest.raises(
+        ModelError, match="has more than A and B.*: base_model.model.lm_head.weight. If these are copies"
+    ):
+        open_part(wide)
     made(tmp_path, (a, b), (1, 1), how="cat")
     with pytest.raises(FilesError, match="out: exists already"):
         made(tmp_path, (a, b), (1, 1), how="cat")
