@@ -19,6 +19,7 @@ from lora_ft.methods.lora.files import CONFIG, WEIGHTS
 from lora_ft.methods.lora.inject import trainable
 from lora_ft.methods.lora.targets import find_targets
 from lora_ft.methods.trained import Saved, Trained
+from lora_ft.nn.adapted import dimensions
 from lora_ft.nn.bottleneck import NONLINEARITIES, Bottleneck
 
 PLACES = {"houlsby": ("o", "down"), "pfeiffer": ("down",)}
@@ -57,9 +58,13 @@ def load(model: PreTrainedModel, trained: Trained) -> None:
     """Put the trained bottlenecks on the base."""
     tensors, path = tensor_files.read(trained), trained.folder / WEIGHTS
     sizes = {name.removesuffix(".down.weight"): len(D) for name, D in tensors.items() if name.endswith(".down.weight")}
-    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    if unknown := sorted(sizes.keys() - linear):
+    linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if unknown := sorted(sizes.keys() - linear.keys()):
         raise ModelError(f"{path}: {unknown[0]} is not a linear layer of this model. Is it of another model?")
+    for module, size in sizes.items():  # before layers of these sizes are made
+        shape, width = tuple(tensors[f"{module}.down.weight"].shape), dimensions(linear[module])[1]
+        if shape != (size, width):
+            raise ModelError(f"{path}: {module}.down.weight has shape {shape}, the model needs (n, {width}).")
     insert(model, sizes, nonlinearity_of(trained))
     tensor_files.copy_tensors(path, trainable(model), tensors)
 

@@ -63,7 +63,8 @@ def load(model: PreTrainedModel, trained: Trained) -> None:
     if prompt.shape[1] != width:
         shape = tuple(prompt.shape)
         raise ModelError(f"{trained.folder / WEIGHTS}: {KEY} has shape {shape}, the model needs (n, {width}).")
-    insert(model, prompt.to(model.device))
+    tensor_files.refuse_not_finite(trained.folder / WEIGHTS, {KEY: prompt})
+    insert(model, prompt.float().to(model.device))
 
 
 def load_into(model: PreTrainedModel, trained: Trained) -> None:
@@ -73,7 +74,7 @@ def load_into(model: PreTrainedModel, trained: Trained) -> None:
 
 
 def read(trained: Trained) -> Tensor:
-    """The trained vectors (n, width), float32, of lora-ft's or PEFT's files; ModelError if they are not prompt tuning's."""
+    """The trained vectors (n, width), not read yet, of lora-ft's or PEFT's files; ModelError if not prompt tuning's."""
     tensors, n = tensor_files.read(trained), trained.adapter_config.get("num_virtual_tokens")
     prompt = tensors.get(KEY)
     if prompt is None or len(tensors) > 1 or prompt.dim() != 2 or len(prompt) != n:

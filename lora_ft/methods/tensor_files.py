@@ -27,13 +27,19 @@ def write(folder: Path, base_name: str, tensors: Mapping[str, Tensor], config: d
 
 
 def read(trained: Trained) -> dict[str, Tensor]:
-    """Name -> tensor, float32; ModelError if the file is missing or damaged, or a tensor not floating-point or not finite."""
-    path, tensors = trained.folder / WEIGHTS, {}
-    for name, tensor in storage.read_tensors(path).items():
-        tensors[name] = tensor.float()
-        if not tensor.is_floating_point() or not is_finite(tensors[name]):
-            raise ModelError(f"{path}: {name} ({tensor.dtype}) is not floating-point, or contains NaN or inf.")
+    """Name -> tensor, whose values are not read yet; ModelError if the file is damaged, or one not floating-point."""
+    path, tensors = trained.folder / WEIGHTS, storage.read_tensors(trained.folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ModelError(f"{path}: {name} ({tensor.dtype}) is not floating-point.")
     return tensors
+
+
+def refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelError if a tensor contains NaN or inf. It reads all values, so shapes are compared before."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor.float()):
+            raise ModelError(f"{path}: {name} contains NaN or inf.")
 
 
 @torch.no_grad()
@@ -46,5 +52,6 @@ def copy_tensors(path: Path, parameters: Mapping[str, Tensor], tensors: Mapping[
         shape, needed = tuple(tensors[name].shape), tuple(parameter.shape)
         if shape != needed:
             raise ModelError(f"{path}: {name} has shape {shape}, the model needs {needed}.")
+    refuse_not_finite(path, tensors)
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])

@@ -33,6 +33,18 @@ def test_version():
     assert run("--version").stdout == f"lora-ft {lora_ft.__version__}\n"
 
 
+def test_ctrl_c_while_the_command_line_is_imported():
+    pressed = (
+        "import os, runpy, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_): name == 'typer' and os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "runpy.run_module('lora_ft', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", pressed], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (130, "")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_ft.config.schema import AdapterConfig
 from lora_ft.core.errors import ModelError
-from lora_ft.core.storage import write_tensors
+from lora_ft.core.storage import read_tensors, write_tensors
 from lora_ft.data.examples import EncodingReport, Examples
 from lora_ft.methods import bottleneck
 from lora_ft.methods.interface import METHODS, bare, virtual_ids
@@ -251,6 +251,17 @@ def test_another_models_folder_is_refused(method, tmp_path):
     with pytest.raises(ModelError, match="other|another|shape|tensors"):
         trained = Trained(tmp_path, "full", {}, {}) if method == "full" else Trained.open(tmp_path)
         METHODS[method].load(tiny_model("gpt_neo"), trained)
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "prompt"])
+def test_a_wrong_shape_is_refused_before_a_value_is_read(method, tmp_path):
+    METHODS[method].save(injected(method), tmp_path, "base", TOKENIZER)
+    tensors = read_tensors(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith(("down.weight", "embeddings")))
+    wider = torch.full((len(tensors[name]), tensors[name].shape[1] + 1), torch.nan)
+    write_tensors(tmp_path / "adapter_model.safetensors", {n: t.clone() for n, t in tensors.items()} | {name: wider})
+    with pytest.raises(ModelError, match=f"{name} has shape"):
+        METHODS[method].load(tiny_model("gpt2"), Trained.open(tmp_path))
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])

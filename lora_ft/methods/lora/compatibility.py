@@ -24,15 +24,19 @@ def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear
     linear = {name: m for name, m in base_modules(model).items() if isinstance(m, nn.Linear | Conv1D)}
     head = next((n for n, m in linear.items() if m is base_layer(model.get_output_embeddings())), None)
     expected = targeted(adapter.trained.adapter_config, linear, head)
-    missing = set() if expected is None else expected - adapter.tensors.keys()
-    unexpected = adapter.tensors.keys() - linear.keys()
-    unknown = adapter.copies.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    missing = set() if expected is None else expected - adapter.stored.keys()
+    unexpected = adapter.stored.keys() - linear.keys()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unknown = adapter.copies.keys() - parameters.keys()
     if missing or unexpected or unknown:
         near = difflib.get_close_matches(min(unexpected), list(linear), n=2, cutoff=0) if unexpected else []
         hint = f" The model has {', '.join(near)}." if near else ""
         raise ModelError(differences(path, missing, unexpected | unknown) + f" Is it another model's adapter?{hint}")
-    for module, (A, B) in adapter.tensors.items():
+    for module, (A, B) in adapter.stored.items():
         check_ab_shapes(path, module, A, B, *dimensions(linear[module]))
+    for name, copy in adapter.copies.items():
+        if copy.shape != parameters[name].shape:
+            raise _other_weight(path, name)
     return linear
 
 
@@ -64,8 +68,12 @@ def check_equal(adapter: AdapterFile, weights: Mapping[str, Tensor | None]) -> N
     for name, copy in adapter.copies.items():
         base = weights[name]
         if base is not None:
-            base = base.detach().cpu()  # torch.equal is False for different shapes
+            base = base.detach().cpu()
             if torch.equal(base.to(copy.dtype), copy) or torch.equal(copy.to(base.dtype), base):
                 continue
-        reason = "fully trained or resized modules can't be applied here. Merge the adapter with PEFT."
-        raise ModelError(f"{adapter.folder / WEIGHTS}: has a weight {name} that differs from the base's: {reason}")
+        raise _other_weight(adapter.folder / WEIGHTS, name)
+
+
+def _other_weight(path: Path, name: str) -> ModelError:
+    reason = "fully trained or resized modules can't be applied here. Merge the adapter with PEFT."
+    return ModelError(f"{path}: has a weight {name} that differs from the base's: {reason}")

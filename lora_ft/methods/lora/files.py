@@ -155,10 +155,9 @@ def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
     Where the scalings differ, B is multiplied by their ratio, so that the model computes what the files define.
     """
     layers, path = lora_layers(model), adapter.folder / WEIGHTS
-    if adapter.tensors.keys() != layers.keys():
-        raise ModelError(differences(path, layers.keys() - adapter.tensors.keys(), adapter.tensors.keys() - layers))
-    check_copies(model, adapter)
-    for module, (A, B) in adapter.tensors.items():
+    if adapter.stored.keys() != layers.keys():
+        raise ModelError(differences(path, layers.keys() - adapter.stored.keys(), adapter.stored.keys() - layers))
+    for module, (A, B) in adapter.stored.items():
         layer, parts = layers[module], adapter.parts.get(module)
         check_ab_shapes(path, module, A, B, layer.in_features, layer.out_features)
         ours = (layer.rank, list(layer.rows.values()))
@@ -168,6 +167,7 @@ def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
             way_out = _undivided_hint(module) if undivided else "Make rank and targets the same."
             ours_in_words = f"rank {layer.rank}, parts {', '.join(layer.rows)}"
             raise ModelError(f"{path}: {module} has {theirs}; this run adapts it with {ours_in_words}. {way_out}")
+    check_copies(model, adapter)
     for module, (A, B) in adapter.tensors.items():
         layer = layers[module]
         from_peft_matrices(layer, A, B, path, module)

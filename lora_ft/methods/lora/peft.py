@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -37,10 +38,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as read and checked, not yet applied to a model."""
+    """An adapter as read and checked, not yet applied to a model.
+
+    stored: module path -> A (R, in) and B (out, R) in the file's dtype, whose shapes are known and whose values are not read:
+    a file that is not of the model is refused without its gigabytes.
+    """
 
     trained: Trained
-    tensors: dict[str, tuple[Tensor, Tensor]]  # module path -> A (R, in) and B (out, R), float32
+    stored: dict[str, tuple[Tensor, Tensor]]
     scalings: dict[str, float]  # module path -> s of s B A
     parts: dict[str, Parts]  # module path -> its parts; empty for another tool's adapter
     copies: dict[str, Tensor]  # name -> base weight that PEFT saved with an adapted head; must equal the base's
@@ -50,9 +55,14 @@ class AdapterFile:
         """The folder it was read from."""
         return self.trained.folder
 
+    @cached_property
+    def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """`stored` in float32. Raises ModelError for NaN or inf."""
+        return {module: _values(self.folder / WEIGHTS, module, *pair) for module, pair in self.stored.items()}
+
 
 def read_adapter(trained: Trained) -> AdapterFile:
-    """Read the adapter of a folder, lora-ft's (also a checkpoint) or PEFT's, with every check that needs no model.
+    """Read the adapter of a folder, lora-ft's (also a checkpoint) or PEFT's, with all checks that need no model and no values.
 
     ModelError, with file and tensor, if it is damaged, of another method, or contradicts its config.
     """
@@ -70,7 +80,7 @@ def read_adapter(trained: Trained) -> AdapterFile:
     check_config(config_path, config)
     stored, copies = _pair(weights, storage.read_tensors(weights))
     scalings = {}
-    for module, (A, B) in stored.items():  # shapes are in the file's header; its values are not read yet
+    for module, (A, B) in stored.items():
         rank = by_pattern(config_path, config.get("rank_pattern"), module, config["r"])
         alpha = by_pattern(config_path, config.get("alpha_pattern"), module, config["lora_alpha"])
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
@@ -79,9 +89,8 @@ def read_adapter(trained: Trained) -> AdapterFile:
                 f"A must be ({rank}, in) and B (out, {rank})."
             )
         scalings[module] = scaling(rank, alpha, config.get("use_rslora") is True)
-    tensors = {module: _values(weights, module, *pair) for module, pair in stored.items()}
-    parts = _read_parts(folder / RECORD, record, tensors, scalings)
-    return AdapterFile(trained, tensors, scalings, parts, copies)
+    parts = _read_parts(folder / RECORD, record, stored, scalings)
+    return AdapterFile(trained, stored, scalings, parts, copies)
 
 
 def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:

@@ -327,9 +327,9 @@ def test_modules_missing_and_too_many(folder):
     refused(folder, "missing: transformer.h.1.attn.c_attn;", "unexpected: transformer.h.7.attn.c_attn.")
 
 
-def test_wrong_shape(folder):
+def test_wrong_shape_is_refused_before_a_value_is_read(folder):
     key = "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
-    edit_tensors(folder, lambda tensors: tensors | {key: torch.zeros(95, 6)})
+    edit_tensors(folder, lambda tensors: tensors | {key: torch.full((95, 6), torch.nan)})
     refused(folder, key, "(95, 6)", "(96, 6)")
 
 
