@@ -17,7 +17,7 @@ from lora_ft.model.files import Base
 from lora_ft.model.load import load_base, skeleton
 
 
-def load_sharded(base: Base, dtype: str, device: str, quantization: None = None) -> PreTrainedModel:
+def load_sharded(base: Base, dtype: str, device: str, quantization: object = None) -> PreTrainedModel:
     """Load `base` into the memory of rank 0 and distribute it, so that each process has its shards on `device`.
 
     quantization: not supported; the rules of the config refuse it.

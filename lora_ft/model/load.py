@@ -23,10 +23,10 @@ from lora_ft.core.messages import info, listed, printable, working
 from lora_ft.model.config_files import CONFIGS, MOST_MODULES, SMALL_LIMIT, absurd_count, check_config_files, damage
 from lora_ft.model.device import computes
 from lora_ft.model.files import Base, digest
-from lora_ft.model.quantize import Quantization, forget, quantize, refuse_quantized
+from lora_ft.model.quantize import Quantization, check_form, forget, quantize, refuse_quantized
 from lora_ft.model.stored import is_finite, shape_and_dtype, stored_dtype, stored_weights
 from lora_ft.nn.mlp import fuse_gelu
-from lora_ft.nn.quantized import Form, check_form
+from lora_ft.nn.quantized import Form
 
 _hashes: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()  # of `tokenizer_hash`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,7 +111,9 @@ def load_base(
         del model.hf_quantizer, model.config.quantization_config
         model.is_quantized = False
         if quantization:
-            info(f"note: {base.name} is dequantized to {options['dtype']} while it is read, then quantized as {quantization}")
+            info(
+                f"note: {base.name} is dequantized to {options['dtype']} while it is read, then quantized as {quantization}"
+            )
             quantize(model, quantization)
     fuse_gelu(model)
     for name, tensor in model.named_parameters():

@@ -3,9 +3,9 @@
 Embeddings, the head, norms and biases stay as they are, as do experts that are stored as one tensor of three dimensions.
 """
 
+import importlib.util
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lora_ft.core.errors import ModelError
+from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.core.messages import listed
 from lora_ft.model.stored import is_finite
 from lora_ft.nn.adapted import out_in
@@ -39,9 +39,17 @@ def quantizable(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
 
 def quantize(model: PreTrainedModel, form: Form | None) -> PreTrainedModel:
     """Quantize a model in place, which may be on the meta device; None changes nothing. Returns it."""
-    for path, module in quantizable(model).items() if form else ():
-        model.set_submodule(path, QuantizedLinear(module, out_in(module), form))
+    if form:
+        for path, module in quantizable(model).items():
+            model.set_submodule(path, QuantizedLinear(module, out_in(module), form))
     return model
+
+
+def check_form(form: Form | None) -> None:
+    """Raise ConfigError if a form needs a package that is not installed."""
+    if form == "nf4" and not importlib.util.find_spec("bitsandbytes"):
+        way_out = "pip install 'lora-ft[nf4]', or use int8, which needs nothing."
+        raise ConfigError(f"model.quantization: nf4 needs bitsandbytes, which is not installed: {way_out}")
 
 
 def refuse_quantized(name: str, config: PretrainedConfig) -> None:

@@ -57,6 +57,19 @@ def out_in(base: nn.Linear | Conv1D) -> Tensor:
     return base.weight.T if isinstance(base, Conv1D) else base.weight
 
 
+def with_weight(base: nn.Linear | Conv1D, weight: Tensor) -> nn.Linear | Conv1D:
+    """A frozen layer of the class that `base` has, or had before it was quantized, with another weight (out, in)."""
+    out_features, in_features = weight.shape
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+        if is_conv1d(base):
+            layer, weight = Conv1D(out_features, in_features), weight.T.contiguous()
+        else:
+            layer = nn.Linear(in_features, out_features, bias=base.bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = base.bias
+    return layer.train(base.training)
+
+
 def dimensions(base: nn.Linear | Conv1D) -> tuple[int, int]:
     """(in, out) of a layer."""
     return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)

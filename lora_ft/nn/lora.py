@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.nn.adapted import AdaptedLayer, is_conv1d, out_in, place
+from lora_ft.nn.adapted import AdaptedLayer, out_in, place, with_weight
 from lora_ft.nn.quantized import computing_dtype
 
 ALL_ROWS = "all"  # the name of the part of a module that is adapted as one
@@ -111,15 +111,7 @@ class LoRALinear(AdaptedLayer):
     def merged(self) -> nn.Linear | Conv1D:
         """A layer of the base's class with W + s B A, added in float32 and rounded once to the base's dtype."""
         weight = (out_in(self.base).float() + self.delta()).to(place(self.base)[0])
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-            if is_conv1d(self.base):
-                layer = Conv1D(self.out_features, self.in_features)
-                weight = weight.T.contiguous()
-            else:
-                layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.bias = self.bias
-        return layer.train(self.training)
+        return with_weight(self.base, weight).train(self.training)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, parts={list(self.rows)}"
@@ -160,9 +152,9 @@ class _LoRA(torch.autograd.Function):
         dS_p = s dY_p B_p            dB_p = s dY_pᵀ S_p
         dA   = dSᵀ (m ∘ X)
         dX   = dY W + m ∘ (dS A)
-    so only X, m and the small S are kept, and Y and dX are accumulated in place. W and b, of the frozen `base`, get no gradient;
-    W is read where it is used, since a quantized base makes it anew. Each update has its own s, m, A and B, and its own tokens,
-    whose rows of X, Y and S these are.
+    so only X, m and the small S are kept, and Y and dX are accumulated in place. W and b, of the frozen `base`, get no
+    gradient; W is read where it is used, since a quantized base makes it anew. Each update has its own s, m, A and B, and its
+    own tokens, whose rows of X, Y and S these are.
 
     X, m: (tokens, in), W: (out, in), b: (out,), A: (parts * rank, in), B_p: (rows_p, rank), S: (tokens, parts * rank).
     """

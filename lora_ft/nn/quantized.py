@@ -1,21 +1,20 @@
 """A frozen linear layer whose weight W is stored in eight or four bits: y = D x + b, where D is what the bits say W is.
 
 - int8: each row as integers from -127 to 127, times a float32 scale.
-- nf4: each weight as one of 16 quantiles of a normal distribution, times the scale of its block of 64; these scales are stored in
-  8 bits ("double quantization", Dettmers et al. 2023, arXiv:2305.14314, section 3). Computed by bitsandbytes.
+- nf4: each weight as one of 16 quantiles of a normal distribution, times the scale of its block of 64; these scales are
+  stored in 8 bits ("double quantization", Dettmers et al. 2023, arXiv:2305.14314, section 3). Computed by bitsandbytes.
 
 D is made where it is used, in the forward pass and again in the backward pass, and freed at once.
 """
 
-import importlib.util
+import functools
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.pytorch_utils import Conv1D
-
-from lora_ft.core.errors import ConfigError
 
 Form = Literal["nf4", "int8"]
 BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale of nf4; such scales that share one of their own
@@ -50,7 +49,9 @@ class QuantizedLinear(nn.Linear):
         if self.form == "int8":
             return self.codes.float().mul_(self.scale).to(dtype)
         bnb = bitsandbytes()
-        scales = bnb.dequantize_blockwise(self.scale_codes, absmax=self.scale, code=self.scale_values, blocksize=OUTER_BLOCK)
+        scales = bnb.dequantize_blockwise(
+            self.scale_codes, absmax=self.scale, code=self.scale_values, blocksize=OUTER_BLOCK
+        )
         size = torch.Size((self.out_features, self.in_features))
         state = bnb.QuantState(scales + self.offset, size, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
         return bnb.dequantize_4bit(self.codes, state)
@@ -74,14 +75,22 @@ def stored_as(W: Tensor, form: Form) -> dict[str, Tensor]:
     bnb = bitsandbytes()
     codes, state = bnb.quantize_4bit(W, blocksize=BLOCK, quant_type="nf4")
     offset = state.absmax.double().mean().float()  # in float64, so that it doesn't depend on the number of threads
-    scale_codes, outer = bnb.quantize_blockwise(state.absmax - offset, blocksize=OUTER_BLOCK)
+    values = torch.tensor(scale_values(), device=W.device)
+    scale_codes, outer = bnb.quantize_blockwise(state.absmax - offset, code=values, blocksize=OUTER_BLOCK)
     return {
         "codes": codes,
         "scale_codes": scale_codes,
         "scale": outer.absmax,
-        "scale_values": outer.code,
+        "scale_values": values,
         "offset": offset,
     }
+
+
+@functools.cache
+def scale_values() -> list[float]:
+    """What the 256 codes of nf4's scales stand for; also under FakeTensorMode, where tensors have no values."""
+    with unset_fake_temporarily():
+        return bitsandbytes().create_dynamic_map().tolist()
 
 
 def dequantized(W: Tensor, form: Form) -> Tensor:
@@ -111,16 +120,8 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def check_form(form: Form | None) -> None:
-    """Raise ConfigError if a form needs a package that is not installed."""
-    if form == "nf4" and not importlib.util.find_spec("bitsandbytes"):
-        way_out = "pip install 'lora-ft[nf4]', or use int8, which needs nothing."
-        raise ConfigError(f"model.quantization: nf4 needs bitsandbytes, which is not installed: {way_out}")
-
-
 def bitsandbytes() -> Any:
     """The functions of bitsandbytes, imported on first use: seconds, and only nf4 needs them."""
-    check_form("nf4")
     import bitsandbytes.functional
 
     return bitsandbytes.functional

@@ -22,8 +22,7 @@ from lora_ft.methods.lora import method as lora
 from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.model.files import Base
 from lora_ft.model.load import DTYPES, build, load_model_config
-from lora_ft.model.quantize import quantize
-from lora_ft.nn.quantized import check_form
+from lora_ft.model.quantize import check_form, quantize
 from lora_ft.nn.rows import Segment
 
 # name -> shape. GPT-3 has GPT-2's blocks (Brown et al. 2020, table 2.1), in 16 bits as in the LoRA paper.
@@ -70,7 +69,12 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
     adapted, checkpointing = with_lora("meta"), config.train.gradient_checkpointing
     makers: dict[str, Callable[[], PreTrainedModel]] = {"lora": with_lora, "full": full}
     memory = {name: asdict(estimate(make, [row], checkpointing=checkpointing)) for name, make in makers.items()}
-    facts = {"shape": shape, "dtype": str(stored).removeprefix("torch."), "quantization": form, **sizes(adapted, "lora")}
+    facts = {
+        "shape": shape,
+        "dtype": str(stored).removeprefix("torch."),
+        "quantization": form,
+        **sizes(adapted, "lora"),
+    }
     facts |= {"row_tokens": row.tokens, "memory": memory}
     if as_json:
         echo_json(facts)
