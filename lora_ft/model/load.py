@@ -151,7 +151,7 @@ def _load(
             )
         else:
             empty = skeleton(base, dtype=options.get("dtype"))
-            with stored_weights(base, device) as weights:
+            with stored_weights(base, device, one_by_one=bool(form)) as weights:
                 if not hasattr(empty.config, "quantization_config"):
                     integers = _remove_integers(empty, weights)
                 settings = Quantization(form, weights) if form else None

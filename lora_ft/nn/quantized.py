@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 Form = Literal["nf4", "int8"]
 BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale of nf4; such scales that share one of their own
+PIECE = 2**18  # weights that are quantized at a time, for the memory
 
 
 class QuantizedLinear(nn.Linear):
@@ -67,23 +68,30 @@ class QuantizedLinear(nn.Linear):
 
 def stored_as(W: Tensor, form: Form) -> dict[str, Tensor]:
     """What is stored of W (out, in)."""
-    W = W.detach().float().contiguous()
+    rows = max(1, PIECE // W.shape[1] // BLOCK) * BLOCK  # whole blocks, whatever the rows' length
+    pieces = (piece.float().contiguous() for piece in W.detach().split(rows))
     if form == "int8":
-        scale = W.abs().amax(1, keepdim=True) / 127
-        codes = (W / torch.where(scale > 0, scale, 1.0)).round_().to(torch.int8)
-        return {"codes": codes, "scale": scale}
+        codes, scale = zip(*map(_as_int8, pieces), strict=True)
+        return {"codes": torch.cat(codes), "scale": torch.cat(scale)}
     bnb = bitsandbytes()
-    codes, state = bnb.quantize_4bit(W, blocksize=BLOCK, quant_type="nf4")
-    offset = state.absmax.double().mean().float()  # in float64, so that it doesn't depend on the number of threads
+    codes, states = zip(*(bnb.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4") for piece in pieces), strict=True)
+    scale = torch.cat([state.absmax for state in states])
+    offset = scale.double().mean().float()  # in float64, so that it doesn't depend on the number of threads
     values = torch.tensor(scale_values(), device=W.device)
-    scale_codes, outer = bnb.quantize_blockwise(state.absmax - offset, code=values, blocksize=OUTER_BLOCK)
+    scale_codes, outer = bnb.quantize_blockwise(scale - offset, code=values, blocksize=OUTER_BLOCK)
     return {
-        "codes": codes,
+        "codes": torch.cat(codes),
         "scale_codes": scale_codes,
         "scale": outer.absmax,
         "scale_values": values,
         "offset": offset,
     }
+
+
+def _as_int8(W: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers and the scales of some rows."""
+    scale = W.abs().amax(1, keepdim=True) / 127
+    return (W / torch.where(scale > 0, scale, 1.0)).round_().to(torch.int8), scale
 
 
 @functools.cache

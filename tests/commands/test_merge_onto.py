@@ -32,22 +32,25 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
-def loss_of(folder, capsys, **how) -> dict[str, float]:
+def loss_of(folder, capsys, *overrides) -> dict[str, float]:
+    """The losses that `eval` finds, of "base" and "adapter", or of a "model"."""
     capsys.readouterr()
-    evaluate_command([folder], as_json=True, **how)
-    return {who: scores["loss"] for who, scores in json.loads(capsys.readouterr().out).items() if "loss" in scores}
+    evaluate_command([folder], as_json=True, overrides=overrides)
+    said = capsys.readouterr()
+    assert ("was trained on its base int8, and is used on it not quantized" in said.err) == bool(overrides)
+    scores = json.loads(said.out)
+    return {who: scores[who]["loss"] for who in ("base", "adapter", "model") if who in scores}
 
 
 def test_the_losses_are_shown_and_the_lower_one_decides(folder, capsys):
     merge_command(folder)
     said = capsys.readouterr()
-    base, trained, quantized, original = map(float, re.findall(r" (\d+\.\d{4}) ", said.out))
+    base, trained, quantized, original = map(float, re.findall(r" (\d+\.\d{4})\n", said.out))
     chosen = "quantized" if quantized <= original else "original"
     assert f"merged --onto {chosen}, whose loss is lower" in said.err
-    as_trained, other = (loss_of(folder, capsys, overrides=how) for how in ((), ["model.quantization=null"]))
+    as_trained, other = (loss_of(folder, capsys, *how) for how in ([], ["model.quantization=null"]))
     assert (base, trained) == pytest.approx((as_trained["base"], as_trained["adapter"]), abs=1e-4)
     assert (quantized, original) == pytest.approx((as_trained["adapter"], other["adapter"]), abs=1e-4)
-    assert "was trained on its base int8, and is used on it not quantized" in capsys.readouterr().err
 
     merged = loss_of(folder.parent / "out-merged", capsys)["model"]  # which is not quantized once more
     assert merged == pytest.approx(min(quantized, original), abs=1e-4)
