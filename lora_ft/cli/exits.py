@@ -27,7 +27,7 @@ WAYS_OUT = {
 }
 LOWER_MEMORY = (
     "these settings lower it: train.micro_batch_tokens, data.max_length, train.gradient_checkpointing: true, "
-    "model.dtype: bfloat16, adapter.rank, generation.batch_size"
+    "model.quantization, adapter.rank, generation.batch_size"
 )
 
 

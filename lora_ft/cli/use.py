@@ -127,6 +127,10 @@ def merge(
     folder: Annotated[Path | None, Argument(metavar="FOLDER", help="The adapter or checkpoint. Default: out.")] = None,
     adapter: Annotated[Path | None, Option(metavar="DIR", help="The same, as an option.")] = None,
     base: BaseName = None,
+    onto: Annotated[
+        Literal["quantized", "original"] | None,
+        Option(help="For a base that was quantized: merge onto those weights, or the original ones. Default: by loss."),
+    ] = None,
     output: Annotated[
         Path | None, Option(metavar="DIR", help="The merged model's folder. Default: FOLDER-merged.")
     ] = None,
@@ -142,7 +146,7 @@ def merge(
     silence_libraries()
     from lora_ft.commands.merge import merge_command
 
-    merge_command(folder or adapter or Path("out"), base=base, output=output, verify=verify, trust=trust)
+    merge_command(folder or adapter or Path("out"), base=base, onto=onto, output=output, verify=verify, trust=trust)
 
 
 @command

@@ -31,7 +31,8 @@ from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Trained, is_model, run_settings, training_records
 from lora_ft.model.device import micro_batch_tokens, prepare_device
 from lora_ft.model.files import Base, resolve
-from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer
+from lora_ft.model.fits import check_length, check_vocabulary
+from lora_ft.model.load import load_base, load_tokenizer
 from lora_ft.nn.attention import Isolation
 
 
@@ -72,6 +73,7 @@ def evaluate_command(
     several = len(trained) > 1
     for i, entry in enumerate(trained):
         entry.check(files, tokenizer, trust.other_base, str(entry.folder) if i else None)
+        entry.note_form(config.model.quantization)
     for entry in trained[1:]:
         note_other_template(entry, config)
     sets = read_eval_sets(folder, config, tokenizer, named=bool(data))
@@ -120,7 +122,7 @@ def score_sets(
 ) -> list[EvalResult]:
     """Load the model, and score each set with it and with its base; again: the base too where its scores were kept."""
     several = len(trained) > 1
-    model = load_base(files, config.model.dtype, device)
+    model = load_base(files, config.model.dtype, device, config.model.quantization)
     check_vocabulary(model, files, max(map(largest_id, sets.values())))
     if several:
         for entry in trained:

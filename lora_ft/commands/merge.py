@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
+from lora_ft.commands.merge_onto import OntoName, form_to_merge_onto
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import echo, warn
-from lora_ft.core.storage import sibling
+from lora_ft.core.storage import refuse_existing, sibling
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.merge import merge_adapter
 from lora_ft.methods.lora.peft import read_adapter
@@ -21,11 +22,18 @@ WHY_NOT = {
 
 
 def merge_command(
-    folder: Path, *, base: str | None = None, output: Path | None = None, verify: bool = True, trust: Trust = NO_TRUST
+    folder: Path,
+    *,
+    base: str | None = None,
+    onto: OntoName | None = None,
+    output: Path | None = None,
+    verify: bool = True,
+    trust: Trust = NO_TRUST,
 ) -> Base:
     """Merge an adapter into its base, and print what was written and how it was verified. Returns the base.
 
-    base: its name, if not the recorded one. output: by default the sibling `FOLDER-merged`. verify: compare logits too.
+    base: its name, if not the recorded one. onto: of a base that was quantized, see `form_to_merge_onto`.
+    output: by default the sibling `FOLDER-merged`. verify: compare logits too.
 
     Raises:
         ModelError: the method can't be merged; or as `Trained.open`, `Trained.base` and `merge_adapter`.
@@ -36,9 +44,12 @@ def merge_command(
         raise ModelError(f"{folder}: {WHY_NOT[trained.method]}")
     adapter, files = read_adapter(trained), trained.base(base, trust)
     output = output or sibling(folder, "-merged")
-    progress = sys.stderr.isatty()
-    report = merge_adapter(files, adapter, output, verify=verify, other_base=trust.other_base, progress=progress)
-    echo(f"merged {folder} into {files.name}: {output}")
+    refuse_existing(output)
+    form, progress = form_to_merge_onto(trained, files, onto), sys.stderr.isatty()
+    report = merge_adapter(
+        files, adapter, output, form=form, verify=verify, other_base=trust.other_base, progress=progress
+    )
+    echo(f"merged {folder} into {files.name}{f' in {form}' if form else ''}: {output}")
     echo(f"  {report['modules']} matrices, stored as {report['dtype']}; largest error {report['matrix_error']:.3g}")
     if logits := report["logits"]:
         echo(

@@ -180,6 +180,12 @@ def _adapter_rules(config: Config) -> Iterator[Broken]:
         )
     if method == "full" and config.model.dtype in ("bfloat16", "float16"):
         yield "model.dtype", "adapter.method", "full trains float32 weights; leave it auto, and use trainer.bf16"
+    if method == "full" and config.model.quantization:
+        message = "full trains the base's weights, which can't be stored in few bits; remove it, or use method lora"
+        yield "model.quantization", "adapter.method", message
+    if config.trainer.fsdp and config.model.quantization:
+        message = "a quantized base is not shared out among processes; remove one of the two"
+        yield "trainer.fsdp", "model.quantization", message
     if method == "full" and config.trainer.fsdp:
         message = "shards a frozen base, but full trains it; remove fsdp, or use method lora, bottleneck or prompt"
         yield "trainer.fsdp", "adapter.method", message

@@ -22,6 +22,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "the data type of the weights; auto: as stored, except that float16 becomes float32 on a CPU"
     )
+    quantization: Literal["nf4", "int8"] | None = setting(
+        None, "store the frozen linear weights of the blocks in four bits (nf4; needs bitsandbytes) or eight (int8)"
+    )
 
 
 class AdapterConfig(Section):

@@ -10,9 +10,9 @@ from lora_ft.core.messages import format_value
 
 # What the runs have in common, because they share the base, the rows, or the process
 SHARED = (
-    *("model.name", "model.revision", "model.dtype", "train.micro_batch_tokens", "train.gradient_checkpointing"),
-    *("trainer.use_cpu", "trainer.bf16", "trainer.tf32", "trainer.full_determinism"),
-    *("trainer.ddp_backend", "trainer.ddp_timeout"),
+    *("model.name", "model.revision", "model.dtype", "model.quantization"),
+    *("train.micro_batch_tokens", "train.gradient_checkpointing", "trainer.use_cpu", "trainer.bf16"),
+    *("trainer.tf32", "trainer.full_determinism", "trainer.ddp_backend", "trainer.ddp_timeout"),
 )
 
 

@@ -117,6 +117,13 @@ def wrong_entries(obj: dict, types: Mapping[str, Any]) -> list[str]:
     return [name for name, kind in types.items() if not fits(name, kind)]
 
 
+def refuse_existing(target: Path) -> None:
+    """Raise FilesError if a folder can't be made there because there is something, or its name is not UTF-8."""
+    refuse_not_utf8(target, FilesError)
+    if target.exists() or target.is_symlink():
+        raise FilesError(f"{target}: exists already. Remove it or name another folder.")
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A hidden sibling folder to fill; on success it is synced and renamed to `target`, after an exception removed.
@@ -126,9 +133,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         FilesError: `target` exists, its name is not UTF-8, or its parent can't be written.
     """
-    refuse_not_utf8(target, FilesError)
-    if target.exists() or target.is_symlink():
-        raise FilesError(f"{target}: exists already. Remove it or name another folder.")
+    refuse_existing(target)
     with os_errors_as_files_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target, "partial")

@@ -17,8 +17,10 @@ from lora_ft.model.files import Base
 from lora_ft.model.load import load_base, skeleton
 
 
-def load_sharded(base: Base, dtype: str, device: str) -> PreTrainedModel:
+def load_sharded(base: Base, dtype: str, device: str, quantization: object = None) -> PreTrainedModel:
     """Load `base` into the memory of rank 0 and distribute it, so that each process has its shards on `device`.
+
+    quantization: not supported; the rules of the config refuse it.
 
     Raises:
         ModelError: as `load_base`, or the model's class does not name its decoder layers.

@@ -44,7 +44,7 @@ def base_scores(
     """
     data = config.data.model_dump(mode="json", exclude={"train", "eval"})
     writing = [config.train.seed, config.generation.model_dump(mode="json")] if texts else None
-    key = key_of("base scores", fingerprint, _encoded(examples), data, config.model.dtype, writing, VERSIONS)
+    key = key_of("base scores", fingerprint, _encoded(examples), data, *_form(config), writing, VERSIONS)
     kept = None if again else processes.broadcast(lambda: read_scores(key))
     if kept:
         return kept, True
@@ -53,6 +53,11 @@ def base_scores(
         with suppress(FilesError):  # no room in the cache: the next run computes them
             _keep(key, scored)
     return scored, False
+
+
+def _form(config: Config) -> tuple[str | None, ...]:
+    """In which form a base's weights are used."""
+    return config.model.dtype, config.model.quantization
 
 
 def _encoded(examples: Examples) -> str:
@@ -107,7 +112,7 @@ def recorded_scores(
     texts_now = config.generation if config.generation.metrics else None
     if (record.get("base") or {}).get("fingerprint") != files.fingerprint:
         return None
-    if (texts_then, own.train.seed, own.model.dtype) != (texts_now, config.train.seed, config.model.dtype):
+    if (texts_then, own.train.seed, _form(own)) != (texts_now, config.train.seed, _form(config)):
         return None
     parts = {"base": "base_metrics", "model" if trained.method == "full" else "adapter": "metrics"}
     scores = {

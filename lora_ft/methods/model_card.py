@@ -55,6 +55,7 @@ def model_card(record: dict) -> str:
     """The card of what was trained, from its record (`RunSetup.record`), as Markdown with a YAML head."""
     base, step = code(portable_name(record["base"]["name"])), record["step"]
     local, unnamed = ("", "") if is_hub(record) else ("a local copy of ", UNNAMED_BASE)
+    form = f" in {quantization}" if (quantization := record["base"].get("quantization")) else ""
     named = [code(s) for s in record["config"]["data"]["train"] if not is_local(s)]
     sources = ", ".join(named) or "local files"
     return f"""---
@@ -63,7 +64,7 @@ def model_card(record: dict) -> str:
 
 # {TITLES[method_of(record)]} {base}
 
-Trained with lora-ft on {record["data"]["train"]["examples"]:,} examples from {sources}, on {local}{base}:
+Trained with lora-ft on {record["data"]["train"]["examples"]:,} examples from {sources}, on {local}{base}{form}:
 {what_it_is(record)}, {record["trainable_parameters"]:,} trainable parameters, seed {record["seed"]}, step {step}.
 {unnamed}{scores(record)}
 ## Use

@@ -26,6 +26,7 @@ from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.peft_config import CONFIG
 from lora_ft.model.files import Base, digest, resolve
 from lora_ft.model.small_files import require_inside
+from lora_ft.nn.quantized import Form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,6 +130,17 @@ class Trained:
         if template and template != digest(tokenizer.chat_template):
             used = " The one of the training is used." if self.chat_template else ""
             warn(f"{prefix}base {base.name}: its chat template has changed since the training.{used}")
+
+    @property
+    def quantization(self) -> Form | None:
+        """How the base was quantized in the training."""
+        return self._recorded_base.get("quantization")
+
+    def note_form(self, used: Form | None) -> None:
+        """Print a note where this is used on another form of its base than it was trained on; no rule against it."""
+        if self.record and used != self.quantization:
+            trained, now = (form or "not quantized" for form in (self.quantization, used))
+            info(f"note: {self.folder} was trained on its base {trained}, and is used on it {now}: another function")
 
     @property
     def _recorded_base(self) -> dict[str, Any]:

@@ -18,14 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_ft.core.errors import ConfigError, ModelError, UserError, is_out_of_memory
+from lora_ft.core.errors import ModelError, UserError, is_out_of_memory
 from lora_ft.core.messages import info, listed, printable, working
 from lora_ft.model.config_files import CONFIGS, MOST_MODULES, SMALL_LIMIT, absurd_count, check_config_files, damage
 from lora_ft.model.device import computes
 from lora_ft.model.files import Base, digest
-from lora_ft.model.generate import position_limit
+from lora_ft.model.quantize import Quantization, check_form, forget, quantize, refuse_quantized
 from lora_ft.model.stored import is_finite, shape_and_dtype, stored_dtype, stored_weights
 from lora_ft.nn.mlp import fuse_gelu
+from lora_ft.nn.quantized import Form
 
 _hashes: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()  # of `tokenizer_hash`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,28 +87,45 @@ def dtype_of(base: Base, dtype: str, device: str) -> torch.dtype:
     return stored if computes(stored, device) else torch.float32
 
 
-def load_base(base: Base, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_base(
+    base: Base, dtype: str = "auto", device: str = "cpu", quantization: Form | None = None
+) -> PreTrainedModel:
     """Load a causal language model in eval mode, and check that every weight is there, has its shape and is finite.
 
     Its weights are those of `stored_weights`, which the fingerprint covers; nothing beside them is applied.
-    dtype: a `model.dtype` setting, see `dtype_of`.
+    dtype: a `model.dtype` setting, see `dtype_of`. quantization: of the blocks' linear weights, see `model/quantize.py`.
 
     Raises:
+        ConfigError: quantization needs a package that is not installed.
         ModelError: an unknown architecture, remote code that is not trusted, missing or damaged weights, integers where
             the model has floating-point numbers, NaN or inf.
     """
     config = load_model_config(base)
     options = {"dtype": dtype_of(base, dtype, device)}
+    if quantization:
+        check_quantization(base, quantization)
+        check_weights(base)  # the quantizer compares no shapes
     with working(f"loading {base.name}", in_pipes=True):
-        model = _load(base, config, options)
+        model = _load(base, config, options, form=quantization)
     if base.gguf:  # dequantized while loading, so it is an ordinary model from here on
         del model.hf_quantizer, model.config.quantization_config
         model.is_quantized = False
+        if quantization:
+            info(
+                f"note: {base.name} is dequantized to {options['dtype']} while it is read, then quantized as {quantization}"
+            )
+            quantize(model, quantization)
     fuse_gelu(model)
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ModelError(f"model {base.name}: the weight {name} holds NaN or inf.")
     return model.to(device).eval()
+
+
+def check_quantization(base: Base, form: Form) -> None:
+    """Raise ConfigError if a package is missing, ModelError if the base is stored in few bits already."""
+    check_form(form)
+    refuse_quantized(base.name, load_model_config(base))
 
 
 def check_weights(base: Base) -> None:
@@ -117,8 +135,13 @@ def check_weights(base: Base) -> None:
         _load(base, config, {"device_map": "meta"}, device="meta")
 
 
-def _load(base: Base, config: PretrainedConfig, options: dict[str, Any], device: str = "cpu") -> PreTrainedModel:
-    """The model with its stored weights; ModelError if one is missing or of another shape. device: of a pickle's tensors."""
+def _load(
+    base: Base, config: PretrainedConfig, options: dict[str, Any], device: str = "cpu", form: Form | None = None
+) -> PreTrainedModel:
+    """The model with its stored weights; ModelError if one is missing or of another shape.
+
+    device: of a pickle's tensors. form: to quantize to while reading; a .gguf is not.
+    """
     options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # these are named below
     integers: list[str] = []
     with _as_model_error(base, "can't be loaded"):
@@ -128,10 +151,14 @@ def _load(base: Base, config: PretrainedConfig, options: dict[str, Any], device:
             )
         else:
             empty = skeleton(base, dtype=options.get("dtype"))
-            with stored_weights(base, device) as weights:
+            with stored_weights(base, device, one_by_one=bool(form)) as weights:
                 if not hasattr(empty.config, "quantization_config"):
                     integers = _remove_integers(empty, weights)
-                model, loading = type(empty).from_pretrained(None, config=config, state_dict=weights, **options)
+                settings = Quantization(form, weights) if form else None
+                how = {"config": config, "state_dict": weights, "quantization_config": settings}
+                model, loading = type(empty).from_pretrained(None, **how, **options)
+                if settings:
+                    forget(model, settings)
             model.generation_config = empty.generation_config
     shapes = [f"{n} is {tuple(a)}, its config says {tuple(b)}" for n, a, b in sorted(loading["mismatched_keys"])]
     absent = f"weights are missing{f', or are integers in its files ({listed(integers, 5)})' if integers else ''}"
@@ -178,33 +205,6 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     if largest > 8 * count + 10**6:  # the tokenizer would count up to it whenever it is written
         raise ModelError(f"model {base.name}: its tokenizer of {count:,} tokens has the id {largest:,}. Copy it again.")
     return tokenizer
-
-
-def check_vocabulary(model: PreTrainedModel, base: Base, largest_id: int) -> None:
-    """Raise ModelError unless the model has an embedding for every token id in the data."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest_id >= rows:
-        raise ModelError(
-            f"model {base.name}: its tokenizer produces id {largest_id}, but the model has only {rows} embeddings: they do "
-            "not belong together. Restore the tokenizer's files."
-        )
-
-
-def check_length(model: PreTrainedModel, base: Base, longest: int) -> None:
-    """Raise ConfigError if the model's table of positions (GPT-2, OPT, GPT-J) ends before the longest example, in tokens.
-
-    Where positions are computed (RoPE), going beyond what the base was trained for is only a note.
-    """
-    known = position_limit(model)
-    if known is None or longest <= known:
-        return
-    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
-    has_table = any(m.num_embeddings - known in (0, 1, 2) for m in tables)  # OPT's table has two extra rows
-    has_table = has_table or any(name.endswith("embed_positions") for name, _ in model.named_buffers())
-    message = f"data.max_length: the longest example has {longest:,} tokens but model {base.name} supports {known:,} positions"
-    if has_table:
-        raise ConfigError(f"{message}. Set data.max_length to {known} at most.")
-    info(f"note: {message}. It works, but the base was not trained on them; data.max_length: {known} would cut there.")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

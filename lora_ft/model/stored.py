@@ -17,10 +17,11 @@ FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 
 
 @contextmanager
-def stored_weights(base: Base, device: str = "cpu") -> Iterator[dict[str, Any]]:
+def stored_weights(base: Base, device: str = "cpu", *, one_by_one: bool = False) -> Iterator[dict[str, Any]]:
     """All tensors of the base's own files by name, none of them read yet: slices of safetensors, or a pickle's tensors.
 
-    device: of a pickle's tensors; meta if only shapes and dtypes are needed. Raises ModelError as `weight_files`.
+    device: of a pickle's tensors; meta if only shapes and dtypes are needed. one_by_one: what is read of a safetensors file
+    stays in memory with its tensor, not as long as any other of the file. Raises ModelError as `weight_files`.
     """
     with ExitStack() as stack:
         weights: dict[str, Any] = {}
@@ -28,8 +29,27 @@ def stored_weights(base: Base, device: str = "cpu") -> Iterator[dict[str, Any]]:
             weights |= _unpickled(path, device)
         for path in () if base.pickles else weight_files(base):
             file = stack.enter_context(opened(path))
-            weights |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
+            weights |= {n: Reopened(path, n, s) for n, s in slices.items()} if one_by_one else slices
         yield weights
+
+
+class Reopened:
+    """A tensor of a safetensors file, which is opened for each reading, as a slice of it. The system counts what was read of an
+    open file as this process's memory."""
+
+    def __init__(self, path: Path, name: str, stored: Any):
+        self.path, self.name, self.shape, self.dtype = path, name, stored.get_shape(), stored.get_dtype()
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        with opened(self.path) as file:
+            return file.get_slice(self.name)[index]
 
 
 def shape_and_dtype(weight: Any) -> tuple[tuple[int, ...], torch.dtype | None]:

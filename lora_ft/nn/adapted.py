@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from lora_ft.nn.quantized import QuantizedLinear
 
 
 class AdaptedLayer(nn.Module):
@@ -54,7 +57,30 @@ def out_in(base: nn.Linear | Conv1D) -> Tensor:
     return base.weight.T if isinstance(base, Conv1D) else base.weight
 
 
+def with_weight(base: nn.Linear | Conv1D, weight: Tensor) -> nn.Linear | Conv1D:
+    """A frozen layer of the class that `base` has, or had before it was quantized, with another weight (out, in)."""
+    out_features, in_features = weight.shape
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+        if is_conv1d(base):
+            layer, weight = Conv1D(out_features, in_features), weight.T.contiguous()
+        else:
+            layer = nn.Linear(in_features, out_features, bias=base.bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = base.bias
+    return layer.train(base.training)
+
+
 def dimensions(base: nn.Linear | Conv1D) -> tuple[int, int]:
     """(in, out) of a layer."""
-    out_features, in_features = out_in(base).shape
-    return in_features, out_features
+    return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+
+
+def is_conv1d(base: nn.Linear | Conv1D) -> bool:
+    """Whether a layer is a Conv1D, quantized or not."""
+    return isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.conv1d)
+
+
+def place(base: nn.Linear | Conv1D) -> tuple[torch.dtype, torch.device]:
+    """The dtype and the device of a layer's weight, which isn't dequantized for it."""
+    quantized = isinstance(base, QuantizedLinear)
+    return (base.dtype, base.codes.device) if quantized else (base.weight.dtype, base.weight.device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.nn.adapted import AdaptedLayer
+from lora_ft.nn.adapted import AdaptedLayer, place
 from lora_ft.nn.lora import draw_
 
 NONLINEARITIES = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
@@ -26,7 +26,7 @@ class Bottleneck(AdaptedLayer):
     def __init__(self, base: nn.Linear | Conv1D, size: int, nonlinearity: str, generator: torch.Generator):
         super().__init__(base)
         self.nonlinearity, width = nonlinearity, self.out_features
-        float32 = dict(dtype=torch.float32, device=base.weight.device)
+        float32 = dict(dtype=torch.float32, device=place(base)[1])
         self.down, self.up = nn.Linear(width, size, **float32), nn.Linear(size, width, **float32)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)

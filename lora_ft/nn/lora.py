@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.nn.adapted import AdaptedLayer, out_in
+from lora_ft.nn.adapted import AdaptedLayer, out_in, place, with_weight
+from lora_ft.nn.quantized import computing_dtype
 
 ALL_ROWS = "all"  # the name of the part of a module that is adapted as one
 
@@ -71,7 +72,7 @@ class LoRALinear(AdaptedLayer):
         self.rank, self.scaling = rank, scaling
         self.rows = rows or {ALL_ROWS: RowBlocks.all(self.out_features)}
         self.dropout: InputDropout | None = None
-        zeros = dict(dtype=torch.float32, device=base.weight.device)
+        zeros = dict(dtype=torch.float32, device=place(base)[1])
         # pairs, because ParameterDict sorts the keys of a dict
         self.lora_A = nn.ParameterDict((p, torch.zeros(rank, self.in_features, **zeros)) for p in self.rows)
         self.lora_B = nn.ParameterDict((p, torch.zeros(r.size, rank, **zeros)) for p, r in self.rows.items())
@@ -100,7 +101,7 @@ class LoRALinear(AdaptedLayer):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """s B A (out, in), float32; zero outside the parts' rows."""
-        change = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
+        change = torch.zeros(self.out_features, self.in_features, device=place(self.base)[1])
         for part, rows in self.rows.items():
             BA = self.scaling * (self.lora_B[part].float() @ self.lora_A[part].float())
             rows.of(change.T).copy_(BA.T.unflatten(-1, (rows.blocks, rows.length)))
@@ -109,16 +110,8 @@ class LoRALinear(AdaptedLayer):
     @torch.no_grad()
     def merged(self) -> nn.Linear | Conv1D:
         """A layer of the base's class with W + s B A, added in float32 and rounded once to the base's dtype."""
-        weight = (out_in(self.base).float() + self.delta()).to(self.weight.dtype)
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-            if isinstance(self.base, Conv1D):
-                layer = Conv1D(self.out_features, self.in_features)
-                weight = weight.T.contiguous()
-            else:
-                layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.bias = self.bias
-        return layer.train(self.training)
+        weight = (out_in(self.base).float() + self.delta()).to(place(self.base)[0])
+        return with_weight(self.base, weight).train(self.training)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, parts={list(self.rows)}"
@@ -143,13 +136,12 @@ def add_updates(layer: AdaptedLayer, x: Tensor, updates: Sequence[Update]) -> Te
 
     The tokens of the updates, counted over all leading dimensions of x, do not overlap.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = computing_dtype(x)
     X = x.to(dtype).reshape(-1, layer.in_features)
     where = [u[:3] for u in updates]
     tensors = [t for u in updates for t in (u.mask, u.A.to(dtype), *(B.to(dtype) for B in u.B))]
-    with torch.autocast(device, enabled=False):
-        Y = _LoRA.apply(X, out_in(layer.base), layer.bias, where, *tensors)
+    with torch.autocast(x.device.type, enabled=False):
+        Y = _LoRA.apply(X, layer.base, where, *tensors)
     return Y.view(*x.shape[:-1], layer.out_features)
 
 
@@ -160,15 +152,16 @@ class _LoRA(torch.autograd.Function):
         dS_p = s dY_p B_p            dB_p = s dY_pᵀ S_p
         dA   = dSᵀ (m ∘ X)
         dX   = dY W + m ∘ (dS A)
-    so only X, m and the small S are kept, and Y and dX are accumulated in place. W and b get no gradient. Each update has its
-    own s, m, A and B, and its own tokens, whose rows of X, Y and S these are.
+    so only X, m and the small S are kept, and Y and dX are accumulated in place. W and b, of the frozen `base`, get no
+    gradient; W is read where it is used, since a quantized base makes it anew. Each update has its own s, m, A and B, and its
+    own tokens, whose rows of X, Y and S these are.
 
     X, m: (tokens, in), W: (out, in), b: (out,), A: (parts * rank, in), B_p: (rows_p, rank), S: (tokens, parts * rank).
     """
 
     @staticmethod
-    def forward(ctx, X, W, b, where, *tensors):
-        Y = F.linear(X, W.to(X.dtype), None if b is None else b.to(X.dtype))
+    def forward(ctx, X, base, where, *tensors):
+        Y = F.linear(X, out_in(base).to(X.dtype), None if base.bias is None else base.bias.to(X.dtype))
         Ss = []
         for (tokens, s, rows), m, A, Bs in _each(where, tensors):
             X_u, Y_u = X[tokens], Y[tokens]
@@ -179,16 +172,16 @@ class _LoRA(torch.autograd.Function):
                 else:
                     r.of(Y_u).add_((S_p @ B.T).unflatten(-1, (r.blocks, r.length)), alpha=s)
             Ss.append(S)
-        ctx.save_for_backward(X, W, *Ss, *tensors)
-        ctx.where = where
+        ctx.save_for_backward(X, *Ss, *tensors)
+        ctx.base, ctx.where = base, where
         return Y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dY):
-        X, W, *saved = ctx.saved_tensors
+        X, *saved = ctx.saved_tensors
         Ss, tensors = saved[: len(ctx.where)], saved[len(ctx.where) :]
-        dX = dY @ W.to(dY.dtype) if ctx.needs_input_grad[0] else None
+        dX = dY @ out_in(ctx.base).to(dY.dtype) if ctx.needs_input_grad[0] else None
         gradients = []
         for ((tokens, s, rows), m, A, Bs), S in zip(_each(ctx.where, tensors), Ss, strict=True):
             X_u, dY_u, dS, dBs = X[tokens], dY[tokens], torch.empty_like(S), []
@@ -201,7 +194,7 @@ class _LoRA(torch.autograd.Function):
                 dX_u = dX[tokens]
                 dX_u.addmm_(dS, A) if m is None else dX_u.addcmul_(dS @ A, m.to(dX.dtype))
             gradients += [None, dA, *dBs]
-        return dX, None, None, None, *gradients
+        return dX, None, None, *gradients
 
 
 def _each(where, tensors):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.nn.adapted import AdaptedLayer
+from lora_ft.nn.adapted import AdaptedLayer, place
 from lora_ft.nn.lora import LoRALinear, RowBlocks
 
 
@@ -105,9 +105,9 @@ def group(
     """
     layers = [adapters[name] for name in parts]
     rank = max(layer.rank for layer in layers)
-    weight = layers[0].weight
-    At = weight.new_zeros(len(layers), layers[0].in_features, rank)
-    sBt = weight.new_zeros(len(layers), rank, output.size)
+    dtype, device = place(layers[0].base)
+    At = torch.zeros(len(layers), layers[0].in_features, rank, dtype=dtype, device=device)
+    sBt = torch.zeros(len(layers), rank, output.size, dtype=dtype, device=device)
     for i, (layer, part) in enumerate(zip(layers, parts.values(), strict=True)):
         At[i, :, : layer.rank] = layer.lora_A[part].T
         sBt[i, : layer.rank] = layer.scaling * layer.lora_B[part].T
@@ -116,4 +116,4 @@ def group(
     slots = [i for own in rows for i in own + own[:1] * (n - len(own))]
     served = [i for own in rows for i in own]
     slot = [a * n + j for a, own in enumerate(rows) for j in range(len(own))]
-    return Group(output, At, sBt, *(torch.tensor(i, device=weight.device) for i in (slots, served, slot)))
+    return Group(output, At, sBt, *(torch.tensor(i, device=device) for i in (slots, served, slot)))

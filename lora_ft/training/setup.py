@@ -26,9 +26,11 @@ from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.model.device import micro_batch_tokens
 from lora_ft.model.files import Base, digest, resolve
-from lora_ft.model.load import check_length, check_vocabulary, load_base, load_tokenizer, skeleton, tokenizer_hash
+from lora_ft.model.fits import check_length, check_vocabulary
+from lora_ft.model.load import check_quantization, load_base, load_tokenizer, skeleton, tokenizer_hash
 from lora_ft.model.stored import stored_dtype
 from lora_ft.nn.attention import Isolation
+from lora_ft.nn.quantized import Form, number_of_parameters
 from lora_ft.training.arguments import arguments
 from lora_ft.training.checkpoint import State
 from lora_ft.training.resume import check_data, read_state
@@ -45,7 +47,7 @@ class RunSetup:
     trust: Trust = NO_TRUST
     checkpoint: Path | None = None
     before: dict | None = None
-    load: Callable[[Base, str, str], PreTrainedModel] | None = None  # instead of load_base
+    load: Callable[[Base, str, str, Form | None], PreTrainedModel] | None = None  # instead of load_base
 
     @cached_property
     def arguments(self) -> TrainingArguments:
@@ -60,6 +62,8 @@ class RunSetup:
         model = self.config.model
         base = resolve(model.name, model.revision, self.trust)
         stored_dtype(base)  # opens every file of weights
+        if model.quantization:
+            check_quantization(base, model.quantization)
         if self.before:
             check_base(self.before, base, self.trust.other_base)
         return base
@@ -126,8 +130,8 @@ class RunSetup:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The base on its device, adapted: what trains requires gradients. It fits tokenizer and examples."""
-        load = load_sharded if self.is_sharded else self.load or load_base
-        model = load(self.base, self.config.model.dtype, self.device)
+        settings, load = self.config.model, load_sharded if self.is_sharded else self.load or load_base
+        model = load(self.base, settings.dtype, self.device, settings.quantization)
         self.check_vocabulary(model)
         self._inject(model)
         self.check_length(model)
@@ -203,8 +207,7 @@ class RunSetup:
     @cached_property
     def parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters of the adapted model."""
-        parameters = [*self.model.parameters()]
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad), number_of_parameters(self.model)
 
     def print_summary(self) -> None:
         """Print the data's counts, what is adapted, and how rows are made if not as usual."""
@@ -233,6 +236,7 @@ class RunSetup:
                 "revision": base.revision,
                 "fingerprint": base.fingerprint,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
+                "quantization": self.config.model.quantization,
             },
             "tokenizer": tokenizer_hash(self.tokenizer),
             "chat_template": own_template,

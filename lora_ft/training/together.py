@@ -24,6 +24,7 @@ from lora_ft.data.batches import Shard, Step
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
 from lora_ft.nn.attention import Isolation
+from lora_ft.nn.quantized import Form
 from lora_ft.training.checkpoint import RandomState
 from lora_ft.training.joint_step import JointModel, RunStep, clone
 from lora_ft.training.progress import BAR
@@ -98,10 +99,10 @@ class Together:
 
     # ---- for a run ----
 
-    def load_base(self, base: Base, dtype: str, device: str) -> PreTrainedModel:
+    def load_base(self, base: Base, dtype: str, device: str, quantization: Form | None) -> PreTrainedModel:
         """The base, read once for all runs; each gets a model of its own over the same weights."""
         if self._base is None:
-            self._base = load_base(base, dtype, device)
+            self._base = load_base(base, dtype, device, quantization)
         return clone(self._base)
 
     def wait_for_others(self, model: PreTrainedModel, steps: int) -> None:

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
-from lora_ft.commands.check.memory import Row, estimate, moments_of
+from lora_ft.commands.check.memory import Row, bytes_of, estimate, moments_of
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.inject import inject_lora, trainable
+from lora_ft.model.quantize import quantize
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.loss import supervised_loss
 from lora_ft.nn.mlp import keep_gate_and_up
@@ -25,8 +26,8 @@ def shape_of(family):
     return AutoConfig.for_model(model_type, **(settings if "text_config" in settings else COMMON | settings))
 
 
-def without_values(family):
-    model = AutoModelForCausalLM.from_config(shape_of(family))
+def without_values(family, form=None):
+    model = quantize(AutoModelForCausalLM.from_config(shape_of(family)), form)
     inject_lora(model)
     return model
 
@@ -68,16 +69,17 @@ def measured(model, isolation):
     return counter.peak
 
 
+@pytest.mark.parametrize("form", [None, "int8", "nf4"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom", "gemma2", "opt"])
-def test_a_step_without_values_makes_what_a_real_one_makes(family):
-    model = tiny_model(family)
+def test_a_step_without_values_makes_what_a_real_one_makes(family, form):
+    model = quantize(tiny_model(family), form)
     inject_lora(model)
     isolation = Isolation.detect(model, 24)
-    found = estimate(lambda: without_values(family), [ROW])
+    found = estimate(lambda: without_values(family, form), [ROW])
     real = measured(model, isolation)
     assert found.activations + found.logits == pytest.approx(real, rel=0.05)
-    held = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in trainable(model).values())
-    assert found.weights == pytest.approx(4 * held, rel=0.02)  # buffers, such as rope's, are held too
+    held = bytes_of([*model.parameters(), *model.buffers()]) - bytes_of([*trainable(model).values()])
+    assert found.weights == pytest.approx(held, rel=0.02)
     assert found.adapter == found.optimizer == 8 * sum(p.numel() for p in trainable(model).values())
 
 

@@ -27,6 +27,7 @@ METHODS = {
     "bottleneck": "method: bottleneck, bottleneck_size: 4",
     "prompt": "method: prompt, virtual_tokens: 3",
 }
+QUANTIZED = {"bottleneck": "nf4", "prompt": "int8"}
 SETTINGS = ["train.micro_batch_tokens=64", "train.logging_steps=5", "train.save_steps=3", "train.eval_steps=4"]
 SETTINGS += ["data.max_eval_examples=8"]
 
@@ -46,6 +47,8 @@ def ran(base, request):
     folder = base.parent / request.param
     shutil.copytree(base, folder)
     text = CONFIG.replace("rank: 4, alpha: 8", METHODS[request.param])
+    if request.param in QUANTIZED:
+        text = text.replace("name: base", f"name: base, quantization: {QUANTIZED[request.param]}")
     (folder / "config.yaml").write_text(text.replace("3.0e-2", "1.0e-1" if request.param == "prompt" else "1.0e-2"))
     run(folder)
     return request.param, folder

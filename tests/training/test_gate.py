@@ -9,9 +9,12 @@ from peft import LoraConfig, get_peft_model
 from lora_ft.data.batches import micro_batch
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
 from lora_ft.model.load import fuse_gelu
+from lora_ft.model.quantize import quantize
+from lora_ft.nn.adapted import with_weight
 from lora_ft.nn.attention import Isolation, shares
 from lora_ft.nn.loss import supervised_loss
 from lora_ft.nn.mlp import keep_gate_and_up
+from lora_ft.nn.quantized import Form, QuantizedLinear
 from tests.helpers.families import CANNOT_SHARE, FAMILIES, tiny_model, token_ids
 
 RANK, SCALING = 2, 2.0
@@ -97,6 +100,39 @@ def test_gradients_equal_a_plain_padded_peft_step(family, examples):
             mine = slice(n * RANK, (n + 1) * RANK)
             assert_equal(layer.lora_A[part].grad, dA[mine], f"{path} {part} A")
             assert_equal(layer.lora_B[part].grad.T, rows.of(dB[:, mine].T).flatten(-2), f"{path} {part} B")
+
+
+def dequantized(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model with dense weights, which are the dequantized ones."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            model.set_submodule(path, with_weight(layer, layer.weight))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_over_a_quantized_base_are_those_over_its_dequantized_weights(family):
+    form: Form = "int8" if list(FAMILIES).index(family) % 2 else "nf4"
+    losses, gradients = [], []
+    for make in (lambda model: model, dequantized):
+        model = make(quantize(tiny_model(family), form))
+        fuse_gelu(model)
+        experts = any(p.dim() == 3 for p in model.parameters())
+        inject_lora(model, ["attention"] if experts else ["all"], RANK, alpha=RANK * SCALING, seed=0)
+        for layer in lora_layers(model).values():
+            for B in layer.lora_B.values():
+                torch.nn.init.constant_(B, 0.1)
+        keep_gate_and_up(model)
+        isolation = Isolation.guess_from_config(model, 64)
+        row = micro_batch(apart(), shares(model, isolation))
+        with isolation.row(model, row.pop("segments")):
+            loss = supervised_loss(model, **row) / len(row["keep"])
+            loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name, gradient in gradients[0].items():
+        assert_equal(gradient, gradients[1][name], name)
 
 
 def assert_equal(got: torch.Tensor, wanted: torch.Tensor, name: str) -> None:

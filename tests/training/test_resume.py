@@ -113,12 +113,13 @@ def test_stopped_within_a_step_or_an_evaluation(folder, whole, monkeypatch, chec
 
 
 def test_an_evaluation_on_start_is_not_repeated(folder, monkeypatch):
-    run(folder, "trainer.eval_on_start=true", "output=straight")
+    settings = "trainer.eval_on_start=true", "model.quantization=nf4"
+    run(folder, *settings, "output=straight")
     stop_at(monkeypatch, 60)
     with pytest.raises(Stopped):
-        run(folder, "trainer.eval_on_start=true")
+        run(folder, *settings)
     monkeypatch.undo()
-    run(folder, "trainer.eval_on_start=true", resume=True)
+    run(folder, *settings, resume=True)
     same(folder / "out", folder / "straight")
 
 

@@ -105,13 +105,11 @@ def test_each_run_is_the_one_that_it_is_alone(folder):
         }
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2", "opt", "bloom"]
-)  # the first two have dropout of their own, the last its own code
-def test_other_families(family, tmp_path):
-    short = {
-        name: {"train": {"max_steps": 3, "early_stopping_patience": None}, "data": {"eval": None}} for name in RUNS
-    }
+# the first two have dropout of their own, the last its own code
+@pytest.mark.parametrize("family, form", [("gpt2", None), ("opt", "int8"), ("bloom", "nf4")])
+def test_other_families(family, form, tmp_path):
+    short = {"train": {"max_steps": 3, "early_stopping_patience": None}, "data": {"eval": None}}
+    short = dict.fromkeys(RUNS, short | {"model": {"quantization": form}})
     assert_same(written_and_trained(tmp_path, family, short), "alone", "together")
 
 

@@ -23,6 +23,7 @@ from lora_ft.evaluation.texts import check_installed
 from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.model.device import OWN_MEMORY, free_memory, prepare_device
 from lora_ft.model.load import check_weights, dtype_of, skeleton
+from lora_ft.model.quantize import quantize
 from lora_ft.nn.attention import Isolation
 from lora_ft.training import resume
 from lora_ft.training.output import check_writable
@@ -117,7 +118,7 @@ def _inspect_memory(result: Inspection, model: PreTrainedModel, plan: StepPlan) 
     runtime = 0 if device in OWN_MEMORY else resident_memory()
 
     def build() -> PreTrainedModel:
-        model = skeleton(setup.base, device=device, dtype=dtype)
+        model = quantize(skeleton(setup.base, device=device, dtype=dtype), config.model.quantization)
         METHODS[config.adapter.method].inject(model, config.adapter, config.train.seed, setup.tokenizer)
         return model
 
@@ -137,5 +138,5 @@ def _inspect_memory(result: Inspection, model: PreTrainedModel, plan: StepPlan) 
     if result.memory.total > free:
         result.warnings.append(
             f"memory: training needs {format_bytes(result.memory.total)}, and {format_bytes(free)} are free. Lower "
-            "train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing or model.dtype: bfloat16."
+            "train.micro_batch_tokens or data.max_length, or set train.gradient_checkpointing or model.quantization."
         )

@@ -22,6 +22,7 @@ from lora_ft.methods.lora import method as lora
 from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.model.files import Base
 from lora_ft.model.load import DTYPES, build, load_model_config
+from lora_ft.model.quantize import check_form, quantize
 from lora_ft.nn.rows import Segment
 
 # name -> shape. GPT-3 has GPT-2's blocks (Brown et al. 2020, table 2.1), in 16 bits as in the LoRA paper.
@@ -47,6 +48,8 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
         raise ConfigError(f"adapter.method: {config.adapter.method}; --shape compares lora with full fine-tuning only.")
     model_config = shape_config(shape, trust)
     stored = DTYPES.get(config.model.dtype) or getattr(model_config, "dtype", None) or torch.float32
+    form = config.model.quantization
+    check_form(form)
     # a row filled to micro_batch_tokens (for `auto` with one example of max_length), every token supervised
     setting, length = config.train.micro_batch_tokens, config.data.max_length
     examples = 1 if setting == "auto" else max(1, setting // length)
@@ -55,6 +58,8 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
     def with_lora(device: str = "cpu") -> PreTrainedModel:
         with torch.device(device):
             model = build(model_config, device, stored, trust.remote_code)
+            if device != "meta":  # whose parameters are counted
+                quantize(model, form)
             lora.inject(model, config.adapter, config.train.seed, None)
         return model
 
@@ -64,7 +69,12 @@ def check_shape(shape: str, config: Config, *, as_json: bool = False, trust: Tru
     adapted, checkpointing = with_lora("meta"), config.train.gradient_checkpointing
     makers: dict[str, Callable[[], PreTrainedModel]] = {"lora": with_lora, "full": full}
     memory = {name: asdict(estimate(make, [row], checkpointing=checkpointing)) for name, make in makers.items()}
-    facts = {"shape": shape, "dtype": str(stored).removeprefix("torch."), **sizes(adapted, "lora")}
+    facts = {
+        "shape": shape,
+        "dtype": str(stored).removeprefix("torch."),
+        "quantization": form,
+        **sizes(adapted, "lora"),
+    }
     facts |= {"row_tokens": row.tokens, "memory": memory}
     if as_json:
         echo_json(facts)
@@ -89,7 +99,7 @@ def show(facts: dict, adapted: PreTrainedModel, rank: int) -> None:
     out = display.console()
     trained = f"{facts['trainable_parameters']:,} trainable ({facts['trainable_share']:.2%})"
     ranks = f"  rank {rank}: {trained}, {format_bytes(facts['adapter_bytes'])} on disk"
-    title = f"{facts['shape']}: {facts['base_parameters']:,} parameters, {facts['dtype']}"
+    title = f"{facts['shape']}: {facts['base_parameters']:,} parameters, {facts['quantization'] or facts['dtype']}"
     display.section(out, title, [*display.target_lines(lora_layers(adapted)), ranks])
     title = f"GPU memory, rows of {facts['row_tokens']:,} tokens, Adam"
     table = Table("", title=title, title_justify="left", box=None, pad_edge=False)

@@ -11,7 +11,7 @@ from lora_ft.commands.export.gguf_model import verify_gguf, write_model_gguf
 from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
-from lora_ft.core.messages import echo, format_bytes
+from lora_ft.core.messages import echo, format_bytes, warn
 from lora_ft.core.names import published_name
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.core.storage import sibling
@@ -85,6 +85,11 @@ def export_command(
         adapter, files = read_adapter(trained), trained.base(base, trust)
         if merged:
             trained.check(files, load_tokenizer(files), trust.other_base)
+            if trained.quantization:
+                warn(
+                    f"{folder} was trained on the base in {trained.quantization}; merged onto the original weights it is "
+                    f"another function. The trained one: `lora-ft merge {folder} --onto quantized`, and that folder --to gguf"
+                )
             export_model_gguf(files, target, dtype, adapter, verify)
         else:
             check_base(trained.record, files, trust.other_base)
@@ -126,6 +131,13 @@ def export_lora_gguf(adapter: AdapterFile, base: Base, target: Path, dtype: str)
     any_base = f"any GGUF of {published_name(base.name)}, quantized too"
     echo(f"{target}: the adapter of {len(adapter.tensors)} modules, {format_bytes(size)}")
     echo(f"  llama.cpp  llama-cli -m BASE.gguf --lora {target}, with {any_base}")
+    if form := adapter.trained.quantization:
+        way_out = f"`lora-ft merge {adapter.folder} --onto quantized`, and that folder --to gguf"
+        echo(
+            f"  trained on the base in {form}, which no GGUF is: on each it is another function. The trained one: {way_out}"
+        )
+    else:
+        echo(f"  the trained function is that on {base.gguf or 'an unquantized GGUF'}; on others it is another")
 
 
 def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile | None, verify: bool) -> None:

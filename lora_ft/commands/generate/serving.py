@@ -208,7 +208,8 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     tokenizer = load_tokenizer(base)
     for name, trained in adapters.items():
         trained.check(base, tokenizer, trust.other_base, name if len(adapters) > 1 else None)
-    model = load_base(base, config.model.dtype if config else "auto", device)
+        trained.note_form(config.model.quantization if config else None)
+    model = load_base(base, *(config.model.dtype, device, config.model.quantization) if config else ("auto", device))
     formats: dict[str | None, PromptFormat] = {None: prompt_format(own_config, tokenizer, raw)}
     for name, trained in adapters.items():
         formats[name] = prompt_format(trained.config, tokenizer, raw)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
@@ -25,6 +24,7 @@ from lora_ft.methods.lora.peft_config import CONFIG, file_rank, file_ranks
 from lora_ft.methods.lora.targets import suffixes
 from lora_ft.methods.trained import Trained
 from lora_ft.model.tensor_file import read_header
+from lora_ft.nn.adapted import is_conv1d
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
 
@@ -55,7 +55,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         "lora_dropout": max((layer.dropout.p if layer.dropout else 0.0) for layer in layers.values()),
         "target_modules": target_modules(model),
         "bias": "none",
-        "fan_in_fan_out": all(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": all(is_conv1d(layer.base) for layer in layers.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,

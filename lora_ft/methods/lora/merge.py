@@ -20,6 +20,7 @@ from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.compatibility import check_against
 from lora_ft.methods.lora.files import WEIGHTS, write_record
 from lora_ft.methods.lora.merge_shards import check_stored_copies, stored_keys, stored_tensors, write_shards
+from lora_ft.methods.lora.onto import Onto
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, plan_edits, stored_names
 from lora_ft.methods.lora.verify import compare_logits, sample_rows
@@ -27,6 +28,7 @@ from lora_ft.model.files import Base, weight_files
 from lora_ft.model.load import load_base, load_tokenizer, skeleton
 from lora_ft.model.small_files import forget_paths, small_files
 from lora_ft.model.stored import stored_dtype
+from lora_ft.nn.quantized import Form
 
 
 def merge_adapter(
@@ -34,6 +36,7 @@ def merge_adapter(
     adapter: AdapterFile,
     output: Path,
     *,
+    form: Form | None = None,
     verify: bool = True,
     other_base: bool = False,
     progress: bool = False,
@@ -44,6 +47,7 @@ def merge_adapter(
     modules, dtype, matrix_error, logits (a dict, or None), untied, bytes, seconds, peak_memory_mb.
 
     Args:
+        form: merge onto the base quantized like this, whose values are written in the stored dtypes; None: as it is stored.
         verify: compare logits, for which complete models are loaded one after the other; the record tells.
         other_base: allow a base that the adapter was not trained on.
     """
@@ -66,11 +70,12 @@ def merge_adapter(
         shards = weight_files(source)
         stored = stored_names(model, stored_keys(shards))
         edits, unties = plan_edits(model, stored, adapter.tensors)
+        onto = Onto.of(model, stored, form)
         if unties:
             info("note: the adapter changes the tied head, so the merged model's head is no longer tied")
         check_stored_copies(model, adapter, shards, stored)
         storage.require_space(output.parent, space_needed(shards, edits))
-        errors, dtypes = write_shards(shards, staged, edits, adapter, progress)
+        errors, dtypes = write_shards(shards, staged, edits, adapter, onto, progress)
         copy_files(source, staged, unties)
         write_chat_template(staged, adapter.trained.chat_template)
         logits = None
@@ -78,11 +83,12 @@ def merge_adapter(
             rows = sample_rows(adapter.trained.record, tokenizer, model.get_input_embeddings().weight.shape[0])
             merged = replace(source, name=str(output), folder=staged, revision=None)
             with working("verifying the merged model"):
-                logits = compare_logits(source, adapter, merged, dtypes, rows)
+                logits = compare_logits(source, adapter, merged, dtypes, rows, form)
         if source is not base:
             shutil.rmtree(source.folder)
         report = {
             "modules": len(adapter.tensors),
+            "onto": form,
             "dtype": ", ".join(sorted({str(d).removeprefix("torch.") for d in dtypes.values()})),
             "matrix_error": max(errors.values()),
             "logits": logits,
@@ -150,6 +156,8 @@ def merged_record(adapter: AdapterFile, base: Base, other_base: bool, report: di
     trained_on = (trained.get("base") or {}).get("fingerprint")
     kept = ("config", "tokenizer", "data", "seed", "trainable_parameters")
     verified = ["matrices", "logits"] if report["logits"] else ["matrices"]
+    if config := trained.get("config"):  # the merged model itself is not quantized
+        trained = trained | {"config": config | {"model": config["model"] | {"quantization": None}}}
     return {
         "format": 1,
         "kind": "merged",

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.compatibility import check_equal
+from lora_ft.methods.lora.onto import Onto
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, source_of
 from lora_ft.methods.lora.verify import matrix_error, random_signs
@@ -50,11 +51,12 @@ def check_stored_copies(
 
 
 def write_shards(
-    shards: list[Path], staged: Path, edits: list[Edit], adapter: AdapterFile, progress: bool
+    shards: list[Path], staged: Path, edits: list[Edit], adapter: AdapterFile, onto: Onto, progress: bool
 ) -> tuple[dict[str, float], dict[str, torch.dtype]]:
     """Write each shard with its edited tensors, and the index if there is one.
 
-    Returns module -> largest error of its products (see `matrix_error`), and module -> stored dtype.
+    Returns module -> largest error of its products (see `matrix_error`), and module -> stored dtype, of those that were only
+    quantized too.
     """
     by_source: dict[str, list[Edit]] = {}
     for edit in edits:
@@ -70,14 +72,16 @@ def write_shards(
             with opened(shard) as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     W = finite(file, name, shard)
-                    edited = by_source.get(name, [])
+                    edited, D = by_source.get(name, []), onto.weight(name, W)
+                    if D is not W:
+                        dtypes[onto.layers[name][0]] = W.dtype
                     if not any(e.target == name for e in edited):
-                        tensors[name] = W  # memory-mapped, not copied
+                        tensors[name] = D.to(W.dtype).contiguous()  # W is memory-mapped, not copied
                     for e in edited:
                         if e.module is None:
                             tensors[e.target] = W.clone()
                         else:
-                            tensors[e.target], errors[e.module] = merged(W, e, adapter, shard)
+                            tensors[e.target], errors[e.module] = merged(D, e, adapter, shard, W.dtype)
                             dtypes[e.module] = W.dtype
                         if e.target != name:
                             added["total_size"] += W.nbytes
@@ -94,16 +98,19 @@ def write_shards(
     return errors, dtypes
 
 
-def merged(W: Tensor, edit: Edit, adapter: AdapterFile, shard: Path) -> tuple[Tensor, float]:
-    """W + s B A in the dtype and layout of W, verified on random signs, and the largest error found.
+def merged(
+    W: Tensor, edit: Edit, adapter: AdapterFile, shard: Path, dtype: torch.dtype | None = None
+) -> tuple[Tensor, float]:
+    """W + s B A in the layout of W and in `dtype` (its own by default), verified on random signs, and the largest error found.
 
-    W, the stored weight: (out, in), or (in, out) if `edit.transposed`.
+    W, the weight to merge onto: (out, in), or (in, out) if `edit.transposed`.
     """
-    if W.dtype not in DTYPES:
-        raise ModelError(f"{shard}: {edit.source} is {W.dtype}: an adapter can't be merged into quantized weights.")
+    dtype = dtype or W.dtype
+    if dtype not in DTYPES:
+        raise ModelError(f"{shard}: {edit.source} is {dtype}: an adapter can't be merged into quantized weights.")
     assert edit.module is not None
     (A, B), s = adapter.tensors[edit.module], adapter.scalings[edit.module]
-    result = torch.empty_like(W)
+    result = torch.empty_like(W, dtype=dtype)
     old, new = (W.T, result.T) if edit.transposed else (W, result)
     if old.shape != (B.shape[0], A.shape[1]):
         BA = (B.shape[0], A.shape[1])
@@ -113,12 +120,12 @@ def merged(W: Tensor, edit: Edit, adapter: AdapterFile, shard: Path) -> tuple[Te
         part = slice(i, i + rows)
         new[part] = torch.addmm(old[part].float(), B[part], A, alpha=s)
         if not is_finite(new[part]):
-            raise ModelError(f"{shard}: {edit.source} + adapter is too large for {W.dtype}. Merge into a float32 base.")
+            raise ModelError(f"{shard}: {edit.source} + adapter is too large for {dtype}. Merge into a float32 base.")
         error, quotient = matrix_error(old[part], new[part], A, B[part], s, x)
         if quotient > 1:
             raise ModelError(
                 f"the merge failed its verification: {edit.module} on random x is off by {error:.3g} in the rows from {i}, "
-                f"{quotient:.3g} times what rounding to {W.dtype} allows. The output was not kept."
+                f"{quotient:.3g} times what rounding to {dtype} allows. The output was not kept."
             )
         worst = max(worst, error)
     return result, worst

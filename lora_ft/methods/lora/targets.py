@@ -11,7 +11,7 @@ from lora_ft.core import names
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.core.messages import listed
 from lora_ft.methods.lora.roles import Architecture, architecture_of
-from lora_ft.nn.adapted import AdaptedLayer
+from lora_ft.nn.adapted import AdaptedLayer, place
 from lora_ft.nn.lora import ALL_ROWS, RowBlocks
 
 PartRows = dict[str, RowBlocks]  # a role, or ALL_ROWS if `modules` names the module -> rows of the module's output
@@ -42,8 +42,8 @@ def find_targets(
     if not parts:
         raise ModelError("nothing to adapt: `targets` and `modules` are both empty, or `layers` is")
     for path in parts:
-        if not linear[path].weight.is_floating_point():
-            raise ModelError(f"{path} is quantized ({linear[path].weight.dtype}): load the base unquantized")
+        if not (dtype := place(linear[path])[0]).is_floating_point:
+            raise ModelError(f"{path} is quantized ({dtype}): load the base unquantized")
     return {path: parts[path] for path in linear if path in parts}
 
 

@@ -1,17 +1,20 @@
 """Verification of a merge in two parts: every matrix on random inputs, then the logits of complete models."""
 
 import gc
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.files import apply_adapter
-from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
-from lora_ft.nn.adapted import bare
+from lora_ft.nn.adapted import bare, out_in, with_weight
+from lora_ft.nn.lora import LoRALinear
+from lora_ft.nn.quantized import Form, QuantizedLinear
 
 SENTENCES = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -59,7 +62,12 @@ def sample_rows(record: dict, tokenizer, vocabulary: int) -> list[list[int]]:
 
 
 def compare_logits(
-    base: Base, adapter: AdapterFile, merged: Base, dtypes: dict[str, torch.dtype], rows: list[list[int]]
+    base: Base,
+    adapter: AdapterFile,
+    merged: Base,
+    dtypes: dict[str, torch.dtype],
+    rows: list[list[int]],
+    form: Form | None = None,
 ) -> dict:
     """Compare the logits of base + adapter and of the merged model on `rows`, in float32, one model in memory at a time.
 
@@ -74,17 +82,15 @@ def compare_logits(
     eps of the largest one; a correct merge meets the first condition with a difference of 0, and one that lacks the adapter
     of a single matrix of 60 (B normal, std 0.02) exceeds it 7 to 19 times.
 
-    dtypes: module -> the dtype that its merged weight is stored in. rows: token ids.
+    dtypes: module -> the dtype that its merged weight is stored in. rows: token ids. form: of the quantized base that it is
+    merged onto, whose weights are all rounded.
     """
-    model = load_base(base, "float32")
+    model = load_base(base, "float32", quantization=form)
     apply_adapter(model, adapter)
     exact = logits(model, rows)
     with bare(model):
         without = logits(model, rows)
-    for name in list(lora_layers(model)):  # names only: each layer's weight goes as the next is made
-        plain = model.get_submodule(name).merged()
-        plain.weight.data = plain.weight.data.to(dtypes[name]).float()
-        model.set_submodule(name, plain)
+    merge_rounded(model, dtypes)
     rounded = logits(model, rows)
     del model
     gc.collect()
@@ -114,6 +120,22 @@ def compare_logits(
         "adapter_effect": largest(exact, without)[0],
         "largest_logit": scale,
     }
+
+
+def merging(model: PreTrainedModel) -> list[str]:
+    """The modules whose weights a merge changes: LoRA layers, and quantized ones, which become plain."""
+    bases = {id(m.base) for m in model.modules() if isinstance(m, LoRALinear)}
+    kinds = (LoRALinear, QuantizedLinear)
+    return [path for path, m in model.named_modules() if isinstance(m, kinds) and id(m) not in bases]
+
+
+def merge_rounded(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Merge a model's LoRA layers and make its quantized ones plain, in place, each weight rounded to its module's dtype."""
+    for name, dtype in dtypes.items():  # one by one: each layer's weight goes as the next is made
+        layer = model.get_submodule(name)
+        plain = layer.merged() if isinstance(layer, LoRALinear) else with_weight(layer, out_in(layer))
+        plain.weight.data = plain.weight.data.to(dtype).to(plain.weight.dtype)
+        model.set_submodule(name, plain)
 
 
 @torch.no_grad()

@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
-from lora_ft.core.errors import FilesError, ModelError
+from lora_ft.core.errors import ConfigError, FilesError, ModelError
 from lora_ft.methods.lora import files, merge, merge_shards, stored_names, verify
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.trained import Trained
 from lora_ft.model.files import Base, resolve
 from lora_ft.model.load import load_base
+from lora_ft.nn.lora import LoRALinear
+from lora_ft.nn.quantized import QuantizedLinear
 from tests.helpers.families import FAMILIES, tiny_model, token_ids
 from tests.helpers.tiny import save_with_record
 
@@ -107,6 +109,47 @@ def test_an_adapted_head_is_untied(tmp_path, capsys, family, tied):
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     before, after = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert len(after) == len(before) + tied
+
+
+@pytest.mark.parametrize("family, form, dtype", [("gpt2", "nf4", torch.float32), ("llama", "int8", torch.bfloat16)])
+def test_onto_the_quantized_weights_it_was_trained_on(tmp_path, capsys, monkeypatch, family, form, dtype):
+    base, adapter, _ = case(tmp_path, family, dtype, targets=("q", "v"))
+    trained = load_base(base, "float32", quantization=form)
+    files.load_adapter(trained, adapter)
+    record = json.loads((adapter / files.RECORD).read_text())
+    (adapter / files.RECORD).write_text(json.dumps(record | {"base": record["base"] | {"quantization": form}}))
+
+    merge_command(adapter, onto="quantized", output=tmp_path / "a")
+    made = load_file(tmp_path / "a/model.safetensors")
+    for path, layer in [*trained.named_modules()]:
+        if isinstance(layer, LoRALinear) or (isinstance(layer, QuantizedLinear) and not path.endswith(".base")):
+            wanted = layer.weight + (layer.delta() if isinstance(layer, LoRALinear) else 0)
+            ours = made[f"{path}.weight"].T if family == "gpt2" else made[f"{path}.weight"]
+            torch.testing.assert_close(ours, wanted.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    report = json.loads((tmp_path / "a/lora_ft.json").read_text())["merge"]
+    assert report["onto"] == form and report["verified"] == ["matrices", "logits"]
+    assert (
+        report["logits"]["difference"] <= (1e-4 if dtype == torch.float32 else 0.02) * report["logits"]["largest_logit"]
+    )
+
+    merge_command(adapter, onto="original", output=tmp_path / "b")
+    other = load_file(tmp_path / "b/model.safetensors")
+    unchanged = [name for name, tensor in load_file(tmp_path / "base/model.safetensors").items()]
+    assert sum(not torch.equal(other[n], made[n]) for n in unchanged) > len(lora_layers(trained))
+    said = capsys.readouterr()
+    assert (
+        f"merged {adapter} into {base.name} in {form}" in said.out and "another function than was trained" in said.err
+    )
+
+    merge_command(adapter)  # nothing to compare by
+    assert load_file(f"{adapter}-merged/model.safetensors").keys() == made.keys()
+    assert f"no eval data at hand to compare by (the run has none): merged onto the {form}" in capsys.readouterr().err
+
+
+def test_onto_quantized_needs_a_base_that_was(tmp_path):
+    _, adapter, _ = case(tmp_path)
+    with pytest.raises(ConfigError, match="was trained on a base that was not quantized"):
+        merge_command(adapter, onto="quantized")
 
 
 def test_a_tied_head_stored_under_its_own_name_alone(tmp_path):
@@ -299,8 +342,8 @@ def test_one_adapter_left_out_fails_the_second_proof(tmp_path, monkeypatch, dtyp
     base, adapter, _ = case(tmp_path, dtype=dtype)
     right = merge_shards.merged
 
-    def wrong(W, edit, adapter, shard):
-        new, error = right(W, edit, adapter, shard)
+    def wrong(W, edit, adapter, shard, dtype):
+        new, error = right(W, edit, adapter, shard, dtype)
         return (W.clone() if edit.module == "model.layers.1.self_attn.v_proj" else new), error
 
     monkeypatch.setattr(merge_shards, "merged", wrong)
