@@ -53,10 +53,10 @@ def form_to_merge_onto(trained: Trained, base: Base, onto: OntoName | None) -> F
 def _by_loss(trained: Trained, base: Base, form: Form) -> OntoName:
     """What has the lower loss on the run's eval data, whose losses are printed."""
     settings = run_settings(trained.folder, trained.record)
-    if not settings or settings["data"]["eval"] is None:
-        return _as_trained(form, "the run has none")
     try:
-        config = parse_config(settings, NOT_TRAINING)
+        config = parse_config(settings, NOT_TRAINING) if settings else None
+        if config is None or config.data.eval is None:
+            return _as_trained(form, "the run has none")
         most = min(config.data.max_eval_examples or MOST_EXAMPLES, MOST_EXAMPLES)
         data = config.data.model_copy(update={"max_eval_examples": most})
         examples = next(iter(prepare_eval_sets(data, load_tokenizer(base), config.train.seed).values()))

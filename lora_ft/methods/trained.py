@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lora_ft.config.load import parse_config
 from lora_ft.config.schema import Config
@@ -133,8 +133,12 @@ class Trained:
 
     @property
     def quantization(self) -> Form | None:
-        """How the base was quantized in the training."""
-        return self._recorded_base.get("quantization")
+        """How the base was quantized in the training. Raises ModelError for a form that is not known here."""
+        form = self._recorded_base.get("quantization")
+        if form not in (None, *get_args(Form)):
+            problem = f"quantization {form!r:.100}; this lora-ft knows {', '.join(get_args(Form))}. Update lora-ft."
+            raise ModelError(f"{self.folder / RECORD}: {problem}")
+        return form
 
     def note_form(self, used: Form | None) -> None:
         """Print a note where this is used on another form of its base than it was trained on; no rule against it."""

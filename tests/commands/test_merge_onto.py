@@ -9,6 +9,7 @@ import torch
 from lora_ft.commands.evaluate import evaluate_command
 from lora_ft.commands.merge import merge_command
 from lora_ft.config.load import load_config
+from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer, tokenizer_hash
@@ -61,3 +62,11 @@ def test_without_the_data_it_is_what_was_trained(folder, capsys):
     merge_command(folder)
     said = capsys.readouterr()
     assert "no eval data at hand" in said.err and "eval.jsonl" in said.err and "in int8" in said.out
+
+
+def test_a_form_that_is_not_known_is_refused(folder):
+    path = folder / "lora_ft.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"base": record["base"] | {"quantization": "int2"}}))
+    with pytest.raises(ModelError, match="quantization 'int2'; this lora-ft knows nf4, int8"):
+        merge_command(folder)

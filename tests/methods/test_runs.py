@@ -189,6 +189,19 @@ def test_full_in_a_lower_precision_is_refused(tmp_path):
         load_config(tmp_path / "config.yaml", ["model.dtype=bfloat16"])
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("adapter.method=full", "model.quantization: full trains the base's weights"),
+        ("trainer.fsdp=true", "trainer.fsdp: a quantized base is not shared out"),
+    ],
+)
+def test_what_a_quantized_base_excludes_is_refused(tmp_path, change, words):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    with pytest.raises(UserError, match=words):
+        load_config(tmp_path / "config.yaml", ["model.quantization=nf4", change])
+
+
 def test_two_processes_train_every_weight_as_one_does(tmp_path):
     write_run(tmp_path, config=CONFIG.replace("rank: 4, alpha: 8", "method: full").replace("3.0e-2", "1.0e-3"))
     AcceleratorState._reset_state(

@@ -157,7 +157,7 @@ def merged_record(adapter: AdapterFile, base: Base, other_base: bool, report: di
     kept = ("config", "tokenizer", "data", "seed", "trainable_parameters")
     verified = ["matrices", "logits"] if report["logits"] else ["matrices"]
     if config := trained.get("config"):  # the merged model itself is not quantized
-        trained = trained | {"config": config | {"model": config["model"] | {"quantization": None}}}
+        trained = trained | {"config": config | {"model": (config.get("model") or {}) | {"quantization": None}}}
     return {
         "format": 1,
         "kind": "merged",
