@@ -52,6 +52,8 @@ def form_to_merge_onto(trained: Trained, base: Base, onto: OntoName | None) -> F
 
 def _by_loss(trained: Trained, base: Base, form: Form) -> OntoName:
     """What has the lower loss on the run's eval data, whose losses are printed."""
+    if trained.record["base"].get("fingerprint") != base.fingerprint:  # which the merge refuses, or warns of
+        return _as_trained(form, "the run's was of another base")
     settings = run_settings(trained.folder, trained.record)
     try:
         config = parse_config(settings, NOT_TRAINING) if settings else None
