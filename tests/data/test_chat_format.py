@@ -27,6 +27,15 @@ def test_the_token_that_closes_a_turn_ends_an_answer(plain, make_tokenizer):
         assert end_tokens(plain, own, chat_format(plain, refused)) == {7, eos}
 
 
+def test_markers_are_in_the_same_order_in_every_process(plain):
+    """Their pattern is part of the key of the cached texts, and the order of a set differs from process to process."""
+    template = CHATML + "".join(f"<|{letter}|>" for letter in "gcaehfbd")
+    words = (
+        chat_format(plain, template).markers.pattern.replace("\\", "").replace("<|", "<").replace("|>", ">").split("|")
+    )
+    assert [word for word in words if len(word) == 3 and word[1] in "abcdefgh"] == [f"<{c}>" for c in "abcdefgh"]
+
+
 CALLS = CHATML.replace("<|im_end|>", "{% for c in m.tool_calls or [] %}CALL{% endfor %}<|im_end|>")
 
 

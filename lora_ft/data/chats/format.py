@@ -129,9 +129,9 @@ class ChatFormat:
             t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special or t.content in self.template
         }
         words = added | set(re.findall(WRITTEN_MARKERS, self.template)) | {self.tokenizer.eos_token or ""}
-        return re.compile(
-            "|".join(re.escape(word) for word in sorted(filter(str.strip, words), key=len, reverse=True)) or "$^"
-        )
+        # in the same order in every process: the pattern is part of the key under which the texts are cached
+        longest_first = sorted(filter(str.strip, words), key=lambda word: (-len(word), word))
+        return re.compile("|".join(map(re.escape, longest_first)) or "$^")
 
     @cached_property
     def stops(self) -> frozenset[str]:
