@@ -23,7 +23,7 @@ from lora_ft.model.files import Base
 from lora_ft.model.load import load_base, load_tokenizer
 from lora_ft.model.stored import stored_dtype
 from lora_ft.nn.attention import Isolation
-from lora_ft.nn.quantized import Form
+from lora_ft.nn.forms import Form
 
 OntoName = Literal["quantized", "original"]
 MOST_EXAMPLES = 256  # that a choice is made by

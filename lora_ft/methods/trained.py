@@ -26,7 +26,7 @@ from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.peft_config import CONFIG
 from lora_ft.model.files import Base, digest, resolve
 from lora_ft.model.small_files import require_inside
-from lora_ft.nn.quantized import Form
+from lora_ft.nn.forms import Form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,8 +25,8 @@ from lora_ft.model.device import computes
 from lora_ft.model.files import Base, digest
 from lora_ft.model.quantize import Quantization, check_form, forget, quantize, refuse_quantized
 from lora_ft.model.stored import is_finite, shape_and_dtype, stored_dtype, stored_weights
+from lora_ft.nn.forms import Form
 from lora_ft.nn.mlp import fuse_gelu
-from lora_ft.nn.quantized import Form
 
 _hashes: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()  # of `tokenizer_hash`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

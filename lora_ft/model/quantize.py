@@ -18,7 +18,8 @@ from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.core.messages import listed
 from lora_ft.model.stored import is_finite
 from lora_ft.nn.adapted import out_in
-from lora_ft.nn.quantized import Form, QuantizedLinear
+from lora_ft.nn.forms import Form
+from lora_ft.nn.quantized import QuantizedLinear
 
 METHOD = "lora-ft"  # its name among transformers' quantizers
 PLAIN = (nn.Linear.forward, Conv1D.forward, FalconLinear.forward)  # a router of experts may be a subclass with another

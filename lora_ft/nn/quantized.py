@@ -8,7 +8,7 @@ D is made where it is used, in the forward pass and again in the backward pass, 
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.pytorch_utils import Conv1D
 
-Form = Literal["nf4", "int8"]
+from lora_ft.nn.forms import Form
+
 BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale of nf4; such scales that share one of their own
 PIECE = 2**18  # weights that are quantized at a time, for the memory
 

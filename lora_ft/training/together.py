@@ -24,7 +24,7 @@ from lora_ft.data.batches import Shard, Step
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
 from lora_ft.nn.attention import Isolation
-from lora_ft.nn.quantized import Form
+from lora_ft.nn.forms import Form
 from lora_ft.training.checkpoint import RandomState
 from lora_ft.training.joint_step import JointModel, RunStep, clone
 from lora_ft.training.progress import BAR

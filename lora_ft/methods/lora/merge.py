@@ -28,7 +28,7 @@ from lora_ft.model.files import Base, weight_files
 from lora_ft.model.load import load_base, load_tokenizer, skeleton
 from lora_ft.model.small_files import forget_paths, small_files
 from lora_ft.model.stored import stored_dtype
-from lora_ft.nn.quantized import Form
+from lora_ft.nn.forms import Form
 
 
 def merge_adapter(

@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.model.quantize import quantizable
-from lora_ft.nn.quantized import Form, dequantized
+from lora_ft.nn.forms import Form
+from lora_ft.nn.quantized import dequantized
 
 
 @dataclass(frozen=True)

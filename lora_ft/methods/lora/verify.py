@@ -13,8 +13,9 @@ from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
 from lora_ft.nn.adapted import bare, out_in, with_weight
+from lora_ft.nn.forms import Form
 from lora_ft.nn.lora import LoRALinear
-from lora_ft.nn.quantized import Form, QuantizedLinear
+from lora_ft.nn.quantized import QuantizedLinear
 
 SENTENCES = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
