@@ -140,10 +140,8 @@ def check_weights(base: Base) -> None:
 def _load(
     base: Base, config: PretrainedConfig, options: dict[str, Any], device: str = "cpu", form: Form | None = None
 ) -> PreTrainedModel:
-    """The model with its stored weights; ModelError if one is missing or of another shape.
-
-    device: of a pickle's tensors. form: to quantize to while reading; a .gguf is not.
-    """
+    """The model with its stored weights, quantized to `form` while they are read (not those of a .gguf); `device`: of a pickle's
+    tensors. ModelError if one is missing or of another shape."""
     options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # these are named below
     integers: list[str] = []
     with _as_model_error(base, "can't be loaded"):
