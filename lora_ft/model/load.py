@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lora_ft.core.errors import ModelError, UserError, is_out_of_memory
+from lora_ft.core.machine import keep_freed_memory
 from lora_ft.core.messages import info, listed, printable, working
 from lora_ft.model.config_files import CONFIGS, MOST_MODULES, SMALL_LIMIT, absurd_count, check_config_files, damage
 from lora_ft.model.device import computes
@@ -105,6 +106,7 @@ def load_base(
     if quantization:
         check_quantization(base, quantization)
         check_weights(base)  # the quantizer compares no shapes
+        keep_freed_memory(2**20)
     with working(f"loading {base.name}", in_pipes=True):
         model = _load(base, config, options, form=quantization)
     if base.gguf:  # dequantized while loading, so it is an ordinary model from here on
@@ -138,10 +140,8 @@ def check_weights(base: Base) -> None:
 def _load(
     base: Base, config: PretrainedConfig, options: dict[str, Any], device: str = "cpu", form: Form | None = None
 ) -> PreTrainedModel:
-    """The model with its stored weights; ModelError if one is missing or of another shape.
-
-    device: of a pickle's tensors. form: to quantize to while reading; a .gguf is not.
-    """
+    """The model with its stored weights, quantized to `form` while they are read (those of a .gguf are not); ModelError if one
+    is missing or of another shape. device: of a pickle's tensors."""
     options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # these are named below
     integers: list[str] = []
     with _as_model_error(base, "can't be loaded"):
