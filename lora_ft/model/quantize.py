@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora_ft.core.errors import ConfigError, ModelError
@@ -63,7 +64,6 @@ def refuse_quantized(name: str, config: PretrainedConfig) -> None:
         )
 
 
-@register_quantization_config(METHOD)
 class Quantization(QuantizationConfigMixin):
     """How `from_pretrained` is told to quantize, as an argument.
 
@@ -81,7 +81,6 @@ class Quantization(QuantizationConfigMixin):
         return {"quant_method": self.quant_method, "form": self.form}
 
 
-@register_quantizer(METHOD)
 class _Quantizer(HfQuantizer):
     """Tells transformers which weights to hand to `_Quantize`; it then reads one tensor at a time."""
 
@@ -135,3 +134,7 @@ def forget(model: PreTrainedModel, settings: Quantization) -> None:
             vars(module.config).pop("_is_quantized", None)  # some models ask whether it is there
     if settings.damaged:
         raise ModelError(f"the weights {listed(settings.damaged, 3)} hold NaN or inf.")
+
+
+# transformers' decorators refuse a name that is there, as when this module is loaded again
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], AUTO_QUANTIZER_MAPPING[METHOD] = Quantization, _Quantizer

@@ -200,6 +200,7 @@ def test_options_reach_the_commands(monkeypatch, tmp_path):
         **{
             "base": "gpt2",
             "output": None,
+            "onto": None,
             "verify": False,
             "trust": NO_TRUST,
         }

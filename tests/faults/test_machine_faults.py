@@ -292,7 +292,7 @@ def test_no_memory_for_a_model(folder):
         ["eval", "--base", "large", "--other-base"],
         [*MERGE, "--base", "large", "--other-base"],
     ):
-        refused(cli(folder, *command, before=leave(48)), 7, "limit", "model.dtype")
+        refused(cli(folder, *command, before=leave(48)), 7, "limit", "model.quantization")
     wide = settings(model__name="large", adapter__rank=65536, adapter__targets="[all]")
     ended = cli(folder, *TRAIN, "--overwrite", *wide, before=leave(600))
     refused(ended, 7, "cannot allocate", "bytes (", "left of this process's limit", "adapter.rank")
