@@ -4,8 +4,8 @@ torch's FakeTensorMode allocates nothing, so one forward and backward of the rea
 logits, checkpointing) shows every tensor and its lifetime for any family and setting; the largest sum is the peak.
 
 One part can't be seen this way: on a CPU, freed memory returns to the C library's heap, and its fragments stay resident.
-They come from everything a layer allocates, kept or recomputed, so checkpointing has as many. HEAP is their measured share. With a quantized base freed blocks
-go back to the system, and there are hardly any.
+They come from everything a layer allocates, kept or recomputed, so checkpointing has as many. HEAP is their measured share.
+With a quantized base freed blocks go back to the system, and there are hardly any.
 """
 
 import itertools
