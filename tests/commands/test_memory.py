@@ -80,6 +80,7 @@ def test_a_step_without_values_makes_what_a_real_one_makes(family, form):
     assert found.activations + found.logits == pytest.approx(real, rel=0.05)
     held = bytes_of([*model.parameters(), *model.buffers()]) - bytes_of([*trainable(model).values()])
     assert found.weights == pytest.approx(held, rel=0.02)
+    assert (estimate(lambda: without_values(family, form), [ROW], runtime=1).heap > 0) == (form is None)
     assert found.adapter == found.optimizer == 8 * sum(p.numel() for p in trainable(model).values())
 
 
