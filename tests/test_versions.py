@@ -26,7 +26,7 @@ def pins(file: str) -> dict[str, Version]:
 
 def test_every_dependency_has_a_newest_version_within_its_range():
     newest, newer = pins("constraints.txt"), pins("constraints-newest.txt")
-    for name, requirement in ranges("generation", "nf4", "test", "templates", "dev", "docs", "bench").items():
+    for name, requirement in ranges("generation", "nf4", "serve", "test", "templates", "dev", "docs", "bench").items():
         assert newest[name] in requirement.specifier, name
         assert newer.get(name, newest[name]) in requirement.specifier, name
     assert not {name for name, version in newer.items() if version <= newest[name]}
@@ -36,7 +36,7 @@ def test_the_oldest_versions_are_the_lower_ends_of_the_ranges():
     oldest = pins("constraints-oldest.txt")
     lower = {
         name: Version(s.version)
-        for name, r in ranges("generation", "nf4", "test").items()
+        for name, r in ranges("generation", "nf4", "serve", "test").items()
         for s in r.specifier
         if ">=" in str(s)
     }

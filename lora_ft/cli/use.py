@@ -1,4 +1,4 @@
-"""Commands that use a run's output: eval, generate, merge, export, report."""
+"""Commands that use a run's output: eval, generate, serve, merge, export, report."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +12,9 @@ from lora_ft.core.trust import NO_TRUST, Trust
 
 Verify = Annotated[
     bool, Option("--verify/--no-verify", help="Compare a merged model's logits with those of base + adapter.")
+]
+Served = Annotated[
+    list[Path] | None, Argument(metavar="FOLDER", help="Adapters of one base, or a complete model. Default: out.")
 ]
 
 
@@ -60,10 +63,7 @@ def eval(
 
 @command
 def generate(
-    folders: Annotated[
-        list[Path] | None,
-        Argument(metavar="FOLDER", help="Adapters of one base, or a complete model. Default: out."),
-    ] = None,
+    folders: Served = None,
     adapter: Annotated[
         list[str] | None, Option(metavar="NAME=DIR", help="An adapter and its name; repeatable, the first is active.")
     ] = None,
@@ -118,6 +118,48 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         as_json=as_json,
+        trust=trust,
+    )
+
+
+@command
+def serve(
+    folders: Served = None,
+    adapter: Annotated[
+        list[str] | None, Option(metavar="NAME=DIR", help="An adapter and its name for requests; repeatable.")
+    ] = None,
+    base: BaseName = None,
+    host: Annotated[str, Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="The port; 0 chooses a free one.")] = 8000,
+    api_key_file: Annotated[Path | None, Option(metavar="FILE", help="Keys, one a line; a request needs one.")] = None,
+    insecure: Annotated[bool, Option("--insecure", help="Serve other machines without a key.")] = False,
+    adapters_folder: Annotated[
+        Path | None, Option(metavar="DIR", help="Let requests load adapters from below this folder.")
+    ] = None,
+    rows: Annotated[int, Option(min=1, help="Answers that are computed at once.")] = 16,
+    cache_tokens: Annotated[int, Option(min=256, help="Tokens whose keys and values memory may hold.")] = 16_384,
+    queue: Annotated[int, Option(min=1, help="Requests that may wait; others get status 429.")] = 64,
+    timeout: Annotated[float, Option(min=1, help="Seconds that a request may take.")] = 600,
+    trust: Trust = NO_TRUST,
+) -> None:
+    """Serve adapters of one base behind OpenAI's API.
+
+    Example: lora-ft serve --adapter reviews=out
+    """
+    silence_libraries()
+    from lora_ft.commands.serve.command import Limits, serve_command
+
+    serve_command(
+        folders or [],
+        adapters=adapter or [],
+        base=base,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        insecure=insecure,
+        adapters_folder=adapters_folder,
+        limits=Limits(rows, cache_tokens, queue),
+        seconds=timeout,
         trust=trust,
     )
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from lora_ft.core.errors import ModelError, is_out_of_memory
@@ -121,6 +121,20 @@ def generate(
         raise ModelError(
             f"nothing can be generated with these settings ({first_line(e)}). Check the model's generation_config.json."
         ) from e
+
+
+def logits_processors(
+    model: PreTrainedModel, config: GenerationConfig, ends: Collection[int], length: int
+) -> LogitsProcessorList:
+    """What `generate` does to the logits of a prompt of `length` tokens before it chooses a token, in order.
+
+    It is transformers' own selection, by a method that is not public: of penalties, temperature, top-k, top-p and the others
+    of a generation config.
+    """
+    config = copy.deepcopy(config)
+    config.eos_token_id, config.pad_token_id, config.num_beams, config.max_length = sorted(ends) or None, 0, 1, None
+    model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=model.device)
+    return model._get_logits_processor(config, input_ids_seq_length=length, device=model.device, model_kwargs={})
 
 
 def _raised_by_settings(error: Exception) -> bool:

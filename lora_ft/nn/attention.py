@@ -45,7 +45,7 @@ class Isolation(Enum):
     @classmethod
     def detect(cls, model: PreTrainedModel, longest: int) -> "Isolation":
         """The best way that isolates sequences of up to `longest` tokens, found by computing with the loaded model."""
-        if not _frequencies_follow_length(model, longest):
+        if not frequencies_follow_length(model, longest):
             for way in (cls.ATTENTION, cls.MASK):
                 if (way is cls.MASK or model._supports_attention_backend) and isolates(model, way):
                     return way
@@ -54,7 +54,7 @@ class Isolation(Enum):
     @classmethod
     def guess_from_config(cls, model: PreTrainedModel, longest: int) -> "Isolation":
         """The way that `detect` will most likely find, from the config: for a model without weights."""
-        if _frequencies_follow_length(model, longest):
+        if frequencies_follow_length(model, longest):
             return cls.ONE_PER_ROW
         # BLOOM accepts any attention implementation by name, but never calls it
         calls_interface = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
@@ -222,7 +222,7 @@ def _equal_alone(model: PreTrainedModel, isolation: Isolation, sequences: list[l
     return bool((together - alone).abs().max() <= tolerance * alone.abs().max())
 
 
-def _frequencies_follow_length(model: PreTrainedModel, longest: int) -> bool:
+def frequencies_follow_length(model: PreTrainedModel, longest: int) -> bool:
     """Whether RoPE's frequencies change for a row that has a position beyond the original context."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]  # some families have one for each kind of layer

@@ -25,7 +25,7 @@ from lora_ft.methods.lora.multi import check_names, mixed, use
 from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Trained, run_settings
 from lora_ft.model.device import prepare_device
-from lora_ft.model.files import resolve
+from lora_ft.model.files import Base, resolve
 from lora_ft.model.generate import Generated, generate, position_limit, to_text
 from lora_ft.model.load import load_base, load_tokenizer
 
@@ -57,6 +57,7 @@ class Served:
     columns: values of the templates' columns for every prompt that has none of its own.
     """
 
+    base: Base
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     formats: dict[str | None, PromptFormat]
@@ -74,8 +75,11 @@ class Served:
     @cached_property
     def ends(self) -> set[int]:
         """Ids that end an answer, of the base or any adapter."""
-        own = self.model.generation_config
-        return {token for form in self.formats.values() for token in end_tokens(self.tokenizer, own, form.chat)}
+        return {token for adapter in self.formats for token in self.ends_of(adapter)}
+
+    def ends_of(self, adapter: str | None) -> set[int]:
+        """Ids that end an answer of one adapter."""
+        return end_tokens(self.tokenizer, self.model.generation_config, self.formats[adapter].chat)
 
     @property
     def names(self) -> list[str]:
@@ -127,7 +131,7 @@ class Served:
         except BadRow as e:
             raise DataError(f"{where}: {e}.") from e
         positions, new = position_limit(self.model), self.sampling.max_new_tokens
-        length = len(self._prefix(adapter)) + len(ids)
+        length = len(self.prefix(adapter)) + len(ids)
         if positions and length + new > positions:
             raise DataError(
                 f"{where}: the prompt's {length} tokens and {new} new ones exceed the model's {positions} positions. "
@@ -154,8 +158,8 @@ class Served:
                 assert on_text
                 on_text(texts())
 
-            ids = [self._prefix(adapters[i]) + prompts[i].ids for i in indices]
-            with self._computing([adapters[i] for i in indices]):
+            ids = [self.prefix(adapters[i]) + prompts[i].ids for i in indices]
+            with self.computing([adapters[i] for i in indices]):
                 keep(generate(self.model, ids, self.sampling, self.ends, on_token=on_token if on_text else None))
 
         if self.by_name:
@@ -165,12 +169,12 @@ class Served:
                 generate_rows([i for i, name in enumerate(adapters) if name == adapter])
         return [Answer(t, len(row.ids) + row.ended, row.ended) for t, row in zip(texts(), generated, strict=True)]
 
-    def _prefix(self, adapter: str | None) -> list[int]:
+    def prefix(self, adapter: str | None) -> list[int]:
         """The ids before a prompt's own: the virtual tokens of prompt tuning."""
         return virtual_ids(self.model) if adapter is not None else []
 
     @contextmanager
-    def _computing(self, adapters: Sequence[str | None]) -> Iterator[None]:
+    def computing(self, adapters: Sequence[str | None]) -> Iterator[None]:
         """Within it row i of a batch is computed with `adapters[i]`."""
         if len(set(adapters)) > 1:
             with mixed(self.model, adapters):
@@ -217,7 +221,7 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
             METHODS[other.method].load(model, other)
         else:
             apply_adapter(model, read_adapter(trained), name)
-    return Served(model, tokenizer, formats, by_name=other is None)
+    return Served(base, model, tokenizer, formats, by_name=other is None)
 
 
 def override(config: GenerationConfig, greedy: bool, max_new_tokens: int | None, **sampling: float | None) -> None:

@@ -29,7 +29,7 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     check_names(adapter_names(model), names)
     layers = shared_layers(model)
     for path, layer in layers.items():
-        if "experts" in path.split(".") and not layer.adapters.keys().isdisjoint(names):
+        if is_expert(path) and not layer.adapters.keys().isdisjoint(names):
             reason = "an expert's input is tokens without their rows, so a batch can't mix adapters there"
             raise ModelError(f"{path}: {reason}")
     try:
@@ -39,6 +39,11 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     finally:
         for layer in layers.values():
             layer.use(None)
+
+
+def is_expert(path: str) -> bool:
+    """Whether a layer is one of experts, whose input is tokens without their rows."""
+    return "experts" in path.split(".")
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -56,6 +61,14 @@ def add_adapter(model: nn.Module, name: str, layers: dict[str, LoRALinear]) -> N
             shared[path] = MultiLoRALinear(layer.base).train(layer.training)
             model.set_submodule(path, shared[path])
         shared[path].adapters[name] = layer
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter and free its memory; the model computes its bare base afterwards."""
+    check_names(adapter_names(model), [name])
+    for layer in shared_layers(model).values():
+        layer.use(None)
+        layer.adapters.pop(name, None)
 
 
 def shared_layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
