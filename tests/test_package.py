@@ -58,7 +58,7 @@ def test_it_works_without_the_repository(wheel, tmp_path):
     assert "page.html" in run("-c", loaded)
 
 
-@pytest.mark.parametrize("extra", ["", "[generation]"])
+@pytest.mark.parametrize("extra", ["", "[generation,nf4,serve]"])
 def test_pip_resolves_it_with_and_without_its_extra(wheel, extra):
     """Every requirement exists and fits the versions that are installed here; an extra that it lacks is only a warning."""
     said = pip(wheel.parent, "install", "--dry-run", "--no-index", f"{wheel}{extra}")

@@ -30,7 +30,6 @@ from lora_ft.model.fits import check_length, check_vocabulary
 from lora_ft.model.load import check_quantization, load_base, load_tokenizer, skeleton, tokenizer_hash
 from lora_ft.model.stored import stored_dtype
 from lora_ft.nn.attention import Isolation
-from lora_ft.nn.forms import Form
 from lora_ft.nn.quantized import number_of_parameters
 from lora_ft.training.arguments import arguments
 from lora_ft.training.checkpoint import State
@@ -48,7 +47,7 @@ class RunSetup:
     trust: Trust = NO_TRUST
     checkpoint: Path | None = None
     before: dict | None = None
-    load: Callable[[Base, str, str, Form | None], PreTrainedModel] | None = None  # instead of load_base
+    load: Callable[..., PreTrainedModel] | None = None  # instead of load_base
 
     @cached_property
     def arguments(self) -> TrainingArguments:
@@ -56,6 +55,7 @@ class RunSetup:
         return arguments(self.config, self.device)
 
     # ---- files and data ----
+
     @cached_property
     def base(self) -> Base:
         """The base's files. Raises ModelError if one is damaged, or if they are not those of the run that is resumed."""

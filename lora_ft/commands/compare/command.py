@@ -148,10 +148,8 @@ def final_runs(result: VariantResult, seeds: Sequence[int], folder: Path) -> dic
 
 def tune_variant(result: VariantResult, stage: float, runner: Runner) -> None:
     """Train what is left of the variant's candidates to the end of a stage; the better half by its score is left then."""
-    metric, failed = (
-        tuning_metric(result.variant.config),
-        RunFailed("failed with each value of --tune", NumbersError.exit_code),
-    )
+    metric = tuning_metric(result.variant.config)
+    failed = RunFailed("failed with each value of --tune", NumbersError.exit_code)
     for candidate in result.left:
         if stage not in kept_scores(candidate.config):
             try:
