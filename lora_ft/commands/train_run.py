@@ -80,7 +80,7 @@ def train_run(
         with processes.local_main_first():
             setup.read_files()
         model, plan, state = setup.model, setup.plan, setup.state
-        last = last_step(until, len(plan))
+        last, is_tuning = last_step(until, len(plan)), TUNING_SET in eval_sets(config.data.eval)
         if state and last < len(plan) and state.step >= last:
             info(f"already at step {state.step} of {len(plan)}: nothing to do until step {last}")
             return
@@ -125,7 +125,7 @@ def train_run(
         if config.train.loraplus_ratio:
             learn_b_faster(trainer.create_optimizer(), model, config.train.loraplus_ratio)
         if last < len(plan):
-            trainer.add_callback(Pause(last, evaluates=TUNING_SET in eval_sets(config.data.eval)))
+            trainer.add_callback(Pause(last, evaluates=is_tuning))
         info(f"training: {len(plan)} steps of {config.train.batch_size} examples")
         try:
             with trackers(config.train.report_to, output):
@@ -143,7 +143,8 @@ def train_run(
         ended = trainer.state.global_step
         if ended == last < len(plan):
             write_report(output, record, f"stopped after step {last}, until which --until has it train")
-            info(f"stopped after step {last} of {len(plan)}, which is saved. Continue with --resume.")
+            if not is_tuning:  # what tunes goes on by itself
+                info(f"stopped after step {last} of {len(plan)}, which is saved. Continue with --resume.")
             return
         if ended < len(plan):
             patience = config.train.early_stopping_patience

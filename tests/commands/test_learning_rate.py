@@ -119,7 +119,8 @@ def test_a_run_that_stops_at_a_step_is_resumed_as_if_it_had_not(together, tmp_pa
         (tmp_path / f"{name}.yaml").write_text(CONFIG + f"output: {name}\n")
     files = [f"{name}.yaml" for name in names]
     for until, step in (("5", 5), ("0.7", 9), ("9", 9)):
-        train(tmp_path, *files, "--resume", "--until", until)
+        said = train(tmp_path, *files, "--resume", "--until", until).err
+        assert ("Continue with --resume" if until != "9" else "already at step 9 of 12") in said
         assert sorted(tmp_path.glob("paused/checkpoints/*"))[-1].name == f"step-{step}"
         assert not (tmp_path / "paused/lora_ft.json").exists()
     train(tmp_path, *files, "--resume")
@@ -143,7 +144,7 @@ def test_a_step_that_is_none_is_refused(until, tmp_path):
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("auto"))
-    train(folder, write_auto(folder))
+    assert "--resume" not in train(folder, write_auto(folder)).err
     return folder
 
 
