@@ -22,6 +22,7 @@ from lora_ft.methods.lora.multi import adapter_names, add_adapter
 from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Parts, differences, read_adapter
 from lora_ft.methods.lora.peft_config import CONFIG, file_rank, file_ranks
 from lora_ft.methods.lora.targets import suffixes
+from lora_ft.methods.lora.whole import apply_whole, copy_whole, modules_to_save, refuse_whole, whole_tensors
 from lora_ft.methods.trained import Trained
 from lora_ft.model.tensor_file import read_header
 from lora_ft.nn.adapted import is_conv1d
@@ -46,6 +47,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         A, B = to_peft_matrices(layer, ranks[module])
         tensors[f"{PREFIX}{module}.lora_A.weight"] = A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = B
+    tensors |= {f"{PREFIX}{name}": value.cpu().contiguous() for name, value in whole_tensors(model).items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -58,7 +60,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         "fan_in_fan_out": all(is_conv1d(layer.base) for layer in layers.values()),
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": modules_to_save(model) or None,
         "use_dora": False,
         "use_rslora": False,  # lora_alpha includes it
     }
@@ -73,8 +75,9 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
 
 def bytes_on_disk(model: nn.Module) -> int:
     """The bytes of the tensors that `save_adapter` writes, float32."""
-    ranks = file_ranks(parts_record(model))
-    return sum(4 * ranks[m] * (layer.in_features + layer.out_features) for m, layer in lora_layers(model).items())
+    ranks, whole = file_ranks(parts_record(model)), whole_tensors(model)
+    of_layers = sum(ranks[m] * (layer.in_features + layer.out_features) for m, layer in lora_layers(model).items())
+    return 4 * (of_layers + sum(tensor.numel() for tensor in whole.values()))
 
 
 def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Iterable[str] = ()) -> None:
@@ -126,6 +129,10 @@ def apply_adapter(
     """Put an adapter that has been read on `model`; see `load_adapter`."""
     if name is not None and trainable:
         raise ValueError("adapters by name are for inference: load the one to train without a name")
+    if name is not None:
+        refuse_whole(
+            adapter, "adapters by name share the base's modules", "Load it alone, without a name, or merge it."
+        )
     if lora_layers(model) or (name is None and adapter_names(model)):
         way_out = "load the base again, or merge the adapter, or load every adapter by name"
         raise ModelError(f"the model has an adapter already: {way_out}")
@@ -144,6 +151,7 @@ def apply_adapter(
     if name is None:
         for module, layer in layers.items():
             model.set_submodule(module, layer)
+        apply_whole(model, adapter, trainable)
     else:
         add_adapter(model, name, layers)
     return adapter
@@ -168,6 +176,7 @@ def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
             ours_in_words = f"rank {layer.rank}, parts {', '.join(layer.rows)}"
             raise ModelError(f"{path}: {module} has {theirs}; this run adapts it with {ours_in_words}. {way_out}")
     check_copies(model, adapter)
+    copy_whole(model, adapter)
     for module, (A, B) in adapter.tensors.items():
         layer = layers[module]
         from_peft_matrices(layer, A, B, path, module)

@@ -7,7 +7,7 @@ module, also for Hugging Face's Conv1D. What can't be applied exactly is an erro
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD
-from lora_ft.methods.lora.peft_config import CONFIG, KEY, PREFIX, WEIGHTS, by_pattern, check_config
+from lora_ft.methods.lora.peft_config import CONFIG, KEY, PREFIX, WEIGHTS, by_pattern, check_config, is_saved_whole
 from lora_ft.methods.trained import Trained
 from lora_ft.model.stored import is_finite
 from lora_ft.nn.lora import RowBlocks
@@ -49,6 +49,7 @@ class AdapterFile:
     scalings: dict[str, float]  # module path -> s of s B A
     parts: dict[str, Parts]  # module path -> its parts; empty for another tool's adapter
     copies: dict[str, Tensor]  # name -> base weight that PEFT saved with an adapted head; must equal the base's
+    whole: dict[str, Tensor] = field(default_factory=dict)  # name -> weight of a module that was trained in full
 
     @property
     def folder(self) -> Path:
@@ -79,6 +80,8 @@ def read_adapter(trained: Trained) -> AdapterFile:
         raise ModelError(f"{weights}: missing. The adapter is incomplete: copy it again.")
     check_config(config_path, config)
     stored, copies = _pair(weights, storage.read_tensors(weights))
+    saved = config.get("modules_to_save")
+    whole = {name: copies.pop(name) for name in [*copies] if is_saved_whole(name.rpartition(".")[0], saved)}
     scalings = {}
     for module, (A, B) in stored.items():
         rank = by_pattern(config_path, config.get("rank_pattern"), module, config["r"])
@@ -90,7 +93,7 @@ def read_adapter(trained: Trained) -> AdapterFile:
             )
         scalings[module] = scaling(rank, alpha, config.get("use_rslora") is True)
     parts = _read_parts(folder / RECORD, record, stored, scalings)
-    return AdapterFile(trained, stored, scalings, parts, copies)
+    return AdapterFile(trained, stored, scalings, parts, copies, whole)
 
 
 def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:

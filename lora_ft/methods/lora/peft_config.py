@@ -21,7 +21,6 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Settings that change what the tensors compute. When off they are null, false, empty or absent.
 REFUSED = {
     "use_dora": "DoRA",
-    "modules_to_save": "fully trained modules (modules_to_save)",
     "trainable_token_indices": "trained embedding rows (trainable_token_indices)",
     "target_parameters": "LoRA on bare parameters (target_parameters)",
     "lora_bias": "trained biases (lora_bias)",
@@ -47,7 +46,7 @@ KNOWN = {  # all others of PEFT 0.21; the last line: of earlier versions
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("megatron_config", "megatron_core", "qalora_group_size", *REFUSED),
+    *("modules_to_save", "megatron_config", "megatron_core", "qalora_group_size", *REFUSED),
     *("runtime_config", "merge_weights"),
 }
 # These only initialize A and B; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also change W.
@@ -92,6 +91,9 @@ def check_config(path: Path, config: dict) -> None:
             raise ModelError(f"{path}: {key} must be a {name} or a list of {name}s.")
         if kind is str:
             _check_patterns(path, key, [v for v in values if v is not None])
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):
+        raise ModelError(f"{path}: modules_to_save must be a list of names.")
     if not isinstance(config.get("use_rslora"), bool | None):
         raise ModelError(f"{path}: use_rslora is {config['use_rslora']!r:.40}; it must be true or false.")
     _check_unknown(path, {key: config[key] for key in sorted(config.keys() - KNOWN) if config[key]})
@@ -194,6 +196,11 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
     except (regex.error, RecursionError, TimeoutError) as e:
         where = "target_modules, exclude_modules or layers_pattern"
         raise ModelError(f"{CONFIG}: a pattern of {where} is invalid: {e}.") from e
+
+
+def is_saved_whole(name: str, modules_to_save: list[str] | None) -> bool:
+    """Whether PEFT trains the module of this name in full: it compares the ends, whole words or not (its `_set_trainable`)."""
+    return name.endswith(tuple(modules_to_save or ()))
 
 
 def _named(patterns: str | list[str], name: str) -> bool:

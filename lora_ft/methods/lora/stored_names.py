@@ -18,12 +18,16 @@ from lora_ft.core.messages import listed
 
 @dataclass(frozen=True)
 class Edit:
-    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or a copy if module is None."""
+    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or what was trained, or a copy.
+
+    trained: the name in memory of a tensor that the adapter has in full.
+    """
 
     source: str
     target: str
     module: str | None
     transposed: bool = False  # whether the file has (in, out) instead of (out, in)
+    trained: str | None = None
 
 
 def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -53,23 +57,31 @@ def source_of(model: PreTrainedModel, stored: dict[str, str], name: str) -> str 
     return next((stored[n] for n in (name, *partners(model, name)) if n in stored), None)
 
 
-def plan_edits(model: PreTrainedModel, stored: dict[str, str], modules: Iterable[str]) -> tuple[list[Edit], bool]:
-    """The tensors to write for adapters on `modules`, and whether this unties the head from the embedding."""
-    edits, absent, unties = [], [], False
-    for module in modules:
-        name, conv = f"{module}.weight", isinstance(model.get_submodule(module), Conv1D)
+def plan_edits(
+    model: PreTrainedModel, stored: dict[str, str], modules: Iterable[str], whole: Iterable[str] = ()
+) -> tuple[list[Edit], bool]:
+    """The tensors to write, and whether this unties the head from the embedding.
+
+    modules: that have A and B. whole: names of tensors that were trained in full.
+    """
+    edits, copies, absent, unties = [], [], [], False
+    adapted = {f"{module}.weight": module for module in modules}
+    for name in (*adapted, *whole):
+        module = adapted.get(name)
+        conv = module is not None and isinstance(model.get_submodule(module), Conv1D)
         source, tied_to = source_of(model, stored, name), partners(model, name)
         unties |= bool(tied_to)
         if source is None:
             absent.append(name)
             continue
-        edits.append(Edit(source, stored.get(name) or name_on_disk(model, name), module, conv))
-        if name in stored:  # if only the head's name is on disk, the embedding now needs its own tensor
-            edits += [Edit(source, name_on_disk(model, p), None) for p in tied_to if p not in stored]
+        target = stored.get(name) or name_on_disk(model, name)
+        edits.append(Edit(source, target, module, conv, name if module is None else None))
+        if name in stored:  # if only one of head and embedding is on disk, the other now needs its own tensor
+            copies += [Edit(source, name_on_disk(model, p), None) for p in tied_to if p not in stored]
     if absent:
         problem = "this architecture stores them in another layout, so the adapter can't be merged on disk."
         raise ModelError(f"the base's files have no separate tensor for {listed(absent)}: {problem}")
-    return edits, unties
+    return edits + [copy for copy in copies if all(edit.target != copy.target for edit in edits)], unties
 
 
 def name_on_disk(model: PreTrainedModel, name: str) -> str:
