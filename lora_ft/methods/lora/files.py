@@ -22,6 +22,7 @@ from lora_ft.methods.lora.multi import adapter_names, add_adapter
 from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Parts, differences, read_adapter
 from lora_ft.methods.lora.peft_config import CONFIG, file_rank, file_ranks
 from lora_ft.methods.lora.targets import suffixes
+from lora_ft.methods.lora.token_rows import apply_rows, copy_rows, rows_tensors, trainable_token_indices
 from lora_ft.methods.lora.whole import apply_whole, copy_whole, modules_to_save, refuse_whole, whole_tensors
 from lora_ft.methods.trained import Trained
 from lora_ft.model.tensor_file import read_header
@@ -48,6 +49,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         tensors[f"{PREFIX}{module}.lora_A.weight"] = A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = B
     tensors |= {f"{PREFIX}{name}": value.cpu().contiguous() for name, value in whole_tensors(model).items()}
+    tensors |= {key: rows.cpu().contiguous() for key, rows in rows_tensors(model).items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -64,6 +66,8 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         "use_dora": False,
         "use_rslora": False,  # lora_alpha includes it
     }
+    if ids := trainable_token_indices(model):
+        config["trainable_token_indices"] = ids
     if rank_pattern := {re.escape(module): own for module, own in ranks.items() if own != R}:
         config["rank_pattern"] = rank_pattern
     if alpha_pattern := {re.escape(module): own for module, own in alphas.items() if own != alpha}:
@@ -75,9 +79,9 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
 
 def bytes_on_disk(model: nn.Module) -> int:
     """The bytes of the tensors that `save_adapter` writes, float32."""
-    ranks, whole = file_ranks(parts_record(model)), whole_tensors(model)
+    ranks, others = file_ranks(parts_record(model)), whole_tensors(model) | rows_tensors(model)
     of_layers = sum(ranks[m] * (layer.in_features + layer.out_features) for m, layer in lora_layers(model).items())
-    return 4 * (of_layers + sum(tensor.numel() for tensor in whole.values()))
+    return 4 * (of_layers + sum(tensor.numel() for tensor in others.values()))
 
 
 def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Iterable[str] = ()) -> None:
@@ -152,6 +156,7 @@ def apply_adapter(
         for module, layer in layers.items():
             model.set_submodule(module, layer)
         apply_whole(model, adapter, trainable)
+        apply_rows(model, adapter, trainable)
     else:
         add_adapter(model, name, layers)
     return adapter
@@ -177,6 +182,7 @@ def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
             raise ModelError(f"{path}: {module} has {theirs}; this run adapts it with {ours_in_words}. {way_out}")
     check_copies(model, adapter)
     copy_whole(model, adapter)
+    copy_rows(model, adapter)
     for module, (A, B) in adapter.tensors.items():
         layer = layers[module]
         from_peft_matrices(layer, A, B, path, module)
