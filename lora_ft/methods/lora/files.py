@@ -25,6 +25,7 @@ from lora_ft.methods.lora.targets import suffixes
 from lora_ft.methods.trained import Trained
 from lora_ft.model.tensor_file import read_header
 from lora_ft.nn.adapted import is_conv1d
+from lora_ft.nn.dora import DoRALinear
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
 
@@ -46,6 +47,8 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         A, B = to_peft_matrices(layer, ranks[module])
         tensors[f"{PREFIX}{module}.lora_A.weight"] = A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = B
+        if isinstance(layer, DoRALinear):
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.lengths().cpu()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -59,7 +62,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "use_dora": False,
+        "use_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
         "use_rslora": False,  # lora_alpha includes it
     }
     if rank_pattern := {re.escape(module): own for module, own in ranks.items() if own != R}:
@@ -74,7 +77,11 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
 def bytes_on_disk(model: nn.Module) -> int:
     """The bytes of the tensors that `save_adapter` writes, float32."""
     ranks = file_ranks(parts_record(model))
-    return sum(4 * ranks[m] * (layer.in_features + layer.out_features) for m, layer in lora_layers(model).items())
+    numbers = 0
+    for module, layer in lora_layers(model).items():
+        numbers += ranks[module] * (layer.in_features + layer.out_features)
+        numbers += layer.out_features if isinstance(layer, DoRALinear) else 0
+    return 4 * numbers
 
 
 def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Iterable[str] = ()) -> None:
@@ -92,7 +99,7 @@ def parts_record(model: nn.Module) -> dict[str, dict]:
     """The record's `slices`: module -> rank, scaling, parts (part -> blocks, width, start, length)."""
     return {
         module: {
-            "rank": layer.rank,
+            "rank": layer.stored_rank,
             "scaling": layer.scaling,
             "parts": {part: list(rows) for part, rows in layer.rows.items()},
         }
@@ -136,8 +143,11 @@ def apply_adapter(
     for module, (A, B) in adapter.tensors.items():
         base = linear[module]
         parts = adapter.parts.get(module) or Parts(A.shape[0], {ALL_ROWS: RowBlocks.all(B.shape[0])})
-        layer = LoRALinear(base, parts.rank, adapter.scalings[module], parts.rows)
+        kind = DoRALinear if adapter.dora else LoRALinear
+        layer = kind(base, parts.rank, adapter.scalings[module], parts.rows)
         from_peft_matrices(layer, A, B, adapter.folder / WEIGHTS, module)
+        if isinstance(layer, DoRALinear):
+            layer.copy_lengths(adapter.lengths[module])
         layer.requires_grad_(trainable)
         layer.base.requires_grad_(False)
         layers[module] = layer.train(base.training)
@@ -152,20 +162,23 @@ def apply_adapter(
 def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
     """Copy an adapter's weights into the LoRA layers that `model` has; ModelError unless modules, rows and ranks are the same.
 
-    Where the scalings differ, B is multiplied by their ratio, so that the model computes what the files define.
+    Where the scalings differ, B is multiplied by their ratio, so that the model computes what the files define. It does so too
+    where DoRA starts from LoRA; ModelError where LoRA would start from DoRA.
     """
     layers, path = lora_layers(model), adapter.folder / WEIGHTS
+    if adapter.dora and not all(isinstance(layer, DoRALinear) for layer in layers.values()):
+        raise ModelError(f"{path}: was trained with DoRA, and this run is not. Set adapter.dora: true.")
     if adapter.stored.keys() != layers.keys():
         raise ModelError(differences(path, layers.keys() - adapter.stored.keys(), adapter.stored.keys() - layers))
     for module, (A, B) in adapter.stored.items():
         layer, parts = layers[module], adapter.parts.get(module)
         check_ab_shapes(path, module, A, B, layer.in_features, layer.out_features)
-        ours = (layer.rank, list(layer.rows.values()))
-        if (parts and (parts.rank, list(parts.rows.values())) != ours) or A.shape[0] < layer.rank * len(layer.rows):
+        ours = (layer.stored_rank, list(layer.rows.values()))
+        if (parts and (parts.rank, list(parts.rows.values())) != ours) or A.shape[0] < ours[0] * len(layer.rows):
             theirs = f"rank {parts.rank}, parts {', '.join(parts.rows)}" if parts else f"rank {A.shape[0]}"
             undivided = ALL_ROWS not in layer.rows and (not parts or ALL_ROWS in parts.rows)
             way_out = _undivided_hint(module) if undivided else "Make rank and targets the same."
-            ours_in_words = f"rank {layer.rank}, parts {', '.join(layer.rows)}"
+            ours_in_words = f"rank {layer.stored_rank}, parts {', '.join(layer.rows)}"
             raise ModelError(f"{path}: {module} has {theirs}; this run adapts it with {ours_in_words}. {way_out}")
     check_copies(model, adapter)
     for module, (A, B) in adapter.tensors.items():
@@ -174,6 +187,10 @@ def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
         if layer.scaling != adapter.scalings[module]:
             for B_part in layer.lora_B.values():
                 B_part.data.mul_(adapter.scalings[module] / layer.scaling)
+        if isinstance(layer, DoRALinear) and adapter.dora:
+            layer.copy_lengths(adapter.lengths[module])
+        elif isinstance(layer, DoRALinear):
+            layer.keep_lengths()
 
 
 def to_peft_matrices(layer: LoRALinear, R: int) -> tuple[Tensor, Tensor]:
@@ -181,9 +198,9 @@ def to_peft_matrices(layer: LoRALinear, R: int) -> tuple[Tensor, Tensor]:
     A = torch.zeros(R, layer.in_features)
     B = torch.zeros(layer.out_features, R)
     for i, (part, rows) in enumerate(layer.rows.items()):
-        span = slice(i * layer.rank, (i + 1) * layer.rank)
-        A[span] = layer.lora_A[part].detach().float().cpu()
-        B_part = layer.lora_B[part].detach().float().cpu()
+        span = slice(i * layer.stored_rank, (i + 1) * layer.stored_rank)
+        A_part, B_part = (matrix.detach().float().cpu() for matrix in layer.pair(part))
+        A[span] = A_part
         rows.of(B[:, span].T).copy_(B_part.T.unflatten(-1, (rows.blocks, rows.length)))
     return A, B
 
@@ -196,15 +213,14 @@ def from_peft_matrices(layer: LoRALinear, A: Tensor, B: Tensor, path: Path, modu
     """
     rest_A, rest_B = A.clone(), B.clone()
     for i, (part, rows) in enumerate(layer.rows.items()):
-        span = slice(i * layer.rank, (i + 1) * layer.rank)
-        layer.lora_A[part].copy_(A[span])
-        layer.lora_B[part].copy_(rows.of(B[:, span].T).flatten(-2).T)
+        span = slice(i * layer.stored_rank, (i + 1) * layer.stored_rank)
+        layer.copy_pair(part, A[span], rows.of(B[:, span].T).flatten(-2).T)
         rest_A[span] = 0
         rows.of(rest_B[:, span].T).zero_()
     for letter, rest in (("A", rest_A), ("B", rest_B)):
         if rest.any():
             key = f"{PREFIX}{module}.lora_{letter}.weight"
-            parts = f"rank {layer.rank} of the parts {', '.join(layer.rows)}"
+            parts = f"rank {layer.stored_rank} of the parts {', '.join(layer.rows)}"
             raise ModelError(f"{path}: {key} holds more than {parts}. {_undivided_hint(module)}")
 
 

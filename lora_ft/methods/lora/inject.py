@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.targets import find_targets
 from lora_ft.methods.lora.words import by_module, without
-from lora_ft.nn.lora import InputDropout, LoRALinear
+from lora_ft.nn.dora import DoRALinear
+from lora_ft.nn.dropout import InputDropout
+from lora_ft.nn.lora import LoRALinear
+from lora_ft.nn.pissa import PiSSALinear
 from lora_ft.nn.scaling import scaling
 
 SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles whose modules in a layer have the same input tensor
@@ -27,6 +30,8 @@ def inject_lora(
     *,
     dropout: float = 0.0,
     rslora: bool = False,
+    dora: bool = False,
+    init: str = "kaiming",
     modules: Sequence[str] = (),
     layers: Sequence[int] | None = None,
     exclude: Sequence[str] = (),
@@ -43,10 +48,14 @@ def inject_lora(
         targets, modules, layers: see `find_targets`, also for errors.
         rank: of A (rank, in) and B (out, rank); at least 1.
         alpha: s is alpha / rank, or alpha / sqrt(rank) with `rslora`.
+        dora: train the length of each row too (nn/dora.py).
+        init: "kaiming", or "pissa" to train the principal part of each weight (nn/pissa.py).
         exclude, rank_pattern, alpha_pattern: what is not adapted, or with another rank or alpha, by words; see `chooses`.
         dropout: the probability of dropping an input of A in training; in [0, 1).
         seed: determines A, whatever the global random state; None draws from it.
     """
+    if dora and init == "pissa":
+        raise ValueError("DoRA starts from the whole weight, PiSSA from its principal part: choose one")
     if rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"rank {rank} must be at least 1, dropout {dropout} at least 0 and below 1")
     adapted = without(find_targets(model, targets, modules, layers), exclude)
@@ -57,7 +66,11 @@ def inject_lora(
     dropouts: dict[tuple, InputDropout] = {}  # one for all layers that have the same input
     for path, rows in adapted.items():
         base = model.get_submodule(path)
-        layer = LoRALinear(base, ranks[path], scaling(ranks[path], alphas[path], rslora), rows)
+        kind = DoRALinear if dora else PiSSALinear if init == "pissa" else LoRALinear
+        try:
+            layer = kind(base, ranks[path], scaling(ranks[path], alphas[path], rslora), rows)
+        except ValueError as e:
+            raise ModelError(f"adapter.init: pissa: {path}: {e}. Lower adapter.rank, or leave the module out.") from e
         layer.start(generator)
         if dropout:
             group = next((roles for roles in SAME_INPUT if set(rows) <= set(roles)), path)

@@ -13,7 +13,9 @@ from lora_ft.methods.trained import Saved, Trained
 
 def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: object) -> str:
     """Add LoRA layers; see `inject_lora`."""
-    shared = settings.model_dump(include={"targets", "rank", "alpha", "dropout", "rslora", "modules", "layers"})
+    shared = settings.model_dump(
+        include={"targets", "rank", "alpha", "dropout", "rslora", "dora", "init", "modules", "layers"}
+    )
     shared |= settings.model_dump(include={"exclude", "rank_pattern", "alpha_pattern"})
     return f"{len(inject_lora(model, **shared, seed=seed))} modules"
 

@@ -17,10 +17,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+LENGTHS = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector")  # DoRA's
 
 # Settings that change what the tensors compute. When off they are null, false, empty or absent.
 REFUSED = {
-    "use_dora": "DoRA",
     "modules_to_save": "fully trained modules (modules_to_save)",
     "trainable_token_indices": "trained embedding rows (trainable_token_indices)",
     "target_parameters": "LoRA on bare parameters (target_parameters)",
@@ -44,7 +44,17 @@ KNOWN = {  # all others of PEFT 0.21; the last line: of earlier versions
         "revision",
         "inference_mode",
     ),
-    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"),
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "fan_in_fan_out",
+        "bias",
+    ),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_config", "megatron_core", "qalora_group_size", *REFUSED),
@@ -92,8 +102,9 @@ def check_config(path: Path, config: dict) -> None:
             raise ModelError(f"{path}: {key} must be a {name} or a list of {name}s.")
         if kind is str:
             _check_patterns(path, key, [v for v in values if v is not None])
-    if not isinstance(config.get("use_rslora"), bool | None):
-        raise ModelError(f"{path}: use_rslora is {config['use_rslora']!r:.40}; it must be true or false.")
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(key), bool | None):
+            raise ModelError(f"{path}: {key} is {config[key]!r:.40}; it must be true or false.")
     _check_unknown(path, {key: config[key] for key in sorted(config.keys() - KNOWN) if config[key]})
 
 

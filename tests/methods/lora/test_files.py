@@ -19,6 +19,7 @@ from lora_ft.methods.lora import files, peft_config
 from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.trained import Trained
+from lora_ft.nn.dora import DoRALinear
 from tests.helpers.families import tiny_model, token_ids
 from tests.helpers.tiny import save_with_record
 
@@ -43,6 +44,8 @@ def adapted(family, seed=3, **settings):
     for layer in lora_layers(model).values():
         for B in layer.lora_B.values():
             B.data.normal_(std=0.3, generator=generator)
+        for length in layer.magnitude.values() if isinstance(layer, DoRALinear) else ():
+            length.data.mul_(1 + 0.3 * torch.randn(length.shape, generator=generator))
     return model
 
 
@@ -81,6 +84,9 @@ CASES = [
     ("llama", dict(targets=("q", "v"), rank_pattern={"0": 1}, alpha_pattern={"v": 3.0}, rslora=True)),
     ("gpt2", dict(targets=("q", "v", "o"), rank_pattern={"c_attn": 2}, alpha_pattern={"o": 1.0})),
     ("gpt_neox", dict(targets=("q", "v", "o"), rank_pattern={"o": 5}, exclude=("0",))),
+    ("gpt2", dict(targets=("q", "v"), modules=("attn.c_proj", "lm_head"), dora=True)),
+    ("llama", dict(targets=("all",), modules=("lm_head",), dora=True, rank_pattern={"mlp": 2})),
+    ("gpt_neox", dict(targets=("v", "o", "up"), dora=True, rslora=True)),
 ]
 
 
@@ -112,6 +118,33 @@ def test_peft_and_we_load_what_we_save(tmp_path, family, settings):
     assert torch.allclose(logits(plain), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "family, settings",
+    [
+        ("gpt2", dict(targets=("q", "v", "o"))),
+        ("llama", dict(targets=("all",), rank_pattern={"mlp": 2}, alpha_pattern={"v": 3.0})),
+    ],
+)
+def test_pissa_starts_as_the_base_and_is_saved_as_lora_of_it(tmp_path, family, settings):
+    settings |= {"init": "pissa"}
+    fresh = tiny_model(family)
+    inject_lora(fresh, **settings)
+    assert torch.allclose(logits(fresh), logits(tiny_model(family)), atol=1e-5)
+
+    model = saved(family, tmp_path / "a", **settings)
+    expected = logits(model)
+    assert (expected - logits(fresh)).abs().max() > 0.01
+    for theirs in (peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "a").eval(), tiny_model(family)):
+        if not isinstance(theirs, peft.PeftModel):
+            files.load_adapter(theirs, tmp_path / "a")
+        assert torch.allclose(logits(theirs), expected, atol=1e-5)
+
+    again = adapted(family, seed=9, **settings)
+    files.initialize_from(again, read(tmp_path / "a"))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert torch.equal(logits(again), expected)
+
+
 THEIRS = [
     ("gpt2", dict(target_modules=["c_attn"])),
     ("gpt2", dict(target_modules=r".*\.1\.mlp\.c_(fc|proj)", use_rslora=True)),
@@ -129,6 +162,9 @@ THEIRS = [
     ),
     ("gpt_neox", dict(target_modules=["query_key_value", "dense"])),
     ("llama_mha", dict(target_modules=["q_proj", "lm_head"])),
+    ("gpt2", dict(target_modules=["c_attn", "mlp.c_proj"], use_dora=True)),
+    ("llama", dict(target_modules=["q_proj", "mlp.down_proj", "lm_head"], use_dora=True)),
+    ("gpt_neox", dict(target_modules=["query_key_value"], use_dora=True)),
 ]
 
 
@@ -220,6 +256,17 @@ def test_init_from_ours(tmp_path, record):
     files.initialize_from(fresh, read(tmp_path / "a"))
     assert all(torch.equal(a, b) for a, b in zip(trainable(fresh).values(), trainable(model).values(), strict=True))
     assert all(p.requires_grad for p in trainable(fresh).values())
+
+
+def test_init_from_between_lora_and_dora(tmp_path):
+    lora, dora = saved("gpt2", tmp_path / "lora"), saved("gpt2", tmp_path / "dora", dora=True)
+    fresh = adapted("gpt2", seed=9, dora=True)
+    files.initialize_from(fresh, read(tmp_path / "dora"))
+    assert torch.equal(logits(fresh), logits(dora))
+    files.initialize_from(fresh, read(tmp_path / "lora"))  # starts from what LoRA computes
+    assert torch.allclose(logits(fresh), logits(lora), atol=1e-6)
+    with pytest.raises(ModelError, match="trained with DoRA, and this run is not. Set adapter.dora: true"):
+        files.initialize_from(adapted("gpt2"), read(tmp_path / "dora"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -359,7 +406,8 @@ def test_not_finite(folder, value):
         (dict(lora_alpha=10**400), ["lora_alpha is 1000"]),
         (dict(alpha_pattern={"c_attn": None}), ["alpha_pattern['c_attn'] is None"]),
         (dict(peft_type="IA3"), ["peft_type is 'IA3'"]),
-        (dict(use_dora=True), ["DoRA"]),
+        (dict(use_dora=True), ["missing: transformer.h.0.attn.c_attn.lora_magnitude_vector", "this is DoRA"]),
+        (dict(use_dora=1), ["use_dora is 1"]),
         (dict(lora_bias=True), ["lora_bias"]),
         (dict(bias="all"), ["bias is 'all'"]),
         (dict(modules_to_save=["lm_head"]), ["modules_to_save"]),
@@ -411,7 +459,7 @@ def test_pickles_are_never_opened(folder, name):
     "key, why",
     [
         ("transformer.wte.lora_embedding_A", "embedding"),
-        ("transformer.h.0.attn.c_attn.lora_magnitude_vector", "DoRA"),
+        ("transformer.h.0.attn.c_attn.lora_magnitude_vector", "this is not DoRA"),
         ("transformer.h.0.attn.c_attn.lora_B.bias", "lora_bias"),
         ("lm_head.weight", "fully trained or resized"),
         ("transformer.wte.weight", "fully trained or resized"),
