@@ -63,6 +63,10 @@ def read(folder: Path) -> Adapter:
     adapter = Adapter(Trained(folder, "lora", {}, read_adapter_config(folder)))
     if (kind := adapter.trained.adapter_config.get("peft_type")) != "LORA":
         raise ModelError(f"{folder}: holds {kind or 'an adapter of another method'}; inspect reads LoRA adapters.")
+    if adapter.trained.adapter_config.get("target_parameters"):
+        raise ModelError(
+            f"{folder}: adapts the parameters of experts (target_parameters), which inspect does not read."
+        )
     try:
         adapter.trained.record.update(read_record(folder) or {})
     except ModelError as e:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.compatibility import check_ab_shapes, check_against, check_copies
+from lora_ft.methods.lora.experts import packed, unpack_for
 from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.multi import adapter_names, add_adapter
 from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Parts, differences, read_adapter
@@ -26,6 +27,7 @@ from lora_ft.methods.trained import Trained
 from lora_ft.model.tensor_file import read_header
 from lora_ft.nn.adapted import is_conv1d
 from lora_ft.nn.dora import DoRALinear
+from lora_ft.nn.expert_names import PATH, parameter_of
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
 
@@ -42,12 +44,13 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
     ranks, R = file_ranks(parts), file_rank(parts)
     alphas = {module: as_int(layer.scaling * ranks[module]) for module, layer in layers.items()}
     alpha = next(alphas[module] for module in layers if ranks[module] == R)
+    pairs, parameters = packed({module: to_peft_matrices(layer, ranks[module]) for module, layer in layers.items()})
+    plain = [layer for module, layer in layers.items() if module in pairs]
     tensors = {}
-    for module, layer in layers.items():
-        A, B = to_peft_matrices(layer, ranks[module])
+    for module, (A, B) in pairs.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = B
-        if isinstance(layer, DoRALinear):
+        if isinstance(layer := layers.get(module), DoRALinear):
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.lengths().cpu()
     config = {
         "peft_type": "LORA",
@@ -55,19 +58,22 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         "base_model_name_or_path": os.path.expanduser(base_name),
         "r": R,
         "lora_alpha": alpha,
-        "lora_dropout": max((layer.dropout.p if layer.dropout else 0.0) for layer in layers.values()),
+        # PEFT has no dropout of experts' inputs, and refuses one
+        "lora_dropout": 0.0 if parameters else max(layer.dropout.p if layer.dropout else 0.0 for layer in plain),
         "target_modules": target_modules(model),
         "bias": "none",
-        "fan_in_fan_out": all(is_conv1d(layer.base) for layer in layers.values()),
+        "fan_in_fan_out": bool(plain) and all(is_conv1d(layer.base) for layer in plain),
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
         "use_rslora": False,  # lora_alpha includes it
     }
-    if rank_pattern := {re.escape(module): own for module, own in ranks.items() if own != R}:
+    if parameters:
+        config["target_parameters"] = parameters
+    if rank_pattern := {re.escape(parameter_of(module)): own for module, own in ranks.items() if own != R}:
         config["rank_pattern"] = rank_pattern
-    if alpha_pattern := {re.escape(module): own for module, own in alphas.items() if own != alpha}:
+    if alpha_pattern := {re.escape(parameter_of(module)): own for module, own in alphas.items() if own != alpha}:
         config["alpha_pattern"] = alpha_pattern
     storage.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     storage.write_json(folder / CONFIG, config)
@@ -136,6 +142,7 @@ def apply_adapter(
     if lora_layers(model) or (name is None and adapter_names(model)):
         way_out = "load the base again, or merge the adapter, or load every adapter by name"
         raise ModelError(f"the model has an adapter already: {way_out}")
+    unpack_for(model, adapter.stored)
     linear = check_against(model, adapter)
     check_copies(model, adapter)
     model.requires_grad_(False)
@@ -231,7 +238,7 @@ def _undivided_hint(module: str) -> str:
 
 def target_modules(model: nn.Module) -> list[str]:
     """The shortest dotted suffixes that match the adapted modules and no other module of the base, by PEFT's rule."""
-    adapted = lora_layers(model)
+    adapted = {path: layer for path, layer in lora_layers(model).items() if not PATH.fullmatch(path)}
     inside = tuple(f"{path}." for path in adapted)
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
     others = {suffix for name in names if name not in adapted for suffix in suffixes(name)}

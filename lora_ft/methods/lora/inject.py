@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.targets import find_targets
+from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.methods.lora.experts import check_whole
+from lora_ft.methods.lora.targets import find_targets, unpack_targets
 from lora_ft.methods.lora.words import by_module, without
 from lora_ft.nn.dora import DoRALinear
 from lora_ft.nn.dropout import InputDropout
+from lora_ft.nn.expert_names import PATH
 from lora_ft.nn.lora import LoRALinear
 from lora_ft.nn.pissa import PiSSALinear
 from lora_ft.nn.scaling import scaling
@@ -58,7 +60,11 @@ def inject_lora(
         raise ValueError("DoRA starts from the whole weight, PiSSA from its principal part: choose one")
     if rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"rank {rank} must be at least 1, dropout {dropout} at least 0 and below 1")
+    unpack_targets(model, targets, layers)
     adapted = without(find_targets(model, targets, modules, layers), exclude)
+    check_whole(model, adapted)
+    if dora and any(map(PATH.fullmatch, adapted)):
+        raise ConfigError("adapter.dora: PEFT's format has no DoRA on experts. Leave it out, or adapt attention alone.")
     ranks = by_module("adapter.rank_pattern", rank_pattern, adapted, rank)
     alphas = by_module("adapter.alpha_pattern", alpha_pattern, adapted, alpha)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -73,7 +79,7 @@ def inject_lora(
             raise ModelError(f"adapter.init: pissa: {path}: {e}. Lower adapter.rank, or leave the module out.") from e
         layer.start(generator)
         if dropout:
-            group = next((roles for roles in SAME_INPUT if set(rows) <= set(roles)), path)
+            group = path if PATH.fullmatch(path) else next((r for r in SAME_INPUT if set(rows) <= set(r)), path)
             layer.dropout = dropouts.setdefault((path.rpartition(".")[0], group), InputDropout(dropout))
             layer.dropout.readers += 1
         model.set_submodule(path, layer.train(base.training))

@@ -81,8 +81,10 @@ def write_shards(
                         if e.module is None:
                             tensors[e.target] = W.clone()
                         else:
-                            tensors[e.target], errors[e.module] = merged(D, e, adapter, shard, W.dtype)
-                            dtypes[e.module] = W.dtype
+                            part = ... if e.index is None else e.index
+                            target = tensors.setdefault(e.target, torch.empty_like(W))
+                            target[part], error = merged(D[part], e, adapter, shard, W.dtype)
+                            errors[e.module], dtypes[e.module] = max(error, errors.get(e.module, 0.0)), W.dtype
                         if e.target != name:
                             added["total_size"] += W.nbytes
                             added["total_parameters"] += W.numel()
@@ -110,6 +112,7 @@ def merged(
         raise ModelError(f"{shard}: {edit.source} is {dtype}: an adapter can't be merged into quantized weights.")
     assert edit.module is not None
     (A, B), s = adapter.tensors[edit.module], adapter.scalings[edit.module]
+    B = B if edit.rows is None else B[edit.rows]
     result = torch.empty_like(W, dtype=dtype)
     old, new = (W.T, result.T) if edit.transposed else (W, result)
     if old.shape != (B.shape[0], A.shape[1]):

@@ -18,9 +18,11 @@ from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD
+from lora_ft.methods.lora.experts import unpacked
 from lora_ft.methods.lora.peft_config import CONFIG, KEY, LENGTHS, PREFIX, WEIGHTS, by_pattern, check_config
 from lora_ft.methods.trained import Trained
 from lora_ft.model.stored import is_finite
+from lora_ft.nn.expert_names import parameter_of
 from lora_ft.nn.lora import RowBlocks
 from lora_ft.nn.scaling import scaling
 
@@ -99,10 +101,15 @@ def read_adapter(trained: Trained) -> AdapterFile:
     check_config(config_path, config)
     stored, lengths, copies = _sort(weights, storage.read_tensors(weights))
     _check_lengths(weights, config.get("use_dora") is True, stored, lengths)
+
+    def rank_of(parameter: str) -> int:
+        return by_pattern(config_path, config.get("rank_pattern"), parameter, config["r"])
+
+    stored = unpacked(weights, stored, config.get("target_parameters") or [], rank_of)
     scalings = {}
     for module, (A, B) in stored.items():
-        rank = by_pattern(config_path, config.get("rank_pattern"), module, config["r"])
-        alpha = by_pattern(config_path, config.get("alpha_pattern"), module, config["lora_alpha"])
+        rank = rank_of(parameter_of(module))
+        alpha = by_pattern(config_path, config.get("alpha_pattern"), parameter_of(module), config["lora_alpha"])
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
             raise ModelError(
                 f"{weights}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, but {CONFIG} says rank {rank}: "

@@ -12,6 +12,7 @@ import regex
 
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import printable, warn
+from lora_ft.nn.expert_names import PATH, is_targeted, parameter_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -23,7 +24,6 @@ LENGTHS = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector")  # DoRA'
 REFUSED = {
     "modules_to_save": "fully trained modules (modules_to_save)",
     "trainable_token_indices": "trained embedding rows (trainable_token_indices)",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
     "lora_bias": "trained biases (lora_bias)",
     "layer_replication": "replicated layers (layer_replication)",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
@@ -55,7 +55,14 @@ KNOWN = {  # all others of PEFT 0.21; the last line: of earlier versions
         "fan_in_fan_out",
         "bias",
     ),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "ensure_weight_tying",
+    ),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_config", "megatron_core", "qalora_group_size", *REFUSED),
     *("runtime_config", "merge_weights"),
@@ -94,12 +101,20 @@ def check_config(path: Path, config: dict) -> None:
         for pattern, value in patterns.items():
             check(path, f"{key}[{pattern!r}]", value)
     text, number = (str, "string"), (int, "number")
-    kinds = {"target_modules": text, "exclude_modules": text, "layers_pattern": text, "layers_to_transform": number}
+    kinds = {
+        "target_modules": text,
+        "target_parameters": text,
+        "exclude_modules": text,
+        "layers_pattern": text,
+        "layers_to_transform": number,
+    }
     for key, (kind, name) in kinds.items():
         value = config.get(key)
         values = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(v, kind) for v in values):
             raise ModelError(f"{path}: {key} must be a {name} or a list of {name}s.")
+        if key == "target_parameters" and not isinstance(value, list | None):
+            raise ModelError(f"{path}: {key} must be a list of strings.")
         if kind is str:
             _check_patterns(path, key, [v for v in values if v is not None])
     for key in ("use_rslora", "use_dora"):
@@ -177,12 +192,14 @@ def _match(pattern: str, name: str, whole: bool = False) -> regex.Match | None:
 def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] | None:
     """The modules that PEFT would adapt with this config (its `check_target_module_exists`).
 
-    A subset of `names`, the paths of the linear modules, of which `head` is the output head. None if the config leaves the
-    choice to PEFT's table of architectures.
+    A subset of `names`, the paths of the linear modules, of which `head` is the output head; experts' layers by the parameters
+    that it would adapt. None if the config leaves the choice to PEFT's table of architectures.
     """
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
     if wanted is None:
         return None
+    experts = {name for name in names if PATH.fullmatch(name)}
+    of_experts = {name for name in experts if is_targeted(parameter_of(name), config.get("target_parameters") or [])}
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     patterns = config.get("layers_pattern") or [r"[^.]*"]
@@ -201,7 +218,7 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
         return next((int(match["index"]) in layers for match in matches if match), False)
 
     try:
-        return {name for name in names if chosen(name)}
+        return of_experts | {name for name in names if name not in experts and chosen(name)}
     except (regex.error, RecursionError, TimeoutError) as e:
         where = "target_modules, exclude_modules or layers_pattern"
         raise ModelError(f"{CONFIG}: a pattern of {where} is invalid: {e}.") from e

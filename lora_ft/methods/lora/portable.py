@@ -11,6 +11,7 @@ from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.peft_config import CONFIG, PREFIX, WEIGHTS
 from lora_ft.methods.lora.targets import suffixes
+from lora_ft.nn.expert_names import PATH
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # module -> A (rank, in) and B (out, rank), of the change B A
 
@@ -22,9 +23,10 @@ def plain_tensors(adapter: AdapterFile) -> Factors:
 
 
 def require_plain(adapter: AdapterFile) -> None:
-    """Raise ModelError for an adapter that is more than A and B: DoRA."""
-    if adapter.dora:
-        problem = "uses DoRA, which plain A and B can't say, so it can't be combined, compressed or exported."
+    """Raise ModelError for an adapter that is more than A and B of modules: DoRA, or LoRA on experts."""
+    what = "uses DoRA" if adapter.dora else "adapts experts" if any(map(PATH.fullmatch, adapter.stored)) else None
+    if what:
+        problem = f"{what}, which plain A and B of modules can't say, so it can't be combined, compressed or exported."
         raise ModelError(
             f"{adapter.folder}: {problem} Merge it (`lora-ft merge`), or load the folder itself with PEFT."
         )

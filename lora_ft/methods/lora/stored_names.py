@@ -7,6 +7,8 @@ the prefix of the base model (the hub's gpt2 has `h.0...` for `transformer.h.0..
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
@@ -14,16 +16,22 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
+from lora_ft.nn.expert_names import PATH, parameter_of
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or a copy if module is None."""
+    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or a copy if module is None.
+
+    index: in a source that holds all experts, the edited one. rows: those of the module's outputs in the source; None: all.
+    """
 
     source: str
     target: str
     module: str | None
     transposed: bool = False  # whether the file has (in, out) instead of (out, in)
+    index: int | None = None
+    rows: Tensor | None = None
 
 
 def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -53,10 +61,18 @@ def source_of(model: PreTrainedModel, stored: dict[str, str], name: str) -> str 
     return next((stored[n] for n in (name, *partners(model, name)) if n in stored), None)
 
 
-def plan_edits(model: PreTrainedModel, stored: dict[str, str], modules: Iterable[str]) -> tuple[list[Edit], bool]:
-    """The tensors to write for adapters on `modules`, and whether this unties the head from the embedding."""
+def plan_edits(
+    model: PreTrainedModel, stored: dict[str, str], keys: Iterable[str], modules: Iterable[str]
+) -> tuple[list[Edit], bool]:
+    """The tensors to write for adapters on `modules`, and whether this unties the head from the embedding.
+
+    keys: the names in the files. stored: see `stored_names`.
+    """
     edits, absent, unties = [], [], False
+    modules = list(modules)
     for module in modules:
+        if PATH.fullmatch(module):
+            continue
         name, conv = f"{module}.weight", isinstance(model.get_submodule(module), Conv1D)
         source, tied_to = source_of(model, stored, name), partners(model, name)
         unties |= bool(tied_to)
@@ -66,10 +82,39 @@ def plan_edits(model: PreTrainedModel, stored: dict[str, str], modules: Iterable
         edits.append(Edit(source, stored.get(name) or name_on_disk(model, name), module, conv))
         if name in stored:  # if only the head's name is on disk, the embedding now needs its own tensor
             edits += [Edit(source, name_on_disk(model, p), None) for p in tied_to if p not in stored]
+    of_experts = expert_edits(model, [module for module in modules if PATH.fullmatch(module)])
+    edits += of_experts
+    absent += sorted({e.source for e in of_experts} - set(keys))
     if absent:
         problem = "this architecture stores them in another layout, so the adapter can't be merged on disk."
         raise ModelError(f"the base's files have no separate tensor for {listed(absent)}: {problem}")
     return edits, unties
+
+
+def expert_edits(model: PreTrainedModel, modules: Iterable[str]) -> list[Edit]:
+    """The edits for experts' layers, whose weights most files store apart, and a model in memory together.
+
+    transformers' reverse of that conversion, applied to the numbers of the outputs, tells which file's tensor has which ones.
+    """
+    by_parameter: dict[str, list[str]] = {}
+    for module in modules:
+        by_parameter.setdefault(parameter_of(module), []).append(module)
+    edits = []
+    for parameter, layers in by_parameter.items():
+        shape, transposed = (
+            model.get_parameter(parameter).shape,
+            model.get_submodule(parameter.rpartition(".")[0]).is_transposed,
+        )
+        size = shape[2] if transposed else shape[1]
+        numbers = torch.arange(shape[0] * size).view(-1, size, 1).expand(-1, -1, 2)
+        parts = revert_weight_conversion(model, {parameter: (numbers.mT if transposed else numbers).contiguous()})
+        for name, part in parts.items():
+            for index, own in enumerate(part) if part.ndim == 3 else [(None, part)]:
+                by_row = bool((own == own[:, :1]).all())  # else by column: (in, out)
+                outputs = own[:, 0] if by_row else own[0]
+                expert, rows = int(outputs[0]) // size, outputs % size
+                edits.append(Edit(name, name, layers[expert], not by_row, index, rows))
+    return edits
 
 
 def name_on_disk(model: PreTrainedModel, name: str) -> str:

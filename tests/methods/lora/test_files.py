@@ -20,6 +20,7 @@ from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.trained import Trained
 from lora_ft.nn.dora import DoRALinear
+from lora_ft.nn.expert_names import PATH, parameter_of
 from tests.helpers.families import tiny_model, token_ids
 from tests.helpers.tiny import save_with_record
 
@@ -84,6 +85,10 @@ CASES = [
     ("llama", dict(targets=("q", "v"), rank_pattern={"0": 1}, alpha_pattern={"v": 3.0}, rslora=True)),
     ("gpt2", dict(targets=("q", "v", "o"), rank_pattern={"c_attn": 2}, alpha_pattern={"o": 1.0})),
     ("gpt_neox", dict(targets=("q", "v", "o"), rank_pattern={"o": 5}, exclude=("0",))),
+    ("mixtral", dict(targets=("all",), rank_pattern={"down": 2}, alpha_pattern={"q": 3.0})),
+    ("qwen3_moe", dict(targets=("q", "down"))),
+    ("olmoe", dict(targets=("up",), layers=[1], dropout=0.1)),
+    ("gpt_oss", dict(targets=("mlp", "v"), rslora=True)),
     ("gpt2", dict(targets=("q", "v"), modules=("attn.c_proj", "lm_head"), dora=True)),
     ("llama", dict(targets=("all",), modules=("lm_head",), dora=True, rank_pattern={"mlp": 2})),
     ("gpt_neox", dict(targets=("v", "o", "up"), dora=True, rslora=True)),
@@ -99,7 +104,10 @@ def test_peft_and_we_load_what_we_save(tmp_path, family, settings):
 
     theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "a").eval()
     assert torch.allclose(logits(theirs), expected, atol=5e-6)
-    assert {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")} == set(lora_layers(model))
+    adapted_there = {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    experts = {path for path in lora_layers(model) if PATH.fullmatch(path)}
+    assert {n for n in adapted_there if ".experts" not in n} == lora_layers(model).keys() - experts
+    assert {parameter_of(path) for path in experts} == set(theirs.targeted_parameter_names)
 
     again = tiny_model(family)
     files.load_adapter(again, tmp_path / "a", trainable=True)
@@ -162,6 +170,12 @@ THEIRS = [
     ),
     ("gpt_neox", dict(target_modules=["query_key_value", "dense"])),
     ("llama_mha", dict(target_modules=["q_proj", "lm_head"])),
+    ("mixtral", dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
+    (
+        "qwen3_moe",
+        dict(target_modules=[], target_parameters=["1.mlp.experts.down_proj"], rank_pattern={"down_proj": 3}),
+    ),
+    ("gpt_oss", dict(target_modules=["o_proj"], target_parameters=["mlp.experts.gate_up_proj"])),
     ("gpt2", dict(target_modules=["c_attn", "mlp.c_proj"], use_dora=True)),
     ("llama", dict(target_modules=["q_proj", "mlp.down_proj", "lm_head"], use_dora=True)),
     ("gpt_neox", dict(target_modules=["query_key_value"], use_dora=True)),
@@ -412,7 +426,7 @@ def test_not_finite(folder, value):
         (dict(bias="all"), ["bias is 'all'"]),
         (dict(modules_to_save=["lm_head"]), ["modules_to_save"]),
         (dict(trainable_token_indices=[1]), ["trainable_token_indices"]),
-        (dict(target_parameters=["x"]), ["target_parameters"]),
+        (dict(target_parameters="x"), ["target_parameters must be a list"]),
         (dict(init_lora_weights="pissa_niter_4"), ["pissa_niter_4"]),
         (dict(task_type="SEQ_CLS"), ["SEQ_CLS"]),
         (dict(use_next_years_method=True), ["use_next_years_method"]),

@@ -92,6 +92,16 @@ def test_every_family_merges_to_what_it_computed(tmp_path, family):
     assert sum(not torch.equal(before[k], after[k]) for k in before) == report["modules"]
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "qwen2_moe", "phimoe"])
+def test_experts_are_merged_where_the_files_have_them(tmp_path, family):
+    base, adapter, model = case(tmp_path, family, targets=("all",), rank_pattern={"down": 2})
+    report = merge_folder(base, adapter, tmp_path / "out")
+    assert report["modules"] == len(lora_layers(model)) and report["logits"]["adapter_effect"] > 1
+    assert torch.allclose(logits(plain(tmp_path / "out")), logits(model), atol=2e-5)
+    before, after = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+
+
 @pytest.mark.parametrize(
     "family, dtype", [("gpt2", torch.float32), ("gpt_neox", torch.float32), ("llama", torch.bfloat16)]
 )
@@ -446,7 +456,7 @@ def test_an_adapter_of_another_architecture(tmp_path):
 def test_weights_that_are_part_of_another_tensor_on_disk():
     model = tiny_model("llama")
     with pytest.raises(ModelError, match="no separate tensor for model.layers.0.mlp.up_proj.weight"):
-        stored_names.plan_edits(model, {}, ["model.layers.0.mlp.up_proj"])
+        stored_names.plan_edits(model, {}, [], ["model.layers.0.mlp.up_proj"])
 
 
 def test_no_space(tmp_path, monkeypatch):
