@@ -192,6 +192,7 @@ def test_experts_are_trained_resumed_merged_and_refused_where_they_have_no_place
     configs = {name: load_config("config.yaml", [f"output={name}"]) for name in ("a", "b")}
     with pytest.raises(ConfigError, match="runs that adapt experts can't be trained together"):
         train_together(configs)
+    train(configs["a"])  # they have let go of their outputs
     with pytest.raises(ConfigError, match="adapter.dora: .* no DoRA on experts"):
         train(load_config("config.yaml", ["adapter.dora=true", "output=c"]))
 
