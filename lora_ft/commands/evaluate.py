@@ -175,8 +175,8 @@ def open_all(folders: Sequence[Path], base: str | None) -> list[Trained]:
         return []
     trained = [Trained.open(folder) for folder in folders]
     for entry in trained if len(trained) > 1 else ():
-        if entry.method != "lora":
-            problem = f"of method {entry.method}. Several folders must be LoRA adapters; score it alone."
+        if entry.alone:
+            problem = f"{entry.alone}. Several folders must be LoRA adapters; score it alone."
             raise ConfigError(f"{entry.folder}: {problem}")
     return trained
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora_ft.commands.merge_onto import OntoName, form_to_merge_onto
 from lora_ft.core.errors import ModelError
-from lora_ft.core.messages import echo, warn
+from lora_ft.core.messages import echo, listed, warn
 from lora_ft.core.storage import refuse_existing, sibling
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.merge import merge_adapter
@@ -51,6 +51,8 @@ def merge_command(
     )
     echo(f"merged {folder} into {files.name}{f' in {form}' if form else ''}: {output}")
     echo(f"  {report['modules']} matrices, stored as {report['dtype']}; largest error {report['matrix_error']:.3g}")
+    if report["whole"]:
+        echo(f"  as they were trained in full: {listed(report['whole'], 3)}")
     if logits := report["logits"]:
         echo(
             f"  verified: merged logits match base + adapter within {logits['difference']:.3g} (limit "

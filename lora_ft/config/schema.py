@@ -51,6 +51,9 @@ class AdapterConfig(Section):
         methods="lora",
     )
     modules: types.Names = setting((), "other modules, by exact name or dotted suffix (lm_head)", methods="lora")
+    train_modules: types.Names = setting(
+        (), "modules trained in full beside A and B, by exact name or dotted suffix (lm_head, norm)", methods="lora"
+    )
     layers: types.Layers = setting(
         None, 'the adapted layers: null for all, a list [0, 1, 2], or a range "6-11"', methods="lora bottleneck"
     )

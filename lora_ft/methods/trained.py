@@ -89,6 +89,13 @@ class Trained:
             raise ModelError(f"{path}: can't be read ({first_line(e)}). Restore it from a backup.") from e
 
     @property
+    def alone(self) -> str | None:
+        """Why several of these can't share a base by name, in words; None for LoRA's A and B, which can."""
+        if self.method != "lora":
+            return f"of method {self.method}"
+        return "with modules trained in full" if self.adapter_config.get("modules_to_save") else None
+
+    @property
     def base_name(self) -> str | None:
         """The base that the folder names, a hub id or a local folder; None if it names none."""
         return self._recorded_base.get("name") or self.adapter_config.get("base_model_name_or_path")

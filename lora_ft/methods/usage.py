@@ -73,6 +73,8 @@ def vllm_text(record: dict) -> str:
     base, data = record["base"], record["config"]["data"]
     if base["name"].endswith(".gguf"):
         return "vLLM serves the merged model: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
+    if record["config"]["adapter"].get("train_modules"):
+        return "vLLM takes A and B alone: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
     if len({entry["scaling"] for entry in record["slices"].values()}) > 1:
         return (
             "vLLM reads one rank and alpha for all modules: serve what `lora-ft export ADAPTER --to peft` writes, which "

@@ -27,7 +27,8 @@ def check_length(model: PreTrainedModel, base: Base, longest: int) -> None:
     known = position_limit(model)
     if known is None or longest <= known:
         return
-    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
+    of_tokens = set(model.get_input_embeddings().modules())
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m not in of_tokens)
     has_table = any(m.num_embeddings - known in (0, 1, 2) for m in tables)  # OPT's table has two extra rows
     has_table = has_table or any(name.endswith("embed_positions") for name, _ in model.named_buffers())
     message = f"data.max_length: the longest example has {longest:,} tokens but model {base.name} supports {known:,} positions"

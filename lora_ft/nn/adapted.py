@@ -10,19 +10,28 @@ from transformers.pytorch_utils import Conv1D
 from lora_ft.nn.quantized import QuantizedLinear
 
 
-class AdaptedLayer(nn.Module):
-    """A frozen nn.Linear or Hugging Face Conv1D, and what a subclass adds to it.
+class AdaptedModule(nn.Module):
+    """A frozen module of the base, and what a subclass computes beside it or instead.
 
     Attributes:
-        base: the frozen layer, unchanged; `weight` and `bias` are the base's.
+        base: the frozen module, unchanged.
         enabled: False computes the base alone.
     """
 
-    def __init__(self, base: nn.Linear | Conv1D):
+    def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.in_features, self.out_features = dimensions(base)
         self.enabled = True
+
+
+class AdaptedLayer(AdaptedModule):
+    """A frozen nn.Linear or Hugging Face Conv1D, and what a subclass adds to it; `weight` and `bias` are the base's."""
+
+    base: nn.Linear | Conv1D
+
+    def __init__(self, base: nn.Linear | Conv1D):
+        super().__init__(base)
+        self.in_features, self.out_features = dimensions(base)
 
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
@@ -30,15 +39,15 @@ class AdaptedLayer(nn.Module):
 
 @contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
-    """Within it the adapted layers of `model` compute their bases alone; afterwards each is as it was."""
-    before = {layer: layer.enabled for layer in model.modules() if isinstance(layer, AdaptedLayer)}
+    """Within it the adapted modules of `model` compute their bases alone; afterwards each is as it was."""
+    before = {module: module.enabled for module in model.modules() if isinstance(module, AdaptedModule)}
     try:
-        for layer in before:
-            layer.enabled = False
+        for module in before:
+            module.enabled = False
         yield
     finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
+        for module, enabled in before.items():
+            module.enabled = enabled
 
 
 @contextmanager

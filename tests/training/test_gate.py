@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 
 from lora_ft.data.batches import micro_batch
 from lora_ft.methods.lora.experts import packed, unpacked
-from lora_ft.methods.lora.files import to_peft_matrices
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
+from lora_ft.methods.lora.stacked import to_peft_matrices
 from lora_ft.model.load import fuse_gelu
 from lora_ft.model.quantize import quantize
 from lora_ft.nn.adapted import with_weight

@@ -26,8 +26,8 @@ def forecast(setup: RunSetup, model: PreTrainedModel, plan: StepPlan) -> float |
     """
     if setup.device != "cpu" or any(p.dim() > 2 for p in model.parameters()):
         return None
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    outside = {id(embedding), id(head.weight if head is not None else embedding)}
+    embedding, ends = model.get_input_embeddings().weight, (model.get_input_embeddings(), model.get_output_embeddings())
+    outside = {id(p) for module in ends if module is not None for p in module.parameters()}
     layers = sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in outside)
     train, full = setup.train_set.report, setup.config.adapter.method == "full"
     passes = 2 + full + setup.config.train.gradient_checkpointing

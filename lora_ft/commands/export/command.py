@@ -19,6 +19,7 @@ from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.compatibility import check_against, check_copies
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.lora.portable import padded, plain_tensors, require_plain, write_plain
+from lora_ft.methods.lora.whole import refuse_whole
 from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.methods.usage import vllm_rank
@@ -83,6 +84,8 @@ def export_command(
         if trained.method != "lora":
             raise ModelError(f"{folder}: of method {trained.method}; only LoRA is exported. {OTHERS[trained.method]}")
         adapter, files = read_adapter(trained), trained.base(base, trust)
+        way_out = f"Use --to merged{', and export that folder --to gguf' if to == 'gguf' else ''}."
+        refuse_whole(adapter, "this form holds A and B alone", way_out)
         if merged:
             trained.check(files, load_tokenizer(files), trust.other_base)
             if trained.quantization:

@@ -53,7 +53,7 @@ class Answer(NamedTuple):
 class Served:
     """A model with adapters by name, and the prompt format of each; formats[None] is the bare base's.
 
-    by_name: the adapters are LoRA's, of which a batch may mix several; else there is at most one, of another method.
+    by_name: the adapters are LoRA's, of which a batch may mix several; else there is at most one, which can't share a base.
     columns: values of the templates' columns for every prompt that has none of its own.
     """
 
@@ -195,9 +195,9 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
         ConfigError: no base is named.
         ModelError: several adapters that are not all LoRA, or one that was trained on another base.
     """
-    other = next((trained for trained in adapters.values() if trained.method != "lora"), None)
+    other = next((trained for trained in adapters.values() if trained.alone), None)
     if other and len(adapters) > 1:
-        problem = f"of method {other.method}; only LoRA adapters share a base. Give this one alone."
+        problem = f"{other.alone}; only LoRA adapters share a base. Give this one alone."
         raise ModelError(f"{other.folder}: {problem}")
     first = next(iter(adapters.values()), None)
     base_name = base_name or (first.base_name if first else None)

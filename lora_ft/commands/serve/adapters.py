@@ -72,8 +72,8 @@ def inside(folder: Path, given: str) -> Path:
 
 def _read(path: Path, served: Served) -> tuple[Trained, AdapterFile]:
     trained = Trained.open(path)
-    if trained.method != "lora":
-        raise ApiError(400, f"of method {trained.method}; only LoRA adapters share a base", "lora_path")
+    if trained.alone:
+        raise ApiError(400, f"{trained.alone}; only LoRA adapters share a base", "lora_path")
     trained.check(served.base, served.tokenizer, other_base=False)
     adapter = read_adapter(trained)
     known = shared_layers(served.model)

@@ -11,8 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
@@ -22,7 +21,9 @@ from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.multi import adapter_names, add_adapter
 from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Parts, differences, read_adapter
 from lora_ft.methods.lora.peft_config import CONFIG, file_rank, file_ranks
+from lora_ft.methods.lora.stacked import from_peft_matrices, to_peft_matrices, undivided_hint
 from lora_ft.methods.lora.targets import suffixes
+from lora_ft.methods.lora.whole import apply_whole, copy_whole, modules_to_save, refuse_whole, whole_tensors
 from lora_ft.methods.trained import Trained
 from lora_ft.model.tensor_file import read_header
 from lora_ft.nn.adapted import is_conv1d
@@ -52,6 +53,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         tensors[f"{PREFIX}{module}.lora_B.weight"] = B
         if isinstance(layer := layers.get(module), DoRALinear):
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.lengths().cpu()
+    tensors |= {f"{PREFIX}{name}": value.cpu().contiguous() for name, value in whole_tensors(model).items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -65,7 +67,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         "fan_in_fan_out": bool(plain) and all(is_conv1d(layer.base) for layer in plain),
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": modules_to_save(model) or None,
         "use_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
         "use_rslora": False,  # lora_alpha includes it
     }
@@ -83,7 +85,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
 def bytes_on_disk(model: nn.Module) -> int:
     """The bytes of the tensors that `save_adapter` writes, float32."""
     ranks = file_ranks(parts_record(model))
-    numbers = 0
+    numbers = sum(tensor.numel() for tensor in whole_tensors(model).values())
     for module, layer in lora_layers(model).items():
         numbers += ranks[module] * (layer.in_features + layer.out_features)
         numbers += layer.out_features if isinstance(layer, DoRALinear) else 0
@@ -139,6 +141,10 @@ def apply_adapter(
     """Put an adapter that has been read on `model`; see `load_adapter`."""
     if name is not None and trainable:
         raise ValueError("adapters by name are for inference: load the one to train without a name")
+    if name is not None:
+        refuse_whole(
+            adapter, "adapters by name share the base's modules", "Load it alone, without a name, or merge it."
+        )
     if lora_layers(model) or (name is None and adapter_names(model)):
         way_out = "load the base again, or merge the adapter, or load every adapter by name"
         raise ModelError(f"the model has an adapter already: {way_out}")
@@ -161,6 +167,7 @@ def apply_adapter(
     if name is None:
         for module, layer in layers.items():
             model.set_submodule(module, layer)
+        apply_whole(model, adapter, trainable)
     else:
         add_adapter(model, name, layers)
     return adapter
@@ -184,10 +191,11 @@ def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
         if (parts and (parts.rank, list(parts.rows.values())) != ours) or A.shape[0] < ours[0] * len(layer.rows):
             theirs = f"rank {parts.rank}, parts {', '.join(parts.rows)}" if parts else f"rank {A.shape[0]}"
             undivided = ALL_ROWS not in layer.rows and (not parts or ALL_ROWS in parts.rows)
-            way_out = _undivided_hint(module) if undivided else "Make rank and targets the same."
+            way_out = undivided_hint(module) if undivided else "Make rank and targets the same."
             ours_in_words = f"rank {layer.stored_rank}, parts {', '.join(layer.rows)}"
             raise ModelError(f"{path}: {module} has {theirs}; this run adapts it with {ours_in_words}. {way_out}")
     check_copies(model, adapter)
+    copy_whole(model, adapter)
     for module, (A, B) in adapter.tensors.items():
         layer = layers[module]
         from_peft_matrices(layer, A, B, path, module)
@@ -198,42 +206,6 @@ def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
             layer.copy_lengths(adapter.lengths[module])
         elif isinstance(layer, DoRALinear):
             layer.keep_lengths()
-
-
-def to_peft_matrices(layer: LoRALinear, R: int) -> tuple[Tensor, Tensor]:
-    """One A (R, in) and one B (out, R), float32 on the CPU, whose product B A is exactly the sum of the parts' products."""
-    A = torch.zeros(R, layer.in_features)
-    B = torch.zeros(layer.out_features, R)
-    for i, (part, rows) in enumerate(layer.rows.items()):
-        span = slice(i * layer.stored_rank, (i + 1) * layer.stored_rank)
-        A_part, B_part = (matrix.detach().float().cpu() for matrix in layer.pair(part))
-        A[span] = A_part
-        rows.of(B[:, span].T).copy_(B_part.T.unflatten(-1, (rows.blocks, rows.length)))
-    return A, B
-
-
-@torch.no_grad()
-def from_peft_matrices(layer: LoRALinear, A: Tensor, B: Tensor, path: Path, module: str) -> None:
-    """Copy A (R, in) and B (out, R) into the parts of a layer: the inverse of `to_peft_matrices`.
-
-    ModelError, with `path` and `module`, if A or B has nonzero values outside the parts' blocks.
-    """
-    rest_A, rest_B = A.clone(), B.clone()
-    for i, (part, rows) in enumerate(layer.rows.items()):
-        span = slice(i * layer.stored_rank, (i + 1) * layer.stored_rank)
-        layer.copy_pair(part, A[span], rows.of(B[:, span].T).flatten(-2).T)
-        rest_A[span] = 0
-        rows.of(rest_B[:, span].T).zero_()
-    for letter, rest in (("A", rest_A), ("B", rest_B)):
-        if rest.any():
-            key = f"{PREFIX}{module}.lora_{letter}.weight"
-            parts = f"rank {layer.stored_rank} of the parts {', '.join(layer.rows)}"
-            raise ModelError(f"{path}: {key} holds more than {parts}. {_undivided_hint(module)}")
-
-
-def _undivided_hint(module: str) -> str:
-    name = module.rpartition(".")[2]
-    return f"If the adapter has {name} as one module, so must this run: adapter.targets: [], adapter.modules: [{name}]."
 
 
 def target_modules(model: nn.Module) -> list[str]:

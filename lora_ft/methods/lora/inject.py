@@ -20,6 +20,7 @@ from lora_ft.nn.expert_names import PATH
 from lora_ft.nn.lora import LoRALinear
 from lora_ft.nn.pissa import PiSSALinear
 from lora_ft.nn.scaling import scaling
+from lora_ft.nn.whole import WholeModule
 
 SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles whose modules in a layer have the same input tensor
 
@@ -96,12 +97,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def merge(model: PreTrainedModel) -> dict[str, LoRALinear]:
-    """Replace each LoRA layer by a plain one with W + s B A, in place. Returns path -> removed layer, for `unmerge`.
+def merge(model: PreTrainedModel) -> dict[str, LoRALinear | WholeModule]:
+    """Replace each LoRA layer by a plain one with W + s B A, in place, and each module that was trained in full by that one.
 
-    A merged head is no longer tied to the embedding, which does not change; the config is updated accordingly.
+    Returns path -> removed layer, for `unmerge`. A merged head is no longer tied to the embedding, which does not change; the
+    config is updated accordingly.
     """
-    layers = lora_layers(model)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear | WholeModule)}
     if not layers:
         reason = "this model is merged already, was never adapted, or its adapters were loaded by name"
         raise ModelError(f"there are no LoRA layers to merge: {reason}; load the one to merge without a name")
@@ -112,7 +114,7 @@ def merge(model: PreTrainedModel) -> dict[str, LoRALinear]:
     return layers
 
 
-def unmerge(model: PreTrainedModel, layers: dict[str, LoRALinear]) -> None:
+def unmerge(model: PreTrainedModel, layers: dict[str, LoRALinear | WholeModule]) -> None:
     """Put back the layers that `merge` removed: the same objects, so outputs are the same to the bit."""
     for path, layer in layers.items():
         model.set_submodule(path, layer)
@@ -120,9 +122,11 @@ def unmerge(model: PreTrainedModel, layers: dict[str, LoRALinear]) -> None:
         set_tied(model, True)
 
 
-def ties_head(model: PreTrainedModel, layers: dict[str, LoRALinear]) -> bool:
-    """Whether one of the layers is a head whose weight is that of the input embedding."""
-    return any(layer.weight is model.get_input_embeddings().weight for layer in layers.values())
+def ties_head(model: PreTrainedModel, layers: dict[str, LoRALinear | WholeModule]) -> bool:
+    """Whether one of the layers is a head, or the input embedding, and the two have one weight."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    pair = [layer for layer in layers.values() if layer is head or layer is embedding]
+    return bool(pair) and head is not None and head.weight is embedding.weight
 
 
 def set_tied(model: PreTrainedModel, tied: bool) -> None:

@@ -45,7 +45,7 @@ def merge_adapter(
     """Write base + adapter as a plain model to `output` and verify it; after a failure or a kill there is no `output`.
 
     Dtypes, sharding, tokenizer and generation config stay. An adapter on a tied head unties it (with a message). Returns
-    modules, dtype, matrix_error, logits (a dict, or None), untied, bytes, seconds, peak_memory_mb.
+    modules, whole, dtype, matrix_error, logits (a dict, or None), untied, bytes, seconds, peak_memory_mb.
 
     Args:
         form: merge onto the base quantized like this, whose values are written in the stored dtypes; None: as it is stored.
@@ -71,10 +71,10 @@ def merge_adapter(
         shards = weight_files(source)
         keys = stored_keys(shards)
         stored = stored_names(model, keys)
-        edits, unties = plan_edits(model, stored, keys, adapter.tensors)
+        edits, unties = plan_edits(model, stored, keys, adapter.tensors, adapter.whole)
         onto = Onto.of(model, stored, form)
         if unties:
-            info("note: the adapter changes the tied head, so the merged model's head is no longer tied")
+            info("note: the adapter changes the tied head or embedding, so the merged model's head is no longer tied")
         check_stored_copies(model, adapter, shards, stored)
         storage.require_space(output.parent, space_needed(shards, edits))
         errors, dtypes = write_shards(shards, staged, edits, adapter, onto, progress)
@@ -90,6 +90,7 @@ def merge_adapter(
             shutil.rmtree(source.folder)
         report = {
             "modules": len(adapter.tensors),
+            "whole": sorted({name.rpartition(".")[0] for name in adapter.whole}),
             "onto": form,
             "dtype": ", ".join(sorted({str(d).removeprefix("torch.") for d in dtypes.values()})),
             "matrix_error": max(errors.values()),

@@ -16,6 +16,7 @@ from lora_ft.methods.lora.onto import Onto
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, source_of
 from lora_ft.methods.lora.verify import matrix_error, random_signs
+from lora_ft.methods.lora.whole import trained_value
 from lora_ft.model.files import INDEX, opened
 from lora_ft.model.stored import is_finite
 
@@ -78,7 +79,10 @@ def write_shards(
                     if not any(e.target == name for e in edited):
                         tensors[name] = D.to(W.dtype).contiguous()  # W is memory-mapped, not copied
                     for e in edited:
-                        if e.module is None:
+                        if e.trained:
+                            tensors[e.target] = rounded(W, e.trained, adapter, shard)
+                            dtypes[e.trained.rpartition(".")[0]] = W.dtype
+                        elif e.module is None:
                             tensors[e.target] = W.clone()
                         else:
                             part = ... if e.index is None else e.index
@@ -147,6 +151,17 @@ def _gain(adapter: AdapterFile, module: str, part: slice, norms: Tensor) -> Tens
         for rows in parts.rows.values():
             rows.of(adapted).fill_(True)
     return torch.where(adapted[part], adapter.lengths[module][part] / norms, 1.0)
+
+
+def rounded(W: Tensor, name: str, adapter: AdapterFile, shard: Path) -> Tensor:
+    """A tensor that was trained in full, in the dtype of W, which it replaces."""
+    result = trained_value(adapter, name).to(W.dtype)
+    if W.dtype not in DTYPES or result.shape != W.shape:
+        was, now = f"{W.dtype} {tuple(W.shape)}", f"the adapter's {name} {tuple(result.shape)}"
+        raise ModelError(f"{shard}: {now} can't replace {was}.")
+    if not is_finite(result):
+        raise ModelError(f"{shard}: the adapter's {name} is too large for {W.dtype}. Merge into a float32 base.")
+    return result.contiguous()
 
 
 def finite(file: safe_open, name: str, shard: Path) -> Tensor:

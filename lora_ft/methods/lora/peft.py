@@ -19,7 +19,16 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD
 from lora_ft.methods.lora.experts import unpacked
-from lora_ft.methods.lora.peft_config import CONFIG, KEY, LENGTHS, PREFIX, WEIGHTS, by_pattern, check_config
+from lora_ft.methods.lora.peft_config import (
+    CONFIG,
+    KEY,
+    LENGTHS,
+    PREFIX,
+    WEIGHTS,
+    by_pattern,
+    check_config,
+    is_saved_whole,
+)
 from lora_ft.methods.trained import Trained
 from lora_ft.model.stored import is_finite
 from lora_ft.nn.expert_names import parameter_of
@@ -52,6 +61,7 @@ class AdapterFile:
     parts: dict[str, Parts]  # module path -> its parts; empty for another tool's adapter
     copies: dict[str, Tensor]  # name -> base weight that PEFT saved with an adapted head; must equal the base's
     stored_lengths: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)  # name -> weight of a module that was trained in full
 
     @property
     def folder(self) -> Path:
@@ -101,6 +111,8 @@ def read_adapter(trained: Trained) -> AdapterFile:
     check_config(config_path, config)
     stored, lengths, copies = _sort(weights, storage.read_tensors(weights))
     _check_lengths(weights, config.get("use_dora") is True, stored, lengths)
+    saved = config.get("modules_to_save")
+    whole = {name: copies.pop(name) for name in [*copies] if is_saved_whole(name.rpartition(".")[0], saved)}
 
     def rank_of(parameter: str) -> int:
         return by_pattern(config_path, config.get("rank_pattern"), parameter, config["r"])
@@ -117,7 +129,7 @@ def read_adapter(trained: Trained) -> AdapterFile:
             )
         scalings[module] = scaling(rank, alpha, config.get("use_rslora") is True)
     parts = _read_parts(folder / RECORD, record, stored, scalings)
-    return AdapterFile(trained, stored, scalings, parts, copies, lengths)
+    return AdapterFile(trained, stored, scalings, parts, copies, lengths, whole)
 
 
 def _sort(

@@ -22,7 +22,6 @@ LENGTHS = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector")  # DoRA'
 
 # Settings that change what the tensors compute. When off they are null, false, empty or absent.
 REFUSED = {
-    "modules_to_save": "fully trained modules (modules_to_save)",
     "trainable_token_indices": "trained embedding rows (trainable_token_indices)",
     "lora_bias": "trained biases (lora_bias)",
     "layer_replication": "replicated layers (layer_replication)",
@@ -64,7 +63,7 @@ KNOWN = {  # all others of PEFT 0.21; the last line: of earlier versions
         "ensure_weight_tying",
     ),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("megatron_config", "megatron_core", "qalora_group_size", *REFUSED),
+    *("modules_to_save", "megatron_config", "megatron_core", "qalora_group_size", *REFUSED),
     *("runtime_config", "merge_weights"),
 }
 # These only initialize A and B; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also change W.
@@ -120,6 +119,9 @@ def check_config(path: Path, config: dict) -> None:
     for key in ("use_rslora", "use_dora"):
         if not isinstance(config.get(key), bool | None):
             raise ModelError(f"{path}: {key} is {config[key]!r:.40}; it must be true or false.")
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):
+        raise ModelError(f"{path}: modules_to_save must be a list of names.")
     _check_unknown(path, {key: config[key] for key in sorted(config.keys() - KNOWN) if config[key]})
 
 
@@ -222,6 +224,11 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
     except (regex.error, RecursionError, TimeoutError) as e:
         where = "target_modules, exclude_modules or layers_pattern"
         raise ModelError(f"{CONFIG}: a pattern of {where} is invalid: {e}.") from e
+
+
+def is_saved_whole(name: str, modules_to_save: list[str] | None) -> bool:
+    """Whether PEFT trains the module of this name in full: it compares the ends, whole words or not (its `_set_trainable`)."""
+    return name.endswith(tuple(modules_to_save or ()))
 
 
 def _named(patterns: str | list[str], name: str) -> bool:

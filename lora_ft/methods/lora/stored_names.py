@@ -21,9 +21,10 @@ from lora_ft.nn.expert_names import PATH, parameter_of
 
 @dataclass(frozen=True)
 class Edit:
-    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or a copy if module is None.
+    """A tensor to write: `target` is `source` with the adapter of `module` merged into it, or what was trained, or a copy.
 
     index: in a source that holds all experts, the edited one. rows: those of the module's outputs in the source; None: all.
+    trained: the name in memory of a tensor that the adapter has in full.
     """
 
     source: str
@@ -32,6 +33,7 @@ class Edit:
     transposed: bool = False  # whether the file has (in, out) instead of (out, in)
     index: int | None = None
     rows: Tensor | None = None
+    trained: str | None = None
 
 
 def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -62,33 +64,39 @@ def source_of(model: PreTrainedModel, stored: dict[str, str], name: str) -> str 
 
 
 def plan_edits(
-    model: PreTrainedModel, stored: dict[str, str], keys: Iterable[str], modules: Iterable[str]
+    model: PreTrainedModel,
+    stored: dict[str, str],
+    keys: Iterable[str],
+    modules: Iterable[str],
+    whole: Iterable[str] = (),
 ) -> tuple[list[Edit], bool]:
-    """The tensors to write for adapters on `modules`, and whether this unties the head from the embedding.
+    """The tensors to write, and whether this unties the head from the embedding.
 
-    keys: the names in the files. stored: see `stored_names`.
+    keys: the names in the files. stored: see `stored_names`. modules: that have A and B. whole: names of tensors that were
+    trained in full.
     """
-    edits, absent, unties = [], [], False
     modules = list(modules)
-    for module in modules:
-        if PATH.fullmatch(module):
-            continue
-        name, conv = f"{module}.weight", isinstance(model.get_submodule(module), Conv1D)
+    of_experts = expert_edits(model, [module for module in modules if PATH.fullmatch(module)])
+    edits, copies, unties = of_experts, [], False
+    absent = sorted({e.source for e in of_experts} - set(keys))
+    adapted = {f"{module}.weight": module for module in modules if not PATH.fullmatch(module)}
+    for name in (*adapted, *whole):
+        module = adapted.get(name)
+        conv = module is not None and isinstance(model.get_submodule(module), Conv1D)
         source, tied_to = source_of(model, stored, name), partners(model, name)
         unties |= bool(tied_to)
         if source is None:
             absent.append(name)
             continue
-        edits.append(Edit(source, stored.get(name) or name_on_disk(model, name), module, conv))
-        if name in stored:  # if only the head's name is on disk, the embedding now needs its own tensor
-            edits += [Edit(source, name_on_disk(model, p), None) for p in tied_to if p not in stored]
-    of_experts = expert_edits(model, [module for module in modules if PATH.fullmatch(module)])
-    edits += of_experts
-    absent += sorted({e.source for e in of_experts} - set(keys))
+        target = stored.get(name) or name_on_disk(model, name)
+        trained = name if module is None else None
+        edits.append(Edit(source, target, module, conv, trained=trained))
+        if name in stored:  # if only one of head and embedding is on disk, the other now needs its own tensor
+            copies += [Edit(source, name_on_disk(model, p), None) for p in tied_to if p not in stored]
     if absent:
         problem = "this architecture stores them in another layout, so the adapter can't be merged on disk."
         raise ModelError(f"the base's files have no separate tensor for {listed(absent)}: {problem}")
-    return edits, unties
+    return edits + [copy for copy in copies if all(edit.target != copy.target for edit in edits)], unties
 
 
 def expert_edits(model: PreTrainedModel, modules: Iterable[str]) -> list[Edit]:

@@ -12,7 +12,7 @@ from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.core.messages import listed
 from lora_ft.methods.lora.experts import unpack
 from lora_ft.methods.lora.roles import Architecture, architecture_of
-from lora_ft.nn.adapted import AdaptedLayer, place
+from lora_ft.nn.adapted import AdaptedModule, place
 from lora_ft.nn.experts import UnpackedExperts, is_packed
 from lora_ft.nn.lora import ALL_ROWS, RowBlocks
 
@@ -30,7 +30,7 @@ def find_targets(
         modules: exact paths or dotted suffixes of linear modules.
         layers: adapt only modules in these layers (the first is 0), and those outside all layers, such as lm_head.
     """
-    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+    if any(isinstance(module, AdaptedModule) for module in model.modules()):
         raise ModelError(
             "this model has adapter layers already: merge them, or load the base again, before adapting it"
         )

@@ -16,6 +16,7 @@ from lora_ft.nn.adapted import bare, out_in, with_weight
 from lora_ft.nn.forms import Form
 from lora_ft.nn.lora import LoRALinear
 from lora_ft.nn.quantized import QuantizedLinear
+from lora_ft.nn.whole import WholeModule
 
 SENTENCES = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -124,9 +125,9 @@ def compare_logits(
 
 
 def merging(model: PreTrainedModel) -> list[str]:
-    """The modules whose weights a merge changes: LoRA layers, and quantized ones, which become plain."""
+    """The modules whose weights a merge changes: LoRA layers, those trained in full, and quantized ones, which become plain."""
     bases = {id(m.base) for m in model.modules() if isinstance(m, LoRALinear)}
-    kinds = (LoRALinear, QuantizedLinear)
+    kinds = (LoRALinear, WholeModule, QuantizedLinear)
     return [path for path, m in model.named_modules() if isinstance(m, kinds) and id(m) not in bases]
 
 
@@ -134,8 +135,10 @@ def merge_rounded(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> 
     """Merge a model's LoRA layers and make its quantized ones plain, in place, each weight rounded to its module's dtype."""
     for name, dtype in dtypes.items():  # one by one: each layer's weight goes as the next is made
         layer = model.get_submodule(name)
-        plain = layer.merged() if isinstance(layer, LoRALinear) else with_weight(layer, out_in(layer))
-        plain.weight.data = plain.weight.data.to(dtype).to(plain.weight.dtype)
+        merges = isinstance(layer, LoRALinear | WholeModule)
+        plain = layer.merged() if merges else with_weight(layer, out_in(layer))
+        for parameter in plain.parameters() if isinstance(layer, WholeModule) else [plain.weight]:
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
         model.set_submodule(name, plain)
 
 
