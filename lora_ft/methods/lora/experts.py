@@ -38,7 +38,7 @@ def unpack_for(model: nn.Module, modules: Iterable[str]) -> None:
     unpack(model, [path for path, module in model.named_modules() if path in adapted and is_packed(module)])
 
 
-def check_whole(model: nn.Module, modules: Iterable[str]) -> None:
+def require_all(model: nn.Module, modules: Iterable[str]) -> None:
     """Raise ModelError unless an adapted parameter is adapted for all experts."""
     adapted = set(modules)
     for path, mixture in model.named_modules():

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_ft.core.errors import ConfigError, ModelError
-from lora_ft.methods.lora.experts import check_whole
+from lora_ft.methods.lora.experts import require_all
 from lora_ft.methods.lora.targets import find_targets, unpack_targets
 from lora_ft.methods.lora.words import by_module, without
 from lora_ft.nn.dora import DoRALinear
@@ -63,7 +63,7 @@ def inject_lora(
         raise ValueError(f"rank {rank} must be at least 1, dropout {dropout} at least 0 and below 1")
     unpack_targets(model, targets, layers)
     adapted = without(find_targets(model, targets, modules, layers), exclude)
-    check_whole(model, adapted)
+    require_all(model, adapted)
     if dora and any(map(PATH.fullmatch, adapted)):
         raise ConfigError("adapter.dora: PEFT's format has no DoRA on experts. Leave it out, or adapt attention alone.")
     ranks = by_module("adapter.rank_pattern", rank_pattern, adapted, rank)
