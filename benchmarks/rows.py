@@ -190,8 +190,8 @@ def floor(model: PreTrainedModel, plan: StepPlan, steps: int) -> tuple[list[floa
         products = []
         for micro in plan[step]["micro"]:
             calls.clear()
-            row = {k: v.to(model.device) for k, v in micro.items() if k != "lengths"}
-            with isolation.row(model, micro["lengths"]):
+            row = {k: v.to(model.device) for k, v in micro.items() if isinstance(v, torch.Tensor)}
+            with isolation.row(model, micro["segments"]):
                 supervised_loss(model, **row)
             joined: dict[int, tuple[torch.Tensor, int, bool]] = {}  # the head's chunks as one product
             for W, n, grad in calls:

@@ -193,6 +193,17 @@ def _adapter_rules(config: Config) -> Iterator[Broken]:
     if method == "full" and config.trainer.fsdp:
         message = "shards a frozen base, but full trains it; remove fsdp, or use method lora, bottleneck or prompt"
         yield "trainer.fsdp", "adapter.method", message
+    if adapter.init == "pissa" and adapter.dora:
+        yield (
+            "adapter.dora",
+            "adapter.init",
+            "starts from whole weights, pissa from their principal part; remove one of them",
+        )
+    if adapter.init == "pissa" and adapter.init_from:
+        yield "adapter.init", "adapter.init_from", "both say what to start from; remove one of them"
+    if config.trainer.fsdp and (adapter.dora or adapter.init == "pissa"):
+        own = "adapter.dora" if adapter.dora else "adapter.init"
+        yield own, "trainer.fsdp", "needs whole weights, and fsdp has parts of them; remove one of the two"
     if method == "lora" and not adapter.targets and not adapter.modules:
         yield "adapter.targets", "adapter.modules", "nothing would be trained; add a role, or set adapter.modules"
 

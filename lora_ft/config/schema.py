@@ -40,6 +40,10 @@ class AdapterConfig(Section):
     )
     alpha_pattern: types.Alphas = setting({}, "other alphas, as rank_pattern", methods="lora")
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead", methods="lora")
+    init: Literal["kaiming", "pissa"] = setting(
+        "kaiming", "what A and B start as: random and zero, or the principal part of W (PiSSA)", methods="lora"
+    )
+    dora: bool = setting(False, "train the length of each row of W too (DoRA)", methods="lora")
     dropout: float = setting(0.0, "dropout probability of the adapter's input", ge=0, lt=1, methods="lora")
     targets: types.Targets = setting(
         ("q", "v"),

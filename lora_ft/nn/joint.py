@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.nn.adapted import AdaptedLayer
+from lora_ft.nn.dora import DoRALinear
 from lora_ft.nn.lora import LoRALinear, add_updates
 
 
@@ -67,7 +68,7 @@ class JointLoRALinear(AdaptedLayer):
         self.runs = runs
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (1, tokens, in) -> (1, tokens, out), each run's update in the tokens of its part."""
+        """x (1, tokens, in) -> (1, tokens, out), each run's update, and DoRA's lengths, in the tokens of its part."""
         updates = []
         for run, tokens, drawing in _parts:
             if layer := self.runs.get(run):
@@ -76,7 +77,11 @@ class JointLoRALinear(AdaptedLayer):
                     with drawing(layer.dropout):
                         mask = layer.dropout.mask(x, tokens)
                 updates.append(layer.update(mask, tokens))
-        return add_updates(self, x, updates) if updates else self.base(x)
+        y = add_updates(self, x, updates) if updates else self.base(x)
+        if not any(isinstance(self.runs.get(part.run), DoRALinear) for part in _parts):
+            return y
+        layers = [(self.runs.get(run), y[..., tokens, :]) for run, tokens, _ in _parts]
+        return torch.cat([layer.stretched(own) if isinstance(layer, DoRALinear) else own for layer, own in layers], -2)
 
 
 class _BaseDropout(TorchFunctionMode):

@@ -12,7 +12,6 @@ rows of the output. A plain projection has one part that covers all rows.
 """
 
 import math
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.nn.adapted import AdaptedLayer, out_in, place, with_weight
+from lora_ft.nn.dropout import InputDropout
 from lora_ft.nn.quantized import computing_dtype
 
 ALL_ROWS = "all"  # the name of the part of a module that is adapted as one
@@ -82,6 +82,20 @@ class LoRALinear(AdaptedLayer):
         for A in self.lora_A.values():
             draw_(A, generator)
 
+    @property
+    def stored_rank(self) -> int:
+        """The rank of the pairs, as they are stored."""
+        return self.rank
+
+    def pair(self, part: str) -> tuple[Tensor, Tensor]:
+        """The two matrices whose product, times s, is added in the rows of a part; here A and B."""
+        return self.lora_A[part], self.lora_B[part]
+
+    def copy_pair(self, part: str, A: Tensor, B: Tensor) -> None:
+        """Take the matrices of a part from its pair."""
+        self.lora_A[part].copy_(A)
+        self.lora_B[part].copy_(B)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> W x + b + s B A x (..., out), in the dtype of x (or of autocast)."""
         if not self.enabled:
@@ -91,26 +105,30 @@ class LoRALinear(AdaptedLayer):
 
     def update(self, mask: Tensor | None = None, tokens: slice = slice(None)) -> "Update":
         """What this layer adds to `tokens`; mask: dropout's, in the shape of their inputs."""
-        A = [self.lora_A[part] for part in self.rows]
-        B = [self.lora_B[part] for part in self.rows]
+        A, B = zip(*map(self.pair, self.rows), strict=True)
         s = self.scaling
         if mask is not None and self.dropout is not None:
             mask, s = mask.reshape(-1, self.in_features), s / (1 - self.dropout.p)
-        return Update(tokens, s, tuple(self.rows.values()), mask, torch.cat(A) if len(A) > 1 else A[0], B)
+        return Update(tokens, s, tuple(self.rows.values()), mask, torch.cat(A) if len(A) > 1 else A[0], list(B))
 
     @torch.no_grad()
     def delta(self) -> Tensor:
         """s B A (out, in), float32; zero outside the parts' rows."""
         change = torch.zeros(self.out_features, self.in_features, device=place(self.base)[1])
         for part, rows in self.rows.items():
-            BA = self.scaling * (self.lora_B[part].float() @ self.lora_A[part].float())
+            A, B = self.pair(part)
+            BA = self.scaling * (B.float() @ A.float())
             rows.of(change.T).copy_(BA.T.unflatten(-1, (rows.blocks, rows.length)))
         return change
 
     @torch.no_grad()
+    def adapted_weight(self) -> Tensor:
+        """W + s B A (out, in), float32."""
+        return out_in(self.base).float() + self.delta()
+
     def merged(self) -> nn.Linear | Conv1D:
         """A layer of the base's class with W + s B A, added in float32 and rounded once to the base's dtype."""
-        weight = (out_in(self.base).float() + self.delta()).to(place(self.base)[0])
+        weight = self.adapted_weight().to(place(self.base)[0])
         return with_weight(self.base, weight).train(self.training)
 
     def extra_repr(self) -> str:
@@ -204,30 +222,6 @@ def _each(where, tensors):
         m, A, *Bs = tensors[start : start + 2 + len(update[2])]
         start += 2 + len(Bs)
         yield update, m, A, Bs
-
-
-class InputDropout:
-    """Dropout on the input of A, with one mask for all layers that read the same tensor.
-
-    q, k and v of a layer read one x, as do gate and up: these `readers` share this object. (PEFT draws a mask for each; the
-    expectation is the same.) p: the probability of dropping an element.
-    """
-
-    def __init__(self, p: float):
-        self.p, self.readers, self._left = p, 0, 0
-        self._x: weakref.ref[Tensor] | None = None
-        self._mask: Tensor | None = None
-
-    def mask(self, x: Tensor, tokens: slice = slice(None)) -> Tensor:
-        """A mask of x (..., tokens, in) or some of its tokens, True (keep) with probability 1 - p; one for all readers of x."""
-        if self._mask is None or self._x is None or self._x() is not x:
-            self._x, self._left = weakref.ref(x), self.readers
-            self._mask = torch.rand_like(x[..., tokens, :], dtype=torch.float32) >= self.p
-        mask = self._mask
-        self._left -= 1
-        if self._left == 0:  # every reader has it: free its memory before the next step
-            self._x = self._mask = None
-        return mask
 
 
 @torch.no_grad()

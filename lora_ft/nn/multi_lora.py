@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.nn.adapted import AdaptedLayer, place
+from lora_ft.nn.dora import DoRALinear
 from lora_ft.nn.lora import LoRALinear, RowBlocks
 
 
@@ -68,18 +69,28 @@ class Group(NamedTuple):
 
     output: RowBlocks  # the rows of the output
     At: Tensor  # (adapters, in, rank), zero-padded to the largest rank
-    sBt: Tensor  # (adapters, rank, rows of the output)
+    sBt: Tensor  # (adapters, rank, rows of the output); with DoRA's gain
+    stretch: Tensor | None  # (adapters, blocks, length) DoRA's gain - 1; None if no adapter is DoRA's
+    bias: Tensor | None  # the base's (out,)
     # (adapters * n,) batch rows by adapter, where n is the most rows of one; one with fewer has its first row repeated
     slots: Tensor
     served: Tensor  # (m,) the batch rows that one of the adapters serves
     slot: Tensor  # (m,) the position of each of these in `slots`
 
     def add_(self, y: Tensor, x: Tensor) -> None:
-        """y_i[output] += s_a B_a A_a x_i in place; y: (batch, tokens, out), x: (batch, tokens, in)."""
+        """y_i[output] += s_a B_a A_a x_i in place; y: (batch, tokens, out), x: (batch, tokens, in).
+
+        With DoRA y_i - b is multiplied by the gain, and so is what is added.
+        """
         X = x[self.slots].reshape(len(self.At), -1, x.shape[-1])  # (adapters, n * tokens, in)
         update = torch.bmm(torch.bmm(X, self.At), self.sBt)  # (adapters, n * tokens, rows of the output)
         update = update.view(len(self.slots), x.shape[1], self.output.blocks, self.output.length)
-        self.output.of(y).index_add_(0, self.served, update[self.slot].to(y.dtype))
+        own = self.output.of(y)
+        if self.stretch is not None:
+            without_bias = own[self.served] - (0 if self.bias is None else self.output.of(self.bias))
+            stretch = self.stretch[self.slot // (len(self.slots) // len(self.At))]
+            own.index_add_(0, self.served, (without_bias * stretch[:, None]).to(y.dtype))
+        own.index_add_(0, self.served, update[self.slot].to(y.dtype))
 
 
 def groups(adapters: dict[str, LoRALinear], names: Sequence[str | None]) -> list[Group]:
@@ -108,12 +119,19 @@ def group(
     dtype, device = place(layers[0].base)
     At = torch.zeros(len(layers), layers[0].in_features, rank, dtype=dtype, device=device)
     sBt = torch.zeros(len(layers), rank, output.size, dtype=dtype, device=device)
+    stretch = torch.zeros(len(layers), output.blocks, output.length, device=device)
     for i, (layer, part) in enumerate(zip(layers, parts.values(), strict=True)):
         At[i, :, : layer.rank] = layer.lora_A[part].T
         sBt[i, : layer.rank] = layer.scaling * layer.lora_B[part].T
+        if isinstance(layer, DoRALinear):
+            gain = output.of(layer.gain())
+            sBt[i, : layer.rank] *= gain.flatten()
+            stretch[i] = gain - 1
     rows = [members[name] for name in parts]
     n = max(map(len, rows))
     slots = [i for own in rows for i in own + own[:1] * (n - len(own))]
     served = [i for own in rows for i in own]
     slot = [a * n + j for a, own in enumerate(rows) for j in range(len(own))]
-    return Group(output, At, sBt, *(torch.tensor(i, device=device) for i in (slots, served, slot)))
+    any_dora = any(isinstance(layer, DoRALinear) for layer in layers)
+    indices = (torch.tensor(i, device=device) for i in (slots, served, slot))
+    return Group(output, At, sBt, stretch if any_dora else None, layers[0].bias, *indices)

@@ -8,7 +8,7 @@ does depends on no other, and each can be stopped and resumed like any run.
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lora_ft.core import messages
-from lora_ft.core.errors import UserError
+from lora_ft.core.errors import ConfigError, UserError
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.data.batches import Shard, Step
 from lora_ft.model.files import Base
@@ -135,7 +135,11 @@ class Together:
         if waiting:
             assert self._base is not None
             models = {run.number: self._models[run.number] for run in waiting}
-            self._joint = JointModel(self._base, models, row_tokens, checkpointing)
+            try:
+                self._joint = JointModel(self._base, models, row_tokens, checkpointing)
+            except ConfigError:
+                self._abandon(waiting)
+                raise
         steps = self._advance(dict.fromkeys(waiting))
         with tqdm(total=self._steps, desc="training", bar_format=BAR, disable=None) as bar:
             while steps:
@@ -150,14 +154,18 @@ class Together:
         for run in runs:
             self._switch(run, None)
             if run.error:
-                for other in waiting:
-                    self._switch(other, Abandoned())
+                self._abandon(waiting)
                 if isinstance(run.error, UserError):
                     run.error.args = (f"{run.name}: {run.error}",)
                 raise run.error
             if not run.coroutine.dead:
                 waiting.append(run)
         return waiting
+
+    def _abandon(self, runs: Iterable[Run]) -> None:
+        """End runs that wait for others with which they can't be trained; they let go of their outputs."""
+        for run in runs:
+            self._switch(run, Abandoned())
 
     def _advance(self, answers: dict[Run, Any]) -> dict[Run, RunStep]:
         """Give each run what it waits for; the steps that those still training wait for next."""

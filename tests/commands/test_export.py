@@ -243,6 +243,17 @@ def test_peft_finds_a_local_base_and_an_export_does_not_show_its_folder(tmp_path
 
 
 @pytest.mark.parametrize("to", ["peft", "gguf"])
+def test_dora_is_refused_with_the_way_out(tmp_path, to):
+    base = write_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    inject_lora(model, rank=2, dora=True)
+    (tmp_path / "ours").mkdir()
+    save_adapter(model, tmp_path / "ours", str(base))
+    with pytest.raises(ModelError, match="ours: uses DoRA, .*Merge it"):
+        export_command(tmp_path / "ours", to, output=tmp_path / "x", base=str(base))
+
+
+@pytest.mark.parametrize("to", ["peft", "gguf"])
 @pytest.mark.parametrize(
     "config, word", [({"peft_type": "PROMPT_TUNING"}, "PEFT loads the folder"), ({"method": "bottleneck"}, "eval")]
 )

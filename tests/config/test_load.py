@@ -324,6 +324,23 @@ def test_modules_alone_are_enough(load):
     assert load(GOOD + "adapter: {targets: [], modules: [lm_head]}\n").adapter.targets == ()
 
 
+@pytest.mark.parametrize(
+    "more, word",
+    [
+        (
+            "adapter: {init: pissa, dora: true}",
+            "adapter.dora: starts from whole weights, pissa from their principal part",
+        ),
+        ("adapter: {init: pissa, init_from: a}", "adapter.init: both say what to start from"),
+        ("adapter: {init: pissa}\ntrainer: {fsdp: true}", "trainer.fsdp needs whole weights"),
+        ("adapter: {dora: true}\ntrainer: {fsdp: true}", "trainer.fsdp needs whole weights"),
+    ],
+)
+def test_what_dora_and_pissa_exclude(wrong, more, word):
+    (line,) = wrong(f"{GOOD}{more}\n")
+    assert all(part in line for part in word.split("trainer.fsdp "))
+
+
 def test_set_takes_text_literally(load):
     text = "[1] {sentence}: # null"
     assert load(GOOD, f"data.prompt={text}").data.prompt == text

@@ -137,7 +137,7 @@ def test_a_manifest_that_leads_outside(folder, name):
         ({"lora_alpha": float("nan")}, ["lora_alpha"]),
         ({"lora_alpha": float("inf")}, ["lora_alpha"]),
         ({"peft_type": "IA3"}, ["IA3"]),
-        ({"use_dora": True}, ["DoRA"]),
+        ({"use_dora": "yes"}, ["use_dora"]),
     ],
 )
 def test_adapter_configs(peft, change, words):

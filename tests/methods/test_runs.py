@@ -11,10 +11,12 @@ from accelerate.state import AcceleratorState
 
 from lora_ft.commands.check.command import check
 from lora_ft.commands.evaluate import evaluate_command
+from lora_ft.commands.export.command import export_command
 from lora_ft.commands.generate.chat import escape
 from lora_ft.commands.generate.command import generate_command
+from lora_ft.commands.inspect.command import inspect_command
 from lora_ft.commands.merge import merge_command
-from lora_ft.commands.train import train
+from lora_ft.commands.train import train, train_together
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, ModelError, UserError
 from lora_ft.core.signals import Stopped
@@ -165,6 +167,34 @@ def test_check_counts_what_will_train(ran, capsys, monkeypatch):
     check(load_config("config.yaml", ["output=another"]), as_json=True)
     record = json.loads((folder / "out/lora_ft.json").read_text())
     assert json.loads(capsys.readouterr().out)["trainable_parameters"] == record["trainable_parameters"]
+
+
+def test_experts_are_trained_resumed_merged_and_refused_where_they_have_no_place(tmp_path, monkeypatch, capsys):
+    config = CONFIG.replace("{rank: 4, alpha: 8}", "{rank: 2, targets: [q, mlp], dropout: 0.1}")
+    write_run(tmp_path, "mixtral", config.replace("num_train_epochs: 2", "max_steps: 4, save_steps: 2, eval_steps: 2"))
+    monkeypatch.chdir(tmp_path)
+    train(load_config("config.yaml", ["output=whole"]))
+    train(load_config("config.yaml", ["output=out"]), until=2)
+    train(load_config("config.yaml", ["output=out"]), resume=True)
+    name = "adapter_model.safetensors"
+    assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+    merge_command(Path("out"))
+    losses = []
+    for folder, what in (("out", "adapter"), ("out-merged", "model")):
+        capsys.readouterr()
+        evaluate_command([Path(folder)], as_json=True, again=True)
+        losses.append(json.loads(capsys.readouterr().out)[what]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    with pytest.raises(ModelError, match="adapts experts, .*Merge it"):
+        export_command(Path("out"), "peft", output=Path("x"))
+    with pytest.raises(ModelError, match="parameters of experts .*inspect does not read"):
+        inspect_command([Path("out")])
+    configs = {name: load_config("config.yaml", [f"output={name}"]) for name in ("a", "b")}
+    with pytest.raises(ConfigError, match="runs that adapt experts can't be trained together"):
+        train_together(configs)
+    train(configs["a"])  # they have let go of their outputs
+    with pytest.raises(ConfigError, match="adapter.dora: .* no DoRA on experts"):
+        train(load_config("config.yaml", ["adapter.dora=true", "output=c"]))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.nn import adapted, lora
-from lora_ft.nn.lora import ALL_ROWS, InputDropout, LoRALinear, RowBlocks
+from lora_ft.nn.dropout import InputDropout
+from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 from lora_ft.nn.scaling import scaling
 
 IN, OUT, RANK = 10, 24, 3

@@ -24,10 +24,14 @@ from tests.helpers.tiny import python
 from tests.methods.test_methods import SETTINGS, TOKENIZER
 
 ROOT = Path(__file__).parents[2]
-LORA = AdapterConfig(rank=2, targets=["all"], dropout=0.1)
+LORA = {
+    kind: AdapterConfig(rank=2, targets=["all"], dropout=0.1, **settings)
+    for kind, settings in {"lora": {}, "dora": {"dora": True}, "pissa": {"init": "pissa"}}.items()
+}
 # gemma2: soft-capping and windows; gpt_neox: fused slices; gptj, bloom: the mask of a row
 CASES = [(method, family) for method in METHODS for family in ("llama", "gpt2")] + [
-    ("lora", family) for family in ("gemma2", "gpt_neox", "gptj", "bloom")
+    *(("lora", family) for family in ("gemma2", "gpt_neox", "gptj", "bloom")),
+    *((kind, family) for kind in ("dora", "pissa") for family in ("llama", "gpt2")),
 ]
 
 
@@ -58,7 +62,7 @@ def one_step(method: str, family: str) -> None:
     isolation = Isolation.ATTENTION if family not in ("gptj", "bloom") else Isolation.MASK
     examples = [{"input_ids": [*range(10, 30), i], "labels": [*range(10, 30), i]} for i in range(3)]
     model = build(AutoConfig.for_model(model_type, **COMMON | settings), "meta")
-    METHODS[method].inject(model, SETTINGS.get(method, LORA), 0, TOKENIZER)
+    METHODS["lora" if method in LORA else method].inject(model, LORA.get(method) or SETTINGS[method], 0, TOKENIZER)
     prefix = virtual_ids(model)
     examples = [{"input_ids": prefix + e["input_ids"], "labels": [-100] * len(prefix) + e["labels"]} for e in examples]
     micro = micro_batch(examples, share=family != "bloom")

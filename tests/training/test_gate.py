@@ -1,17 +1,21 @@
 """The gate: on every family a flat padding-free step has the gradients of a plain padded PEFT step, to 1e-5 in float32."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_ft.data.batches import micro_batch
+from lora_ft.methods.lora.experts import packed, unpacked
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
+from lora_ft.methods.lora.stacked import to_peft_matrices
 from lora_ft.model.load import fuse_gelu
 from lora_ft.model.quantize import quantize
 from lora_ft.nn.adapted import with_weight
 from lora_ft.nn.attention import Isolation, shares
+from lora_ft.nn.expert_names import parameter_of
 from lora_ft.nn.loss import supervised_loss
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.nn.quantized import Form, QuantizedLinear
@@ -40,24 +44,28 @@ def sharing() -> list[dict]:
     return rows
 
 
-def peft_twin(family: str, ours) -> torch.nn.Module:
-    """PEFT on the same base with the same weights; where ours adapts slices, one block-structured A and B."""
+def peft_twin(family: str, ours) -> tuple[torch.nn.Module, dict[str, int], list[str]]:
+    """PEFT on the same base with the same weights, its ranks by module or parameter, and its target_parameters.
+
+    Where ours adapts slices, it has one block-structured A and B.
+    """
     layers = lora_layers(ours)
-    ranks = {path: RANK * len(layer.rows) for path, layer in layers.items()}
-    alphas = {path: SCALING * rank for path, rank in ranks.items()}
+    pairs = {path: to_peft_matrices(layer, RANK * len(layer.rows)) for path, layer in layers.items()}
+    ranks = {parameter_of(path): len(A) for path, (A, _) in pairs.items()}
+    pairs, parameters = packed(pairs)
+    alphas = {name: SCALING * rank for name, rank in ranks.items()}
+    modules = [path for path in pairs if path in layers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out for Conv1D itself, and says so
-        config = LoraConfig(r=RANK, target_modules=list(layers), rank_pattern=ranks, alpha_pattern=alphas)
+        config = LoraConfig(
+            r=RANK, target_modules=modules, target_parameters=parameters, rank_pattern=ranks, alpha_pattern=alphas
+        )
         theirs = get_peft_model(tiny_model(family), config).eval()
-    for path, layer in layers.items():
+    for path, (A, B) in pairs.items():
         module = theirs.base_model.model.get_submodule(path)
-        A, B = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
-        A.copy_(torch.cat(list(layer.lora_A.values())))
-        B.zero_()
-        for n, (part, rows) in enumerate(layer.rows.items()):
-            columns = B[:, n * RANK : (n + 1) * RANK]
-            rows.of(columns.T).copy_(layer.lora_B[part].data.T.unflatten(-1, (rows.blocks, rows.length)))
-    return theirs
+        module.lora_A["default"].weight.data.copy_(A)
+        module.lora_B["default"].weight.data.copy_(B)
+    return theirs, ranks, parameters
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,13 +73,12 @@ def peft_twin(family: str, ours) -> torch.nn.Module:
 def test_gradients_equal_a_plain_padded_peft_step(family, examples):
     ours = tiny_model(family)
     fuse_gelu(ours)  # as when it is loaded
-    experts = any(p.dim() == 3 for p in ours.parameters())
-    inject_lora(ours, ["attention"] if experts else ["all"], RANK, alpha=RANK * SCALING, seed=0)
+    inject_lora(ours, ["all"], RANK, alpha=RANK * SCALING, seed=0)
     generator = torch.Generator().manual_seed(0)
     for layer in lora_layers(ours).values():
         for B in layer.lora_B.values():
             torch.nn.init.normal_(B, std=0.3, generator=generator)
-    theirs = peft_twin(family, ours)
+    theirs, ranks, parameters = peft_twin(family, ours)
     keep_gate_and_up(ours)  # as when it is trained
 
     isolation = Isolation.detect(ours, 64)
@@ -93,9 +100,15 @@ def test_gradients_equal_a_plain_padded_peft_step(family, examples):
     padded.backward()
 
     assert loss.item() == pytest.approx(padded.item(), rel=1e-6)
+    gradients = {
+        path: (module.lora_A["default"].weight.grad, module.lora_B["default"].weight.grad)
+        for path, module in theirs.base_model.model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    gradients = unpacked(Path(), gradients, parameters, ranks.__getitem__)
+    assert gradients.keys() == lora_layers(ours).keys()
     for path, layer in lora_layers(ours).items():
-        module = theirs.base_model.model.get_submodule(path)
-        dA, dB = module.lora_A["default"].weight.grad, module.lora_B["default"].weight.grad
+        dA, dB = gradients[path]
         for n, (part, rows) in enumerate(layer.rows.items()):
             mine = slice(n * RANK, (n + 1) * RANK)
             assert_equal(layer.lora_A[part].grad, dA[mine], f"{path} {part} A")
@@ -117,8 +130,7 @@ def test_gradients_over_a_quantized_base_are_those_over_its_dequantized_weights(
     for make in (lambda model: model, dequantized):
         model = make(quantize(tiny_model(family), form))
         fuse_gelu(model)
-        experts = any(p.dim() == 3 for p in model.parameters())
-        inject_lora(model, ["attention"] if experts else ["all"], RANK, alpha=RANK * SCALING, seed=0)
+        inject_lora(model, ["all"], RANK, alpha=RANK * SCALING, seed=0)
         for layer in lora_layers(model).values():
             for B in layer.lora_B.values():
                 torch.nn.init.constant_(B, 0.1)

@@ -21,6 +21,7 @@ SETTINGS = [
     "train.loraplus_ratio=2",
     'adapter.rank_pattern={"0": 3}',
     "adapter.dropout=0.1",
+    "adapter.dora=true",
     "train.micro_batch_tokens=32",
     "train.logging_steps=5",
     "train.save_steps=3",

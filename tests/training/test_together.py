@@ -22,7 +22,10 @@ from tests.helpers.tiny import CONFIG, write_reviews, write_run
 
 # ranks, targets, rates, batches, data, seeds, dropout, schedules, lengths of the runs and evaluations that differ
 RUNS = {
-    "a": {"adapter": {"rank": 2, "dropout": 0.1}, "train": {"learning_rate": 1e-2, "batch_size": 4, "seed": 1}},
+    "a": {
+        "adapter": {"rank": 2, "dropout": 0.1, "dora": True},
+        "train": {"learning_rate": 1e-2, "batch_size": 4, "seed": 1},
+    },
     "b": {
         "adapter": {"targets": ["all"]},
         "train": {"max_steps": 7, "eval_steps": 3},

@@ -86,14 +86,18 @@ def plain_padded_training(model, rate: float, ratio=None):
         schedule.step()
 
 
-@pytest.mark.parametrize("ratio", [None, 4.0])
-def test_loss_curve_equals_that_of_peft_in_a_plain_padded_loop(ratio, tmp_path):
-    ours = adapted()
+@pytest.mark.parametrize(
+    "ratio, settings, pefts", [(None, {}, {}), (4.0, {}, {}), (None, {"dora": True}, {"use_dora": True}),
+                               (None, {"init": "pissa"}, {"init_lora_weights": "pissa"})]
+)  # fmt: skip
+def test_loss_curve_equals_that_of_peft_in_a_plain_padded_loop(ratio, settings, pefts, tmp_path):
+    ours = adapted(**settings)
     start = {path: layer.lora_A[next(iter(layer.rows))].detach().clone() for path, layer in lora_layers(ours).items()}
     losses = [line["loss"] for line in run(ours, tmp_path, ratio=ratio)]
 
-    theirs = get_peft_model(tiny_model("llama"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
-    for path, A in start.items():
+    pefts = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | pefts
+    theirs = get_peft_model(tiny_model("llama"), LoraConfig(**pefts))
+    for path, A in start.items() if settings.get("init") != "pissa" else ():  # theirs may have the other sign
         theirs.base_model.model.get_submodule(path).lora_A["default"].weight.data.copy_(A)
     for step, (ours_now, (loss, _)) in enumerate(zip(losses, plain_padded_training(theirs, RATE, ratio), strict=True)):
         assert ours_now == pytest.approx(loss, abs=1e-4), step

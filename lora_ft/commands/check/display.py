@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.config.schema import Config
 from lora_ft.core.messages import escape_controls, printable
 from lora_ft.core.terminal import columns
+from lora_ft.nn.expert_names import PATH, parameter_of
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear
 
 WIDTH, BINS = 79, 8
@@ -139,20 +140,21 @@ def shortened(text: str) -> str:
 
 def target_lines(layers: Mapping[str, LoRALinear]) -> list[str]:
     """A line for the modules that are adapted in the same way in several layers: name, parts, shape, layers, parameters."""
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple, set[int]] = {}
     for path, layer in layers.items():
-        *number, name = re.split(r"\.(\d+)\.", path, maxsplit=1)[-2:]
+        *number, name = re.split(r"\.(\d+)\.", parameter_of(path), maxsplit=1)[-2:]
         parameters = sum(p.numel() for n, p in layer.named_parameters() if not n.startswith("base."))
         role = "" if list(layer.rows) == [ALL_ROWS] else f" ({'+'.join(layer.rows)})"
+        role += " of each expert" if PATH.fullmatch(path) else ""
         what = f"{name}{role}, {layer.in_features} -> {layer.out_features}"
-        groups.setdefault((what, parameters), []).extend(map(int, number))
+        groups.setdefault((what, parameters), set()).update(map(int, number))
     return [
         f"  {what}: {f'layers {spans(at)}' if at else 'outside the layers'}; {parameters:,} each"
         for (what, parameters), at in groups.items()
     ]
 
 
-def spans(numbers: Sequence[int]) -> str:
+def spans(numbers: Iterable[int]) -> str:
     """[0, 1, 2, 5] -> "0-2, 5"."""
     groups = itertools.groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
     runs = [[n for _, n in run] for _, run in groups]

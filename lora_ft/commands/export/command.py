@@ -18,7 +18,7 @@ from lora_ft.core.storage import sibling
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.compatibility import check_against, check_copies
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
-from lora_ft.methods.lora.portable import padded, plain_tensors, write_plain
+from lora_ft.methods.lora.portable import padded, plain_tensors, require_plain, write_plain
 from lora_ft.methods.lora.whole import refuse_whole
 from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained, check_base
@@ -162,6 +162,7 @@ def export_model_gguf(base: Base, target: Path, dtype: str, adapter: AdapterFile
 
 def _checked_model(adapter: AdapterFile, base: Base) -> PreTrainedModel:
     """The base, without weights unless the adapter has copies of them, after checking that the adapter fits it."""
+    require_plain(adapter)
     model = load_base(base) if adapter.copies else skeleton(base)  # copies are not exported, so they must be the base's
     check_against(model, adapter)
     check_copies(model, adapter)

@@ -47,7 +47,7 @@ def write_model_gguf(base: Base, path: Path, dtype: str, adapter: AdapterFile | 
     if adapter is not None:
         check_against(model, adapter)
         check_stored_copies(model, adapter, shards, on_disk)
-        planned, _ = plan_edits(model, on_disk, adapter.tensors)
+        planned, _ = plan_edits(model, on_disk, shard_of, adapter.tensors)
         edits = {f"{edit.module}.weight": edit for edit in planned if edit.module is not None}
 
     def read(name: str, source: str) -> Tensor:

@@ -16,7 +16,7 @@ from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD, read_record
 from lora_ft.core.storage import verify_manifest
 from lora_ft.methods.lora.factors import Array
-from lora_ft.methods.lora.peft_config import CONFIG, KEY, PREFIX, WEIGHTS, by_pattern, check_config
+from lora_ft.methods.lora.peft_config import CONFIG, KEY, LENGTHS, PREFIX, WEIGHTS, by_pattern, check_config
 from lora_ft.methods.trained import Trained, read_adapter_config
 from lora_ft.model.tensor_file import Stored, read_header
 from lora_ft.nn.scaling import scaling
@@ -63,6 +63,10 @@ def read(folder: Path) -> Adapter:
     adapter = Adapter(Trained(folder, "lora", {}, read_adapter_config(folder)))
     if (kind := adapter.trained.adapter_config.get("peft_type")) != "LORA":
         raise ModelError(f"{folder}: holds {kind or 'an adapter of another method'}; inspect reads LoRA adapters.")
+    if adapter.trained.adapter_config.get("target_parameters"):
+        raise ModelError(
+            f"{folder}: adapts the parameters of experts (target_parameters), which inspect does not read."
+        )
     try:
         adapter.trained.record.update(read_record(folder) or {})
     except ModelError as e:
@@ -88,7 +92,9 @@ def _read_tensors(adapter: Adapter) -> None:
     for name, stored in adapter.stored.items():
         if match := KEY.fullmatch(name):
             pairs.setdefault(match[1], {})[match[2]] = stored
-    others = [name for name in adapter.stored if not KEY.fullmatch(name)]
+    others = [name for name in adapter.stored if not KEY.fullmatch(name) and not LENGTHS.fullmatch(name)]
+    if any(LENGTHS.fullmatch(name) for name in adapter.stored):
+        adapter.find("dora", "DoRA: the lengths of rows are trained too; what follows is about s B A alone", False)
     if others:
         adapter.find("others", f"{len(others)} tensors that are no lora_A or lora_B: {listed(others, 3)}", False)
     adapter.modules = sorted(pairs, key=by_layer)

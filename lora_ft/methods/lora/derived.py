@@ -15,7 +15,7 @@ from lora_ft.methods.lora.combine import Combined, Part, Settings
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS, write_record
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.lora.peft_config import KEY
-from lora_ft.methods.lora.portable import write_plain
+from lora_ft.methods.lora.portable import require_plain, write_plain
 from lora_ft.methods.lora.whole import refuse_whole
 from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained
@@ -32,6 +32,7 @@ def open_part(folder: Path) -> AdapterFile:
     if trained.method != "lora":
         raise ModelError(f"{folder}: of method {trained.method}; only LoRA adapters are combined and compressed.")
     adapter = read_adapter(trained)
+    require_plain(adapter)
     refuse_whole(adapter, "A and B alone are combined and compressed", "Merge it into its base instead.")
     if more := [name for name in read_header(folder / WEIGHTS) if not KEY.fullmatch(name)]:
         problem = f"has more than A and B, which alone are combined and compressed: {listed(more, 3)}"

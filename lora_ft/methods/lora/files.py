@@ -11,22 +11,25 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.compatibility import check_ab_shapes, check_against, check_copies
+from lora_ft.methods.lora.experts import packed, unpack_for
 from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.methods.lora.multi import adapter_names, add_adapter
 from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Parts, differences, read_adapter
 from lora_ft.methods.lora.peft_config import CONFIG, file_rank, file_ranks
+from lora_ft.methods.lora.stacked import from_peft_matrices, to_peft_matrices, undivided_hint
 from lora_ft.methods.lora.targets import suffixes
 from lora_ft.methods.lora.token_rows import apply_rows, copy_rows, rows_tensors, trainable_token_indices
 from lora_ft.methods.lora.whole import apply_whole, copy_whole, modules_to_save, refuse_whole, whole_tensors
 from lora_ft.methods.trained import Trained
 from lora_ft.model.tensor_file import read_header
 from lora_ft.nn.adapted import is_conv1d
+from lora_ft.nn.dora import DoRALinear
+from lora_ft.nn.expert_names import PATH, parameter_of
 from lora_ft.nn.lora import ALL_ROWS, LoRALinear, RowBlocks
 
 
@@ -43,11 +46,14 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
     ranks, R = file_ranks(parts), file_rank(parts)
     alphas = {module: as_int(layer.scaling * ranks[module]) for module, layer in layers.items()}
     alpha = next(alphas[module] for module in layers if ranks[module] == R)
+    pairs, parameters = packed({module: to_peft_matrices(layer, ranks[module]) for module, layer in layers.items()})
+    plain = [layer for module, layer in layers.items() if module in pairs]
     tensors = {}
-    for module, layer in layers.items():
-        A, B = to_peft_matrices(layer, ranks[module])
+    for module, (A, B) in pairs.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = B
+        if isinstance(layer := layers.get(module), DoRALinear):
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.lengths().cpu()
     tensors |= {f"{PREFIX}{name}": value.cpu().contiguous() for name, value in whole_tensors(model).items()}
     tensors |= {key: rows.cpu().contiguous() for key, rows in rows_tensors(model).items()}
     config = {
@@ -56,21 +62,24 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         "base_model_name_or_path": os.path.expanduser(base_name),
         "r": R,
         "lora_alpha": alpha,
-        "lora_dropout": max((layer.dropout.p if layer.dropout else 0.0) for layer in layers.values()),
+        # PEFT has no dropout of experts' inputs, and refuses one
+        "lora_dropout": 0.0 if parameters else max(layer.dropout.p if layer.dropout else 0.0 for layer in plain),
         "target_modules": target_modules(model),
         "bias": "none",
-        "fan_in_fan_out": all(is_conv1d(layer.base) for layer in layers.values()),
+        "fan_in_fan_out": bool(plain) and all(is_conv1d(layer.base) for layer in plain),
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": modules_to_save(model) or None,
-        "use_dora": False,
+        "use_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
         "use_rslora": False,  # lora_alpha includes it
     }
     if ids := trainable_token_indices(model):
         config["trainable_token_indices"] = ids
-    if rank_pattern := {re.escape(module): own for module, own in ranks.items() if own != R}:
+    if parameters:
+        config["target_parameters"] = parameters
+    if rank_pattern := {re.escape(parameter_of(module)): own for module, own in ranks.items() if own != R}:
         config["rank_pattern"] = rank_pattern
-    if alpha_pattern := {re.escape(module): own for module, own in alphas.items() if own != alpha}:
+    if alpha_pattern := {re.escape(parameter_of(module)): own for module, own in alphas.items() if own != alpha}:
         config["alpha_pattern"] = alpha_pattern
     storage.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     storage.write_json(folder / CONFIG, config)
@@ -80,8 +89,11 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
 def bytes_on_disk(model: nn.Module) -> int:
     """The bytes of the tensors that `save_adapter` writes, float32."""
     ranks, others = file_ranks(parts_record(model)), whole_tensors(model) | rows_tensors(model)
-    of_layers = sum(ranks[m] * (layer.in_features + layer.out_features) for m, layer in lora_layers(model).items())
-    return 4 * (of_layers + sum(tensor.numel() for tensor in others.values()))
+    numbers = sum(tensor.numel() for tensor in others.values())
+    for module, layer in lora_layers(model).items():
+        numbers += ranks[module] * (layer.in_features + layer.out_features)
+        numbers += layer.out_features if isinstance(layer, DoRALinear) else 0
+    return 4 * numbers
 
 
 def write_record(folder: Path, record: dict, names: Iterable[str], mentions: Iterable[str] = ()) -> None:
@@ -99,7 +111,7 @@ def parts_record(model: nn.Module) -> dict[str, dict]:
     """The record's `slices`: module -> rank, scaling, parts (part -> blocks, width, start, length)."""
     return {
         module: {
-            "rank": layer.rank,
+            "rank": layer.stored_rank,
             "scaling": layer.scaling,
             "parts": {part: list(rows) for part, rows in layer.rows.items()},
         }
@@ -140,6 +152,7 @@ def apply_adapter(
     if lora_layers(model) or (name is None and adapter_names(model)):
         way_out = "load the base again, or merge the adapter, or load every adapter by name"
         raise ModelError(f"the model has an adapter already: {way_out}")
+    unpack_for(model, adapter.stored)
     linear = check_against(model, adapter)
     check_copies(model, adapter)
     model.requires_grad_(False)
@@ -147,8 +160,11 @@ def apply_adapter(
     for module, (A, B) in adapter.tensors.items():
         base = linear[module]
         parts = adapter.parts.get(module) or Parts(A.shape[0], {ALL_ROWS: RowBlocks.all(B.shape[0])})
-        layer = LoRALinear(base, parts.rank, adapter.scalings[module], parts.rows)
+        kind = DoRALinear if adapter.dora else LoRALinear
+        layer = kind(base, parts.rank, adapter.scalings[module], parts.rows)
         from_peft_matrices(layer, A, B, adapter.folder / WEIGHTS, module)
+        if isinstance(layer, DoRALinear):
+            layer.copy_lengths(adapter.lengths[module])
         layer.requires_grad_(trainable)
         layer.base.requires_grad_(False)
         layers[module] = layer.train(base.training)
@@ -165,20 +181,23 @@ def apply_adapter(
 def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
     """Copy an adapter's weights into the LoRA layers that `model` has; ModelError unless modules, rows and ranks are the same.
 
-    Where the scalings differ, B is multiplied by their ratio, so that the model computes what the files define.
+    Where the scalings differ, B is multiplied by their ratio, so that the model computes what the files define. It does so too
+    where DoRA starts from LoRA; ModelError where LoRA would start from DoRA.
     """
     layers, path = lora_layers(model), adapter.folder / WEIGHTS
+    if adapter.dora and not all(isinstance(layer, DoRALinear) for layer in layers.values()):
+        raise ModelError(f"{path}: was trained with DoRA, and this run is not. Set adapter.dora: true.")
     if adapter.stored.keys() != layers.keys():
         raise ModelError(differences(path, layers.keys() - adapter.stored.keys(), adapter.stored.keys() - layers))
     for module, (A, B) in adapter.stored.items():
         layer, parts = layers[module], adapter.parts.get(module)
         check_ab_shapes(path, module, A, B, layer.in_features, layer.out_features)
-        ours = (layer.rank, list(layer.rows.values()))
-        if (parts and (parts.rank, list(parts.rows.values())) != ours) or A.shape[0] < layer.rank * len(layer.rows):
+        ours = (layer.stored_rank, list(layer.rows.values()))
+        if (parts and (parts.rank, list(parts.rows.values())) != ours) or A.shape[0] < ours[0] * len(layer.rows):
             theirs = f"rank {parts.rank}, parts {', '.join(parts.rows)}" if parts else f"rank {A.shape[0]}"
             undivided = ALL_ROWS not in layer.rows and (not parts or ALL_ROWS in parts.rows)
-            way_out = _undivided_hint(module) if undivided else "Make rank and targets the same."
-            ours_in_words = f"rank {layer.rank}, parts {', '.join(layer.rows)}"
+            way_out = undivided_hint(module) if undivided else "Make rank and targets the same."
+            ours_in_words = f"rank {layer.stored_rank}, parts {', '.join(layer.rows)}"
             raise ModelError(f"{path}: {module} has {theirs}; this run adapts it with {ours_in_words}. {way_out}")
     check_copies(model, adapter)
     copy_whole(model, adapter)
@@ -189,48 +208,15 @@ def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
         if layer.scaling != adapter.scalings[module]:
             for B_part in layer.lora_B.values():
                 B_part.data.mul_(adapter.scalings[module] / layer.scaling)
-
-
-def to_peft_matrices(layer: LoRALinear, R: int) -> tuple[Tensor, Tensor]:
-    """One A (R, in) and one B (out, R), float32 on the CPU, whose product B A is exactly the sum of the parts' products."""
-    A = torch.zeros(R, layer.in_features)
-    B = torch.zeros(layer.out_features, R)
-    for i, (part, rows) in enumerate(layer.rows.items()):
-        span = slice(i * layer.rank, (i + 1) * layer.rank)
-        A[span] = layer.lora_A[part].detach().float().cpu()
-        B_part = layer.lora_B[part].detach().float().cpu()
-        rows.of(B[:, span].T).copy_(B_part.T.unflatten(-1, (rows.blocks, rows.length)))
-    return A, B
-
-
-@torch.no_grad()
-def from_peft_matrices(layer: LoRALinear, A: Tensor, B: Tensor, path: Path, module: str) -> None:
-    """Copy A (R, in) and B (out, R) into the parts of a layer: the inverse of `to_peft_matrices`.
-
-    ModelError, with `path` and `module`, if A or B has nonzero values outside the parts' blocks.
-    """
-    rest_A, rest_B = A.clone(), B.clone()
-    for i, (part, rows) in enumerate(layer.rows.items()):
-        span = slice(i * layer.rank, (i + 1) * layer.rank)
-        layer.lora_A[part].copy_(A[span])
-        layer.lora_B[part].copy_(rows.of(B[:, span].T).flatten(-2).T)
-        rest_A[span] = 0
-        rows.of(rest_B[:, span].T).zero_()
-    for letter, rest in (("A", rest_A), ("B", rest_B)):
-        if rest.any():
-            key = f"{PREFIX}{module}.lora_{letter}.weight"
-            parts = f"rank {layer.rank} of the parts {', '.join(layer.rows)}"
-            raise ModelError(f"{path}: {key} holds more than {parts}. {_undivided_hint(module)}")
-
-
-def _undivided_hint(module: str) -> str:
-    name = module.rpartition(".")[2]
-    return f"If the adapter has {name} as one module, so must this run: adapter.targets: [], adapter.modules: [{name}]."
+        if isinstance(layer, DoRALinear) and adapter.dora:
+            layer.copy_lengths(adapter.lengths[module])
+        elif isinstance(layer, DoRALinear):
+            layer.keep_lengths()
 
 
 def target_modules(model: nn.Module) -> list[str]:
     """The shortest dotted suffixes that match the adapted modules and no other module of the base, by PEFT's rule."""
-    adapted = lora_layers(model)
+    adapted = {path: layer for path, layer in lora_layers(model).items() if not PATH.fullmatch(path)}
     inside = tuple(f"{path}." for path in adapted)
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
     others = {suffix for name in names if name not in adapted for suffix in suffixes(name)}

@@ -10,10 +10,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.targets import find_targets
+from lora_ft.core.errors import ConfigError, ModelError
+from lora_ft.methods.lora.experts import require_all
+from lora_ft.methods.lora.targets import find_targets, unpack_targets
 from lora_ft.methods.lora.words import by_module, without
-from lora_ft.nn.lora import InputDropout, LoRALinear
+from lora_ft.nn.dora import DoRALinear
+from lora_ft.nn.dropout import InputDropout
+from lora_ft.nn.expert_names import PATH
+from lora_ft.nn.lora import LoRALinear
+from lora_ft.nn.pissa import PiSSALinear
 from lora_ft.nn.scaling import scaling
 from lora_ft.nn.token_rows import TiedHeadRows, TokenRows
 from lora_ft.nn.whole import WholeModule
@@ -30,6 +35,8 @@ def inject_lora(
     *,
     dropout: float = 0.0,
     rslora: bool = False,
+    dora: bool = False,
+    init: str = "kaiming",
     modules: Sequence[str] = (),
     layers: Sequence[int] | None = None,
     exclude: Sequence[str] = (),
@@ -46,13 +53,21 @@ def inject_lora(
         targets, modules, layers: see `find_targets`, also for errors.
         rank: of A (rank, in) and B (out, rank); at least 1.
         alpha: s is alpha / rank, or alpha / sqrt(rank) with `rslora`.
+        dora: train the length of each row too (nn/dora.py).
+        init: "kaiming", or "pissa" to train the principal part of each weight (nn/pissa.py).
         exclude, rank_pattern, alpha_pattern: what is not adapted, or with another rank or alpha, by words; see `chooses`.
         dropout: the probability of dropping an input of A in training; in [0, 1).
         seed: determines A, whatever the global random state; None draws from it.
     """
+    if dora and init == "pissa":
+        raise ValueError("DoRA starts from the whole weight, PiSSA from its principal part: choose one")
     if rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"rank {rank} must be at least 1, dropout {dropout} at least 0 and below 1")
+    unpack_targets(model, targets, layers)
     adapted = without(find_targets(model, targets, modules, layers), exclude)
+    require_all(model, adapted)
+    if dora and any(map(PATH.fullmatch, adapted)):
+        raise ConfigError("adapter.dora: PEFT's format has no DoRA on experts. Leave it out, or adapt attention alone.")
     ranks = by_module("adapter.rank_pattern", rank_pattern, adapted, rank)
     alphas = by_module("adapter.alpha_pattern", alpha_pattern, adapted, alpha)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -60,10 +75,14 @@ def inject_lora(
     dropouts: dict[tuple, InputDropout] = {}  # one for all layers that have the same input
     for path, rows in adapted.items():
         base = model.get_submodule(path)
-        layer = LoRALinear(base, ranks[path], scaling(ranks[path], alphas[path], rslora), rows)
+        kind = DoRALinear if dora else PiSSALinear if init == "pissa" else LoRALinear
+        try:
+            layer = kind(base, ranks[path], scaling(ranks[path], alphas[path], rslora), rows)
+        except ValueError as e:
+            raise ModelError(f"adapter.init: pissa: {path}: {e}. Lower adapter.rank, or leave the module out.") from e
         layer.start(generator)
         if dropout:
-            group = next((roles for roles in SAME_INPUT if set(rows) <= set(roles)), path)
+            group = path if PATH.fullmatch(path) else next((r for r in SAME_INPUT if set(rows) <= set(r)), path)
             layer.dropout = dropouts.setdefault((path.rpartition(".")[0], group), InputDropout(dropout))
             layer.dropout.readers += 1
         model.set_submodule(path, layer.train(base.training))

@@ -18,6 +18,7 @@ from lora_ft.core.machine import peak_memory
 from lora_ft.core.messages import info, working
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.compatibility import check_against
+from lora_ft.methods.lora.experts import unpack_for
 from lora_ft.methods.lora.files import WEIGHTS, write_record
 from lora_ft.methods.lora.merge_shards import check_stored_copies, stored_keys, stored_tensors, write_shards
 from lora_ft.methods.lora.onto import Onto
@@ -58,8 +59,8 @@ def merge_adapter(
     if not base.gguf:
         small_files(base)  # refused before the work
     with storage.atomic_folder(output) as staged:
+        check_fits(base, adapter)
         model = skeleton(base)
-        check_against(model, adapter)
         if base.gguf or base.pickles:
             storage.require_space(output.parent, 8 * model.num_parameters())  # two float32 copies, for a while
             source = as_safetensors(base, tokenizer, staged / ".base")
@@ -69,9 +70,10 @@ def merge_adapter(
         else:
             source = base
         shards = weight_files(source)
-        stored = stored_names(model, stored_keys(shards))
+        keys = stored_keys(shards)
+        stored = stored_names(model, keys)
         of_rows = adapter.rows.module if adapter.rows else None
-        edits, unties = plan_edits(model, stored, adapter.tensors, adapter.whole, of_rows)
+        edits, unties = plan_edits(model, stored, keys, adapter.tensors, adapter.whole, of_rows)
         onto = Onto.of(model, stored, form)
         if unties:
             info("note: the adapter changes the tied head or embedding, so the merged model's head is no longer tied")
@@ -102,6 +104,13 @@ def merge_adapter(
         size = sum((staged / n).stat().st_size for n in names)
     seconds = time.perf_counter() - start
     return report | {"bytes": size, "seconds": seconds, "peak_memory_mb": peak_memory() // 2**20}
+
+
+def check_fits(base: Base, adapter: AdapterFile) -> None:
+    """`check_against` a skeleton of the base, whose experts are then unpacked, unlike those in its files."""
+    model = skeleton(base)
+    unpack_for(model, adapter.stored)
+    check_against(model, adapter)
 
 
 def tokenizer_of(base: Base) -> PreTrainedTokenizerBase | None:

@@ -86,8 +86,10 @@ def write_shards(
                         elif e.module is None:
                             tensors[e.target] = W.clone()
                         else:
-                            tensors[e.target], errors[e.module] = merged(D, e, adapter, shard, W.dtype)
-                            dtypes[e.module] = W.dtype
+                            part = ... if e.index is None else e.index
+                            target = tensors.setdefault(e.target, torch.empty_like(W))
+                            target[part], error = merged(D[part], e, adapter, shard, W.dtype)
+                            errors[e.module], dtypes[e.module] = max(error, errors.get(e.module, 0.0)), W.dtype
                         if e.target != name:
                             added["total_size"] += W.nbytes
                             added["total_parameters"] += W.numel()
@@ -108,13 +110,14 @@ def merged(
 ) -> tuple[Tensor, float]:
     """W + s B A in the layout of W and in `dtype` (its own by default), verified on random signs, and the largest error found.
 
-    W, the weight to merge onto: (out, in), or (in, out) if `edit.transposed`.
+    With DoRA it is m (W + s B A) / |W + s B A|. W, the weight to merge onto: (out, in), or (in, out) if `edit.transposed`.
     """
     dtype = dtype or W.dtype
     if dtype not in DTYPES:
         raise ModelError(f"{shard}: {edit.source} is {dtype}: an adapter can't be merged into quantized weights.")
     assert edit.module is not None
     (A, B), s = adapter.tensors[edit.module], adapter.scalings[edit.module]
+    B = B if edit.rows is None else B[edit.rows]
     result = torch.empty_like(W, dtype=dtype)
     old, new = (W.T, result.T) if edit.transposed else (W, result)
     if old.shape != (B.shape[0], A.shape[1]):
@@ -123,10 +126,15 @@ def merged(
     x, rows, worst = random_signs(A.shape[1]), max(1, BLOCK // A.shape[1]), 0.0
     for i in range(0, B.shape[0], rows):
         part = slice(i, i + rows)
-        new[part] = torch.addmm(old[part].float(), B[part], A, alpha=s)
+        adapted = torch.addmm(old[part].float(), B[part], A, alpha=s)
+        gain = torch.ones(len(adapted), 1)
+        if adapter.dora:
+            gain = _gain(adapter, edit.module, part, adapted.norm(dim=1))[:, None]
+            adapted *= gain
+        new[part] = adapted
         if not is_finite(new[part]):
             raise ModelError(f"{shard}: {edit.source} + adapter is too large for {dtype}. Merge into a float32 base.")
-        error, quotient = matrix_error(old[part], new[part], A, B[part], s, x)
+        error, quotient = matrix_error(gain.double() * old[part], new[part], A, gain.double() * B[part], s, x)
         if quotient > 1:
             raise ModelError(
                 f"the merge failed its verification: {edit.module} on random x is off by {error:.3g} in the rows from {i}, "
@@ -134,6 +142,16 @@ def merged(
             )
         worst = max(worst, error)
     return result, worst
+
+
+def _gain(adapter: AdapterFile, module: str, part: slice, norms: Tensor) -> Tensor:
+    """DoRA's m / |W + s B A| of some rows; 1 for rows outside the module's parts."""
+    adapted = torch.ones(len(adapter.lengths[module]), dtype=torch.bool)
+    if parts := adapter.parts.get(module):
+        adapted[:] = False
+        for rows in parts.rows.values():
+            rows.of(adapted).fill_(True)
+    return torch.where(adapted[part], adapter.lengths[module][part] / norms, 1.0)
 
 
 def rounded(W: Tensor, name: str, adapter: AdapterFile, shard: Path) -> Tensor:

@@ -19,7 +19,9 @@ def inject(
 ) -> str:
     """Add LoRA layers, see `inject_lora`, and train some modules, and the embedding's rows of some tokens, in full."""
     whole, ids = find_whole(model, settings.train_modules), token_ids(tokenizer, settings.train_tokens)
-    shared = settings.model_dump(include={"targets", "rank", "alpha", "dropout", "rslora", "modules", "layers"})
+    shared = settings.model_dump(
+        include={"targets", "rank", "alpha", "dropout", "rslora", "dora", "init", "modules", "layers"}
+    )
     shared |= settings.model_dump(include={"exclude", "rank_pattern", "alpha_pattern"})
     adapted = inject_lora(model, **shared, seed=seed)
     train_whole(model, whole)

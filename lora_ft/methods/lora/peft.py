@@ -19,9 +19,11 @@ from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD
+from lora_ft.methods.lora.experts import unpacked
 from lora_ft.methods.lora.peft_config import (
     CONFIG,
     KEY,
+    LENGTHS,
     PREFIX,
     ROWS,
     WEIGHTS,
@@ -32,11 +34,11 @@ from lora_ft.methods.lora.peft_config import (
 )
 from lora_ft.methods.trained import Trained
 from lora_ft.model.stored import is_finite
+from lora_ft.nn.expert_names import parameter_of
 from lora_ft.nn.lora import RowBlocks
 from lora_ft.nn.scaling import scaling
 
-REFUSED = {r"\.lora_embedding_": "LoRA on an embedding", r"\.lora_magnitude_vector": "DoRA"}
-REFUSED |= {r"\.lora_[AB]\.bias$": "trained biases (lora_bias)"}
+REFUSED = {r"\.lora_embedding_": "LoRA on an embedding", r"\.lora_[AB]\.bias$": "trained biases (lora_bias)"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class AdapterFile:
     """An adapter as read and checked, not yet applied to a model.
 
     stored: module path -> A (R, in) and B (out, R) in the file's dtype, whose shapes are known and whose values are not read:
-    a file that is not of the model is refused without its gigabytes.
+    a file that is not of the model is refused without its gigabytes. stored_lengths: module path -> DoRA's m (out,), in the
+    file's dtype too; empty for LoRA.
     """
 
     trained: Trained
@@ -68,6 +71,7 @@ class AdapterFile:
     scalings: dict[str, float]  # module path -> s of s B A
     parts: dict[str, Parts]  # module path -> its parts; empty for another tool's adapter
     copies: dict[str, Tensor]  # name -> base weight that PEFT saved with an adapted head; must equal the base's
+    stored_lengths: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)  # name -> weight of a module that was trained in full
     rows: "Rows | None" = None
 
@@ -76,10 +80,28 @@ class AdapterFile:
         """The folder it was read from."""
         return self.trained.folder
 
+    @property
+    def dora(self) -> bool:
+        """Whether the lengths of rows were trained too."""
+        return bool(self.stored_lengths)
+
     @cached_property
     def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """`stored` in float32. Raises ModelError for NaN or inf."""
-        return {module: _values(self.folder / WEIGHTS, module, *pair) for module, pair in self.stored.items()}
+        return {
+            module: (self._values(f"{module}.lora_A.weight", A), self._values(f"{module}.lora_B.weight", B))
+            for module, (A, B) in self.stored.items()
+        }
+
+    @cached_property
+    def lengths(self) -> dict[str, Tensor]:
+        """`stored_lengths` in float32. Raises ModelError for NaN or inf."""
+        return {m: self._values(f"{m}.lora_magnitude_vector", own) for m, own in self.stored_lengths.items()}
+
+    def _values(self, name: str, tensor: Tensor) -> Tensor:
+        if not is_finite(tensor):
+            raise ModelError(f"{self.folder / WEIGHTS}: {PREFIX}{name} contains NaN or inf.")
+        return tensor.float()
 
 
 def read_adapter(trained: Trained) -> AdapterFile:
@@ -99,13 +121,19 @@ def read_adapter(trained: Trained) -> AdapterFile:
             raise ModelError(f"{problem} {way_out}")
         raise ModelError(f"{weights}: missing. The adapter is incomplete: copy it again.")
     check_config(config_path, config)
-    stored, copies = _pair(weights, storage.read_tensors(weights))
+    stored, lengths, copies = _sort(weights, storage.read_tensors(weights))
+    _check_lengths(weights, config.get("use_dora") is True, stored, lengths)
     saved = config.get("modules_to_save")
     whole = {name: copies.pop(name) for name in [*copies] if is_saved_whole(name.rpartition(".")[0], saved)}
+
+    def rank_of(parameter: str) -> int:
+        return by_pattern(config_path, config.get("rank_pattern"), parameter, config["r"])
+
+    stored = unpacked(weights, stored, config.get("target_parameters") or [], rank_of)
     scalings = {}
     for module, (A, B) in stored.items():
-        rank = by_pattern(config_path, config.get("rank_pattern"), module, config["r"])
-        alpha = by_pattern(config_path, config.get("alpha_pattern"), module, config["lora_alpha"])
+        rank = rank_of(parameter_of(module))
+        alpha = by_pattern(config_path, config.get("alpha_pattern"), parameter_of(module), config["lora_alpha"])
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != rank or B.shape[1] != rank:
             raise ModelError(
                 f"{weights}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, but {CONFIG} says rank {rank}: "
@@ -114,7 +142,8 @@ def read_adapter(trained: Trained) -> AdapterFile:
         scalings[module] = scaling(rank, alpha, config.get("use_rslora") is True)
     parts = _read_parts(folder / RECORD, record, stored, scalings)
     ids = token_indices(config_path, config.get("trainable_token_indices"))
-    return AdapterFile(trained, stored, scalings, parts, copies, whole, _token_rows(weights, ids, copies))
+    rows = _token_rows(weights, ids, copies)
+    return AdapterFile(trained, stored, scalings, parts, copies, lengths, whole, rows)
 
 
 def _token_rows(path: Path, ids: list[int], copies: dict[str, Tensor]) -> Rows | None:
@@ -129,15 +158,20 @@ def _token_rows(path: Path, ids: list[int], copies: dict[str, Tensor]) -> Rows |
     return Rows(name.removesuffix(ROWS), ids, tensor)
 
 
-def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Sort the file's tensors into A and B by module, and copies of base weights by name."""
+def _sort(
+    path: Path, tensors: dict[str, Tensor]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """Sort the file's tensors into A and B by module, DoRA's lengths by module, and copies of base weights by name."""
     pairs: dict[str, dict[str, Tensor]] = {}
-    copies, unexpected = {}, []
+    lengths, copies, unexpected = {}, {}, []
     for key, tensor in sorted(tensors.items()):
-        if match := KEY.fullmatch(key):
-            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ModelError(f"{path}: {key} is {tensor.dtype}, not a floating-point type.")
+        match, of_lengths = KEY.fullmatch(key), LENGTHS.fullmatch(key)
+        if (match or of_lengths) and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ModelError(f"{path}: {key} is {tensor.dtype}, not a floating-point type.")
+        if match:
             pairs.setdefault(match[1], {})[match[2]] = tensor
+        elif of_lengths:
+            lengths[of_lengths[1]] = tensor
         elif kind := next((words for pattern, words in REFUSED.items() if re.search(pattern, key)), None):
             raise ModelError(f"{path}: {key}: {kind} can't be applied here. Merge it with PEFT.")
         elif key.startswith(PREFIX) and ".lora_" not in key:
@@ -147,15 +181,23 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tenso
     missing = [f"{PREFIX}{m}.lora_{x}.weight" for m, pair in pairs.items() for x in "AB" if x not in pair]
     if missing or unexpected or not pairs:
         raise ModelError(differences(path, missing or (["any lora_A and lora_B"] if not pairs else []), unexpected))
-    return {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}, copies
+    return {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}, lengths, copies
 
 
-def _values(path: Path, module: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of a module in float32; ModelError for NaN or inf."""
-    for letter, tensor in (("A", A), ("B", B)):
-        if not is_finite(tensor):
-            raise ModelError(f"{path}: {PREFIX}{module}.lora_{letter}.weight contains NaN or inf.")
-    return A.float(), B.float()
+def _check_lengths(
+    path: Path, dora: bool, stored: dict[str, tuple[Tensor, Tensor]], lengths: dict[str, Tensor]
+) -> None:
+    """Raise ModelError unless each module has a length for each output if the config says DoRA, and none has if not."""
+    expected = stored.keys() if dora else set()
+    if lengths.keys() != expected:
+        absent, extra = (
+            [f"{module}.lora_magnitude_vector" for module in modules]
+            for modules in (expected - lengths.keys(), lengths.keys() - expected)
+        )
+        raise ModelError(f"{differences(path, absent, extra)} {CONFIG} says that this is {'' if dora else 'not '}DoRA.")
+    for module, own in lengths.items():
+        if (shape := tuple(own.shape)) != (rows := stored[module][1].shape[0],):
+            raise ModelError(f"{path}: {module}.lora_magnitude_vector has shape {shape}, but B has {rows} rows.")
 
 
 def differences(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> str:

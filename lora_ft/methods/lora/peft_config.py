@@ -12,17 +12,17 @@ import regex
 
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import printable, warn
+from lora_ft.nn.expert_names import PATH, is_targeted, parameter_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ROWS = ".token_adapter.trainable_tokens_delta"  # the end of the name of an embedding's trained rows
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+LENGTHS = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector")  # DoRA's
 
 # Settings that change what the tensors compute. When off they are null, false, empty or absent.
 REFUSED = {
-    "use_dora": "DoRA",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
     "lora_bias": "trained biases (lora_bias)",
     "layer_replication": "replicated layers (layer_replication)",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
@@ -43,8 +43,16 @@ KNOWN = {  # all others of PEFT 0.21; the last line: of earlier versions
         "revision",
         "inference_mode",
     ),
-    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"),
+    *("use_rslora", "use_dora", "fan_in_fan_out", "bias"),
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "ensure_weight_tying",
+    ),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("modules_to_save", "trainable_token_indices", "megatron_config", "megatron_core", "qalora_group_size", *REFUSED),
     *("runtime_config", "merge_weights"),
@@ -83,20 +91,29 @@ def check_config(path: Path, config: dict) -> None:
         for pattern, value in patterns.items():
             check(path, f"{key}[{pattern!r}]", value)
     text, number = (str, "string"), (int, "number")
-    kinds = {"target_modules": text, "exclude_modules": text, "layers_pattern": text, "layers_to_transform": number}
+    kinds = {
+        "target_modules": text,
+        "target_parameters": text,
+        "exclude_modules": text,
+        "layers_pattern": text,
+        "layers_to_transform": number,
+    }
     for key, (kind, name) in kinds.items():
         value = config.get(key)
         values = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(v, kind) for v in values):
             raise ModelError(f"{path}: {key} must be a {name} or a list of {name}s.")
+        if key == "target_parameters" and not isinstance(value, list | None):
+            raise ModelError(f"{path}: {key} must be a list of strings.")
         if kind is str:
             _check_patterns(path, key, [v for v in values if v is not None])
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(key), bool | None):
+            raise ModelError(f"{path}: {key} is {config[key]!r:.40}; it must be true or false.")
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):
         raise ModelError(f"{path}: modules_to_save must be a list of names.")
     token_indices(path, config.get("trainable_token_indices"))
-    if not isinstance(config.get("use_rslora"), bool | None):
-        raise ModelError(f"{path}: use_rslora is {config['use_rslora']!r:.40}; it must be true or false.")
     _check_unknown(path, {key: config[key] for key in sorted(config.keys() - KNOWN) if config[key]})
 
 
@@ -169,12 +186,14 @@ def _match(pattern: str, name: str, whole: bool = False) -> regex.Match | None:
 def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] | None:
     """The modules that PEFT would adapt with this config (its `check_target_module_exists`).
 
-    A subset of `names`, the paths of the linear modules, of which `head` is the output head. None if the config leaves the
-    choice to PEFT's table of architectures.
+    A subset of `names`, the paths of the linear modules, of which `head` is the output head; experts' layers by the parameters
+    that it would adapt. None if the config leaves the choice to PEFT's table of architectures.
     """
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
     if wanted is None:
         return None
+    experts = {name for name in names if PATH.fullmatch(name)}
+    of_experts = {name for name in experts if is_targeted(parameter_of(name), config.get("target_parameters") or [])}
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     patterns = config.get("layers_pattern") or [r"[^.]*"]
@@ -193,7 +212,7 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
         return next((int(match["index"]) in layers for match in matches if match), False)
 
     try:
-        return {name for name in names if chosen(name)}
+        return of_experts | {name for name in names if name not in experts and chosen(name)}
     except (regex.error, RecursionError, TimeoutError) as e:
         where = "target_modules, exclude_modules or layers_pattern"
         raise ModelError(f"{CONFIG}: a pattern of {where} is invalid: {e}.") from e

@@ -7,16 +7,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_ft.core import storage
+from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.peft_config import CONFIG, PREFIX, WEIGHTS
 from lora_ft.methods.lora.targets import suffixes
+from lora_ft.nn.expert_names import PATH
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # module -> A (rank, in) and B (out, rank), of the change B A
 
 
 def plain_tensors(adapter: AdapterFile) -> Factors:
-    """Module -> A and s B, whatever patterns or rslora the adapter has."""
+    """Module -> A and s B, whatever patterns or rslora the adapter has. Raises ModelError for what these two can't say."""
+    require_plain(adapter)
     return {module: (A, adapter.scalings[module] * B) for module, (A, B) in adapter.tensors.items()}
+
+
+def require_plain(adapter: AdapterFile) -> None:
+    """Raise ModelError for an adapter that is more than A and B of modules: DoRA, or LoRA on experts."""
+    what = "uses DoRA" if adapter.dora else "adapts experts" if any(map(PATH.fullmatch, adapter.stored)) else None
+    if what:
+        problem = f"{what}, which plain A and B of modules can't say, so it can't be combined, compressed or exported."
+        raise ModelError(
+            f"{adapter.folder}: {problem} Merge it (`lora-ft merge`), or load the folder itself with PEFT."
+        )
 
 
 def padded(tensors: Factors) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:

@@ -137,8 +137,7 @@ def query_key_value(path: str) -> dict[str, str]:
     return qkvo | {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 
 
-# The families in the last line have experts, which are 3-D parameters: the row is right for dense layers, and targets.py
-# refuses the others.
+# The families in the last line have experts: the row is right for dense layers, the others are found by targets.py.
 LLAMA_LIKE = (
     "cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text granite helium hunyuan_v1_dense internlm3 llama "
     "ministral ministral3 mistral olmo olmo2 olmo3 qwen2 qwen3 seed_oss smollm3 stablelm vaultgemma "

@@ -10,8 +10,10 @@ from transformers.pytorch_utils import Conv1D
 from lora_ft.core import names
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.core.messages import listed
+from lora_ft.methods.lora.experts import unpack
 from lora_ft.methods.lora.roles import Architecture, architecture_of
 from lora_ft.nn.adapted import AdaptedModule, place
+from lora_ft.nn.experts import UnpackedExperts, is_packed
 from lora_ft.nn.lora import ALL_ROWS, RowBlocks
 
 PartRows = dict[str, RowBlocks]  # a role, or ALL_ROWS if `modules` names the module -> rows of the module's output
@@ -62,7 +64,12 @@ def by_role(
             projection = architecture.projections[role]
             path = f"{architecture.layers}.{index}.{projection.module}"
             if path not in linear:
-                raise ModelError(missing(role, path, blocks[index], architecture))
+                experts = of_experts(f"{architecture.layers}.{index}", blocks[index], role)
+                if not experts:
+                    raise ModelError(missing(role, path, blocks[index], architecture))
+                for path, rows in experts.items():
+                    parts.setdefault(path, {})[role] = rows
+                continue
             out_features = outputs(linear[path])
             rows = projection.rows or RowBlocks.all(out_features)
             if rows.blocks * rows.width != out_features:
@@ -72,6 +79,24 @@ def by_role(
                 )
             parts.setdefault(path, {})[role] = rows
     return {path: dict(sorted(rows.items(), key=lambda part: part[1].start)) for path, rows in parts.items()}
+
+
+def of_experts(path: str, layer: nn.Module, role: str) -> dict[str, RowBlocks]:
+    """Path -> rows of the experts' layers in a layer at `path` that have a role; none if they are not unpacked."""
+    for name, module in layer.named_modules():
+        if isinstance(module, UnpackedExperts) and role in (of_roles := module.rows()):
+            parameter, rows = of_roles[role]
+            return {f"{path}.{name}.{parameter}.{i}": rows for i in range(len(module.get_submodule(parameter)))}
+    return {}
+
+
+def unpack_targets(model: PreTrainedModel, targets: Sequence[str], layers: Sequence[int] | None) -> None:
+    """Give the experts of the layers to adapt linear layers of their own, in place, if MLP roles are among the targets."""
+    if not targets or not any(role in names.GROUPS["mlp"] for role in expand(targets, architecture_of(model.config))):
+        return
+    inside = architecture_of(model.config).layers
+    blocks = [f"{inside}.{i}." for i in (range(len(model.get_submodule(inside))) if layers is None else layers)]
+    unpack(model, [p for p, m in model.named_modules() if is_packed(m) and p.startswith(tuple(blocks))])
 
 
 def expand(targets: Sequence[str], architecture: Architecture) -> list[str]:

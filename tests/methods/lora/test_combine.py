@@ -198,6 +198,11 @@ def test_what_is_refused(tmp_path):
     wide = write(tmp_path / "e", "llama_mha", 5, A)
     with pytest.raises(ModelError, match=r"e: model.layers.0.self_attn.q_proj is \(32, 32\) here and \(48, 32\)"):
         made(tmp_path, (a, wide), (1, 1), how="cat")
+    with pytest.raises(ModelError, match="g: adapts experts, which plain A and B"):
+        open_part(write(tmp_path / "g", "mixtral", 5, dict(targets=("q", "down"), rank=2)))
+    lengths = write(tmp_path / "f", "llama", 5, A | {"dora": True})
+    with pytest.raises(ModelError, match="f: uses DoRA, which plain A and B of modules can't say.*Merge it"):
+        open_part(lengths)
     tensors = load_file(wide / "adapter_model.safetensors") | {"base_model.model.lm_head.weight": torch.ones(2, 2)}
     save_file(tensors, wide / "adapter_model.safetensors")
     (wide / "lora_ft.json").unlink()

@@ -19,6 +19,8 @@ from lora_ft.methods.lora import files, peft_config
 from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.trained import Trained
+from lora_ft.nn.dora import DoRALinear
+from lora_ft.nn.expert_names import PATH, parameter_of
 from tests.helpers.families import tiny_model, token_ids
 from tests.helpers.tiny import save_with_record
 
@@ -43,6 +45,8 @@ def adapted(family, seed=3, **settings):
     for layer in lora_layers(model).values():
         for B in layer.lora_B.values():
             B.data.normal_(std=0.3, generator=generator)
+        for length in layer.magnitude.values() if isinstance(layer, DoRALinear) else ():
+            length.data.mul_(1 + 0.3 * torch.randn(length.shape, generator=generator))
     return model
 
 
@@ -81,6 +85,13 @@ CASES = [
     ("llama", dict(targets=("q", "v"), rank_pattern={"0": 1}, alpha_pattern={"v": 3.0}, rslora=True)),
     ("gpt2", dict(targets=("q", "v", "o"), rank_pattern={"c_attn": 2}, alpha_pattern={"o": 1.0})),
     ("gpt_neox", dict(targets=("q", "v", "o"), rank_pattern={"o": 5}, exclude=("0",))),
+    ("mixtral", dict(targets=("all",), rank_pattern={"down": 2}, alpha_pattern={"q": 3.0})),
+    ("qwen3_moe", dict(targets=("q", "down"))),
+    ("olmoe", dict(targets=("up",), layers=[1], dropout=0.1)),
+    ("gpt_oss", dict(targets=("mlp", "v"), rslora=True)),
+    ("gpt2", dict(targets=("q", "v"), modules=("attn.c_proj", "lm_head"), dora=True)),
+    ("llama", dict(targets=("all",), modules=("lm_head",), dora=True, rank_pattern={"mlp": 2})),
+    ("gpt_neox", dict(targets=("v", "o", "up"), dora=True, rslora=True)),
 ]
 
 
@@ -93,7 +104,10 @@ def test_peft_and_we_load_what_we_save(tmp_path, family, settings):
 
     theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "a").eval()
     assert torch.allclose(logits(theirs), expected, atol=5e-6)
-    assert {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")} == set(lora_layers(model))
+    adapted_there = {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    experts = {path for path in lora_layers(model) if PATH.fullmatch(path)}
+    assert {n for n in adapted_there if ".experts" not in n} == lora_layers(model).keys() - experts
+    assert {parameter_of(path) for path in experts} == set(theirs.targeted_parameter_names)
 
     again = tiny_model(family)
     files.load_adapter(again, tmp_path / "a", trainable=True)
@@ -110,6 +124,33 @@ def test_peft_and_we_load_what_we_save(tmp_path, family, settings):
     files.load_adapter(plain, tmp_path / "a")
     assert not any(p.requires_grad for p in plain.parameters())
     assert torch.allclose(logits(plain), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "family, settings",
+    [
+        ("gpt2", dict(targets=("q", "v", "o"))),
+        ("llama", dict(targets=("all",), rank_pattern={"mlp": 2}, alpha_pattern={"v": 3.0})),
+    ],
+)
+def test_pissa_starts_as_the_base_and_is_saved_as_lora_of_it(tmp_path, family, settings):
+    settings |= {"init": "pissa"}
+    fresh = tiny_model(family)
+    inject_lora(fresh, **settings)
+    assert torch.allclose(logits(fresh), logits(tiny_model(family)), atol=1e-5)
+
+    model = saved(family, tmp_path / "a", **settings)
+    expected = logits(model)
+    assert (expected - logits(fresh)).abs().max() > 0.01
+    for theirs in (peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "a").eval(), tiny_model(family)):
+        if not isinstance(theirs, peft.PeftModel):
+            files.load_adapter(theirs, tmp_path / "a")
+        assert torch.allclose(logits(theirs), expected, atol=1e-5)
+
+    again = adapted(family, seed=9, **settings)
+    files.initialize_from(again, read(tmp_path / "a"))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert torch.equal(logits(again), expected)
 
 
 THEIRS = [
@@ -129,6 +170,15 @@ THEIRS = [
     ),
     ("gpt_neox", dict(target_modules=["query_key_value", "dense"])),
     ("llama_mha", dict(target_modules=["q_proj", "lm_head"])),
+    ("mixtral", dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
+    (
+        "qwen3_moe",
+        dict(target_modules=[], target_parameters=["1.mlp.experts.down_proj"], rank_pattern={"down_proj": 3}),
+    ),
+    ("gpt_oss", dict(target_modules=["o_proj"], target_parameters=["mlp.experts.gate_up_proj"])),
+    ("gpt2", dict(target_modules=["c_attn", "mlp.c_proj"], use_dora=True)),
+    ("llama", dict(target_modules=["q_proj", "mlp.down_proj", "lm_head"], use_dora=True)),
+    ("gpt_neox", dict(target_modules=["query_key_value"], use_dora=True)),
 ]
 
 
@@ -220,6 +270,17 @@ def test_init_from_ours(tmp_path, record):
     files.initialize_from(fresh, read(tmp_path / "a"))
     assert all(torch.equal(a, b) for a, b in zip(trainable(fresh).values(), trainable(model).values(), strict=True))
     assert all(p.requires_grad for p in trainable(fresh).values())
+
+
+def test_init_from_between_lora_and_dora(tmp_path):
+    lora, dora = saved("gpt2", tmp_path / "lora"), saved("gpt2", tmp_path / "dora", dora=True)
+    fresh = adapted("gpt2", seed=9, dora=True)
+    files.initialize_from(fresh, read(tmp_path / "dora"))
+    assert torch.equal(logits(fresh), logits(dora))
+    files.initialize_from(fresh, read(tmp_path / "lora"))  # starts from what LoRA computes
+    assert torch.allclose(logits(fresh), logits(lora), atol=1e-6)
+    with pytest.raises(ModelError, match="trained with DoRA, and this run is not. Set adapter.dora: true"):
+        files.initialize_from(adapted("gpt2"), read(tmp_path / "dora"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -359,12 +420,13 @@ def test_not_finite(folder, value):
         (dict(lora_alpha=10**400), ["lora_alpha is 1000"]),
         (dict(alpha_pattern={"c_attn": None}), ["alpha_pattern['c_attn'] is None"]),
         (dict(peft_type="IA3"), ["peft_type is 'IA3'"]),
-        (dict(use_dora=True), ["DoRA"]),
+        (dict(use_dora=True), ["missing: transformer.h.0.attn.c_attn.lora_magnitude_vector", "this is DoRA"]),
+        (dict(use_dora=1), ["use_dora is 1"]),
         (dict(lora_bias=True), ["lora_bias"]),
         (dict(bias="all"), ["bias is 'all'"]),
         (dict(modules_to_save="lm_head"), ["modules_to_save"]),
         (dict(trainable_token_indices=["a"]), ["trainable_token_indices"]),
-        (dict(target_parameters=["x"]), ["target_parameters"]),
+        (dict(target_parameters="x"), ["target_parameters must be a list"]),
         (dict(init_lora_weights="pissa_niter_4"), ["pissa_niter_4"]),
         (dict(task_type="SEQ_CLS"), ["SEQ_CLS"]),
         (dict(use_next_years_method=True), ["use_next_years_method"]),
@@ -411,7 +473,7 @@ def test_pickles_are_never_opened(folder, name):
     "key, why",
     [
         ("transformer.wte.lora_embedding_A", "embedding"),
-        ("transformer.h.0.attn.c_attn.lora_magnitude_vector", "DoRA"),
+        ("transformer.h.0.attn.c_attn.lora_magnitude_vector", "this is not DoRA"),
         ("transformer.h.0.attn.c_attn.lora_B.bias", "lora_bias"),
         ("lm_head.weight", "fully trained or resized"),
         ("transformer.wte.weight", "fully trained or resized"),

@@ -22,6 +22,7 @@ from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.trained import Trained
 from lora_ft.model.files import Base, resolve
 from lora_ft.model.load import load_base
+from lora_ft.nn.dora import DoRALinear
 from lora_ft.nn.lora import LoRALinear
 from lora_ft.nn.quantized import QuantizedLinear
 from tests.helpers.families import FAMILIES, tiny_model, token_ids
@@ -47,6 +48,8 @@ def write_adapter(model, folder, base=None, scale=0.3, **settings) -> Path:
     for layer in lora_layers(model).values():
         for B in layer.lora_B.values():
             B.data.normal_(std=scale, generator=generator)
+        for length in layer.magnitude.values() if isinstance(layer, DoRALinear) else ():
+            length.data.mul_(1 + scale * torch.randn(length.shape, generator=generator).to(length))
     folder.mkdir()
     about = {"name": base.name, "revision": None, "fingerprint": base.fingerprint} if base else {}
     save_with_record(model, folder, "base", base=about, seed=5)
@@ -87,6 +90,31 @@ def test_every_family_merges_to_what_it_computed(tmp_path, family):
     before, after = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert before.keys() == after.keys()
     assert sum(not torch.equal(before[k], after[k]) for k in before) == report["modules"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "qwen2_moe", "phimoe"])
+def test_experts_are_merged_where_the_files_have_them(tmp_path, family):
+    base, adapter, model = case(tmp_path, family, targets=("all",), rank_pattern={"down": 2})
+    report = merge_folder(base, adapter, tmp_path / "out")
+    assert report["modules"] == len(lora_layers(model)) and report["logits"]["adapter_effect"] > 1
+    assert torch.allclose(logits(plain(tmp_path / "out")), logits(model), atol=2e-5)
+    before, after = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+
+
+@pytest.mark.parametrize(
+    "family, dtype", [("gpt2", torch.float32), ("gpt_neox", torch.float32), ("llama", torch.bfloat16)]
+)
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_lengths_of_dora_are_merged_and_proved(tmp_path, family, dtype, form):
+    base, adapter, _ = case(tmp_path, family, dtype=dtype, targets=("v", "up"), dora=True)
+    report = merge_folder(base, adapter, tmp_path / "out", form=form)
+    assert report["logits"]["adapter_effect"] > 100 * report["logits"]["difference"]
+    again = load_base(base, "float32", quantization=form)
+    files.load_adapter(again, adapter)
+    assert torch.allclose(
+        logits(plain(tmp_path / "out").float()), logits(again), atol=2e-5 if dtype == torch.float32 else 0.05
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gpt_neo", "opt"])
@@ -428,7 +456,7 @@ def test_an_adapter_of_another_architecture(tmp_path):
 def test_weights_that_are_part_of_another_tensor_on_disk():
     model = tiny_model("llama")
     with pytest.raises(ModelError, match="no separate tensor for model.layers.0.mlp.up_proj.weight"):
-        stored_names.plan_edits(model, {}, ["model.layers.0.mlp.up_proj"])
+        stored_names.plan_edits(model, {}, [], ["model.layers.0.mlp.up_proj"])
 
 
 def test_no_space(tmp_path, monkeypatch):

@@ -46,10 +46,12 @@ def solo(model, name, ids, **inputs) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_of_a_mixed_batch_is_as_alone(tmp_path, family):
-    model, ids = served(tmp_path, family), token_ids(rows=len(NAMES), length=9)
-    alone = torch.cat([solo(model, name, ids[i : i + 1]) for i, name in enumerate(NAMES)])
-    assert (alone - logits(model, ids)).abs().amax((1, 2))[[0, 2, 3, 4]].min() > 0.01  # each adapter does something
-    with mixed(model, NAMES):
+    dora = {"lengths": dict(rank=2, alpha=4.0, targets=("q", "v", "o"), dora=True, seed=5)}
+    names = [*NAMES, "lengths", "lengths"]
+    model, ids = served(tmp_path, family, ADAPTERS | dora), token_ids(rows=len(names), length=9)
+    alone = torch.cat([solo(model, name, ids[i : i + 1]) for i, name in enumerate(names)])
+    assert (alone - logits(model, ids)).abs().amax((1, 2))[[0, 2, 3, 4, 7]].min() > 0.01  # each adapter does something
+    with mixed(model, names):
         assert torch.allclose(logits(model, ids), alone, rtol=0, atol=1e-5)
     assert torch.equal(logits(model, ids), logits(tiny_model(family), ids))  # the bare base afterwards
 

@@ -9,7 +9,8 @@ from transformers import AttentionInterface, GPT2Config, LlamaConfig, T5Config
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
 from lora_ft.methods.lora.roles import TABLE, architecture_of, fused
-from lora_ft.methods.lora.targets import find_targets
+from lora_ft.methods.lora.targets import find_targets, unpack_targets
+from lora_ft.nn.expert_names import PATH
 from lora_ft.nn.lora import RowBlocks
 from tests.helpers.families import FAMILIES, build, tiny_model, token_ids
 
@@ -217,6 +218,13 @@ def test_an_unknown_architecture_names_the_known_and_the_way_on():
 
 @pytest.mark.parametrize("family", sorted(EXPERTS))
 @pytest.mark.parametrize("group", ["mlp", "all", "up"])
-def test_experts_are_refused_with_the_reason(family, group):
+def test_roles_of_the_mlp_are_those_of_all_experts(family, group):
+    model = build(family)
     with pytest.raises(ModelError, match="experts .* are 3-D parameters"):
-        find_targets(build(family), [group])
+        find_targets(model, [group])  # as bottleneck adapters, which have no place there
+    unpack_targets(model, [group], [1])
+    found = find_targets(model, [group], layers=[1])
+    experts = [path for path in found if PATH.fullmatch(path)]
+    assert len(experts) == (3 if group == "up" else 6) and all(path.startswith("model.layers.1.") for path in experts)
+    gate_up = found[next(path for path in experts if ".gate_up_proj." in path)]
+    assert set(gate_up) == ({"up"} if group == "up" else {"gate", "up"})
