@@ -186,9 +186,10 @@ def _adapter_rules(config: Config) -> Iterator[Broken]:
     if config.trainer.fsdp and config.model.quantization:
         message = "a quantized base is not shared out among processes; remove one of the two"
         yield "trainer.fsdp", "model.quantization", message
-    if adapter.train_modules and config.trainer.fsdp:
-        message = "shares out the base's modules, but train_modules trains some of them; remove one of the two"
-        yield "trainer.fsdp", "adapter.train_modules", message
+    for setting in ("train_modules", "train_tokens"):
+        if getattr(adapter, setting) and config.trainer.fsdp:
+            message = f"shares out the base's modules, but {setting} trains some of them; remove one of the two"
+            yield "trainer.fsdp", f"adapter.{setting}", message
     if method == "full" and config.trainer.fsdp:
         message = "shards a frozen base, but full trains it; remove fsdp, or use method lora, bottleneck or prompt"
         yield "trainer.fsdp", "adapter.method", message

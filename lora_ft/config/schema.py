@@ -54,6 +54,9 @@ class AdapterConfig(Section):
     train_modules: types.Names = setting(
         (), "modules trained in full beside A and B, by exact name or dotted suffix (lm_head, norm)", methods="lora"
     )
+    train_tokens: types.Names = setting(
+        (), "tokens whose rows of the embedding, and of a tied head, are trained beside A and B", methods="lora"
+    )
     layers: types.Layers = setting(
         None, 'the adapted layers: null for all, a list [0, 1, 2], or a range "6-11"', methods="lora bottleneck"
     )

@@ -30,10 +30,11 @@ def check_together(configs: Mapping[str, Config]) -> None:
             raise ConfigError(
                 f"{name}: adapter.method {config.adapter.method}: only LoRA can be trained together. Train it alone."
             )
-        if config.adapter.train_modules:
-            raise ConfigError(
-                f"{name}: adapter.train_modules: several configs share the base's modules. Train it alone."
-            )
+        for setting in ("train_modules", "train_tokens"):
+            if getattr(config.adapter, setting):
+                raise ConfigError(
+                    f"{name}: adapter.{setting}: several configs share the base's modules. Train it alone."
+                )
         if config.trainer.fsdp:
             raise ConfigError(f"{name}: trainer.fsdp is not supported for several configs. Train it alone.")
         if "wandb" in config.train.report_to:

@@ -93,7 +93,9 @@ class Trained:
         """Why several of these can't share a base by name, in words; None for LoRA's A and B, which can."""
         if self.method != "lora":
             return f"of method {self.method}"
-        return "with modules trained in full" if self.adapter_config.get("modules_to_save") else None
+        if self.adapter_config.get("modules_to_save"):
+            return "with modules trained in full"
+        return "with trained embedding rows" if self.adapter_config.get("trainable_token_indices") else None
 
     @property
     def base_name(self) -> str | None:

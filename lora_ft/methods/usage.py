@@ -73,7 +73,7 @@ def vllm_text(record: dict) -> str:
     base, data = record["base"], record["config"]["data"]
     if base["name"].endswith(".gguf"):
         return "vLLM serves the merged model: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
-    if record["config"]["adapter"].get("train_modules"):
+    if any(record["config"]["adapter"].get(setting) for setting in ("train_modules", "train_tokens")):
         return "vLLM takes A and B alone: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
     if len({entry["scaling"] for entry in record["slices"].values()}) > 1:
         return (

@@ -14,10 +14,20 @@ from torch.func import functional_call
 from lora_ft.nn.adapted import AdaptedModule
 
 
-class WholeModule(AdaptedModule):
-    """A frozen module without submodules (a head, a norm, an embedding) and the copy that is trained.
+class LikeBase(AdaptedModule):
+    """An adapted module whose other attributes, such as `weight` or `num_embeddings`, are the base's."""
 
-    Other attributes, such as `weight` or `num_embeddings`, are the base's.
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # not set yet
+                raise
+            return getattr(self.base, name)
+
+
+class WholeModule(LikeBase):
+    """A frozen module without submodules (a head, a norm, an embedding) and the copy that is trained.
 
     Attributes:
         trained: the copy, with float32 parameters.
@@ -43,14 +53,6 @@ class WholeModule(AdaptedModule):
         """The copy's parameters in the dtypes of the base's."""
         dtypes = {name: parameter.dtype for name, parameter in self.base.named_parameters()}
         return {name: parameter.to(dtypes[name]) for name, parameter in self.trained.named_parameters()}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":  # not set yet
-                raise
-            return getattr(self.base, name)
 
 
 def with_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:

@@ -12,6 +12,7 @@ from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.multi import base_layer, base_modules
 from lora_ft.methods.lora.peft import PREFIX, WEIGHTS, AdapterFile, differences
 from lora_ft.methods.lora.peft_config import targeted
+from lora_ft.methods.lora.token_rows import check_rows
 from lora_ft.methods.lora.whole import check_whole
 from lora_ft.nn.adapted import dimensions
 
@@ -26,6 +27,7 @@ def check_against(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Linear
     head = next((n for n, m in linear.items() if m is base_layer(model.get_output_embeddings())), None)
     expected = targeted(adapter.trained.adapter_config, linear, head)
     whole = check_whole(model, adapter)
+    check_rows(model, adapter)
     missing = set() if expected is None else expected - adapter.stored.keys() - whole
     unexpected = adapter.stored.keys() - linear.keys()
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -23,6 +23,7 @@ from lora_ft.methods.lora.peft import PREFIX, RECORD, WEIGHTS, AdapterFile, Part
 from lora_ft.methods.lora.peft_config import CONFIG, file_rank, file_ranks
 from lora_ft.methods.lora.stacked import from_peft_matrices, to_peft_matrices, undivided_hint
 from lora_ft.methods.lora.targets import suffixes
+from lora_ft.methods.lora.token_rows import apply_rows, copy_rows, rows_tensors, trainable_token_indices
 from lora_ft.methods.lora.whole import apply_whole, copy_whole, modules_to_save, refuse_whole, whole_tensors
 from lora_ft.methods.trained import Trained
 from lora_ft.model.tensor_file import read_header
@@ -54,6 +55,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         if isinstance(layer := layers.get(module), DoRALinear):
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.lengths().cpu()
     tensors |= {f"{PREFIX}{name}": value.cpu().contiguous() for name, value in whole_tensors(model).items()}
+    tensors |= {key: rows.cpu().contiguous() for key, rows in rows_tensors(model).items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -71,6 +73,8 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
         "use_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
         "use_rslora": False,  # lora_alpha includes it
     }
+    if ids := trainable_token_indices(model):
+        config["trainable_token_indices"] = ids
     if parameters:
         config["target_parameters"] = parameters
     if rank_pattern := {re.escape(parameter_of(module)): own for module, own in ranks.items() if own != R}:
@@ -84,8 +88,8 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> dict[str, di
 
 def bytes_on_disk(model: nn.Module) -> int:
     """The bytes of the tensors that `save_adapter` writes, float32."""
-    ranks = file_ranks(parts_record(model))
-    numbers = sum(tensor.numel() for tensor in whole_tensors(model).values())
+    ranks, others = file_ranks(parts_record(model)), whole_tensors(model) | rows_tensors(model)
+    numbers = sum(tensor.numel() for tensor in others.values())
     for module, layer in lora_layers(model).items():
         numbers += ranks[module] * (layer.in_features + layer.out_features)
         numbers += layer.out_features if isinstance(layer, DoRALinear) else 0
@@ -168,6 +172,7 @@ def apply_adapter(
         for module, layer in layers.items():
             model.set_submodule(module, layer)
         apply_whole(model, adapter, trainable)
+        apply_rows(model, adapter, trainable)
     else:
         add_adapter(model, name, layers)
     return adapter
@@ -196,6 +201,7 @@ def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
             raise ModelError(f"{path}: {module} has {theirs}; this run adapts it with {ours_in_words}. {way_out}")
     check_copies(model, adapter)
     copy_whole(model, adapter)
+    copy_rows(model, adapter)
     for module, (A, B) in adapter.tensors.items():
         layer = layers[module]
         from_peft_matrices(layer, A, B, path, module)

@@ -20,8 +20,10 @@ from lora_ft.nn.expert_names import PATH
 from lora_ft.nn.lora import LoRALinear
 from lora_ft.nn.pissa import PiSSALinear
 from lora_ft.nn.scaling import scaling
+from lora_ft.nn.token_rows import TiedHeadRows, TokenRows
 from lora_ft.nn.whole import WholeModule
 
+MERGED = (LoRALinear, WholeModule, TokenRows, TiedHeadRows)  # the kinds of layers that a merge replaces
 SAME_INPUT = (("q", "k", "v"), ("gate", "up"))  # roles whose modules in a layer have the same input tensor
 
 
@@ -97,13 +99,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def merge(model: PreTrainedModel) -> dict[str, LoRALinear | WholeModule]:
-    """Replace each LoRA layer by a plain one with W + s B A, in place, and each module that was trained in full by that one.
+def merge(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Replace each LoRA layer by a plain one with W + s B A, in place, and what was trained in full by what it has become.
 
     Returns path -> removed layer, for `unmerge`. A merged head is no longer tied to the embedding, which does not change; the
-    config is updated accordingly.
+    config is updated accordingly. With trained rows alone they stay tied.
     """
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear | WholeModule)}
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, MERGED)}
     if not layers:
         reason = "this model is merged already, was never adapted, or its adapters were loaded by name"
         raise ModelError(f"there are no LoRA layers to merge: {reason}; load the one to merge without a name")
@@ -111,10 +113,12 @@ def merge(model: PreTrainedModel) -> dict[str, LoRALinear | WholeModule]:
         set_tied(model, False)
     for path, layer in layers.items():
         model.set_submodule(path, layer.merged())
+    if any(isinstance(layer, TiedHeadRows) for layer in layers.values()):
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return layers
 
 
-def unmerge(model: PreTrainedModel, layers: dict[str, LoRALinear | WholeModule]) -> None:
+def unmerge(model: PreTrainedModel, layers: dict[str, nn.Module]) -> None:
     """Put back the layers that `merge` removed: the same objects, so outputs are the same to the bit."""
     for path, layer in layers.items():
         model.set_submodule(path, layer)
@@ -122,10 +126,10 @@ def unmerge(model: PreTrainedModel, layers: dict[str, LoRALinear | WholeModule])
         set_tied(model, True)
 
 
-def ties_head(model: PreTrainedModel, layers: dict[str, LoRALinear | WholeModule]) -> bool:
-    """Whether one of the layers is a head, or the input embedding, and the two have one weight."""
+def ties_head(model: PreTrainedModel, layers: dict[str, nn.Module]) -> bool:
+    """Whether one of the layers is a head or the input embedding, the two have one weight, and it gives them two."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    pair = [layer for layer in layers.values() if layer is head or layer is embedding]
+    pair = [m for m in layers.values() if m in (head, embedding) and isinstance(m, LoRALinear | WholeModule)]
     return bool(pair) and head is not None and head.weight is embedding.weight
 
 

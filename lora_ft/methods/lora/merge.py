@@ -25,6 +25,7 @@ from lora_ft.methods.lora.onto import Onto
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, plan_edits, stored_names
 from lora_ft.methods.lora.verify import compare_logits, sample_rows
+from lora_ft.methods.lora.whole import whole_paths
 from lora_ft.model.files import Base, weight_files
 from lora_ft.model.load import load_base, load_tokenizer, skeleton
 from lora_ft.model.small_files import forget_paths, small_files
@@ -71,7 +72,8 @@ def merge_adapter(
         shards = weight_files(source)
         keys = stored_keys(shards)
         stored = stored_names(model, keys)
-        edits, unties = plan_edits(model, stored, keys, adapter.tensors, adapter.whole)
+        of_rows = adapter.rows.module if adapter.rows else None
+        edits, unties = plan_edits(model, stored, keys, adapter.tensors, adapter.whole, of_rows)
         onto = Onto.of(model, stored, form)
         if unties:
             info("note: the adapter changes the tied head or embedding, so the merged model's head is no longer tied")
@@ -90,7 +92,7 @@ def merge_adapter(
             shutil.rmtree(source.folder)
         report = {
             "modules": len(adapter.tensors),
-            "whole": sorted({name.rpartition(".")[0] for name in adapter.whole}),
+            "whole": whole_paths(adapter) + ([f"the rows of {len(adapter.rows.ids)} tokens"] if adapter.rows else []),
             "onto": form,
             "dtype": ", ".join(sorted({str(d).removeprefix("torch.") for d in dtypes.values()})),
             "matrix_error": max(errors.values()),

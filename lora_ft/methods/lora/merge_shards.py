@@ -15,6 +15,7 @@ from lora_ft.methods.lora.compatibility import check_equal
 from lora_ft.methods.lora.onto import Onto
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, source_of
+from lora_ft.methods.lora.token_rows import rows_value
 from lora_ft.methods.lora.verify import matrix_error, random_signs
 from lora_ft.methods.lora.whole import trained_value
 from lora_ft.model.files import INDEX, opened
@@ -154,8 +155,11 @@ def _gain(adapter: AdapterFile, module: str, part: slice, norms: Tensor) -> Tens
 
 
 def rounded(W: Tensor, name: str, adapter: AdapterFile, shard: Path) -> Tensor:
-    """A tensor that was trained in full, in the dtype of W, which it replaces."""
-    result = trained_value(adapter, name).to(W.dtype)
+    """A tensor that was trained in full, or W with the rows that were trained, in the dtype of W, which it replaces."""
+    if adapter.rows and name == f"{adapter.rows.module}.weight":
+        result = W.index_copy(0, torch.tensor(adapter.rows.ids), rows_value(adapter).to(W.dtype))
+    else:
+        result = trained_value(adapter, name).to(W.dtype)
     if W.dtype not in DTYPES or result.shape != W.shape:
         was, now = f"{W.dtype} {tuple(W.shape)}", f"the adapter's {name} {tuple(result.shape)}"
         raise ModelError(f"{shard}: {now} can't replace {was}.")

@@ -9,20 +9,26 @@ from lora_ft.core.messages import listed
 from lora_ft.methods.lora.files import CONFIG, WEIGHTS, apply_adapter, initialize_from, save_adapter
 from lora_ft.methods.lora.inject import inject_lora
 from lora_ft.methods.lora.peft import read_adapter
+from lora_ft.methods.lora.token_rows import token_ids, train_rows
 from lora_ft.methods.lora.whole import find_whole, train_whole
 from lora_ft.methods.trained import Saved, Trained
 
 
-def inject(model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: object) -> str:
-    """Add LoRA layers, see `inject_lora`, and train some modules in full."""
-    whole = find_whole(model, settings.train_modules)
+def inject(
+    model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None
+) -> str:
+    """Add LoRA layers, see `inject_lora`, and train some modules, and the embedding's rows of some tokens, in full."""
+    whole, ids = find_whole(model, settings.train_modules), token_ids(tokenizer, settings.train_tokens)
     shared = settings.model_dump(
         include={"targets", "rank", "alpha", "dropout", "rslora", "dora", "init", "modules", "layers"}
     )
     shared |= settings.model_dump(include={"exclude", "rank_pattern", "alpha_pattern"})
     adapted = inject_lora(model, **shared, seed=seed)
     train_whole(model, whole)
-    return f"{len(adapted)} modules{', and in full ' + listed(whole, 3) if whole else ''}"
+    if ids:
+        train_rows(model, ids)
+    full = [*whole, *([f"the rows of {len(ids)} tokens"] if ids else [])]
+    return f"{len(adapted)} modules{', and in full ' + listed(full, 3) if full else ''}"
 
 
 def save(model: PreTrainedModel, folder: Path, base_name: str, tokenizer: PreTrainedTokenizerBase) -> Saved:

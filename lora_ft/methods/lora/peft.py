@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ from lora_ft.methods.lora.peft_config import (
     KEY,
     LENGTHS,
     PREFIX,
+    ROWS,
     WEIGHTS,
     by_pattern,
     check_config,
     is_saved_whole,
+    token_indices,
 )
 from lora_ft.methods.trained import Trained
 from lora_ft.model.stored import is_finite
@@ -46,6 +49,14 @@ class Parts:
     rows: dict[str, RowBlocks]
 
 
+class Rows(NamedTuple):
+    """The rows of an embedding that were trained: its path, the tokens, and their rows (n, width)."""
+
+    module: str
+    ids: list[int]
+    tensor: Tensor
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """An adapter as read and checked, not yet applied to a model.
@@ -62,6 +73,7 @@ class AdapterFile:
     copies: dict[str, Tensor]  # name -> base weight that PEFT saved with an adapted head; must equal the base's
     stored_lengths: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)  # name -> weight of a module that was trained in full
+    rows: "Rows | None" = None
 
     @property
     def folder(self) -> Path:
@@ -129,7 +141,21 @@ def read_adapter(trained: Trained) -> AdapterFile:
             )
         scalings[module] = scaling(rank, alpha, config.get("use_rslora") is True)
     parts = _read_parts(folder / RECORD, record, stored, scalings)
-    return AdapterFile(trained, stored, scalings, parts, copies, lengths, whole)
+    ids = token_indices(config_path, config.get("trainable_token_indices"))
+    rows = _token_rows(weights, ids, copies)
+    return AdapterFile(trained, stored, scalings, parts, copies, lengths, whole, rows)
+
+
+def _token_rows(path: Path, ids: list[int], copies: dict[str, Tensor]) -> Rows | None:
+    """The trained rows of an embedding, taken out of `copies`. Raises ModelError unless the file has those of one."""
+    found = {name: copies.pop(name) for name in [*copies] if name.endswith(ROWS)}
+    if not ids and not found:
+        return None
+    if len(found) != 1 or not ids:
+        has = f"rows of {listed([name.removesuffix(ROWS) for name in found]) or 'no embedding'}, of {len(ids)} tokens"
+        raise ModelError(f"{path}: trainable_token_indices: {has}. One embedding's can be applied; merge it with PEFT.")
+    name, tensor = found.popitem()
+    return Rows(name.removesuffix(ROWS), ids, tensor)
 
 
 def _sort(

@@ -17,12 +17,12 @@ from lora_ft.nn.expert_names import PATH, is_targeted, parameter_of
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ROWS = ".token_adapter.trainable_tokens_delta"  # the end of the name of an embedding's trained rows
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 LENGTHS = re.compile(r"base_model\.model\.(.+)\.lora_magnitude_vector")  # DoRA's
 
 # Settings that change what the tensors compute. When off they are null, false, empty or absent.
 REFUSED = {
-    "trainable_token_indices": "trained embedding rows (trainable_token_indices)",
     "lora_bias": "trained biases (lora_bias)",
     "layer_replication": "replicated layers (layer_replication)",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
@@ -43,17 +43,8 @@ KNOWN = {  # all others of PEFT 0.21; the last line: of earlier versions
         "revision",
         "inference_mode",
     ),
-    *(
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-        "fan_in_fan_out",
-        "bias",
-    ),
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"),
+    *("use_rslora", "use_dora", "fan_in_fan_out", "bias"),
     *(
         "target_modules",
         "target_parameters",
@@ -63,7 +54,7 @@ KNOWN = {  # all others of PEFT 0.21; the last line: of earlier versions
         "ensure_weight_tying",
     ),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("modules_to_save", "megatron_config", "megatron_core", "qalora_group_size", *REFUSED),
+    *("modules_to_save", "trainable_token_indices", "megatron_config", "megatron_core", "qalora_group_size", *REFUSED),
     *("runtime_config", "merge_weights"),
 }
 # These only initialize A and B; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also change W.
@@ -122,6 +113,7 @@ def check_config(path: Path, config: dict) -> None:
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):
         raise ModelError(f"{path}: modules_to_save must be a list of names.")
+    token_indices(path, config.get("trainable_token_indices"))
     _check_unknown(path, {key: config[key] for key in sorted(config.keys() - KNOWN) if config[key]})
 
 
@@ -224,6 +216,20 @@ def targeted(config: dict, names: Iterable[str], head: str | None) -> set[str] |
     except (regex.error, RecursionError, TimeoutError) as e:
         where = "target_modules, exclude_modules or layers_pattern"
         raise ModelError(f"{CONFIG}: a pattern of {where} is invalid: {e}.") from e
+
+
+def token_indices(path: Path, setting: object) -> list[int]:
+    """The tokens whose rows are trained: the list, or that of the modules in a table, if they have the same.
+
+    Raises ModelError for anything else.
+    """
+    lists = list(setting.values()) if isinstance(setting, dict) else [setting or []]
+    if not lists or any(ids != lists[0] for ids in lists):
+        raise ModelError(f"{path}: trainable_token_indices has other tokens for each module. Merge it with PEFT.")
+    ids = lists[0]
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids) or len({*ids}) < len(ids):
+        raise ModelError(f"{path}: trainable_token_indices must be a list of different token ids.")
+    return ids
 
 
 def is_saved_whole(name: str, modules_to_save: list[str] | None) -> bool:

@@ -69,11 +69,12 @@ def plan_edits(
     keys: Iterable[str],
     modules: Iterable[str],
     whole: Iterable[str] = (),
+    rows: str | None = None,
 ) -> tuple[list[Edit], bool]:
     """The tensors to write, and whether this unties the head from the embedding.
 
     keys: the names in the files. stored: see `stored_names`. modules: that have A and B. whole: names of tensors that were
-    trained in full.
+    trained in full. rows: the embedding with trained rows.
     """
     modules = list(modules)
     of_experts = expert_edits(model, [module for module in modules if PATH.fullmatch(module)])
@@ -93,6 +94,11 @@ def plan_edits(
         edits.append(Edit(source, target, module, conv, trained=trained))
         if name in stored:  # if only one of head and embedding is on disk, the other now needs its own tensor
             copies += [Edit(source, name_on_disk(model, p), None) for p in tied_to if p not in stored]
+    if rows:  # which a tied head has too, so they stay tied
+        name = f"{rows}.weight"
+        sources = [stored[n] for n in (name, *partners(model, name)) if n in stored]
+        edits += [Edit(source, source, None, trained=name) for source in sources]
+        absent += [] if sources else [name]
     if absent:
         problem = "this architecture stores them in another layout, so the adapter can't be merged on disk."
         raise ModelError(f"the base's files have no separate tensor for {listed(absent)}: {problem}")

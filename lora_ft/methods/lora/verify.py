@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lora_ft.core.errors import ModelError
 from lora_ft.methods.lora.files import apply_adapter
+from lora_ft.methods.lora.inject import MERGED
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
@@ -16,6 +17,7 @@ from lora_ft.nn.adapted import bare, out_in, with_weight
 from lora_ft.nn.forms import Form
 from lora_ft.nn.lora import LoRALinear
 from lora_ft.nn.quantized import QuantizedLinear
+from lora_ft.nn.token_rows import TiedHeadRows
 from lora_ft.nn.whole import WholeModule
 
 SENTENCES = (
@@ -127,16 +129,18 @@ def compare_logits(
 def merging(model: PreTrainedModel) -> list[str]:
     """The modules whose weights a merge changes: LoRA layers, those trained in full, and quantized ones, which become plain."""
     bases = {id(m.base) for m in model.modules() if isinstance(m, LoRALinear)}
-    kinds = (LoRALinear, WholeModule, QuantizedLinear)
+    kinds = (*MERGED, QuantizedLinear)
     return [path for path, m in model.named_modules() if isinstance(m, kinds) and id(m) not in bases]
 
 
 def merge_rounded(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
     """Merge a model's LoRA layers and make its quantized ones plain, in place, each weight rounded to its module's dtype."""
-    for name, dtype in dtypes.items():  # one by one: each layer's weight goes as the next is made
+    embedding = model.get_input_embeddings()
+    of_rows = next((dtypes[path] for path, m in model.named_modules() if m is embedding and path in dtypes), None)
+    heads = {path: of_rows for path, m in model.named_modules() if isinstance(m, TiedHeadRows) and of_rows}
+    for name, dtype in (dict(dtypes) | heads).items():  # one by one: each layer's weight goes as the next is made
         layer = model.get_submodule(name)
-        merges = isinstance(layer, LoRALinear | WholeModule)
-        plain = layer.merged() if merges else with_weight(layer, out_in(layer))
+        plain = layer.merged() if isinstance(layer, MERGED) else with_weight(layer, out_in(layer))
         for parameter in plain.parameters() if isinstance(layer, WholeModule) else [plain.weight]:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
         model.set_submodule(name, plain)

@@ -140,7 +140,13 @@ def copy_whole(model: nn.Module, adapter: AdapterFile) -> None:
 
 
 def refuse_whole(adapter: AdapterFile, what: str, way_out: str) -> None:
-    """Raise ModelError if an adapter has modules in full, which `what` can't hold."""
-    if adapter.whole:
-        modules = listed(sorted({name.rpartition(".")[0] for name in adapter.whole}), 3)
-        raise ModelError(f"{adapter.folder}: has modules trained in full ({modules}); {what}. {way_out}")
+    """Raise ModelError, with what is so and the way out, if an adapter has more than A and B."""
+    has = [f"modules trained in full ({listed(whole_paths(adapter), 3)})"] if adapter.whole else []
+    has += ["trained embedding rows"] if adapter.rows else []
+    if has:
+        raise ModelError(f"{adapter.folder}: has {' and '.join(has)}; {what}. {way_out}")
+
+
+def whole_paths(adapter: AdapterFile) -> list[str]:
+    """The paths of the modules that an adapter has in full, sorted."""
+    return sorted({name.rpartition(".")[0] for name in adapter.whole})

@@ -425,7 +425,7 @@ def test_not_finite(folder, value):
         (dict(lora_bias=True), ["lora_bias"]),
         (dict(bias="all"), ["bias is 'all'"]),
         (dict(modules_to_save="lm_head"), ["modules_to_save"]),
-        (dict(trainable_token_indices=[1]), ["trainable_token_indices"]),
+        (dict(trainable_token_indices=["a"]), ["trainable_token_indices"]),
         (dict(target_parameters="x"), ["target_parameters must be a list"]),
         (dict(init_lora_weights="pissa_niter_4"), ["pissa_niter_4"]),
         (dict(task_type="SEQ_CLS"), ["SEQ_CLS"]),

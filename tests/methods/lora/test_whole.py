@@ -269,3 +269,18 @@ def test_what_holds_a_and_b_alone_refuses_them(tmp_path):
         open_part(folder)
     with pytest.raises(ModelError, match="Load it alone, without a name, or merge it"):
         files.load_adapter(tiny_model("llama"), folder, "a")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [dict(dora=True), dict(init="pissa")])
+def test_beside_dora_and_pissa(tmp_path, settings):
+    model = model_of("llama", tied=True)
+    model.save_pretrained(tmp_path / "base")
+    base = resolve(str(tmp_path / "base"))
+    shaken(adapt(model, ["lm_head"], **settings))
+    folder = saved(model, tmp_path / "a", base)
+    theirs = peft.PeftModel.from_pretrained(model_of("llama", tied=True), folder).eval()
+    assert torch.allclose(logits(theirs), logits(model), atol=2e-5)
+    merge.merge_adapter(base, read_adapter(Trained.open(folder)), tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.allclose(logits(plain), logits(model), atol=2e-5)
