@@ -327,7 +327,10 @@ def test_modules_alone_are_enough(load):
 @pytest.mark.parametrize(
     "more, word",
     [
-        ("adapter: {init: pissa, dora: true}", "adapter.dora: starts from whole weights, pissa from their principal part"),
+        (
+            "adapter: {init: pissa, dora: true}",
+            "adapter.dora: starts from whole weights, pissa from their principal part",
+        ),
         ("adapter: {init: pissa, init_from: a}", "adapter.init: both say what to start from"),
         ("adapter: {init: pissa}\ntrainer: {fsdp: true}", "trainer.fsdp needs whole weights"),
         ("adapter: {dora: true}\ntrainer: {fsdp: true}", "trainer.fsdp needs whole weights"),
