@@ -70,8 +70,7 @@ class Trained:
     @cached_property
     def config(self) -> Config | None:
         """The run's config; None for another tool's adapter. Raises ConfigError if it is damaged."""
-        settings = run_settings(self.folder, self.record)
-        return parse_config(settings) if settings else None
+        return run_config(self.folder, self.record)
 
     @property
     def chat_template(self) -> str | None:
@@ -166,6 +165,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(name := config.get("base_model_name_or_path"), str | None):
         raise ModelError(f"{folder / CONFIG}: base_model_name_or_path is {name!r:.100}; it must be a name.")
     return config
+
+
+def run_config(folder: Path, record: Mapping[str, Any]) -> Config | None:
+    """The config in a folder's record, as of `run_settings`; None if it has none. Raises ConfigError if it is damaged."""
+    settings = run_settings(folder, record)
+    return parse_config(settings) if settings else None
 
 
 def run_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:

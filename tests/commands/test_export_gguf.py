@@ -311,6 +311,7 @@ def test_a_disk_without_room_for_the_last_tensor_is_told(tmp_path, merged):
     export_command(tmp_path / "out", "gguf", output=target, merged=merged)
     size = target.stat().st_size
     target.unlink()
+    target.with_suffix(".Modelfile").unlink()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 8, limit[1]))
     try:

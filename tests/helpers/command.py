@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -57,13 +58,19 @@ class Started(NamedTuple):
             assert time.monotonic() < until and os.waitpid(self.pid, os.WNOHANG) == (0, 0), self.said()
             time.sleep(0.005)
 
+    def kill(self) -> None:
+        """Kill it, unless it has ended."""
+        with suppress(ChildProcessError):  # its end was waited for
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                self.send(signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+
     def end(self, seconds: float = 100) -> Ended:
         """Wait for its end; one that hangs is killed and fails the test."""
         until = time.monotonic() + seconds
         while (state := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
             if time.monotonic() > until:
-                self.send(signal.SIGKILL)
-                os.waitpid(self.pid, 0)
+                self.kill()
                 raise AssertionError(f"still running after {seconds} s: {self.said()}")
             time.sleep(0.005)
         code = os.WEXITSTATUS(state[1]) if os.WIFEXITED(state[1]) else -os.WTERMSIG(state[1])

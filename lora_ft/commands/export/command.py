@@ -8,6 +8,7 @@ from lora_ft.commands.export import hub
 from lora_ft.commands.export.adapter_files import write_adapter_gguf
 from lora_ft.commands.export.gguf_format import FAMILIES
 from lora_ft.commands.export.gguf_model import verify_gguf, write_model_gguf
+from lora_ft.commands.export.modelfile import modelfile_of, write_modelfile
 from lora_ft.commands.merge import merge_command
 from lora_ft.core import storage
 from lora_ft.core.errors import ConfigError, FilesError, ModelError
@@ -72,8 +73,9 @@ def export_command(
         hub.check(push)
     kind = to if to != "gguf" else "model.gguf" if complete else "merged.gguf" if merged else "lora.gguf"
     target = output or sibling(folder, ".gguf" if complete else f"-{kind}")
-    if target.exists():
-        raise FilesError(f"{target}: already exists. Remove it, or name another place with --output.")
+    for path in (target, modelfile_of(target))[: 2 if to == "gguf" else 1]:
+        if path.exists():
+            raise FilesError(f"{path}: already exists. Remove it, or name another place with --output.")
     if to == "merged":
         files = merge_command(folder, base=base, output=target, verify=verify, trust=trust)
     elif complete:
@@ -97,6 +99,8 @@ def export_command(
         else:
             check_base(trained.record, files, trust.other_base)
             export_peft(adapter, files, target) if to == "peft" else export_lora_gguf(adapter, files, target, dtype)
+    if to == "gguf":
+        write_modelfile(target, folder, files, alone=not (complete or merged))
     if push:
         echo(f"pushed to {hub.push(push, hub.uploads(target, kind, published_name(files.name)), public)}")
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.commands.generate.prompts import PromptFormat, prompt_format
-from lora_ft.config.load import parse_config
 from lora_ft.core.errors import ConfigError, DataError, ModelError
 from lora_ft.core.names import nearest
 from lora_ft.core.paths import local_path
@@ -23,7 +22,7 @@ from lora_ft.methods.interface import METHODS, bare, virtual_ids
 from lora_ft.methods.lora.files import apply_adapter
 from lora_ft.methods.lora.multi import check_names, mixed, use
 from lora_ft.methods.lora.peft import read_adapter
-from lora_ft.methods.trained import Trained, run_settings
+from lora_ft.methods.trained import Trained, run_config
 from lora_ft.model.device import prepare_device
 from lora_ft.model.files import Base, resolve
 from lora_ft.model.generate import Generated, generate, position_limit, to_text
@@ -204,8 +203,7 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     if not base_name:
         raise ConfigError("no base: the adapter does not name one. Add --base NAME.")
     folder = local_path(base_name)
-    own_settings = run_settings(folder, read_record(folder) or {})  # a merged model has the record of its run
-    own_config = parse_config(own_settings) if own_settings else None
+    own_config = run_config(folder, read_record(folder) or {})  # a merged model has the record of its run
     config = first.config if first else own_config
     device = prepare_device(config.trainer.use_cpu if config else False)
     base = first.base(base_name, trust) if first else resolve(base_name, trust=trust)

@@ -20,6 +20,7 @@ from lora_ft.commands.serve.bodies import ApiError, ChatBody, CompletionBody, Lo
 from lora_ft.commands.serve.engine import Engine
 from lora_ft.commands.serve.guard import Guard, ascii_json, read_body
 from lora_ft.commands.serve.jobs import Event, Full, Job
+from lora_ft.commands.serve.page import page
 from lora_ft.commands.serve.prompts import chat_ids, completion_ids
 from lora_ft.commands.serve.responses import Asked, later, respond
 from lora_ft.core.messages import printable
@@ -50,6 +51,7 @@ class Api:
         self.created = int(time.time())
         self._encoding = ThreadPoolExecutor(1, "prompts")  # a tokenizer is for one thread
         routes = [
+            Route("/", self.page),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/v1/models", self.models),
@@ -61,6 +63,10 @@ class Api:
             routes.append(Route("/v1/load_lora_adapter", self.load_adapter, methods=["POST"]))
             routes.append(Route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"]))
         self.app = Guard(Router(routes), settings.keys, settings.hosts, engine.metrics)
+
+    async def page(self, request: Request) -> Response:
+        """A page for a browser."""
+        return page()
 
     async def health(self, request: Request) -> Response:
         """200 while the engine's thread lives."""

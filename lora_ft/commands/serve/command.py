@@ -1,6 +1,7 @@
 """`lora-ft serve`: a base and its adapters behind OpenAI's API, until SIGTERM or Ctrl-C."""
 
 import ipaddress
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ def serve_command(
     engine.start()
     if not engine.together:
         info("note: this model can't compute different requests at once: they are answered one after the other")
+    sock.listen(config.backlog)  # who reads the address may ask at once
     echo(f"{place}/v1: {', '.join([base_name, *served.names])}; {limits.tokens:,} tokens in the cache")
     try:
         server.run(sockets=[sock])
@@ -106,15 +108,14 @@ def serve_command(
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; a second signal ends it at once, of whichever kind it is."""
+    """uvicorn's server, for which a signal is the way to end, not a failure."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop accepting; finish what runs."""
+        """Stop accepting and finish what runs; a second signal exits at once."""
         if self.should_exit:
-            self.force_exit = True
-        else:
-            info(f"{signal.Signals(sig).name}: finishing what runs")
-        super().handle_exit(sig, frame)
+            os._exit(128 + sig)
+        self.should_exit = True
+        info(f"{signal.Signals(sig).name}: finishing what runs")
 
 
 def is_loopback(host: str) -> bool:

@@ -16,7 +16,7 @@ from lora_ft.commands.serve.bodies import ApiError
 from lora_ft.commands.serve.metrics import Metrics
 from lora_ft.core.messages import info
 
-OPEN = ("/health",)  # without a key: it tells nothing
+OPEN = ("/", "/health")  # without a key: they tell nothing
 BODY_SECONDS = 30  # in which a body must have arrived
 
 

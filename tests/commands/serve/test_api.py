@@ -3,8 +3,11 @@
 import asyncio
 import json
 import random
+import re
 import shutil
 import time
+from base64 import b64encode
+from hashlib import sha256
 
 import pytest
 
@@ -69,6 +72,20 @@ def test_the_models_are_the_base_and_the_adapters(api):
     assert get(api, "/v1/models/talk").json() == models[2]
     refused(get(api, "/v1/models/walk"), 404, "no model walk", param="model")
     assert get(api, "/health").json() == {"status": "ok"}
+
+
+def test_the_page_is_one_file_that_loads_nothing_and_asks_this_api(api):
+    answered = get(Api(api.served, api.engine, Settings("base-model", ("key",))), "/")  # also without the key
+    page, policy = answered.body.decode(), answered.headers["content-security-policy"]
+    assert answered.status == 200 and answered.headers["content-type"].startswith("text/html")
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        assert f"{tag}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" in policy
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
+    assert not re.findall(r"""https?:|//\w|\bsrc=|@import|url\(|\son\w+=|\sstyle=""", page)
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", page)
+    assert set(re.findall(r'fetch\("([^"]+)"', page)) == {"v1/models", CHAT[1:]}
+    assert {"id", "is_chat"} <= get(api, "/v1/models").json()["data"][0].keys() and "model.is_chat" in page
 
 
 def test_answers_are_those_of_generate_and_end_where_the_template_ends(api, here):  # noqa: F811
