@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from lora_ft.core.names import portable_name, template_columns
 from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.peft_config import file_rank
+from lora_ft.nn.expert_names import PATH
 
 
 def method_of(record: dict) -> str:
@@ -73,14 +74,15 @@ def vllm_text(record: dict) -> str:
     base, data = record["base"], record["config"]["data"]
     if base["name"].endswith(".gguf"):
         return "vLLM serves the merged model: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
-    if any(record["config"]["adapter"].get(setting) for setting in ("train_modules", "train_tokens")):
+    more = any(record["config"]["adapter"].get(setting) for setting in ("train_modules", "train_tokens", "dora"))
+    if more or any(map(PATH.fullmatch, record["slices"])):
         return "vLLM takes A and B alone: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
     if len({entry["scaling"] for entry in record["slices"].values()}) > 1:
         return (
             "vLLM reads one rank and alpha for all modules: serve what `lora-ft export ADAPTER --to peft` writes, which "
             "computes the same."
         )
-    name = shlex.quote(" ".join(portable_name(base["name"]).split()))
+    name = " ".join(portable_name(base["name"]).split())
     options = f" --revision {base['revision']}" if is_hub(record) else ""
     if data.get("chat_template"):
         options += f" --chat-template ADAPTER/{TEMPLATE}"
@@ -89,7 +91,7 @@ def vllm_text(record: dict) -> str:
     return f"""With vLLM, where it supports LoRA on this architecture:
 
 ```
-vllm serve {name}{options} --enable-lora --max-lora-rank {vllm_rank(file_rank(record["slices"]))} --lora-modules mine=ADAPTER
+{vllm_command(name, file_rank(record["slices"]), "mine=ADAPTER", options)}
 ```"""
 
 
@@ -126,6 +128,12 @@ inputs = tokenizer.apply_chat_template(messages, **options)"""
     return f"""{inputs}
 answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
+
+
+def vllm_command(base: str, rank: int, modules: str, options: str = "") -> str:
+    """The command that serves adapters, `modules` as NAME=FOLDER, of at most `rank` on a base."""
+    lora = f"--enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules {shlex.quote(modules)}"
+    return f"vllm serve {shlex.quote(base)}{options} {lora}"
 
 
 def vllm_rank(rank: int) -> int:

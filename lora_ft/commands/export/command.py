@@ -23,7 +23,7 @@ from lora_ft.methods.lora.portable import padded, plain_tensors, require_plain, 
 from lora_ft.methods.lora.whole import refuse_whole
 from lora_ft.methods.model_card import CARD, export_card
 from lora_ft.methods.trained import Trained, check_base
-from lora_ft.methods.usage import vllm_rank
+from lora_ft.methods.usage import vllm_command
 from lora_ft.model.files import Base, resolve
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
 from lora_ft.model.small_files import require_inside, small_files
@@ -126,7 +126,8 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
     echo(f"{target}: rank {rank} on {len(adapter.tensors)} modules, the scaling folded into B (lora_alpha = r)")
     echo(f'  PEFT          PeftModel.from_pretrained(base, "{target}")')
     echo(f'  transformers  model.load_adapter("{target}"), with peft installed')
-    echo(f"  vLLM          --enable-lora --max-lora-rank {vllm_rank(rank)}, where it supports LoRA for {family}")
+    echo(f"  vLLM          {vllm_command(published_name(base.name), rank, f'{target.name}={target}')}")
+    echo(f"                where it supports LoRA for {family}")
     echo(f"  llama.cpp     {ours if family in FAMILIES else own_converter}")
 
 
