@@ -31,7 +31,7 @@ LORA = {
 # gemma2: soft-capping and windows; gpt_neox: fused slices; gptj, bloom: the mask of a row
 CASES = [(method, family) for method in METHODS for family in ("llama", "gpt2")] + [
     *(("lora", family) for family in ("gemma2", "gpt_neox", "gptj", "bloom")),
-    *((kind, family) for kind in ("dora", "pissa") for family in ("llama", "gpt2")),
+    *((kind, "gpt2") for kind in ("dora", "pissa")),
 ]
 
 
