@@ -9,9 +9,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.pytorch_utils import Conv1D
 
-from lora_ft.nn.adapted import dimensions
 from lora_ft.nn.expert_names import PARAMETERS
 from lora_ft.nn.lora import RowBlocks
 
@@ -29,11 +27,9 @@ class UnpackedExperts(nn.Module):
         for name in PARAMETERS:
             if (weight := experts._parameters.get(name)) is not None:
                 bias = experts._parameters.get(f"{name}_bias")
-                biases = [None] * len(weight) if bias is None else bias
-                self.add_module(
-                    name,
-                    nn.ModuleList(linear(W, b, experts.is_transposed) for W, b in zip(weight, biases, strict=True)),
-                )
+                weights = weight.mT if experts.is_transposed else weight
+                layers = zip(weights, [None] * len(weight) if bias is None else bias, strict=True)
+                self.add_module(name, nn.ModuleList(linear(W, b) for W, b in layers))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, hidden) -> the weighted sum of the chosen experts' outputs (tokens, hidden).
@@ -56,10 +52,10 @@ class UnpackedExperts(nn.Module):
 
     def rows(self) -> dict[str, tuple[str, RowBlocks]]:
         """Role -> the parameter that holds it, and the rows of an expert's outputs."""
-        down = {"down": ("down_proj", RowBlocks.all(dimensions(self.down_proj[0])[1]))}
+        down = {"down": ("down_proj", RowBlocks.all(self.down_proj[0].out_features))}
         if not self.experts.has_gate:
-            return down | {"up": ("up_proj", RowBlocks.all(dimensions(self.up_proj[0])[1]))}
-        size = dimensions(self.gate_up_proj[0])[1]
+            return down | {"up": ("up_proj", RowBlocks.all(self.up_proj[0].out_features))}
+        size = self.gate_up_proj[0].out_features
         if self.experts.is_concatenated:
             gate, up = (RowBlocks(1, size, start, size // 2) for start in (0, size // 2))
         else:  # gate, up, gate, up, ...
@@ -67,16 +63,11 @@ class UnpackedExperts(nn.Module):
         return down | {"gate": ("gate_up_proj", gate), "up": ("gate_up_proj", up)}
 
 
-def linear(W: Tensor, bias: Tensor | None, transposed: bool) -> nn.Linear | Conv1D:
-    """A frozen layer over a weight (out, in), or (in, out) if `transposed`."""
+def linear(W: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen layer over a weight (out, in), which may be a view."""
     with torch.device("meta"):
-        if transposed:
-            layer: nn.Linear | Conv1D = Conv1D(W.shape[1], W.shape[0])
-        else:
-            layer = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None)
+        layer = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(W, requires_grad=False)
-    if transposed and bias is None:
-        bias = torch.zeros(W.shape[1], dtype=W.dtype, device=W.device)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return layer
 

@@ -19,9 +19,9 @@ from lora_ft.core.messages import first_line
 from lora_ft.data.batches import MicroBatch, Shard, Step
 from lora_ft.distributed import processes
 from lora_ft.methods.lora.inject import lora_layers, trainable
+from lora_ft.methods.lora.multi import is_expert
 from lora_ft.model.device import micro_batch_tokens, random_states, set_random_states
 from lora_ft.nn.attention import Isolation
-from lora_ft.nn.expert_names import PATH
 from lora_ft.nn.joint import JointLoRALinear, Part, parts_of_row
 from lora_ft.nn.loss import supervised_losses
 from lora_ft.nn.mlp import keep_gate_and_up
@@ -87,7 +87,7 @@ class JointModel:
         self.row_tokens = row_limit(row_tokens, device)
         layers = {run: lora_layers(model) for run, model in models.items()}
         for path in dict.fromkeys(path for own in layers.values() for path in own):
-            if PATH.fullmatch(path):  # whose input is some of a row's tokens, in another order
+            if is_expert(path):  # whose input is some of a row's tokens, in another order
                 raise ConfigError(
                     "adapter.targets: runs that adapt experts can't be trained together. Train them one by one."
                 )
