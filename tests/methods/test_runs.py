@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,9 @@ from lora_ft.commands.merge import merge_command
 from lora_ft.commands.train import train, train_together
 from lora_ft.config.load import load_config
 from lora_ft.core.errors import ConfigError, ModelError, UserError
-from lora_ft.core.signals import Stopped
 from tests.helpers import ranks
 from tests.helpers.tiny import CONFIG, RUN_FILES, write_base, write_run
-from tests.training.test_resume import log, stop_at
+from tests.training.test_resume import log, until_done
 
 METHODS = {
     "full": "method: full",
@@ -95,14 +95,7 @@ def test_eval_scores_it_beside_its_base_as_the_last_evaluation_did(ran, capsys):
 
 def test_stopped_again_and_again_it_ends_in_the_same_bits(ran, monkeypatch):
     _, folder = ran
-    for stops in range(20):
-        stop_at(monkeypatch, 37)
-        try:
-            run(folder, "output=again", resume=stops > 0)
-        except Stopped:
-            continue
-        break
-    monkeypatch.undo()
+    stops = until_done(partial(run, folder, "output=again"), monkeypatch, 37)
     again, out = folder / "again", folder / "out"
     assert stops >= 1 and log(again) == log(out)
     assert weights(again).read_bytes() == weights(out).read_bytes()

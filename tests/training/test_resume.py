@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,14 +74,15 @@ def stop_at(monkeypatch, check: int) -> None:
     monkeypatch.setattr(Stopper, "check", look)
 
 
-def until_done(folder: Path, monkeypatch, every: int) -> int:
-    """Stop at every `every`-th look until the run ends; how often it was stopped."""
+def until_done(go: Callable[..., None], monkeypatch, every: int) -> int:
+    """Stop `go(resume=...)` at every `every`-th look until it ends; how often it was stopped."""
     for stops in range(100):
         stop_at(monkeypatch, every)
         try:
-            run(folder, resume=stops > 0)
+            go(resume=stops > 0)
         except Stopped:
             continue
+        monkeypatch.undo()
         return stops
     raise AssertionError("the run makes no headway")
 
@@ -98,7 +101,7 @@ def same(output: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("every", [11, 17, 37, 50])
 def test_stopped_again_and_again_it_ends_in_the_same_bits(folder, whole, monkeypatch, every):
-    stops = until_done(folder, monkeypatch, every)
+    stops = until_done(partial(run, folder), monkeypatch, every)
     assert stops >= 1
     same(folder / "out", whole)
 

@@ -216,10 +216,17 @@ def test_an_unknown_architecture_names_the_known_and_the_way_on():
         architecture_of(T5Config())
 
 
+def test_experts_are_adapted_all_or_none():
+    with pytest.raises(
+        ModelError, match=r"model.layers.0.mlp.experts.down_proj: some experts are adapted and some are not"
+    ):
+        inject_lora(copy.deepcopy(build("mixtral")), ["down"], exclude=["down_proj.1"])
+
+
 @pytest.mark.parametrize("family", sorted(EXPERTS))
 @pytest.mark.parametrize("group", ["mlp", "all", "up"])
 def test_roles_of_the_mlp_are_those_of_all_experts(family, group):
-    model = build(family)
+    model = copy.deepcopy(build(family))
     with pytest.raises(ModelError, match="experts .* are 3-D parameters"):
         find_targets(model, [group])  # as bottleneck adapters, which have no place there
     unpack_targets(model, [group], [1])

@@ -1,6 +1,7 @@
 """Embedding rows of single tokens trained beside A and B: against PEFT's trainable_token_indices, merged, and refused."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -12,10 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_ft.commands.export.command import export_command
 from lora_ft.commands.generate.command import generate_command
 from lora_ft.commands.merge import merge_command
-from lora_ft.config.load import load_config
-from lora_ft.config.together import check_together
 from lora_ft.core.errors import ConfigError, ModelError
-from lora_ft.core.signals import Stopped
 from lora_ft.methods.lora import files, merge
 from lora_ft.methods.lora.derived import open_part
 from lora_ft.methods.lora.inject import merge as merge_in_place
@@ -28,11 +26,11 @@ from lora_ft.methods.trained import Trained
 from lora_ft.model.files import resolve
 from lora_ft.nn import loss
 from lora_ft.nn.adapted import bare
-from tests.helpers.families import token_ids
 from tests.helpers.tiny import CONFIG, tiny_tokenizer, write_run
-from tests.methods.lora.test_whole import adapt, model_of, saved, shaken
+from tests.methods.lora.test_whole import adapt, model_of, saved, shaken, train_side_by_side
+from tests.methods.lora.test_whole_runs import refused_where_a_base_is_shared
 from tests.methods.test_runs import evaluated, run, weights
-from tests.training.test_resume import log, stop_at
+from tests.training.test_resume import log, until_done
 
 TOKENS = [3, 7, 50]
 IDS = torch.tensor([[5, 3, 7, 9, 50, 3], [8, 9, 10, 11, 12, 7]])
@@ -101,19 +99,7 @@ def test_twenty_steps_have_pefts_losses(monkeypatch, family, tied, chunk):
     theirs = peft.get_peft_model(model_of(family, tied), config).eval()
     for path, layer in files.lora_layers(ours).items():
         theirs.base_model.model.get_submodule(path).lora_A["default"].weight.data.copy_(layer.lora_A["all"].data)
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (ours, theirs)]
-    losses: tuple[list, list] = ([], [])
-    for step in range(20):
-        ids = token_ids(1, 24, seed=step)
-        ids[0, 5:11:2] = torch.tensor(TOKENS)
-        total = loss.supervised_loss(ours, ids, torch.arange(24)[None], torch.arange(23), ids[0, 1:]) / 23
-        wanted = theirs(input_ids=ids, labels=ids).loss
-        for value, optimizer, kept in zip((total, wanted), optimizers, losses, strict=True):
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            kept.append(value.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] != losses[0][0]
+    train_side_by_side(ours, theirs, TOKENS)
 
 
 @pytest.mark.parametrize("family, tied", CASES)
@@ -229,15 +215,8 @@ def folder(tmp_path_factory):
 
 
 def test_a_run_ends_in_the_same_bits_is_scored_and_merged(folder, monkeypatch, capsys):
-    for stops in range(20):
-        stop_at(monkeypatch, 17)
-        try:
-            run(folder, "output=again", resume=stops > 0)
-        except Stopped:
-            continue
-        break
-    monkeypatch.undo()
-    assert 1 < stops < 19 and log(folder / "again") == log(folder / "out")
+    assert until_done(partial(run, folder, "output=again"), monkeypatch, 17) > 1
+    assert log(folder / "again") == log(folder / "out")
     assert weights(folder / "again").read_bytes() == weights(folder / "out").read_bytes()
     record = json.loads((folder / "out/lora_ft.json").read_text())
     scores = evaluated(folder, "out", capsys, again=True)
@@ -258,10 +237,4 @@ def test_a_run_ends_in_the_same_bits_is_scored_and_merged(folder, monkeypatch, c
 
 
 def test_what_shares_a_base_refuses_it(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    with pytest.raises(ModelError, match="with trained embedding rows; only LoRA adapters share a base"):
-        generate_command([], adapters=["a=out", "b=out"], prompt="good")
-    with pytest.raises(ConfigError, match="adapter.train_tokens: several configs share"):
-        check_together({"a.yaml": load_config("config.yaml"), "b.yaml": load_config("config.yaml", ["output=b"])})
-    with pytest.raises(ConfigError, match="train_tokens trains some of them"):
-        load_config("config.yaml", ["trainer.fsdp=true"])
+    refused_where_a_base_is_shared(folder, monkeypatch, "trained embedding rows", "train_tokens")

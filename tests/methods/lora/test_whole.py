@@ -1,6 +1,7 @@
 """Modules trained in full beside A and B: against PEFT's modules_to_save both ways, merged, and refused by name."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -126,13 +127,18 @@ def test_twenty_steps_have_pefts_losses(monkeypatch, family, tied, chunk):
     for path, layer in files.lora_layers(ours).items():
         A = theirs.base_model.model.get_submodule(path).lora_A["default"].weight
         A.data.copy_(layer.lora_A["all"].data)
+    train_side_by_side(ours, theirs)
+
+
+def train_side_by_side(ours, theirs, tokens: Sequence[int] = ()) -> None:
+    """Twenty steps of both on the same rows, which have `tokens` in them, with equal losses."""
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (ours, theirs)]
-    assert [len(o.param_groups[0]["params"]) for o in optimizers][0] == len(optimizers[1].param_groups[0]["params"])
+    assert len(optimizers[0].param_groups[0]["params"]) == len(optimizers[1].param_groups[0]["params"])
     losses: tuple[list, list] = ([], [])
     for step in range(20):
         ids = token_ids(1, 24, seed=step)
-        positions, keep = torch.arange(24)[None], torch.arange(23)
-        total = loss.supervised_loss(ours, ids, positions, keep, ids[0, 1:]) / 23
+        ids[0, 5 : 5 + 2 * len(tokens) : 2] = torch.tensor(tokens, dtype=torch.long)
+        total = loss.supervised_loss(ours, ids, torch.arange(24)[None], torch.arange(23), ids[0, 1:]) / 23
         wanted = theirs(input_ids=ids, labels=ids).loss
         for value, optimizer, kept in zip((total, wanted), optimizers, losses, strict=True):
             optimizer.zero_grad()

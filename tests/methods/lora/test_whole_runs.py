@@ -1,8 +1,8 @@
 """A run that trains modules in full, through the commands."""
 
 import json
-import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,9 @@ from lora_ft.commands.merge import merge_command
 from lora_ft.config.load import load_config
 from lora_ft.config.together import check_together
 from lora_ft.core.errors import ConfigError, ModelError
-from lora_ft.core.signals import Stopped
 from tests.helpers.tiny import CONFIG, write_run
 from tests.methods.test_runs import SETTINGS, evaluated, run, weights
-from tests.training.test_resume import log, stop_at
+from tests.training.test_resume import log, until_done
 
 ADAPTER = "rank: 4, alpha: 8, train_modules: [lm_head, ln_f]"
 
@@ -31,14 +30,7 @@ def folder(tmp_path_factory):
 
 
 def test_stopped_again_and_again_it_ends_in_the_same_bits(folder, monkeypatch):
-    for stops in range(20):
-        stop_at(monkeypatch, 17)
-        try:
-            run(folder, "output=again", resume=stops > 0)
-        except Stopped:
-            continue
-        break
-    assert 1 < stops < 19
+    assert until_done(partial(run, folder, "output=again"), monkeypatch, 17) > 1
     assert log(folder / "again") == log(folder / "out")
     assert weights(folder / "again").read_bytes() == weights(folder / "out").read_bytes()
     last = "checkpoints/step-12/state.safetensors"
@@ -83,11 +75,16 @@ def test_it_answers_and_is_merged(folder, monkeypatch, capsys):
 
 
 def test_what_shares_a_base_refuses_it(folder, monkeypatch):
+    refused_where_a_base_is_shared(folder, monkeypatch, "modules trained in full", "train_modules")
+
+
+def refused_where_a_base_is_shared(folder: Path, monkeypatch, what: str, setting: str) -> None:
+    """The run in `folder`, which trained `what` by a setting, has no place beside others."""
     monkeypatch.chdir(folder)
-    with pytest.raises(ModelError, match="with modules trained in full; only LoRA adapters share a base"):
+    with pytest.raises(ModelError, match=f"with {what}; only LoRA adapters share a base"):
         generate_command([], adapters=["a=out", "b=out"], prompt="good")
-    with pytest.raises(ConfigError, match="adapter.train_modules: several configs share"):
+    with pytest.raises(ConfigError, match=f"adapter.{setting}: several configs share"):
         check_together({"a.yaml": load_config("config.yaml"), "b.yaml": load_config("config.yaml", ["output=b"])})
-    with pytest.raises(ConfigError, match="train_modules trains some of them"):
+    with pytest.raises(ConfigError, match=f"{setting} trains some of them"):
         load_config("config.yaml", ["trainer.fsdp=true"])
-    assert os.path.exists("out/lora_ft.json")
+    assert Path("out/lora_ft.json").exists()
