@@ -109,6 +109,8 @@ def merge(model: PreTrainedModel) -> dict[str, nn.Module]:
     if not layers:
         reason = "this model is merged already, was never adapted, or its adapters were loaded by name"
         raise ModelError(f"there are no LoRA layers to merge: {reason}; load the one to merge without a name")
+    if any(map(PATH.fullmatch, layers)):  # they are layers of their own, which `save_pretrained` would write as such
+        raise ModelError("adapted experts can't be merged in memory. Merge the adapter's folder: `lora-ft merge`.")
     if ties_head(model, layers):
         set_tied(model, False)
     for path, layer in layers.items():

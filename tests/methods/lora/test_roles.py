@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface, GPT2Config, LlamaConfig, T5Config
 
 from lora_ft.core.errors import ModelError
-from lora_ft.methods.lora.inject import inject_lora, lora_layers, trainable
+from lora_ft.methods.lora.inject import inject_lora, lora_layers, merge, trainable
 from lora_ft.methods.lora.roles import TABLE, architecture_of, fused
 from lora_ft.methods.lora.targets import find_targets, unpack_targets
 from lora_ft.nn.expert_names import PATH
@@ -221,6 +221,13 @@ def test_experts_are_adapted_all_or_none():
         ModelError, match=r"model.layers.0.mlp.experts.down_proj: some experts are adapted and some are not"
     ):
         inject_lora(copy.deepcopy(build("mixtral")), ["down"], exclude=["down_proj.1"])
+
+
+def test_experts_are_not_merged_in_memory():
+    model = copy.deepcopy(build("mixtral"))
+    inject_lora(model, ["q", "down"])
+    with pytest.raises(ModelError, match="Merge the adapter's folder: `lora-ft merge`"):
+        merge(model)
 
 
 @pytest.mark.parametrize("family", sorted(EXPERTS))
