@@ -1,6 +1,7 @@
 """The portable subset is the same adapter to PEFT, whatever patterns it had; and a push is exactly what was exported."""
 
 import json
+import re
 import types
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def test_it_is_the_same_function_without_patterns(tmp_path, capsys, name):
     assert (logits(again) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-2
     printed = capsys.readouterr().out
     assert all(runtime in printed for runtime in ("PEFT", "transformers", "vLLM", "llama.cpp"))
+    assert re.search(rf"vllm serve {re.escape(str(base))} --enable-lora --max-lora-rank \d+ --lora-modules", printed)
 
 
 def test_gpt2_keeps_its_orientation(tmp_path):

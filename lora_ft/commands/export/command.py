@@ -126,7 +126,7 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
     echo(f"{target}: rank {rank} on {len(adapter.tensors)} modules, the scaling folded into B (lora_alpha = r)")
     echo(f'  PEFT          PeftModel.from_pretrained(base, "{target}")')
     echo(f'  transformers  model.load_adapter("{target}"), with peft installed')
-    echo(f"  vLLM          {vllm_command(published_name(base.name), rank, f'{target.name}={target}')}")
+    echo(f"  vLLM          {vllm_command(base.name, rank, f'{target.name}={target}')}")
     echo(f"                where it supports LoRA for {family}")
     echo(f"  llama.cpp     {ours if family in FAMILIES else own_converter}")
 
