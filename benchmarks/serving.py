@@ -1,4 +1,5 @@
-"""`lora-ft serve`'s engine: many clients at once against one at a time, and the first token while a long prompt is read.
+"""`lora-ft serve`'s engine: many clients at once against one at a time, the first token while a long prompt is read, the memory
+of the adapters, and the longest time between two tokens of a stream, also while another adapter is loaded.
 
     python benchmarks/serving.py MODEL [--adapters 8] [--clients 16] [--prompt 32] [--new 64] [--json FILE]
 
@@ -6,10 +7,12 @@ Each client sends one request to one of the adapters, with a prompt of random to
 """
 
 import argparse
+import asyncio
 import json
 import random
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 
@@ -18,6 +21,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lora_ft.commands.generate.command import find_adapters
 from lora_ft.commands.generate.serving import load
+from lora_ft.commands.serve.adapters import load_lora_adapter
+from lora_ft.commands.serve.bodies import LoadBody
 from lora_ft.commands.serve.engine import Engine
 from lora_ft.commands.serve.jobs import Finished, Job, Limits, Piece
 from lora_ft.commands.serve.metrics import Metrics
@@ -30,14 +35,15 @@ class Client:
     def __init__(self, engine: Engine, adapter: str, tokens: int, new: int, draw: random.Random):
         config = GenerationConfig(do_sample=False, max_new_tokens=new)
         ids = [draw.randrange(100, 10_000) for _ in range(tokens)]
-        self.first = self.last = 0.0
+        self.first = self.last = self.pause = 0.0
         self.over, self.engine = threading.Event(), engine
         self.job = Job(adapter, ids, config, set(), lambda ids: "", self.tell, logprobs=0)
 
     def tell(self, event: object) -> None:
         """Note the times."""
-        self.last = perf_counter()
+        before, self.last = self.last, perf_counter()
         if isinstance(event, Piece):
+            self.pause = max(self.pause, self.last - before) if self.first else 0.0
             self.first = self.first or self.last
         if isinstance(event, Finished):
             self.over.set()
@@ -59,11 +65,36 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = AutoModelForCausalLM.from_pretrained(asked.model)
-        names = write_adapters(model, Path(folder), asked.adapters, 8, ["q", "v"])
+        *names, later = write_adapters(model, Path(folder), asked.adapters + 1, 8, ["q", "v"])
+        del model
         named, base = find_adapters([], [f"{name}={folder}/{name}" for name in names], asked.model)
         served = load(named, base, raw=False, trust=NO_TRUST)
-    engine, draw = Engine(served, Limits(rows=asked.clients), Metrics()), random.Random(0)
-    engine.start()
+        engine, draw = Engine(served, Limits(rows=asked.clients), Metrics()), random.Random(0)
+        engine.start()
+        found = measure(asked, engine, names, draw)
+        pauses = []
+        for body in (None, LoadBody(lora_name="later", lora_path=later)):
+            streams = [Client(engine, name, 8, 200, draw).send() for name in names[:4]]
+            threading.Event().wait(2)
+            if body:
+                with ThreadPoolExecutor(1) as worker:
+                    asyncio.run(load_lora_adapter(served, engine, Path(folder), body, set(), worker))
+            for client in streams:
+                client.over.wait()
+            pauses.append(round(max(client.pause for client in streams), 3))
+        found |= {"longest_pause": pauses[0], "longest_pause_while_an_adapter_is_loaded": pauses[1]}
+    weights = {p.data_ptr(): p.nbytes for p in served.model.parameters()}
+    base_bytes = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(asked.model).parameters())
+    found |= {"base_mb": round(base_bytes / 1e6, 1), "with_adapters_mb": round(sum(weights.values()) / 1e6, 1)}
+    engine.stop()
+    text = json.dumps(vars(asked) | found | {"json": None}, indent=1, default=str)
+    print(text)
+    if asked.json:
+        asked.json.write_text(text + "\n")
+
+
+def measure(asked: argparse.Namespace, engine: Engine, names: list[str], draw: random.Random) -> dict[str, float]:
+    """Tokens a second of all clients, one at a time and at once; seconds to the first token of a short and a long prompt."""
 
     def clients() -> list[Client]:
         return [Client(engine, names[i % len(names)], asked.prompt, asked.new, draw) for i in range(asked.clients)]
@@ -82,18 +113,13 @@ def main() -> None:
     short = Client(engine, names[1], 16, 4, draw).send()
     short.over.wait()
     long.over.wait()
-    found = {
+    return {
         "tokens_per_second_alone": round(alone, 1),
         "tokens_per_second_together": round(together, 1),
         "ratio": round(together / alone, 2),
         "first_token_while_a_long_prompt_is_read": round(short.first - short.sent, 3),
         "long_prompt_read": round(long.first - long.sent, 3),
     }
-    engine.stop()
-    text = json.dumps(vars(asked) | found | {"json": None}, indent=1, default=str)
-    print(text)
-    if asked.json:
-        asked.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lora_ft.data.examples import Examples
 from lora_ft.data.prepare import prepare_eval_sets
 from lora_ft.evaluation.evaluate import evaluate_set
 from lora_ft.methods.lora import method as lora
-from lora_ft.methods.lora.verify import merge_rounded, merging
+from lora_ft.methods.lora.verify import merged_and_rounded, merging
 from lora_ft.methods.trained import Trained, run_settings
 from lora_ft.model.device import micro_batch_tokens, prepare_device
 from lora_ft.model.files import Base
@@ -101,8 +101,8 @@ def _losses(trained: Trained, config: Config, base: Base, form: Form, examples: 
 
     model = loaded(form)
     losses = {f"base, in {form}": loss(model, base=True), "with the adapter, as trained": loss(model)}
-    merge_rounded(model, dict.fromkeys(merging(model), stored_dtype(base)))
-    losses["merged --onto quantized"] = loss(model)
+    with merged_and_rounded(model, dict.fromkeys(merging(model), stored_dtype(base))):
+        losses["merged --onto quantized"] = loss(model)
     del model
     gc.collect()
     return losses | {"merged --onto original, another function": loss(loaded(None))}

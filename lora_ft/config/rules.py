@@ -186,7 +186,7 @@ def _adapter_rules(config: Config) -> Iterator[Broken]:
     if config.trainer.fsdp and config.model.quantization:
         message = "a quantized base is not shared out among processes; remove one of the two"
         yield "trainer.fsdp", "model.quantization", message
-    for setting in ("train_modules", "train_tokens"):
+    for setting in ("train_modules", "train_tokens", "add_tokens"):
         if getattr(adapter, setting) and config.trainer.fsdp:
             message = f"shares out the base's modules, but {setting} trains some of them; remove one of the two"
             yield "trainer.fsdp", f"adapter.{setting}", message

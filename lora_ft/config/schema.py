@@ -57,6 +57,9 @@ class AdapterConfig(Section):
     train_tokens: types.Names = setting(
         (), "tokens whose rows of the embedding, and of a tied head, are trained beside A and B", methods="lora"
     )
+    add_tokens: types.Names = setting(
+        (), "new tokens, added to the tokenizer and the base, and trained as train_tokens", methods="lora"
+    )
     layers: types.Layers = setting(
         None, 'the adapted layers: null for all, a list [0, 1, 2], or a range "6-11"', methods="lora bottleneck"
     )

@@ -30,7 +30,7 @@ def check_together(configs: Mapping[str, Config]) -> None:
             raise ConfigError(
                 f"{name}: adapter.method {config.adapter.method}: only LoRA can be trained together. Train it alone."
             )
-        for setting in ("train_modules", "train_tokens"):
+        for setting in ("train_modules", "train_tokens", "add_tokens"):
             if getattr(config.adapter, setting):
                 raise ConfigError(
                     f"{name}: adapter.{setting}: several configs share the base's modules. Train it alone."

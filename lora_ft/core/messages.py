@@ -1,6 +1,7 @@
 """Messages to the user: on stderr, with control characters escaped and without secrets; and JSON on one line."""
 
 import json
+import logging
 import os
 import re
 import sys
@@ -192,6 +193,8 @@ def silence_libraries() -> None:
             os.environ.setdefault(name, "1")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    from transformers.utils import logging
+    # On some CPUs it tells, when PEFT imports it, of a kernel that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # loading weights takes about a second
+    disable_progress_bar()  # loading weights takes about a second

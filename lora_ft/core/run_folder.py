@@ -36,7 +36,7 @@ RECORD_TYPES: dict[str, Any] = {
     **dict.fromkeys(("base.name", "base.revision", "base.fingerprint", "base.dtype"), str),
     **dict.fromkeys(("kind", "tokenizer", "chat_template", "config.adapter.method"), str),
     **dict.fromkeys(("step", "steps", "planned_steps", "parameters", "trainable_parameters"), int),
-    **dict.fromkeys(("config.adapter.targets", "config.adapter.modules"), list),
+    **dict.fromkeys(("config.adapter.targets", "config.adapter.modules", "config.adapter.add_tokens"), list),
     **dict.fromkeys(("config.adapter.rank", "config.adapter.alpha", "base_seconds"), int | float),
     "config.data.label_names": dict,
 }

@@ -10,7 +10,7 @@ The one place that knows what a folder is:
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -88,6 +88,12 @@ class Trained:
             raise ModelError(f"{path}: can't be read ({first_line(e)}). Restore it from a backup.") from e
 
     @property
+    def new_tokens(self) -> tuple[str, ...]:
+        """The tokens that the run added to its base."""
+        adapter = (self.record.get("config") or {}).get("adapter") or {}
+        return tuple(map(str, adapter.get("add_tokens") or ()))
+
+    @property
     def alone(self) -> str | None:
         """Why several of these can't share a base by name, in words; None for LoRA's A and B, which can."""
         if self.method != "lora":
@@ -102,7 +108,10 @@ class Trained:
         return self._recorded_base.get("name") or self.adapter_config.get("base_model_name_or_path")
 
     def base(self, name: str | None = None, trust: Trust = NO_TRUST, revision: str | None = None) -> Base:
-        """The files of the base: the recorded one at the recorded revision, unless another `name` is given."""
+        """The base with the run's new tokens: the recorded one at the recorded revision, unless another `name` is given."""
+        return replace(self._files(name, trust, revision), new_tokens=self.new_tokens)
+
+    def _files(self, name: str | None, trust: Trust, revision: str | None) -> Base:
         name = name or self.base_name
         if not name:
             raise ModelError(f"{self.folder}: does not name the base it was trained on. Name it with --base.")

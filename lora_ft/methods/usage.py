@@ -74,7 +74,7 @@ def vllm_text(record: dict) -> str:
     base, data = record["base"], record["config"]["data"]
     if base["name"].endswith(".gguf"):
         return "vLLM serves the merged model: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
-    more = any(record["config"]["adapter"].get(setting) for setting in ("train_modules", "train_tokens", "dora"))
+    more = any(record["config"]["adapter"].get(s) for s in ("train_modules", "train_tokens", "add_tokens", "dora"))
     if more or any(map(PATH.fullmatch, record["slices"])):
         return "vLLM takes A and B alone: `lora-ft merge --adapter ADAPTER`, then `vllm serve ADAPTER-merged`."
     if len({entry["scaling"] for entry in record["slices"].values()}) > 1:
@@ -104,9 +104,14 @@ def _loading(record: dict) -> str:
     else:
         arguments = f"base, revision={revision!r}" if revision else "base"
         comment = "" if revision else "  # the path of the base on your machine"
-    return f"""base = {name!r}{comment}
+    text = f"""base = {name!r}{comment}
 tokenizer = AutoTokenizer.from_pretrained({arguments})
 model = AutoModelForCausalLM.from_pretrained({arguments})"""
+    if new := record["config"]["adapter"].get("add_tokens"):
+        text += f"""
+tokenizer.add_tokens({[*new]!r})
+model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))"""
+    return text
 
 
 def _generation(record: dict, adapter: str) -> str:

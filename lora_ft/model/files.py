@@ -33,7 +33,8 @@ class Base:
     """A base model's files on this machine, and what the user trusts about them.
 
     name: as the user wrote it. revision: the commit of a hub model. gguf: the .gguf file, if the base is one. pickles:
-    pickled weight files that the user has allowed. trusted_code: whether Python code in the folder may run.
+    pickled weight files that the user has allowed. trusted_code: whether Python code in the folder may run. new_tokens: that a
+    run adds to the model and its tokenizer (model/new_tokens.py).
     """
 
     name: str
@@ -42,13 +43,16 @@ class Base:
     gguf: Path | None = None
     pickles: tuple[Path, ...] = ()
     trusted_code: bool = False
+    new_tokens: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the names, shapes, dtypes and strided samples of every tensor's bytes. Raises as `weight_files`.
 
-        It depends on the files alone: sharding, loading dtype and quantization on load don't change it.
+        It depends on the files and new tokens alone: sharding, loading dtype and quantization on load don't change it.
         """
+        if self.new_tokens:
+            return digest([replace(self, new_tokens=()).fingerprint, self.new_tokens])
         if self.gguf:
             return digest([["gguf", self.gguf.stat().st_size, _sample(self.gguf, 0, self.gguf.stat().st_size)]])
         if self.pickles:

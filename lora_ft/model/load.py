@@ -24,6 +24,7 @@ from lora_ft.core.messages import info, listed, printable, working
 from lora_ft.model.config_files import CONFIGS, MOST_MODULES, SMALL_LIMIT, absurd_count, check_config_files, damage
 from lora_ft.model.device import computes
 from lora_ft.model.files import Base, digest
+from lora_ft.model.new_tokens import add_rows, add_to_tokenizer
 from lora_ft.model.quantize import Quantization, check_form, forget, quantize, refuse_quantized
 from lora_ft.model.stored import is_finite, shape_and_dtype, stored_dtype, stored_weights
 from lora_ft.nn.forms import Form
@@ -67,6 +68,8 @@ def skeleton(base: Base, *, device: str = "meta", dtype: torch.dtype | None = No
                 model.generation_config = GenerationConfig.from_pretrained(
                     base.folder, config_file_name=CONFIGS[1] if own else CONFIGS[0], _from_model_config=not own
                 )
+        if base.new_tokens:
+            add_rows(model, load_tokenizer(base), base.new_tokens)
     return model
 
 
@@ -113,14 +116,14 @@ def load_base(
         del model.hf_quantizer, model.config.quantization_config
         model.is_quantized = False
         if quantization:
-            info(
-                f"note: {base.name} is dequantized to {options['dtype']} while it is read, then quantized as {quantization}"
-            )
+            info(f"note: {base.name} is dequantized to {options['dtype']}, then quantized as {quantization}")
             quantize(model, quantization)
     fuse_gelu(model)
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ModelError(f"model {base.name}: the weight {name} holds NaN or inf.")
+    if base.new_tokens:
+        add_rows(model, load_tokenizer(base), base.new_tokens)
     return model.to(device).eval()
 
 
@@ -194,7 +197,7 @@ def _remove_integers(model: PreTrainedModel, weights: dict[str, Any]) -> list[st
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The base's fast tokenizer. Raises ModelError if there is none, or only a slow one, which has no character offsets."""
+    """The base's fast tokenizer, with its new tokens. Raises ModelError if there is only a slow one, which has no offsets."""
     check_config_files(base)  # a tokenizer's class follows from it
     with _as_model_error(base, "its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(base.folder, **_options(base))
@@ -204,6 +207,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     largest, count = max(tokenizer.get_vocab().values(), default=0), len(tokenizer)
     if largest > 8 * count + 10**6:  # the tokenizer would count up to it whenever it is written
         raise ModelError(f"model {base.name}: its tokenizer of {count:,} tokens has the id {largest:,}. Copy it again.")
+    add_to_tokenizer(tokenizer, base.new_tokens)
     return tokenizer
 
 
@@ -240,11 +244,7 @@ def _as_model_error(base: Base, what: str) -> Iterator[None]:
 
 def _code_hint(base: Base) -> str:
     config = base.folder / CONFIGS[0]
-    if (
-        base.trusted_code
-        or base.gguf
-        or not config.is_file()
-        or '"auto_map"' not in config.read_text("utf-8", "replace")
-    ):
+    if base.trusted_code or base.gguf or not config.is_file():
         return ""
-    return " It needs to run its own Python code: read that code, then add --trust-remote-code if you trust it."
+    hint = " It needs to run its own Python code: read that code, then add --trust-remote-code if you trust it."
+    return hint if '"auto_map"' in config.read_text("utf-8", "replace") else ""

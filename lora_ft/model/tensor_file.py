@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file as NumPy arrays, one at a time and without torch, whose import takes seconds.
+"""The tensors of a safetensors file, read and written one at a time and without torch, whose import takes seconds.
 
 The format: 8 bytes with the length of the header, the header as JSON (name -> dtype, shape, offsets), the tensors' bytes.
 """
@@ -6,14 +6,15 @@ The format: 8 bytes with the length of the header, the header as JSON (name -> d
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_ft.core.errors import ModelError
 from lora_ft.core.paths import refuse_hollow, refuse_special
+from lora_ft.core.storage import atomic_file
 
 MOST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 BLOCK = 2**22  # elements that are converted at a time
@@ -49,6 +50,12 @@ class Stored(NamedTuple):
         blocks = list(self.blocks())
         return np.concatenate(blocks).reshape(self.shape) if blocks else np.zeros(self.shape, "<f4")
 
+    def part(self, index: int) -> "Stored":
+        """One of the tensors that are stacked in it."""
+        size = (self.end - self.start) // self.shape[0]
+        start = self.start + index * size
+        return Stored(self.path, self.dtype, self.shape[1:], start, start + size)
+
     def norm(self) -> float:
         """Its Frobenius norm."""
         return math.sqrt(sum(float(np.linalg.norm(block)) ** 2 for block in self.blocks()))
@@ -80,6 +87,35 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise ModelError(f"{path}: can't be read ({e.strerror}).") from e
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ModelError(f"{path}: damaged: its header can't be read ({e!r:.100}). Copy the file again.") from e
+
+
+def write_in_turn(
+    path: Path,
+    layout: Mapping[str, tuple[str, Sequence[int], int]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a file atomically, each tensor as it comes, so that a file may be larger than memory. Raises as `write_file`.
+
+    layout: name -> the dtype, the shape and the bytes, of all tensors. tensors: name and bytes, in any order.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, size) in layout.items():
+        header[name] = {"dtype": dtype, "shape": [*shape], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the safetensors library does, so that the data is aligned
+    with atomic_file(path, end) as temporary, temporary.open("r+b") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        missing = set(layout)
+        for name, data in tensors:
+            start, stop = header[name]["data_offsets"]
+            assert data.nbytes == stop - start, name
+            file.seek(8 + len(text) + start)
+            file.write(data.data)
+            missing.remove(name)
+        assert not missing, missing
 
 
 def _entry(path: Path, entry: dict, data: int, size: int) -> Stored:

@@ -8,6 +8,7 @@ D is made where it is used, in the forward pass and again in the backward pass, 
 """
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -129,10 +130,17 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+@functools.cache
 def bitsandbytes() -> Any:
     """The functions of bitsandbytes, imported on first use: seconds, and only nf4 needs them."""
-    import bitsandbytes.functional
-
+    known = "kernels" in sys.modules
+    if not known:  # on some CPUs it would fetch compiled code from the hub by this package, if it is installed
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        import bitsandbytes.functional
+    finally:
+        if not known:
+            del sys.modules["kernels"]
     return bitsandbytes.functional
 
 

@@ -5,7 +5,7 @@
 
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -59,8 +59,8 @@ class RunSetup:
     @cached_property
     def base(self) -> Base:
         """The base's files. Raises ModelError if one is damaged, or if they are not those of the run that is resumed."""
-        model = self.config.model
-        base = resolve(model.name, model.revision, self.trust)
+        model, new = self.config.model, tuple(self.config.adapter.add_tokens)
+        base = replace(resolve(model.name, model.revision, self.trust), new_tokens=new)
         stored_dtype(base)  # opens every file of weights
         if model.quantization:
             check_quantization(base, model.quantization)

@@ -139,6 +139,27 @@ def test_planted_defects_of_the_tensors(folder, capsys, defect, recorded):
         assert not problems and "layers exchanged" in text
 
 
+EXPERTS = "base_model.model.model.layers.1.mlp.experts.lora_{}.weight"  # of their last parameter, down_proj
+
+
+@pytest.mark.parametrize(
+    "change, kind, words",
+    [
+        (times(float("nan"), EXPERTS.format("A"), (0, 0)), "nan", "NaN in model.layers.1.mlp.experts.down_proj.lora_A"),
+        (drop(EXPERTS.format("B")), "missing", "model.layers.1.mlp.experts.down_proj has no lora_B"),
+        (lambda t: t.update({EXPERTS.format("A"): t[EXPERTS.format("A")][:-1]}), "rank", "A is (17,40)"),
+        (times(0.0, EXPERTS.format("B")), "dead", "3 of 14 modules do nothing"),
+        (lambda t: t.update({EXPERTS.format("B"): t[EXPERTS.format("B")].T}), "rank", "says rank 6"),
+    ],
+)
+def test_planted_defects_of_experts(tmp_path, capsys, change, kind, words):
+    out = write(tmp_path, "mixtral", targets=("q", "mlp"))
+    assert not found(capsys, out)[0]
+    tensors_changed(out, change)
+    problems, text, _ = found(capsys, out)
+    assert kind in problems and words in text, text
+
+
 def test_a_config_with_another_alpha(folder, capsys):
     path = folder / "out" / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 12}))
@@ -176,6 +197,8 @@ def test_a_truncated_file(folder, capsys, size):
         ("llama", {"targets": ("q", "down")}),
         ("gpt2", {"targets": ("q", "v", "o")}),
         ("gpt_neox", {"targets": ("attention",)}),
+        ("mixtral", {"targets": ("q", "mlp")}),
+        ("gpt_oss", {"targets": ("o", "mlp")}),
     ],
 )
 def test_the_numbers_are_those_of_the_full_matrices(tmp_path, capsys, family, settings):

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_ft.core.errors import ModelError
 from lora_ft.model import tensor_file
-from lora_ft.model.tensor_file import read_header
+from lora_ft.model.tensor_file import read_header, write_in_turn
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -60,3 +61,20 @@ def test_damaged_files(tmp_path, content):
         read_header(path)
     path.write_bytes(header({"a": ENTRY}) + b"12345678")
     assert list(read_header(path)) == ["a"]
+
+
+def test_tensors_written_in_turn_are_read_by_the_library(tmp_path):
+    tensors = {"a": torch.randn(3, 5).bfloat16(), "none": torch.zeros(0, 4), "b": torch.tensor([True, False])}
+    tensors |= {"scalar": torch.tensor(2.5), "indices": torch.arange(7)}
+    save_file(tensors, tmp_path / "own.safetensors", {"format": "pt", "by": "us"})
+    stored = read_header(tmp_path / "own.safetensors")
+    layout = {name: (of.dtype, of.shape, of.end - of.start) for name, of in stored.items()}
+    pairs = [(name, tensor.flatten().view(torch.uint8).numpy()) for name, tensor in tensors.items()]
+    path = tmp_path / "new.safetensors"
+    write_in_turn(path, layout, reversed(pairs), {"format": "pt", "by": "us"})
+    assert all(torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items())
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "by": "us"} and {*file.keys()} == tensors.keys()
+    with pytest.raises(AssertionError):
+        write_in_turn(tmp_path / "part.safetensors", layout, pairs[:-1])
+    assert {p.name for p in tmp_path.iterdir()} == {"own.safetensors", "new.safetensors"}

@@ -18,6 +18,7 @@ from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.core.storage import sibling
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.compatibility import check_against, check_copies
+from lora_ft.methods.lora.experts import unpack_for
 from lora_ft.methods.lora.peft import AdapterFile, read_adapter
 from lora_ft.methods.lora.portable import padded, plain_tensors, require_plain, write_plain
 from lora_ft.methods.lora.whole import refuse_whole
@@ -28,6 +29,7 @@ from lora_ft.model.files import Base, resolve
 from lora_ft.model.load import load_base, load_model_config, load_tokenizer, skeleton
 from lora_ft.model.small_files import require_inside, small_files
 from lora_ft.model.stored import stored_dtype
+from lora_ft.nn.expert_names import PATH
 
 OTHERS = {
     "prompt": "PEFT loads the folder as it is.",
@@ -126,6 +128,8 @@ def export_peft(adapter: AdapterFile, base: Base, target: Path) -> None:
     echo(f"{target}: rank {rank} on {len(adapter.tensors)} modules, the scaling folded into B (lora_alpha = r)")
     echo(f'  PEFT          PeftModel.from_pretrained(base, "{target}")')
     echo(f'  transformers  model.load_adapter("{target}"), with peft installed')
+    if any(map(PATH.fullmatch, adapter.stored)):
+        return  # which the others take merged
     echo(f"  vLLM          {vllm_command(base.name, rank, f'{target.name}={target}')}")
     echo(f"                where it supports LoRA for {family}")
     echo(f"  llama.cpp     {ours if family in FAMILIES else own_converter}")
@@ -169,6 +173,7 @@ def _checked_model(adapter: AdapterFile, base: Base) -> PreTrainedModel:
     """The base, without weights unless the adapter has copies of them, after checking that the adapter fits it."""
     require_plain(adapter)
     model = load_base(base) if adapter.copies else skeleton(base)  # copies are not exported, so they must be the base's
+    unpack_for(model, adapter.stored)
     check_against(model, adapter)
     check_copies(model, adapter)
     return model

@@ -15,6 +15,7 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD, read_record
 from lora_ft.core.storage import verify_manifest
+from lora_ft.methods.lora.expert_files import by_expert, expert_parameter
 from lora_ft.methods.lora.factors import Array
 from lora_ft.methods.lora.peft_config import CONFIG, KEY, LENGTHS, PREFIX, WEIGHTS, by_pattern, check_config
 from lora_ft.methods.trained import Trained, read_adapter_config
@@ -36,7 +37,8 @@ class Finding(NamedTuple):
 class Adapter:
     """tensors: module -> A (R, in) and B (out, R), float32, of the modules that are whole. scalings: module -> s.
 
-    modules: of all lora_A and lora_B in the file, in its order of layers. stored: name -> where each tensor is.
+    modules: of all lora_A and lora_B in the file, in the order of layers; each expert is one. stored: name -> where
+    each tensor is.
     """
 
     trained: Trained
@@ -63,10 +65,6 @@ def read(folder: Path) -> Adapter:
     adapter = Adapter(Trained(folder, "lora", {}, read_adapter_config(folder)))
     if (kind := adapter.trained.adapter_config.get("peft_type")) != "LORA":
         raise ModelError(f"{folder}: holds {kind or 'an adapter of another method'}; inspect reads LoRA adapters.")
-    if adapter.trained.adapter_config.get("target_parameters"):
-        raise ModelError(
-            f"{folder}: adapts the parameters of experts (target_parameters), which inspect does not read."
-        )
     try:
         adapter.trained.record.update(read_record(folder) or {})
     except ModelError as e:
@@ -97,10 +95,14 @@ def _read_tensors(adapter: Adapter) -> None:
         adapter.find("dora", "DoRA: the lengths of rows are trained too; what follows is about s B A alone", False)
     if others:
         adapter.find("others", f"{len(others)} tensors that are no lora_A or lora_B: {listed(others, 3)}", False)
-    adapter.modules = sorted(pairs, key=by_layer)
+    named = config.get("target_parameters")
+    parameters = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     wrong: dict[str, list[str]] = {"NaN": [], "Inf": []}
-    for module in adapter.modules:
-        pair = pairs[module]
+    for stored_as, pair in pairs.items():
+        parameter = expert_parameter(stored_as, parameters)
+        module = parameter or stored_as
+        if not parameter:
+            adapter.modules.append(module)
         if absent := {"A", "B"} - pair.keys():
             adapter.find("missing", f"{WEIGHTS}: {module} has no lora_{absent.pop()}")
             continue
@@ -113,7 +115,8 @@ def _read_tensors(adapter: Adapter) -> None:
             s = np.nan
         if not np.isfinite(s):
             continue  # `check_config` has told what is wrong with the config
-        if len(A.shape) != 2 or len(B.shape) != 2 or (A.shape[0], B.shape[1]) != (rank, rank):
+        count = A.shape[0] // rank if parameter and A.shape else 1
+        if len(A.shape) != 2 or len(B.shape) != 2 or (A.shape[0], B.shape[1]) != (rank * count, rank * count):
             says = f"{CONFIG} says rank {rank}"
             adapter.find("rank", f"{module}: A is {_shape(A)} and B {_shape(B)}, but {says}")
             continue
@@ -127,8 +130,14 @@ def _read_tensors(adapter: Adapter) -> None:
         }
         for kind, letters in bad.items():
             wrong[kind] += [f"{module}.lora_{letter}" for letter in letters]
+        own = by_expert(*values, rank) if parameter else None
+        found = {f"{module}.{expert}": pair for expert, pair in enumerate(own)} if own else {module: values}
+        adapter.modules += found if parameter else []
         if not any(bad.values()):
-            adapter.tensors[module], adapter.scalings[module] = values, s
+            adapter.tensors |= found
+            adapter.scalings |= dict.fromkeys(found, s)
+    adapter.modules.sort(key=by_layer)
+    adapter.tensors = {module: adapter.tensors[module] for module in adapter.modules if module in adapter.tensors}
     for kind, names in wrong.items():
         if names:
             adapter.find(kind.lower(), f"{WEIGHTS}: {kind} in {listed(names, 3)}")

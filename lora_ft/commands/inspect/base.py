@@ -1,18 +1,19 @@
 """The base of an adapter that is looked into: is it here, is it the right one, and where is each W in its files.
 
-Nothing is downloaded and no model is built. Imports no torch, but for bases whose files have other names than the modules.
+Nothing is downloaded and no model is built.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lora_ft.commands.inspect.adapter import Adapter, by_layer, layer_and_role
+from lora_ft.commands.inspect.weights import Weight, locate
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.core.storage import read_json
 from lora_ft.methods.lora.peft_config import WEIGHTS, targeted
 from lora_ft.methods.trained import check_base
-from lora_ft.model.files import Base, on_this_machine, weight_files
-from lora_ft.model.tensor_file import Stored, read_header
+from lora_ft.model.files import Base, on_this_machine
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # keys of config.json
 MOST_LAYERS = 10_000
@@ -38,6 +39,7 @@ def find_base(adapter: Adapter, name: str | None) -> Base | None:
     if base.gguf or not any(base.folder.glob("*.safetensors")):
         adapter.find("base", f"{wanted} has no safetensors, so |W| is unknown", False)
         return None
+    base = replace(base, new_tokens=adapter.trained.new_tokens)
     if recorded.get("fingerprint"):
         try:
             check_base(adapter.trained.record, base, other_base=False)
@@ -46,7 +48,7 @@ def find_base(adapter: Adapter, name: str | None) -> Base | None:
     return base
 
 
-def base_weights(adapter: Adapter, base: Base) -> dict[str, Stored]:
+def base_weights(adapter: Adapter, base: Base) -> dict[str, Weight]:
     """Module -> its W; findings: modules that the base lacks, has in another shape or quantized, or that the adapter lacks."""
     lacking = [] if adapter.trained.record.get("slices") else _named_by_config(adapter, base)
     found = locate(base, adapter.modules, lacking)
@@ -63,20 +65,6 @@ def base_weights(adapter: Adapter, base: Base) -> dict[str, Stored]:
     if quantized := [module for module, stored in found.items() if not stored.is_float]:
         adapter.find("base", f"{base.name} is quantized, so |W| is unknown in {len(quantized)} modules", False)
     return {module: stored for module, stored in found.items() if stored.is_float}
-
-
-def locate(base: Base, modules: Sequence[str], others: Sequence[str]) -> dict[str, Stored]:
-    """Module -> where its W is in the base's files, of the `modules` and `others` that it has."""
-    files = {name: stored for path in weight_files(base) for name, stored in read_header(path).items()}
-    names: dict[str, str | None] = {module: f"{module}.weight" for module in (*modules, *others)}
-    if any(names[module] not in files for module in modules):  # they have other names in memory, or the head is tied
-        from lora_ft.methods.lora.stored_names import source_of, stored_names
-        from lora_ft.model.load import skeleton
-
-        model = skeleton(base)
-        stored = stored_names(model, list(files))
-        names = {module: source_of(model, stored, f"{module}.weight") for module in names}
-    return {module: files[name] for module, name in names.items() if name in files}
 
 
 def check_without_base(adapter: Adapter) -> None:

@@ -10,9 +10,9 @@ from lora_ft.commands.inspect.base import base_weights, check_without_base, find
 from lora_ft.commands.inspect.display import facts, show, write_html
 from lora_ft.commands.inspect.intruders import count_intruders
 from lora_ft.commands.inspect.measures import Module, measure, overlap
+from lora_ft.commands.inspect.weights import Weight
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import echo, echo_json
-from lora_ft.model.tensor_file import Stored
 
 
 def inspect_command(
@@ -52,7 +52,7 @@ def inspect_command(
 def _inspect(folder: Path, base_name: str | None, intruders: bool) -> tuple[Adapter, list[Module]]:
     adapter = read(folder)
     base = find_base(adapter, base_name)
-    weights: dict[str, Stored] = {}
+    weights: dict[str, Weight] = {}
     if base:
         try:
             weights = base_weights(adapter, base)

@@ -13,22 +13,23 @@ from tqdm import tqdm
 
 from lora_ft.commands.inspect.adapter import Adapter
 from lora_ft.commands.inspect.measures import Module
+from lora_ft.commands.inspect.weights import Weight
 from lora_ft.methods.lora.factors import Array, svd_of_matrix
-from lora_ft.model.tensor_file import Stored
+from lora_ft.nn.expert_names import PATH
 
 STRONGEST, LIMIT = 10, 0.5  # how many singular vectors are looked at, and the cosine below which one is an intruder
 
 
-def count_intruders(adapter: Adapter, modules: list[Module], weights: dict[str, Stored]) -> None:
+def count_intruders(adapter: Adapter, modules: list[Module], weights: dict[str, Weight]) -> None:
     """Set `intruders` of each module whose W is known; takes the singular vectors of every W."""
     known = [module for module in modules if module.name in weights]
     shapes = {m.name: (adapter.tensors[m.name][1].shape[0], adapter.tensors[m.name][0].shape[1]) for m in known}
-    # GPT-2's W are stored as (in, out), which the square ones don't show
-    transposed = any(weights[name].shape != shape for name, shape in shapes.items())
+    # GPT-2's W are stored as (in, out), which the square ones don't show, and GPT-OSS' experts
+    transposed = {bool(PATH.fullmatch(name)) for name, shape in shapes.items() if weights[name].shape != shape}
     for module in tqdm(known, desc="intruders", unit="module", delay=2, disable=not sys.stderr.isatty()):
         A, B = adapter.tensors[module.name]
         W = weights[module.name].values()
-        if W.shape != shapes[module.name] or (transposed and W.shape[0] == W.shape[1]):
+        if W.shape != shapes[module.name] or (bool(PATH.fullmatch(module.name)) in transposed and len(W) == W.shape[1]):
             W = W.T
         module.intruders = intruders(W, adapter.scalings[module.name] * (B @ A))
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lora_ft.commands.inspect.adapter import Adapter, layer_and_role
+from lora_ft.commands.inspect.weights import Weight
 from lora_ft.core.messages import listed
 from lora_ft.methods.lora.factors import cosines, effective_rank, rank_for_energy, singular_values, svd
-from lora_ft.model.tensor_file import Stored
 
 NEAR_ZERO = 1e-4  # of the larger updates (their 90th percentile): a module below does nothing
 FAR_ABOVE = 1.0  # of |W|: trained adapters change a weight by some percent
@@ -48,7 +48,7 @@ class Module:
         return asdict(self) | {"ratio": self.ratio}
 
 
-def measure(adapter: Adapter, weights: dict[str, Stored]) -> list[Module]:
+def measure(adapter: Adapter, weights: dict[str, Weight]) -> list[Module]:
     """The numbers of each module that is whole; findings: dead modules, and changes far above W."""
     modules = []
     for name, (A, B) in adapter.tensors.items():
@@ -102,8 +102,8 @@ def grouped(modules: Iterable[Entry]) -> dict[str, list[Entry]]:
     """Title of a role -> its modules: the last part of its name if that is enough, `q` for `self_attn.q_proj`."""
     by_role: dict[str, list[Entry]] = {}
     for module in modules:
-        by_role.setdefault(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", module.role), []).append(module)
-    short = [role.rpartition(".")[2].removesuffix("_proj") for role in by_role]
+        by_role.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module.role), []).append(module)
+    short = [role.removesuffix(".*").rpartition(".")[2].removesuffix("_proj") for role in by_role]
     titles = [name if short.count(name) == 1 else role for name, role in zip(short, by_role, strict=True)]
     return dict(zip(titles, by_role.values(), strict=True))
 

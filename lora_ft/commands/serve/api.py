@@ -20,6 +20,7 @@ from lora_ft.commands.serve.bodies import ApiError, ChatBody, CompletionBody, Lo
 from lora_ft.commands.serve.engine import Engine
 from lora_ft.commands.serve.guard import Guard, ascii_json, read_body
 from lora_ft.commands.serve.jobs import Event, Full, Job
+from lora_ft.commands.serve.openapi import document
 from lora_ft.commands.serve.page import page
 from lora_ft.commands.serve.prompts import chat_ids, completion_ids
 from lora_ft.commands.serve.responses import Asked, later, respond
@@ -52,6 +53,7 @@ class Api:
         self._encoding = ThreadPoolExecutor(1, "prompts")  # a tokenizer is for one thread
         routes = [
             Route("/", self.page),
+            Route("/openapi.json", self.openapi),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/v1/models", self.models),
@@ -67,6 +69,10 @@ class Api:
     async def page(self, request: Request) -> Response:
         """A page for a browser."""
         return page()
+
+    async def openapi(self, request: Request) -> Response:
+        """The routes as an OpenAPI document."""
+        return JSONResponse(document(adapters=bool(self.settings.adapters), keys=bool(self.settings.keys)))
 
     async def health(self, request: Request) -> Response:
         """200 while the engine's thread lives."""

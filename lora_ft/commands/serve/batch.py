@@ -1,5 +1,6 @@
 """The rows that run together: one forward pass gives each its next token, whichever adapters they name."""
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 
 from lora_ft.commands.generate.serving import Served
 from lora_ft.commands.serve.jobs import Choice, Job, PromptScores, TokenScore, score_tokens
-from lora_ft.model.row_cache import Forward, Part, RowCache, joined
+from lora_ft.model.row_cache import Forward, Part, RowCache, joined, read_together
 
 
 class Row(NamedTuple):
@@ -34,6 +35,11 @@ class Reading:
     read: int = 0
     scores: list[TokenScore] = field(default_factory=list)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing of it has been read, not even for another prompt with the same beginning."""
+        return not self.read and not self.job.score_prompt
+
     def score(self, logits: Tensor, end: int) -> None:
         """Take the scores of the tokens after those from `read` to `end`, by the logits there."""
         following = self.job.ids[self.read + 1 : end + 1]
@@ -42,6 +48,24 @@ class Reading:
     def tell_scores(self) -> None:
         """Tell the scores of the whole prompt."""
         self.job.tell(PromptScores([TokenScore(self.job.ids[0], None, []), *self.scores]))
+
+
+def at_once(readings: Iterable[Reading], short: int) -> list[Reading]:
+    """The new prompts of at most `short` tokens that are read in one pass with the first; [] if that is not one of them.
+
+    With their padding they have at most four times as many tokens, for which running rows wait.
+    """
+    together: list[Reading] = []
+    width = 0
+    for reading in readings:
+        if reading.is_new and len(reading.job.ids) <= short:
+            width = max(width, len(reading.job.ids))
+            if width * (len(together) + 1) > 4 * short:
+                break
+            together.append(reading)
+        elif not together:
+            break
+    return together
 
 
 class Batch:
@@ -64,6 +88,15 @@ class Batch:
         self.leave_mix()
         with self.served.computing([adapter]):
             return self.forward(torch.tensor([ids]), cache, [read], every=every)[0].float()
+
+    def read_whole(self, readings: list[Reading]) -> Tensor:
+        """Read new prompts in one pass, each into its own cache; the logits (prompts, vocabulary) after each."""
+        self.leave_mix()
+        with self.served.computing([reading.job.adapter for reading in readings]):
+            logits, caches = read_together(self.forward, [reading.job.ids for reading in readings])
+        for reading, cache in zip(readings, caches, strict=True):
+            reading.cache, reading.read = cache, len(reading.job.ids)
+        return logits.float()
 
     def join(self, rows: list[Row], cache: DynamicCache) -> None:
         """Add the rows of a prompt that has been read into `cache`."""

@@ -1,7 +1,8 @@
 """The engine: one thread that computes all requests together, token by token, whichever adapters they name.
 
-Each turn reads a piece of one prompt, so that a long one does not stall the others, and then gives every running row its next
-token in one forward pass. A row joins when its prompt has been read and leaves when its answer is complete.
+Each turn reads a piece of one prompt, so that a long one does not stall the others, or several short prompts, and then gives
+every running row its next token in one forward pass. A row joins when its prompt has been read and leaves when its answer is
+complete.
 """
 
 import threading
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lora_ft.commands.generate.serving import Served
-from lora_ft.commands.serve.batch import Batch, Reading, Row
+from lora_ft.commands.serve.batch import Batch, Reading, Row, at_once
 from lora_ft.commands.serve.beginnings import Beginnings
 from lora_ft.commands.serve.jobs import Choice, Failed, Full, Job, Limits
 from lora_ft.commands.serve.metrics import Metrics
@@ -119,7 +120,7 @@ class Engine:
         self._fail_all(Failed(503, "the server is stopping"))
 
     def turn(self) -> None:
-        """Calls, one piece of a prompt, and one token of every row."""
+        """Calls, one piece of a prompt or some short ones, and one token of every row."""
         while self._calls:
             function, future = self._calls.popleft()
             self.batch.leave_mix()
@@ -137,7 +138,7 @@ class Engine:
                 cache, read = self._begin_cache(job)
                 self.reading.append(Reading(job, cache, read))
         if self.reading:
-            self._read(self.reading[0])
+            self._read()
         if self.batch.rows:
             self._step()
         self.metrics.rows, self.metrics.waiting = len(self.batch.rows), len(self.waiting)
@@ -186,8 +187,16 @@ class Engine:
         self.reading = deque(reading for reading in self.reading if not reading.job.gone)
         self.batch.keep([i for i, row in enumerate(self.batch.rows) if not row.job.gone])
 
-    def _read(self, reading: Reading) -> None:
-        """Read a chunk of a prompt; after the last one its rows join."""
+    def _read(self) -> None:
+        """Read a chunk of a prompt, after whose last one its rows join; or short prompts together."""
+        reading = self.reading[0]
+        if len(short := at_once(self.reading, CHUNK)) > 1 and self.together:
+            logits = self.batch.read_whole(short)
+            self.metrics.prompt_tokens += sum(reading.read for reading in short)
+            for i, own in enumerate(short):
+                self._join(own, logits[i : i + 1])
+            self.reading = deque(other for other in self.reading if not any(other is own for own in short))
+            return
         job = reading.job
         end = min(reading.read + CHUNK, len(job.ids)) if self.together else len(job.ids)
         chunk = job.ids[reading.read : end]

@@ -1,22 +1,17 @@
-"""LoRA on the experts of a mixture: their layers in a model, and their A and B to and from PEFT's `target_parameters`.
+"""LoRA on the experts of a mixture: their layers in a model, and their A and B as PEFT's `target_parameters`."""
 
-PEFT adapts a parameter (experts, out, in) as one: its A (experts * rank, in) has the experts' A under each other, and column
-r * experts + e of its B (out, rank * experts) is column r of expert e's B. The tensors of a module's last adapted parameter
-have the module's name, those of the one before it `.base_layer` behind that.
-"""
-
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ft.core.errors import ModelError
-from lora_ft.nn.expert_names import PARAMETERS, PATH, is_targeted
+from lora_ft.methods.lora.expert_files import INNER
+from lora_ft.nn.expert_names import PARAMETERS, PATH
 from lora_ft.nn.experts import UnpackedExperts, is_packed
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # module -> A and B
-INNER = ".base_layer"
 
 
 def unpack(model: nn.Module, paths: Iterable[str]) -> None:
@@ -51,8 +46,11 @@ def require_all(model: nn.Module, modules: Iterable[str]) -> None:
                     )
 
 
-def packed(pairs: Pairs) -> tuple[Pairs, list[str]]:
-    """PEFT's matrices by module, and target_parameters."""
+def packed(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Pairs, list[str]]:
+    """PEFT's matrices by module, and target_parameters; see expert_files.py for their layout.
+
+    Experts whose rank is below that of others of their parameter get zeros: a parameter has one rank there.
+    """
     named = {module: pair for module, pair in pairs.items() if not PATH.fullmatch(module)}
     experts: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {}
     for module, pair in pairs.items():
@@ -63,32 +61,8 @@ def packed(pairs: Pairs) -> tuple[Pairs, list[str]]:
         names = [name for name in PARAMETERS if name in by_name]
         parameters += [f"{path}.{name}" for name in names]
         for depth, name in enumerate(reversed(names)):
-            A, B = (torch.stack(matrices) for matrices in zip(*by_name[name], strict=True))
+            rank = max(len(A) for A, _ in by_name[name])
+            own = [(F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A)))) for A, B in by_name[name]]
+            A, B = (torch.stack(matrices) for matrices in zip(*own, strict=True))
             named[path + depth * INNER] = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1).contiguous()
     return named, parameters
-
-
-def unpacked(path: Path, pairs: Pairs, parameters: list[str], rank_of: Callable[[str], int]) -> Pairs:
-    """The inverse of `packed`. rank_of: of a parameter by name. ModelError, with the file's `path`, if it can't be."""
-    if other := [name for name in parameters if name.rpartition(".")[2] not in PARAMETERS]:
-        problem = f"LoRA on the parameter {other[0]} (target_parameters) can't be applied here"
-        raise ModelError(f"{path}: {problem}, only that on experts' {', '.join(PARAMETERS)}. Merge it with PEFT.")
-    result: Pairs = {}
-    for module, (A, B) in pairs.items():
-        mixture = module
-        while mixture.endswith(INNER):
-            mixture = mixture.removesuffix(INNER)
-        names = [name for name in PARAMETERS if is_targeted(f"{mixture}.{name}", parameters)]
-        depth = (len(module) - len(mixture)) // len(INNER)
-        if depth >= len(names):
-            result[module] = A, B
-            continue
-        parameter = f"{mixture}.{names[-1 - depth]}"
-        rank = rank_of(parameter)
-        if A.ndim != 2 or B.ndim != 2 or len(A) % rank or B.shape[1] != len(A):
-            shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
-            raise ModelError(f"{path}: {parameter} has {shapes}, which are not those of experts of rank {rank}.")
-        by_expert = B.unflatten(1, (rank, -1))
-        for expert, own in enumerate(A.split(rank)):
-            result[f"{parameter}.{expert}"] = own, by_expert[..., expert]
-    return result

@@ -1,6 +1,6 @@
 """Merging on disk: W' = W + s B A, shard by shard, verified before the folder gets its name (LoRA paper, section 4.1).
 
-The sum is in float32, rounded once to the stored dtype, with one shard in memory. The result is an ordinary
+The sum is in float32, rounded once to the stored dtype, with one tensor in memory. The result is an ordinary
 transformers folder.
 """
 
@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ from lora_ft.core.run_folder import TEMPLATE
 from lora_ft.methods.lora.compatibility import check_against
 from lora_ft.methods.lora.experts import unpack_for
 from lora_ft.methods.lora.files import WEIGHTS, write_record
-from lora_ft.methods.lora.merge_shards import check_stored_copies, stored_keys, stored_tensors, write_shards
+from lora_ft.methods.lora.merge_shards import Merge, check_stored_copies, stored_keys, stored_tensors, write_shards
 from lora_ft.methods.lora.onto import Onto
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.stored_names import Edit, plan_edits, stored_names
@@ -28,6 +29,7 @@ from lora_ft.methods.lora.verify import compare_logits, sample_rows
 from lora_ft.methods.lora.whole import whole_paths
 from lora_ft.model.files import Base, weight_files
 from lora_ft.model.load import load_base, load_tokenizer, skeleton
+from lora_ft.model.new_tokens import NewRows, ids_of
 from lora_ft.model.small_files import forget_paths, small_files
 from lora_ft.model.stored import stored_dtype
 from lora_ft.nn.forms import Form
@@ -75,32 +77,35 @@ def merge_adapter(
         of_rows = adapter.rows.module if adapter.rows else None
         edits, unties = plan_edits(model, stored, keys, adapter.tensors, adapter.whole, of_rows)
         onto = Onto.of(model, stored, form)
+        new = NewRows.of(model, stored, ids_of(tokenizer, source.new_tokens)) if source.new_tokens else NewRows()
         if unties:
             info("note: the adapter changes the tied head or embedding, so the merged model's head is no longer tied")
         check_stored_copies(model, adapter, shards, stored)
         storage.require_space(output.parent, space_needed(shards, edits))
-        errors, dtypes = write_shards(shards, staged, edits, adapter, onto, progress)
+        written = write_shards(shards, staged, Merge.of(adapter, edits, onto, new), progress)
         copy_files(source, staged, unties)
+        if source.new_tokens:
+            write_tokens(staged, tokenizer, model.get_input_embeddings().weight.shape[0])
         write_chat_template(staged, adapter.trained.chat_template)
         logits = None
         if verify:
             rows = sample_rows(adapter.trained.record, tokenizer, model.get_input_embeddings().weight.shape[0])
-            merged = replace(source, name=str(output), folder=staged, revision=None)
+            merged = replace(source, name=str(output), folder=staged, revision=None, new_tokens=())
             with working("verifying the merged model"):
-                logits = compare_logits(source, adapter, merged, dtypes, rows, form)
+                logits = compare_logits(source, adapter, merged, written.dtypes, rows, form)
         if source is not base:
             shutil.rmtree(source.folder)
         report = {
             "modules": len(adapter.tensors),
             "whole": whole_paths(adapter) + ([f"the rows of {len(adapter.rows.ids)} tokens"] if adapter.rows else []),
             "onto": form,
-            "dtype": ", ".join(sorted({str(d).removeprefix("torch.") for d in dtypes.values()})),
-            "matrix_error": max(errors.values()),
+            "dtype": ", ".join(sorted({str(d).removeprefix("torch.") for d in written.dtypes.values()})),
+            "matrix_error": max(written.errors.values()),
             "logits": logits,
             "untied": unties,
         }
         names = [p.name for p in staged.iterdir() if p.is_file()]
-        write_record(staged, merged_record(adapter, base, other_base, report, errors), names)
+        write_record(staged, merged_record(adapter, base, other_base, report, written.errors), names)
         size = sum((staged / n).stat().st_size for n in names)
     seconds = time.perf_counter() - start
     return report | {"bytes": size, "seconds": seconds, "peak_memory_mb": peak_memory() // 2**20}
@@ -145,10 +150,22 @@ def copy_files(base: Base, staged: Path, unties: bool) -> None:
         shutil.copyfile(path, target)  # the content alone: modes follow the umask
     forget_paths(staged)
     if unties:
-        config = storage.read_json(staged / "config.json", ModelError) | {"tie_word_embeddings": False}
-        if isinstance(config.get("text_config"), dict):
-            config["text_config"]["tie_word_embeddings"] = False
-        storage.write_json(staged / "config.json", config)
+        configure(staged, tie_word_embeddings=False)
+
+
+def write_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Give a model's folder the tokenizer with its new tokens; `rows`: of the embedding that has theirs."""
+    tokenizer.save_pretrained(folder)
+    configure(folder, vocab_size=rows)
+    forget_paths(folder)
+
+
+def configure(folder: Path, **settings: Any) -> None:
+    """Change settings of a model's config.json, and of its part for text if it has one."""
+    config = storage.read_json(folder / "config.json", ModelError) | settings
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] |= settings
+    storage.write_json(folder / "config.json", config)
 
 
 def write_chat_template(folder: Path, text: str | None) -> None:

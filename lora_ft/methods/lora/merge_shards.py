@@ -1,8 +1,13 @@
-"""Write the base's safetensors files with the adapter merged into them, W' = W + s B A, one file at a time."""
+"""Write the base's safetensors files with the adapter merged into them, W' = W + s B A, one tensor at a time."""
 
+import math
+import os
 import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -11,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
+from lora_ft.core.machine import release_mapped
 from lora_ft.methods.lora.compatibility import check_equal
 from lora_ft.methods.lora.onto import Onto
 from lora_ft.methods.lora.peft import AdapterFile
@@ -19,9 +25,12 @@ from lora_ft.methods.lora.token_rows import rows_value
 from lora_ft.methods.lora.verify import matrix_error, random_signs
 from lora_ft.methods.lora.whole import trained_value
 from lora_ft.model.files import INDEX, opened
+from lora_ft.model.new_tokens import NewRows
 from lora_ft.model.stored import is_finite
+from lora_ft.model.tensor_file import read_header, write_in_turn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_MAPPED = 2**28  # bytes of a file that may be in memory after they were read
 BLOCK = 2**20  # weights that are merged and verified at a time: 8 MB in float64, a few copies
 
 
@@ -52,57 +61,107 @@ def check_stored_copies(
     check_equal(adapter, {name: tensors.get(source) for name, source in sources.items()})
 
 
-def write_shards(
-    shards: list[Path], staged: Path, edits: list[Edit], adapter: AdapterFile, onto: Onto, progress: bool
-) -> tuple[dict[str, float], dict[str, torch.dtype]]:
-    """Write each shard with its edited tensors, and the index if there is one.
-
-    Returns module -> largest error of its products (see `matrix_error`), and module -> stored dtype, of those that were only
-    quantized too.
+@dataclass
+class Written:
+    """errors: module -> largest error of its products (see `matrix_error`). dtypes: module -> stored dtype, of those that were
+    only quantized too. shards: name of a tensor -> its file. added: bytes and numbers that the base does not have.
     """
-    by_source: dict[str, list[Edit]] = {}
-    for edit in edits:
-        by_source.setdefault(edit.source, []).append(edit)
-    errors: dict[str, float] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    weight_map: dict[str, str] = {}
-    added = {"total_size": 0, "total_parameters": 0}  # of the tensors that the base does not have
-    total = len(stored_keys(shards))
+
+    errors: dict[str, float] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=lambda: {"total_size": 0, "total_parameters": 0})
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What becomes of the base's tensors: the edits by their source, what they are merged onto, and the rows of new tokens."""
+
+    adapter: AdapterFile
+    edits: Mapping[str, list[Edit]]
+    onto: Onto
+    new: NewRows
+
+    @classmethod
+    def of(cls, adapter: AdapterFile, edits: Iterable[Edit], onto: Onto, new: NewRows) -> "Merge":
+        """edits: in any order."""
+        by_source: dict[str, list[Edit]] = {}
+        for edit in edits:
+            by_source.setdefault(edit.source, []).append(edit)
+        return cls(adapter, by_source, onto, new)
+
+    def targets(self, name: str) -> list[str]:
+        """The names of the tensors that are written for one of the base's."""
+        targets = [edit.target for edit in self.edits.get(name, [])]
+        return list(dict.fromkeys(targets if name in targets else [name, *targets]))
+
+    def tensors(self, name: str, stored: Tensor, shard: Path, written: Written) -> dict[str, Tensor]:
+        """The tensors that are written for one of the base's, of which `written` is told."""
+        W = self.new.added(name, stored)
+        D = self.onto.weight(name, W)
+        if D is not W:
+            written.dtypes[self.onto.layers[name][0]] = W.dtype
+        tensors: dict[str, Tensor] = {}
+        for edit in self.edits.get(name, []):
+            if edit.trained:
+                tensors[edit.target] = rounded(W, edit.trained, self.adapter, shard)
+                written.dtypes[edit.trained.rpartition(".")[0]] = W.dtype
+            elif edit.module is None:
+                tensors[edit.target] = W
+            else:
+                part = ... if edit.index is None else edit.index
+                target = tensors.setdefault(edit.target, torch.empty_like(W))
+                target[part], error = merged(D[part], edit, self.adapter, shard, W.dtype)
+                written.errors[edit.module] = max(error, written.errors.get(edit.module, 0.0))
+                written.dtypes[edit.module] = W.dtype
+        tensors = {target: tensors[target] if target in tensors else D.to(W.dtype) for target in self.targets(name)}
+        all_of_it = sum(tensor.nbytes for tensor in tensors.values()), sum(t.numel() for t in tensors.values())
+        written.added["total_size"] += all_of_it[0] - stored.nbytes
+        written.added["total_parameters"] += all_of_it[1] - stored.numel()
+        return tensors
+
+
+def write_shards(shards: list[Path], staged: Path, merge: Merge, progress: bool) -> Written:
+    """Write each shard with its edited tensors, one tensor at a time, and the index if there is one."""
+    written, total = Written(), len(stored_keys(shards))
     with tqdm(total=total, desc="merge", unit="tensor", delay=2, disable=not progress, file=sys.stderr) as bar:
         for shard in shards:
-            tensors: dict[str, Tensor] = {}
+            layout: dict[str, tuple[str, list[int], int]] = {}
+            for name, stored in read_header(shard).items():
+                shape = merge.new.shape(name, stored.shape)
+                size = (stored.end - stored.start) // max(math.prod(stored.shape), 1) * math.prod(shape)
+                layout |= dict.fromkeys(merge.targets(name), (stored.dtype, shape, size))
             with opened(shard) as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    W = finite(file, name, shard)
-                    edited, D = by_source.get(name, []), onto.weight(name, W)
-                    if D is not W:
-                        dtypes[onto.layers[name][0]] = W.dtype
-                    if not any(e.target == name for e in edited):
-                        tensors[name] = D.to(W.dtype).contiguous()  # W is memory-mapped, not copied
-                    for e in edited:
-                        if e.trained:
-                            tensors[e.target] = rounded(W, e.trained, adapter, shard)
-                            dtypes[e.trained.rpartition(".")[0]] = W.dtype
-                        elif e.module is None:
-                            tensors[e.target] = W.clone()
-                        else:
-                            part = ... if e.index is None else e.index
-                            target = tensors.setdefault(e.target, torch.empty_like(W))
-                            target[part], error = merged(D[part], e, adapter, shard, W.dtype)
-                            errors[e.module], dtypes[e.module] = max(error, errors.get(e.module, 0.0)), W.dtype
-                        if e.target != name:
-                            added["total_size"] += W.nbytes
-                            added["total_parameters"] += W.numel()
-                    bar.update()
-                storage.write_tensors(staged / shard.name, tensors, file.metadata())
-            weight_map |= dict.fromkeys(tensors, shard.name)
+                tensors = ((n, as_bytes(W)) for n, W in merged_tensors(file, shard, merge, written, bar))
+                write_in_turn(staged / shard.name, layout, tensors, file.metadata())
+            written.shards |= dict.fromkeys(layout, shard.name)
     index = shards[0].parent / INDEX
     if index.is_file():
         content = storage.read_json(index, ModelError)
         meta = content.get("metadata") or {}
-        meta |= {key: meta[key] + more for key, more in added.items() if key in meta}
-        storage.write_json(staged / INDEX, content | {"weight_map": dict(sorted(weight_map.items()))})
-    return errors, dtypes
+        meta |= {key: meta[key] + more for key, more in written.added.items() if key in meta}
+        storage.write_json(staged / INDEX, content | {"weight_map": dict(sorted(written.shards.items()))})
+    return written
+
+
+def merged_tensors(
+    file: safe_open, shard: Path, merge: Merge, written: Written, bar: tqdm
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each tensor to write for those of a file, which it doesn't keep in memory."""
+    read = 0
+    for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+        W = finite(file, name, shard)
+        yield from merge.tensors(name, W, shard, written).items()
+        bar.update()
+        read += W.nbytes
+        if read > MOST_MAPPED:
+            release_mapped({os.path.realpath(shard)})
+            read = 0
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor, which NumPy can't have in bfloat16."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def merged(

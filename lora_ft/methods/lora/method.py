@@ -18,7 +18,8 @@ def inject(
     model: PreTrainedModel, settings: AdapterConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
     """Add LoRA layers, see `inject_lora`, and train some modules, and the embedding's rows of some tokens, in full."""
-    whole, ids = find_whole(model, settings.train_modules), token_ids(tokenizer, settings.train_tokens)
+    whole = find_whole(model, settings.train_modules)
+    ids = token_ids(tokenizer, [*settings.train_tokens, *settings.add_tokens])
     shared = settings.model_dump(
         include={"targets", "rank", "alpha", "dropout", "rslora", "dora", "init", "modules", "layers"}
     )

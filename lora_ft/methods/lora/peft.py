@@ -19,7 +19,7 @@ from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import listed
 from lora_ft.core.run_folder import RECORD
-from lora_ft.methods.lora.experts import unpacked
+from lora_ft.methods.lora.expert_files import unpacked
 from lora_ft.methods.lora.peft_config import (
     CONFIG,
     KEY,

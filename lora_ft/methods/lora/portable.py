@@ -8,10 +8,11 @@ from torch import Tensor
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
+from lora_ft.methods.lora.experts import packed
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.methods.lora.peft_config import CONFIG, PREFIX, WEIGHTS
 from lora_ft.methods.lora.targets import suffixes
-from lora_ft.nn.expert_names import PATH
+from lora_ft.nn.expert_names import PATH, parameter_of
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # module -> A (rank, in) and B (out, rank), of the change B A
 
@@ -23,10 +24,9 @@ def plain_tensors(adapter: AdapterFile) -> Factors:
 
 
 def require_plain(adapter: AdapterFile) -> None:
-    """Raise ModelError for an adapter that is more than A and B of modules: DoRA, or LoRA on experts."""
-    what = "uses DoRA" if adapter.dora else "adapts experts" if any(map(PATH.fullmatch, adapter.stored)) else None
-    if what:
-        problem = f"{what}, which plain A and B of modules can't say, so it can't be combined, compressed or exported."
+    """Raise ModelError for an adapter that is more than A and B: DoRA."""
+    if adapter.dora:
+        problem = "uses DoRA, which plain A and B can't say, so it can't be combined, compressed or exported."
         raise ModelError(
             f"{adapter.folder}: {problem} Merge it (`lora-ft merge`), or load the folder itself with PEFT."
         )
@@ -48,8 +48,12 @@ def write_plain(folder: Path, tensors: Factors, parts: Iterable[AdapterFile], ba
     With lora_alpha = R, and where a rank is lower the same in both patterns, the scaling of a reader is 1. parts: the adapters
     whose modules it has.
     """
-    R = max(A.shape[0] for A, _ in tensors.values())
-    lower = {module: A.shape[0] for module, (A, _) in tensors.items() if A.shape[0] < R}
+    ranks: dict[str, int] = {}  # of a module, or of all experts' parameter
+    for module, (A, _) in tensors.items():
+        ranks[parameter_of(module)] = max(A.shape[0], ranks.get(parameter_of(module), 0))
+    R = max(ranks.values())
+    lower = {name: rank for name, rank in ranks.items() if rank < R}
+    pairs, parameters = packed(tensors)
     parts = list(parts)
     config = {
         "peft_type": "LORA",
@@ -58,6 +62,7 @@ def write_plain(folder: Path, tensors: Factors, parts: Iterable[AdapterFile], ba
         "r": R,
         "lora_alpha": R,
         **({"rank_pattern": lower, "alpha_pattern": lower} if lower else {}),
+        **({"target_parameters": parameters} if parameters else {}),
         "lora_dropout": 0.0,
         "target_modules": sorted({target for part in parts for target in targets(part)}),
         "bias": "none",
@@ -66,7 +71,7 @@ def write_plain(folder: Path, tensors: Factors, parts: Iterable[AdapterFile], ba
     }
     named = {
         f"{PREFIX}{module}.lora_{x}.weight": M
-        for module, pair in tensors.items()
+        for module, pair in pairs.items()
         for x, M in zip("AB", pair, strict=True)
     }
     storage.write_tensors(folder / WEIGHTS, named)
@@ -76,7 +81,8 @@ def write_plain(folder: Path, tensors: Factors, parts: Iterable[AdapterFile], ba
 
 def targets(adapter: AdapterFile) -> list[str]:
     """target_modules, sorted: the adapter's own list if it alone determines the modules, else the paths of all modules."""
-    config, modules = adapter.trained.adapter_config, sorted(adapter.tensors)
+    config = adapter.trained.adapter_config
+    modules = sorted(module for module in adapter.tensors if not PATH.fullmatch(module))
     own = config.get("target_modules")
     narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     if not isinstance(own, list) or narrowed:

@@ -1,6 +1,7 @@
-"""Rows of the input embedding that are trained beside A and B (`adapter.train_tokens`): PEFT's trainable_token_indices.
+"""Rows of the input embedding that are trained beside A and B (`adapter.train_tokens`, `add_tokens`).
 
-A head that is tied to the embedding computes with the same rows, as in PEFT, and stays tied when they are merged.
+In PEFT's files they are trainable_token_indices. A head that is tied to the embedding computes with the same rows, as in
+PEFT, and stays tied when they are merged.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str]) -
     if not texts:
         return []
     if tokenizer is None:
-        raise ConfigError("adapter.train_tokens: a shape has no tokenizer. Leave it out.")
+        raise ConfigError("adapter.train_tokens, adapter.add_tokens: a shape has no tokenizer. Leave them out.")
     for text in texts:
         token = tokenizer.convert_tokens_to_ids(text)
         found = [token] if tokenizer.convert_ids_to_tokens(token or 0) == text else None
@@ -38,7 +39,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str]) -
         if len(found) != 1:
             parts = " ".join(map(repr, tokenizer.convert_ids_to_tokens(found)))
             problem = f"{text!r} is no token of the base's tokenizer (it is {parts or 'nothing'})"
-            way_out = "Name tokens that it has, or add it to the base first: docs/models.md, Rows of single tokens"
+            way_out = "Name tokens that it has, or add it as a new one: adapter.add_tokens"
             raise ModelError(f"adapter.train_tokens: {problem}. {way_out}.")
         ids.add(found[0])
     return sorted(ids)

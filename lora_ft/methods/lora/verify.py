@@ -1,10 +1,12 @@
 """Verification of a merge in two parts: every matrix on random inputs, then the logits of complete models."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_ft.core.errors import ModelError
@@ -13,6 +15,7 @@ from lora_ft.methods.lora.inject import MERGED
 from lora_ft.methods.lora.peft import AdapterFile
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
+from lora_ft.model.offload import loaded_in_float32
 from lora_ft.nn.adapted import bare, out_in, with_weight
 from lora_ft.nn.forms import Form
 from lora_ft.nn.lora import LoRALinear
@@ -59,7 +62,7 @@ def sample_rows(record: dict, tokenizer, vocabulary: int) -> list[list[int]]:
     """Rows of token ids to compare logits on: those in the record, or a few sentences, and always a row of random ids."""
     samples = record.get("samples")
     rows = [row for row in samples if isinstance(row, list) and row] if isinstance(samples, list) else []
-    rows = [row[:512] for row in rows if all(type(i) is int and 0 <= i < vocabulary for i in row)][:8]
+    rows = [row[:64] for row in rows if all(type(i) is int and 0 <= i < vocabulary for i in row)][:8]
     if not rows and tokenizer is not None:
         rows = [ids for ids in (tokenizer(text)["input_ids"] for text in SENTENCES) if ids and max(ids) < vocabulary]
     return rows + [torch.randint(vocabulary, (24,), generator=torch.Generator().manual_seed(0)).tolist()]
@@ -94,12 +97,12 @@ def compare_logits(
     exact = logits(model, rows)
     with bare(model):
         without = logits(model, rows)
-    merge_rounded(model, dtypes)
-    rounded = logits(model, rows)
+    with merged_and_rounded(model, dtypes):
+        rounded = logits(model, rows)
     del model
     gc.collect()
-    model = load_base(merged, "float32")
-    found = logits(model, rows)
+    with loaded_in_float32(merged) as model:
+        found = logits(model, rows)
     del model
     gc.collect()
     scale = max(t.abs().max().item() for t in exact)
@@ -133,17 +136,30 @@ def merging(model: PreTrainedModel) -> list[str]:
     return [path for path, m in model.named_modules() if isinstance(m, kinds) and id(m) not in bases]
 
 
-def merge_rounded(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Merge a model's LoRA layers and make its quantized ones plain, in place, each weight rounded to its module's dtype."""
+@contextmanager
+def merged_and_rounded(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Within it each of these modules computes as a plain one with its merged weight, rounded to the dtype.
+
+    The weight is made whenever it is needed, so that one of them is in memory at a time.
+    """
     embedding = model.get_input_embeddings()
     of_rows = next((dtypes[path] for path, m in model.named_modules() if m is embedding and path in dtypes), None)
     heads = {path: of_rows for path, m in model.named_modules() if isinstance(m, TiedHeadRows) and of_rows}
-    for name, dtype in (dict(dtypes) | heads).items():  # one by one: each layer's weight goes as the next is made
-        layer = model.get_submodule(name)
-        plain = layer.merged() if isinstance(layer, MERGED) else with_weight(layer, out_in(layer))
-        for parameter in plain.parameters() if isinstance(layer, WholeModule) else [plain.weight]:
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
-        model.set_submodule(name, plain)
+    layers = [(model.get_submodule(path), dtype) for path, dtype in (dict(dtypes) | heads).items()]
+    try:
+        for layer, dtype in layers:
+            layer.forward = partial(_rounded_forward, layer, dtype)
+        yield
+    finally:
+        for layer, _ in layers:
+            vars(layer).pop("forward", None)
+
+
+def _rounded_forward(layer: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
+    plain = layer.merged() if isinstance(layer, MERGED) else with_weight(layer, out_in(layer))
+    for parameter in plain.parameters() if isinstance(layer, WholeModule) else [plain.weight]:
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    return plain(x)
 
 
 @torch.no_grad()

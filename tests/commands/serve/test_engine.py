@@ -110,6 +110,26 @@ def test_rows_that_come_and_go_at_random_get_their_tokens_alone(tmp_path, family
     assert engine.metrics.prompt_tokens == before + 2  # the beginning is known
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mpt", "gemma2"])
+def test_short_prompts_that_come_at_once_are_read_in_one_pass(tmp_path, family, monkeypatch):
+    monkeypatch.setattr("lora_ft.commands.serve.engine.CHUNK", 7)
+    engine, draw, passes = serving(tmp_path, family), random.Random(family), []
+    forward = engine.batch.forward
+
+    def noted(ids, *arguments, **more):
+        passes.append(tuple(ids.shape))
+        return forward(ids, *arguments, **more)
+
+    engine.batch.forward = noted
+    prompts = [[draw.randrange(3, 90) for _ in range(length)] for length in (3, 12, 7, 5, 1)]
+    asked = [Asked(engine, ids, 6, NAMES[i % len(NAMES)]) for i, ids in enumerate(prompts)]
+    engine.submit([one.job for one in asked])
+    engine.turn()
+    assert passes == [(4, 7), (4, 1)]  # all but the long one, and then a token for each
+    finish(engine, *asked)
+    assert [one.ids() for one in asked] == [alone(engine, one) for one in asked]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_lets_rows_join(family):
     assert rows_can_join(build(family))

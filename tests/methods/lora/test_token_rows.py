@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ft.commands.export.command import export_command
 from lora_ft.commands.generate.command import generate_command
+from lora_ft.commands.inspect.command import inspect_command
 from lora_ft.commands.merge import merge_command
 from lora_ft.core.errors import ConfigError, ModelError
 from lora_ft.methods.lora import files, merge
@@ -136,7 +137,7 @@ def test_texts_become_tokens():
     )
     with pytest.raises(ModelError, match=r"'<\|tool\|>' is no token of the base's tokenizer .it is '<'"):
         ids_of(tokenizer, ["<|tool|>"])
-    with pytest.raises(ConfigError, match="a shape has no tokenizer"):
+    with pytest.raises(ConfigError, match="adapter.add_tokens: a shape has no tokenizer"):
         ids_of(None, ["film"])
 
 
@@ -234,6 +235,75 @@ def test_a_run_ends_in_the_same_bits_is_scored_and_merged(folder, monkeypatch, c
     ids = tokenizer("".join(NEW))["input_ids"]
     rows = load_file(weights(folder / "out"))[f"base_model.model.transformer.wte{ROWS}"]
     assert ids == tokenizer.convert_tokens_to_ids(NEW) and torch.equal(table[ids], rows[-5:])
+
+
+@pytest.fixture(scope="module", params=[("gpt2", True, 0), ("llama", False, 0), ("llama", False, 64)])
+def added(request, tmp_path_factory):
+    """A run that adds the five tokens itself: of a tied base, an untied one, and one with rows to spare."""
+    family, tied, spare = request.param
+    config = CONFIG.replace("rank: 4, alpha: 8", f"rank: 4, alpha: 8, add_tokens: [{', '.join(NEW)}]")
+    folder = write_run(tmp_path_factory.mktemp("added"), family, config.replace("Review:", NEW[0]))
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    if spare:
+        model.resize_token_embeddings(model.config.vocab_size + spare)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    (folder / "base/model.safetensors").unlink()
+    model.save_pretrained(folder / "base", max_shard_size="20KB")
+    run(folder)
+    return folder
+
+
+def by_hand(folder: Path) -> Path:
+    """The base with the same tokens, added with transformers; their rows are the mean of the others."""
+    target = folder / "by_hand/base"
+    tokenizer, model = (of.from_pretrained(folder / "base") for of in (AutoTokenizer, AutoModelForCausalLM))
+    before = len(tokenizer)
+    tokenizer.add_tokens(NEW)
+    model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False)
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        end.weight.data[before : before + 5] = end.weight.data[:before].mean(0)
+    for made in (tokenizer, model):
+        made.save_pretrained(target)
+    return target
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tokens_that_a_run_adds_are_as_those_of_a_base_that_has_them(added, monkeypatch, capsys):
+    """The same bits of the adapter; stopped and resumed too; scored, merged, and read by PEFT."""
+    assert until_done(partial(run, added, "output=again"), monkeypatch, 17) > 1
+    assert weights(added / "again").read_bytes() == weights(added / "out").read_bytes()
+    base = by_hand(added)
+    changes = [f"model.name={base}", "adapter.add_tokens=[]", f"adapter.train_tokens=[{', '.join(NEW)}]"]
+    run(added, "output=hand", *changes)
+    assert weights(added / "hand").read_bytes() == weights(added / "out").read_bytes()
+
+    monkeypatch.chdir(added)
+    scores = evaluated(added, "out", capsys, again=True)
+    record = json.loads(Path("out/lora_ft.json").read_text())
+    assert scores["adapter"]["loss"] == pytest.approx(record["metrics"]["loss"], rel=1e-6)
+    merge_command(Path("out"))
+    capsys.readouterr()
+    plain = AutoModelForCausalLM.from_pretrained("out-merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained("out-merged")
+    assert tokenizer.convert_tokens_to_ids(NEW) == AutoTokenizer.from_pretrained(base).convert_tokens_to_ids(NEW)
+    ids = tokenizer(f"good {NEW[1]} bad{NEW[4]}", return_tensors="pt")["input_ids"]
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "out").eval()
+    with torch.no_grad():
+        expected, found = theirs(input_ids=ids).logits, plain(input_ids=ids).logits
+    assert expected.shape == found.shape and torch.allclose(found, expected, atol=1e-5)
+    assert evaluated(added, "out-merged", capsys, again=True)["model"]["loss"] == pytest.approx(
+        scores["adapter"]["loss"], abs=1e-5
+    )
+    inspect_command([Path("out")])
+    assert "no problem found" in capsys.readouterr().out
+    generate_command([Path("out")], prompt="good", greedy=True, max_new_tokens=3)
+
+
+def test_a_token_that_is_there_is_not_new(added, monkeypatch):
+    monkeypatch.chdir(added)
+    with pytest.raises(ModelError, match=r"add_tokens: 'Ġgood' is a token .* already. Name it in adapter.train_tokens"):
+        run(added, "output=x", "adapter.add_tokens=[Ġgood]")
+    refused_where_a_base_is_shared(added, monkeypatch, "trained embedding rows", "add_tokens")
 
 
 def test_what_shares_a_base_refuses_it(folder, monkeypatch):
