@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_ft.data.batches import micro_batch
-from lora_ft.methods.lora.experts import packed, unpacked
+from lora_ft.methods.lora.expert_files import unpacked
+from lora_ft.methods.lora.experts import packed
 from lora_ft.methods.lora.inject import inject_lora, lora_layers
 from lora_ft.methods.lora.stacked import to_peft_matrices
 from lora_ft.model.load import fuse_gelu
