@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 
+import torch
 from many_adapters import write_adapters
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -26,7 +27,9 @@ from lora_ft.commands.serve.bodies import LoadBody
 from lora_ft.commands.serve.engine import Engine
 from lora_ft.commands.serve.jobs import Finished, Job, Limits, Piece
 from lora_ft.commands.serve.metrics import Metrics
+from lora_ft.commands.serve.thread import started
 from lora_ft.core.trust import NO_TRUST
+from lora_ft.methods.lora.multi import shared_layers
 
 
 class Client:
@@ -64,13 +67,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        torch.set_num_threads(1)  # of this thread; the engine's has more
         model = AutoModelForCausalLM.from_pretrained(asked.model)
         *names, later = write_adapters(model, Path(folder), asked.adapters + 1, 8, ["q", "v"])
         del model
         named, base = find_adapters([], [f"{name}={folder}/{name}" for name in names], asked.model)
-        served = load(named, base, raw=False, trust=NO_TRUST)
-        engine, draw = Engine(served, Limits(rows=asked.clients), Metrics()), random.Random(0)
-        engine.start()
+        limits = Limits(rows=asked.clients)
+        engine = started(lambda: Engine(load(named, base, raw=False, trust=NO_TRUST), limits, Metrics()))
+        served, draw = engine.served, random.Random(0)
         found = measure(asked, engine, names, draw)
         pauses = []
         for body in (None, LoadBody(lora_name="later", lora_path=later)):
@@ -83,9 +87,10 @@ def main() -> None:
                 client.over.wait()
             pauses.append(round(max(client.pause for client in streams), 3))
         found |= {"longest_pause": pauses[0], "longest_pause_while_an_adapter_is_loaded": pauses[1]}
-    weights = {p.data_ptr(): p.nbytes for p in served.model.parameters()}
-    base_bytes = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(asked.model).parameters())
-    found |= {"base_mb": round(base_bytes / 1e6, 1), "with_adapters_mb": round(sum(weights.values()) / 1e6, 1)}
+    base_bytes = sum(p.nbytes for p in served.model.parameters())
+    kinds = [a for layer in shared_layers(served.model).values() for a in layer.adapters.values()]
+    own = sum(p.nbytes for layer in kinds for name, p in layer.named_parameters() if name.startswith("lora_"))
+    found |= {"base_mb": round(base_bytes / 1e6, 1), "adapters_mb": round(own / 1e6, 1)}
     engine.stop()
     text = json.dumps(vars(asked) | found | {"json": None}, indent=1, default=str)
     print(text)

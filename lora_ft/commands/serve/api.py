@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, Router
@@ -50,7 +51,8 @@ class Api:
     def __init__(self, served: Served, engine: Engine, settings: Settings):
         self.served, self.engine, self.settings = served, engine, settings
         self.created = int(time.time())
-        self._encoding = ThreadPoolExecutor(1, "prompts")  # a tokenizer is for one thread
+        # a tokenizer is for one thread; which reads adapters too, and leaves OpenMP's threads to the engine, see `started`
+        self._encoding = ThreadPoolExecutor(1, "prompts", initializer=torch.set_num_threads, initargs=(1,))
         routes = [
             Route("/", self.page),
             Route("/openapi.json", self.openapi),
@@ -72,7 +74,8 @@ class Api:
 
     async def openapi(self, request: Request) -> Response:
         """The routes as an OpenAPI document."""
-        return JSONResponse(document(adapters=bool(self.settings.adapters), keys=bool(self.settings.keys)))
+        may = {"adapters": bool(self.settings.adapters), "keys": bool(self.settings.keys)}
+        return ascii_json(document(self._names(), **may))
 
     async def health(self, request: Request) -> Response:
         """200 while the engine's thread lives."""

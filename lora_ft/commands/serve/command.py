@@ -23,6 +23,7 @@ from lora_ft.commands.serve.api import Api, Settings
 from lora_ft.commands.serve.engine import Engine
 from lora_ft.commands.serve.jobs import Limits
 from lora_ft.commands.serve.metrics import Metrics
+from lora_ft.commands.serve.thread import started
 from lora_ft.core.errors import ConfigError, FilesError
 from lora_ft.core.machine import free_memory
 from lora_ft.core.messages import echo, info, printable
@@ -64,16 +65,29 @@ def serve_command(
     if adapters_folder and not adapters_folder.is_dir():
         raise ConfigError(f"--adapters-folder {adapters_folder}: no such folder")
     named, base = find_adapters(folders, adapters, base)
-    served = load(named, base, raw=False, trust=trust)
-    logits_processors(
-        served.model, served.sampling, served.ends, 1
-    )  # a generation config that can't be used fails here
-    check_memory(served, limits)
+
+    def make() -> Engine:
+        served = load(named, base, raw=False, trust=trust)
+        logits_processors(served.model, served.sampling, served.ends, 1)  # an unusable generation config fails here
+        check_memory(served, limits)
+        return Engine(served, limits, Metrics())
+
+    engine = started(make)
+    try:
+        _serve(engine, host, port, keys, adapters_folder, seconds)
+    finally:
+        engine.stop()
+
+
+def _serve(
+    engine: Engine, host: str, port: int, keys: tuple[str, ...], adapters_folder: Path | None, seconds: float
+) -> None:
+    """Listen until a signal."""
+    served, limits = engine.served, engine.limits
     hosts = None if keys or not is_loopback(host) else (*LOCAL, host)
     base_name = (
         served.base.name if not local_path(served.base.name).exists() else local_path(served.base.name).resolve().name
     )
-    engine = Engine(served, limits, Metrics())
     settings = Settings(base_name, keys, adapters_folder, hosts, seconds)
     config = uvicorn.Config(
         Api(served, engine, settings).app,
@@ -96,15 +110,11 @@ def serve_command(
             f"{printable(host)}:{port}: the address can't be used; is another server there? Try --port."
         ) from None
     place = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
-    engine.start()
     if not engine.together:
         info("note: this model can't compute different requests at once: they are answered one after the other")
     sock.listen(config.backlog)  # who reads the address may ask at once
     echo(f"{place}/v1: {', '.join([base_name, *served.names])}; {limits.tokens:,} tokens in the cache")
-    try:
-        server.run(sockets=[sock])
-    finally:
-        engine.stop()
+    server.run(sockets=[sock])
 
 
 class Server(uvicorn.Server):

@@ -47,23 +47,20 @@ class Engine:
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     @property
     def alive(self) -> bool:
         """Whether the thread runs."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def stop(self) -> None:
         """Stop the thread after its turn; what still runs fails."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        if self._thread:
+            self._thread.join()
 
     def submit(self, jobs: list[Job]) -> None:
         """Queue jobs, all or none; raises Full."""
@@ -103,7 +100,9 @@ class Engine:
 
     # ---- all below runs in the thread ----
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Compute until `stop`."""
+        self._thread = threading.current_thread()
         while True:
             with self._changed:
                 self._changed.wait_for(

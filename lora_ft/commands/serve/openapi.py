@@ -1,5 +1,6 @@
 """The routes as an OpenAPI document, for clients, test tools and people."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -24,8 +25,9 @@ ADAPTERS: dict[str, tuple[type[BaseModel], str]] = {
 ERRORS = (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
-def document(*, adapters: bool, keys: bool) -> dict[str, Any]:
-    """adapters: whether requests may load adapters. keys: whether a request needs one."""
+def document(models: Sequence[str], *, adapters: bool, keys: bool) -> dict[str, Any]:
+    """models: those that are served. adapters: whether requests may load adapters. keys: whether a request needs one."""
+    names = {"type": "string", "enum": [*models]}
     posts = POSTS | (ADAPTERS if adapters else {})
     refs, schemas = models_json_schema(
         [(body, "validation") for body, _ in posts.values()], ref_template="#/components/schemas/{model}"
@@ -34,10 +36,10 @@ def document(*, adapters: bool, keys: bool) -> dict[str, Any]:
         if issubclass(body, Sampling):  # these are taken out before the model sees them
             known = schemas["$defs"][body.__name__]["properties"]
             known |= {name: {"enum": [None, *values]} for name, values in body.NEUTRAL.items()}
-            known |= {name: {} for name in body.IGNORED}
+            known |= {name: {} for name in body.IGNORED} | {"model": names}
     paths: dict[str, Any] = {path: {"get": _operation(summary)} for path, summary in GETS.items()}
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    paths["/v1/models/{name}"] = {"get": _operation("one of the models") | {"parameters": [name]}}
+    parameter = {"name": "name", "in": "path", "required": True, "schema": names}
+    paths["/v1/models/{name}"] = {"get": _operation("one of the models") | {"parameters": [parameter]}}
     for path, (body, summary) in posts.items():
         content = {"application/json": {"schema": refs[body, "validation"]}}
         paths[path] = {"post": _operation(summary) | {"requestBody": {"required": True, "content": content}}}

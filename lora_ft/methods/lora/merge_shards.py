@@ -1,7 +1,6 @@
 """Write the base's safetensors files with the adapter merged into them, W' = W + s B A, one tensor at a time."""
 
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from transformers import PreTrainedModel
 
 from lora_ft.core import storage
 from lora_ft.core.errors import ModelError
-from lora_ft.core.machine import release_mapped
 from lora_ft.methods.lora.compatibility import check_equal
 from lora_ft.methods.lora.onto import Onto
 from lora_ft.methods.lora.peft import AdapterFile
@@ -30,7 +28,7 @@ from lora_ft.model.stored import is_finite
 from lora_ft.model.tensor_file import read_header, write_in_turn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_MAPPED = 2**28  # bytes of a file that may be in memory after they were read
+MOST_MAPPED = 2**28  # bytes of a file that are read before it is opened again
 BLOCK = 2**20  # weights that are merged and verified at a time: 8 MB in float64, a few copies
 
 
@@ -132,8 +130,9 @@ def write_shards(shards: list[Path], staged: Path, merge: Merge, progress: bool)
                 size = (stored.end - stored.start) // max(math.prod(stored.shape), 1) * math.prod(shape)
                 layout |= dict.fromkeys(merge.targets(name), (stored.dtype, shape, size))
             with opened(shard) as file:
-                tensors = ((n, as_bytes(W)) for n, W in merged_tensors(file, shard, merge, written, bar))
-                write_in_turn(staged / shard.name, layout, tensors, file.metadata())
+                metadata = file.metadata()
+            tensors = ((name, as_bytes(W)) for name, W in merged_tensors(shard, merge, written, bar))
+            write_in_turn(staged / shard.name, layout, tensors, metadata)
             written.shards |= dict.fromkeys(layout, shard.name)
     index = shards[0].parent / INDEX
     if index.is_file():
@@ -144,19 +143,21 @@ def write_shards(shards: list[Path], staged: Path, merge: Merge, progress: bool)
     return written
 
 
-def merged_tensors(
-    file: safe_open, shard: Path, merge: Merge, written: Written, bar: tqdm
-) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each tensor to write for those of a file, which it doesn't keep in memory."""
-    read = 0
-    for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-        W = finite(file, name, shard)
-        yield from merge.tensors(name, W, shard, written).items()
-        bar.update()
-        read += W.nbytes
-        if read > MOST_MAPPED:
-            release_mapped({os.path.realpath(shard)})
-            read = 0
+def merged_tensors(shard: Path, merge: Merge, written: Written, bar: tqdm) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each tensor to write for those of a file.
+
+    The file is opened again and again: the system counts what was read of an open one as this process's memory.
+    """
+    names = stored_keys([shard])
+    while names:
+        read = 0
+        with opened(shard) as file:
+            while names and read < MOST_MAPPED:
+                W = finite(file, names[0], shard)
+                yield from merge.tensors(names.pop(0), W, shard, written).items()
+                read += W.nbytes
+                bar.update()
+        del W
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:

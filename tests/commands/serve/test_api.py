@@ -10,6 +10,7 @@ from base64 import b64encode
 from hashlib import sha256
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from lora_ft.commands.generate.command import find_adapters
 from lora_ft.commands.generate.serving import load
@@ -18,6 +19,7 @@ from lora_ft.commands.serve.api import Api, Settings
 from lora_ft.commands.serve.engine import Engine
 from lora_ft.commands.serve.jobs import Limits
 from lora_ft.commands.serve.metrics import Metrics
+from lora_ft.commands.serve.thread import started
 from lora_ft.core.trust import NO_TRUST
 from tests.commands.test_generate import BAD, GOOD, by_peft, here, reviewed, runs, said  # noqa: F401 (fixtures)
 from tests.helpers.asgi import Answered, ask
@@ -39,8 +41,7 @@ def api(runs):  # noqa: F811
         (runs / "more").mkdir(exist_ok=True)
         shutil.copytree("talk", "more/talk", dirs_exist_ok=True)
         (runs / "more/out").symlink_to(runs / "reviews")
-        engine = Engine(served, Limits(rows=4, queue=8), Metrics())
-        engine.start()
+        engine = started(lambda: Engine(served, Limits(rows=4, queue=8), Metrics()))
         yield Api(served, engine, Settings("base-model", (), runs / "more"))
         engine.stop()
 
@@ -72,6 +73,31 @@ def test_the_models_are_the_base_and_the_adapters(api):
     assert get(api, "/v1/models/talk").json() == models[2]
     refused(get(api, "/v1/models/walk"), 404, "no model walk", param="model")
     assert get(api, "/health").json() == {"status": "ok"}
+
+
+def test_the_openapi_document_says_what_the_routes_take(api):
+    document = get(api, "/openapi.json").json()
+    routes = {route.path.replace(":path", "") for route in api.app.app.routes}
+    assert set(document["paths"]) == routes - {"/", "/openapi.json"}
+    assert "security" not in document
+    for path in (CHAT, COMPLETE):
+        operation = document["paths"][path]["post"]
+        schema = operation["requestBody"]["content"]["application/json"]["schema"]
+        validator = Draft202012Validator(schema | {"components": document["components"]})
+        body = {"model": "talk", "max_tokens": 2} | ({"messages": user("hi")} if path == CHAT else {"prompt": "hi"})
+        changes = [
+            {},
+            {"model": "walk"},
+            {"max_tokens": "2"},
+            {"logit_bias": {}},
+            {"logit_bias": {"5": 1}},
+            {"user": "me"},
+        ]
+        changes += [{"nonsense": 1}, {"temperature": 3}, {"stop": ["a"]}, {"stream_options": {"include_usage": True}}]
+        for change in changes:
+            status = get(api, path, body | change).status
+            assert validator.is_valid(body | change) == (status == 200), (path, change, status)
+            assert str(status) in operation["responses"]
 
 
 def test_the_page_is_one_file_that_loads_nothing_and_asks_this_api(api):
@@ -291,8 +317,7 @@ def test_a_merged_model_is_served(here, tmp_path):  # noqa: F811
     merge_command(here / "reviews", output=tmp_path / "merged", verify=False)
     named, base = find_adapters([tmp_path / "merged"], [], None)
     served = load(named, base, raw=False, trust=NO_TRUST)
-    engine = Engine(served, Limits(), Metrics())
-    engine.start()
+    engine = started(lambda: Engine(served, Limits(), Metrics()))
     answer = post(Api(served, engine, Settings("merged")), CHAT, "merged", messages=user(GOOD))
     engine.stop()
     assert answer["choices"][0]["message"]["content"] == " positive"

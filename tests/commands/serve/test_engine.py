@@ -12,6 +12,7 @@ from lora_ft.commands.generate.serving import Served
 from lora_ft.commands.serve.engine import Engine
 from lora_ft.commands.serve.jobs import Failed, Finished, Full, Job, Limits, Piece, PromptScores
 from lora_ft.commands.serve.metrics import Metrics
+from lora_ft.commands.serve.thread import started
 from lora_ft.methods.lora.multi import use
 from lora_ft.model.generate import generate, to_text
 from lora_ft.model.row_cache import rows_can_join
@@ -226,8 +227,7 @@ def test_memory_and_the_queue_are_bounded(tmp_path):
 
 
 def test_a_fault_in_a_step_fails_the_requests_and_not_the_engine(tmp_path, monkeypatch):
-    engine = serving(tmp_path, "llama")
-    engine.start()
+    engine = started(lambda: serving(tmp_path, "llama"))
     with monkeypatch.context() as patch:
         patch.setattr(engine.batch, "step", lambda: 1 / 0)
         asked = Asked(engine, [5, 6], 9)
