@@ -67,21 +67,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        torch.set_num_threads(1)  # of this thread; the engine's has more
-        model = AutoModelForCausalLM.from_pretrained(asked.model)
-        *names, later = write_adapters(model, Path(folder), asked.adapters + 1, 8, ["q", "v"])
-        del model
-        named, base = find_adapters([], [f"{name}={folder}/{name}" for name in names], asked.model)
-        limits = Limits(rows=asked.clients)
-        engine = started(lambda: Engine(load(named, base, raw=False, trust=NO_TRUST), limits, Metrics()))
-        served, draw = engine.served, random.Random(0)
+        names: list[str] = []
+
+        def make() -> Engine:  # all that computes, in the engine's thread
+            model = AutoModelForCausalLM.from_pretrained(asked.model)
+            names.extend(write_adapters(model, Path(folder), asked.adapters + 1, 8, ["q", "v"]))
+            named, base = find_adapters([], [f"{name}={folder}/{name}" for name in names[:-1]], asked.model)
+            return Engine(load(named, base, raw=False, trust=NO_TRUST), Limits(rows=asked.clients), Metrics())
+
+        engine, draw = started(make), random.Random(0)
+        served, later = engine.served, names.pop()
         found = measure(asked, engine, names, draw)
         pauses = []
         for body in (None, LoadBody(lora_name="later", lora_path=later)):
             streams = [Client(engine, name, 8, 200, draw).send() for name in names[:4]]
             threading.Event().wait(2)
             if body:
-                with ThreadPoolExecutor(1) as worker:
+                with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker:
                     asyncio.run(load_lora_adapter(served, engine, Path(folder), body, set(), worker))
             for client in streams:
                 client.over.wait()

@@ -214,7 +214,7 @@ def load(adapters: dict[str, Trained], base_name: str | None, *, raw: bool, trus
     model = load_base(base, *(config.model.dtype, device, config.model.quantization) if config else ("auto", device))
     formats: dict[str | None, PromptFormat] = {None: prompt_format(own_config, tokenizer, raw)}
     for name, trained in adapters.items():
-        formats[name] = prompt_format(trained.config, tokenizer, raw)
+        formats[name] = prompt_format(trained.config, tokenizer, raw, formats[None])
         if other:
             METHODS[other.method].load(model, other)
         else:

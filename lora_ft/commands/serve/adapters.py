@@ -5,16 +5,17 @@ from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 
-from lora_ft.commands.generate.prompts import prompt_format
+from lora_ft.commands.generate.prompts import PromptFormat, prompt_format
 from lora_ft.commands.generate.serving import Served
 from lora_ft.commands.serve.bodies import ApiError, LoadBody
 from lora_ft.commands.serve.engine import Engine
 from lora_ft.core.errors import UserError
 from lora_ft.core.messages import printable
-from lora_ft.methods.lora.files import AdapterFile, apply_adapter
-from lora_ft.methods.lora.multi import is_expert, remove_adapter, shared_layers
+from lora_ft.methods.lora.files import adapter_layers
+from lora_ft.methods.lora.multi import add_adapter, is_expert, remove_adapter, shared_layers
 from lora_ft.methods.lora.peft import read_adapter
 from lora_ft.methods.trained import Trained
+from lora_ft.nn.lora import LoRALinear
 
 
 async def load_lora_adapter(
@@ -28,13 +29,12 @@ async def load_lora_adapter(
         raise ApiError(400, "this model can't compute several adapters at once", "lora_name")
     path = inside(folder, body.lora_path)
     try:
-        trained, adapter = await asyncio.get_running_loop().run_in_executor(worker, partial(_read, path, served))
-        form = prompt_format(trained.config, served.tokenizer, raw=False)
+        form, layers = await asyncio.get_running_loop().run_in_executor(worker, partial(_read, path, served))
 
         def take_over() -> None:
             if name in served.names:
                 raise ApiError(400, f"there is a model {name} already", "lora_name")
-            apply_adapter(served.model, adapter, name)
+            add_adapter(served.model, name, layers)
             served.formats[name] = form
 
         await asyncio.wrap_future(engine.call(take_over))
@@ -52,6 +52,7 @@ async def unload_lora_adapter(served: Served, engine: Engine, name: str) -> None
             raise ApiError(400, "the adapter of this server can't be unloaded", "lora_name")
         if any(job.adapter == name for job in engine.jobs()):
             raise ApiError(409, f"requests for {name} are running: try again later", "lora_name")
+        engine.batch.leave_mix()
         remove_adapter(served.model, name)
         engine.beginnings.forget(name)
         del served.formats[name]
@@ -70,7 +71,7 @@ def inside(folder: Path, given: str) -> Path:
     raise ApiError(400, "lora_path: no such folder below the server's folder of adapters", "lora_path")
 
 
-def _read(path: Path, served: Served) -> tuple[Trained, AdapterFile]:
+def _read(path: Path, served: Served) -> tuple[PromptFormat, dict[str, LoRALinear]]:
     trained = Trained.open(path)
     if trained.alone:
         raise ApiError(400, f"{trained.alone}; only LoRA adapters share a base", "lora_path")
@@ -79,4 +80,5 @@ def _read(path: Path, served: Served) -> tuple[Trained, AdapterFile]:
     known = shared_layers(served.model)
     if any(is_expert(module) for module in adapter.tensors) or any(map(is_expert, known)):
         raise ApiError(400, "an adapter of experts can't share a batch", "lora_path")
-    return trained, adapter
+    form = prompt_format(trained.config, served.tokenizer, raw=False, other=served.formats[None])
+    return form, adapter_layers(served.model, adapter)

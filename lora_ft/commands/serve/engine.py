@@ -122,7 +122,6 @@ class Engine:
         """Calls, one piece of a prompt or some short ones, and one token of every row."""
         while self._calls:
             function, future = self._calls.popleft()
-            self.batch.leave_mix()
             if not future.set_running_or_notify_cancel():
                 continue
             try:

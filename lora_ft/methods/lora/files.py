@@ -153,10 +153,23 @@ def apply_adapter(
         way_out = "load the base again, or merge the adapter, or load every adapter by name"
         raise ModelError(f"the model has an adapter already: {way_out}")
     unpack_for(model, adapter.stored)
+    model.requires_grad_(False)
+    layers = adapter_layers(model, adapter, trainable)
+    if name is None:
+        for module, layer in layers.items():
+            model.set_submodule(module, layer)
+        apply_whole(model, adapter, trainable)
+        apply_rows(model, adapter, trainable)
+    else:
+        add_adapter(model, name, layers)
+    return adapter
+
+
+def adapter_layers(model: nn.Module, adapter: AdapterFile, trainable: bool = False) -> dict[str, LoRALinear]:
+    """Path -> an adapter's LoRALinear over the layer of `model` there, which is not changed. Raises as `load_adapter`."""
     linear = check_against(model, adapter)
     check_copies(model, adapter)
-    model.requires_grad_(False)
-    layers = {}
+    layers: dict[str, LoRALinear] = {}
     for module, (A, B) in adapter.tensors.items():
         base = linear[module]
         parts = adapter.parts.get(module) or Parts(A.shape[0], {ALL_ROWS: RowBlocks.all(B.shape[0])})
@@ -168,14 +181,7 @@ def apply_adapter(
         layer.requires_grad_(trainable)
         layer.base.requires_grad_(False)
         layers[module] = layer.train(base.training)
-    if name is None:
-        for module, layer in layers.items():
-            model.set_submodule(module, layer)
-        apply_whole(model, adapter, trainable)
-        apply_rows(model, adapter, trainable)
-    else:
-        add_adapter(model, name, layers)
-    return adapter
+    return layers
 
 
 def initialize_from(model: nn.Module, adapter: AdapterFile) -> None:
