@@ -20,7 +20,7 @@ from lora_ft.core.messages import listed
 from lora_ft.model.stored import is_finite
 from lora_ft.nn.adapted import out_in
 from lora_ft.nn.forms import Form
-from lora_ft.nn.quantized import QuantizedLinear
+from lora_ft.nn.quantized import LinearInFile, QuantizedLinear
 
 METHOD = "lora-ft"  # its name among transformers' quantizers
 PLAIN = (nn.Linear.forward, Conv1D.forward, FalconLinear.forward)  # a router of experts may be a subclass with another
@@ -67,10 +67,11 @@ def refuse_quantized(name: str, config: PretrainedConfig) -> None:
 class Quantization(QuantizationConfigMixin):
     """How `from_pretrained` is told to quantize, as an argument.
 
-    weights: the stored ones by name. damaged: the names of those that turned out to hold NaN or inf.
+    form: None leaves the weights in their files. weights: the stored ones by name. damaged: the names of those that turned out
+    to hold NaN or inf.
     """
 
-    def __init__(self, form: Form, weights: dict[str, Any]):
+    def __init__(self, form: Form | None, weights: dict[str, Any]):
         self.quant_method, self.form, self.weights = METHOD, form, weights
         self.damaged: list[str] = []
 
@@ -116,7 +117,13 @@ class _Quantize(ConversionOps):
         path = name.removesuffix(".weight")
         layer = model.get_submodule(path)
         W: Tensor = value.T if isinstance(layer, Conv1D) else value
-        quantized = QuantizedLinear(layer, W, self.settings.form)
+        quantized: nn.Module
+        if self.settings.form:
+            quantized = QuantizedLinear(layer, W, self.settings.form)
+        elif source_patterns[0] in self.settings.weights:
+            quantized = LinearInFile(layer, self.settings.weights[source_patterns[0]])
+        else:
+            return input_dict
         quantized._is_hf_initialized = True  # else transformers would initialize it
         model.set_submodule(path, quantized)
         missing_keys.discard(name)

@@ -68,6 +68,25 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, form={self.form}"
 
 
+class LinearInFile(nn.Module):
+    """y = W x + b of a frozen nn.Linear or Conv1D, where W stays in its file and is read whenever it is needed."""
+
+    def __init__(self, base: nn.Linear | Conv1D, stored: Any):
+        """stored: a slice of a file, in the layout of the base's weight."""
+        super().__init__()
+        self.stored, self.conv1d, self.bias = stored, isinstance(base, Conv1D), base.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """W as it is stored, read anew."""
+        return self.stored[...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in the dtype of x."""
+        W = self.weight.to(x.dtype)
+        return F.linear(x, W.T if self.conv1d else W, self.bias)
+
+
 def stored_as(W: Tensor, form: Form) -> dict[str, Tensor]:
     """What is stored of W (out, in)."""
     rows = max(1, PIECE // W.shape[1] // BLOCK) * BLOCK  # whole blocks, whatever the rows' length
