@@ -193,8 +193,8 @@ def silence_libraries() -> None:
             os.environ.setdefault(name, "1")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    for name in ("accelerate", "bitsandbytes"):  # which imports itself with PEFT, and tells of what nothing here uses
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # PEFT imports it, where both are installed; on some CPUs it then tells of a kernel that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # loading weights takes about a second

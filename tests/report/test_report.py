@@ -406,7 +406,7 @@ def test_a_narrow_logarithmic_axis_has_ticks():
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
-@pytest.mark.skipif(not BROWSER, reason="needs chromium on the PATH")
+@pytest.mark.skipif(not BROWSER, reason="opens the pages in a browser: needs chromium or Chrome on the PATH")
 def test_no_page_is_wider_than_a_phone_or_runs_what_a_row_says(classified, generated, tmp_path):
     """Each page in a frame of 320 pixels; a script outside of it writes into the title what it finds there."""
     report_command([classified / "out", generated / "out", generated / "out"], tmp_path / "compare.html")

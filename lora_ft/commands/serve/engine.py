@@ -71,7 +71,10 @@ class Engine:
             self._changed.notify()
 
     def call(self, function: Callable[[], Any]) -> Future:
-        """Have the thread call `function` between two turns, when no pass is under way."""
+        """Have the thread call `function` between two turns, when no pass is under way.
+
+        Rows that run keep their stacked adapters: a function that changes which ones compute leaves the batch's mix first.
+        """
         future: Future = Future()
         with self._changed:
             self._calls.append((function, future))
