@@ -64,9 +64,10 @@ def main() -> None:
                 piece = results["pieces"].get(f"{model} {workload}", {}) if options.add else {}
                 piece = {"date": str(date.today()), "rows": piece.get("rows", {})}
                 results["pieces"][f"{model} {workload}"] = piece
-                for _ in range(options.rounds):
+                first = 1 + max((r["round"] for row in piece["rows"].values() for r in row), default=0)
+                for turn in range(first, first + options.rounds):
                     for row in options.rows.split(","):
-                        result = run_row(row, workload, model, folder, options.steps)
+                        result = {"round": turn} | run_row(row, workload, model, folder, options.steps)
                         piece["rows"].setdefault(row, []).append(result)
                         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
                 print("\n".join(report(f"{model} {workload}", piece["rows"])), flush=True)
@@ -101,7 +102,7 @@ def report(piece: str, results: dict[str, list[dict]]) -> list[str]:
     """
     ours, lines = results["lora-ft"], []
     for row, theirs in results.items():
-        pairs = list(zip(ours, theirs, strict=False))
+        pairs = [(a, b) for a in ours for b in theirs if a["round"] == b["round"]]
         speed = [x / y for a, b in pairs for x, y in zip(rates(a), rates(b), strict=False)]
         rate = statistics.median(r["tokens_per_second"] for r in theirs)
         line = f"{piece}: {row:8} {rate:6.0f} tokens/s; lora-ft / {row} {spread(speed)}"

@@ -1,7 +1,7 @@
 """`lora-ft serve`'s engine: many clients at once against one at a time, the first token while a long prompt is read, the memory
-of the adapters, and the longest time between two tokens of a stream, also while another adapter is loaded.
+of the adapters, and the longest time between two tokens of a stream, in turns with and without a load of another adapter.
 
-    python benchmarks/serving.py MODEL [--adapters 8] [--clients 16] [--prompt 32] [--new 64] [--json FILE]
+    python benchmarks/serving.py MODEL [--adapters 8] [--clients 16] [--prompt 32] [--new 64] [--loads 5] [--json FILE]
 
 Each client sends one request to one of the adapters, with a prompt of random tokens; answers are greedy and never end early.
 """
@@ -13,6 +13,7 @@ import random
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lora_ft.commands.generate.command import find_adapters
 from lora_ft.commands.generate.serving import load
-from lora_ft.commands.serve.adapters import load_lora_adapter
+from lora_ft.commands.serve.adapters import load_lora_adapter, unload_lora_adapter
 from lora_ft.commands.serve.bodies import LoadBody
 from lora_ft.commands.serve.engine import Engine
 from lora_ft.commands.serve.jobs import Finished, Job, Limits, Piece
@@ -38,16 +39,14 @@ class Client:
     def __init__(self, engine: Engine, adapter: str, tokens: int, new: int, draw: random.Random):
         config = GenerationConfig(do_sample=False, max_new_tokens=new)
         ids = [draw.randrange(100, 10_000) for _ in range(tokens)]
-        self.first = self.last = self.pause = 0.0
+        self.times: list[float] = []  # of the tokens
         self.over, self.engine = threading.Event(), engine
         self.job = Job(adapter, ids, config, set(), lambda ids: "", self.tell, logprobs=0)
 
     def tell(self, event: object) -> None:
         """Note the times."""
-        before, self.last = self.last, perf_counter()
         if isinstance(event, Piece):
-            self.pause = max(self.pause, self.last - before) if self.first else 0.0
-            self.first = self.first or self.last
+            self.times.append(perf_counter())
         if isinstance(event, Finished):
             self.over.set()
 
@@ -57,12 +56,21 @@ class Client:
         self.engine.submit([self.job])
         return self
 
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.times[0] - self.sent
+
+    def pause(self, start: float, end: float) -> float:
+        """The longest time between two tokens, of those that `start` to `end` is a part of."""
+        return max(b - a for a, b in pairwise(self.times) if b > start and a < end)
+
 
 def main() -> None:
     """Measure and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    for name, value in (("adapters", 8), ("clients", 16), ("prompt", 32), ("new", 64), ("long", 1000)):
+    for name, value in (("adapters", 8), ("clients", 16), ("prompt", 32), ("new", 64), ("long", 1000), ("loads", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -77,18 +85,7 @@ def main() -> None:
 
         engine, draw = started(make), random.Random(0)
         served, later = engine.served, names.pop()
-        found = measure(asked, engine, names, draw)
-        pauses = []
-        for body in (None, LoadBody(lora_name="later", lora_path=later)):
-            streams = [Client(engine, name, 8, 200, draw).send() for name in names[:4]]
-            threading.Event().wait(2)
-            if body:
-                with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker:
-                    asyncio.run(load_lora_adapter(served, engine, Path(folder), body, set(), worker))
-            for client in streams:
-                client.over.wait()
-            pauses.append(round(max(client.pause for client in streams), 3))
-        found |= {"longest_pause": pauses[0], "longest_pause_while_an_adapter_is_loaded": pauses[1]}
+        found = measure(asked, engine, names, draw) | pauses(asked.loads, engine, names[:4], Path(folder), later, draw)
     base_bytes = sum(p.nbytes for p in served.model.parameters())
     kinds = [a for layer in shared_layers(served.model).values() for a in layer.adapters.values()]
     own = sum(p.nbytes for layer in kinds for name, p in layer.named_parameters() if name.startswith("lora_"))
@@ -124,9 +121,32 @@ def measure(asked: argparse.Namespace, engine: Engine, names: list[str], draw: r
         "tokens_per_second_alone": round(alone, 1),
         "tokens_per_second_together": round(together, 1),
         "ratio": round(together / alone, 2),
-        "first_token_while_a_long_prompt_is_read": round(short.first - short.sent, 3),
-        "long_prompt_read": round(long.first - long.sent, 3),
+        "first_token_while_a_long_prompt_is_read": round(short.first, 3),
+        "long_prompt_read": round(long.first, 3),
     }
+
+
+def pauses(loads: int, engine: Engine, names: list[str], folder: Path, later: str, draw: random.Random) -> dict:
+    """The longest time between two tokens of streams of `names`, in turns of 1.5 s without and with a load of `later`."""
+    found: dict[str, list[float]] = {"pauses": [], "pauses_with_a_load": []}
+    body, spans = LoadBody(lora_name="later", lora_path=later), []
+    streams = [Client(engine, name, 8, 1500, draw).send() for name in names]
+    threading.Event().wait(3)
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker:
+        for kind in [*found] * loads:
+            start = perf_counter()
+            if kind == "pauses_with_a_load":
+                asyncio.run(load_lora_adapter(engine.served, engine, folder, body, set(), worker))
+            threading.Event().wait(max(0.0, start + 1.5 - perf_counter()))
+            spans.append((kind, start, perf_counter()))
+            if kind == "pauses_with_a_load":
+                asyncio.run(unload_lora_adapter(engine.served, engine, "later"))
+            threading.Event().wait(0.5)  # so that no pause belongs to two turns
+    for stream in streams:
+        stream.job.gone = True
+    for kind, start, end in spans:
+        found[kind].append(round(max(stream.pause(start, end) for stream in streams), 3))
+    return found
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def keep_freed_memory(largest: int = 2**30) -> None:
     """Let glibc keep freed blocks up to `largest` bytes for the next step instead of returning them to the kernel.
 
     Each step frees and allocates the same gigabyte again; getting it from the kernel costs 0.9 us per 4 KiB. But what is kept
-    has holes, which grow with the blocks: gigabytes, where layers make their weights anew in every step.
+    has holes, which grow with the blocks: gigabytes, where layers dequantize their weights in every step.
     """
     mmap_threshold, trim_threshold = -3, -1  # glibc's malloc.h
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

@@ -44,7 +44,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """D (out, in), made anew."""
+        """D (out, in), dequantized each time."""
         return self.dequantized(self.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -78,7 +78,7 @@ class LinearInFile(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W as it is stored, read anew."""
+        """W as it is stored, read each time."""
         return self.stored[...]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class RunGenerators:
         self._before: dict[Hashable, dict[str, Tensor]] = {}
 
     def start_row(self) -> None:
-        """Forget what was drawn: what draws in the next row draws anew."""
+        """Forget what was drawn: the next row draws again."""
         self._before.clear()
 
     @contextmanager
