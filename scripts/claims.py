@@ -117,8 +117,8 @@ def speed() -> Claim:
         "Faster training",
         "25% more tokens per second than full fine-tuning on GPT-3 175B.",
         "make bench",
-        "Confirmed for q and v, which the paper adapts; less with all projections adapted (e2e_all, text). Real tokens per second of "
-        "both methods with lora-ft's training loop, so the difference is LoRA's:\n\n"
+        "Confirmed for q and v, which the paper adapts; less with all projections adapted (e2e_all, text). Real tokens "
+        "per second of both methods with lora-ft's training loop, so the difference is LoRA's:\n\n"
         + table(["model and workload", "LoRA", "full fine-tuning", "ratio"], rows),
     )
 

@@ -171,8 +171,8 @@ class _LoRA(torch.autograd.Function):
         dA   = dSᵀ (m ∘ X)
         dX   = dY W + m ∘ (dS A)
     so only X, m and the small S are kept, and Y and dX are accumulated in place. W and b, of the frozen `base`, get no
-    gradient; W is read where it is used, since a quantized base dequantizes it each time. Each update has its own s, m, A and B, and its
-    own tokens, whose rows of X, Y and S these are.
+    gradient; W is read where it is used, since a quantized base dequantizes it each time. Each update has its own
+    s, m, A and B, and its own tokens, whose rows of X, Y and S these are.
 
     X, m: (tokens, in), W: (out, in), b: (out,), A: (parts * rank, in), B_p: (rows_p, rank), S: (tokens, parts * rank).
     """
