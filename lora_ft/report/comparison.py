@@ -12,7 +12,7 @@ from lora_ft.report.charts import Chart, run_look
 from lora_ft.report.curves import comparison_charts
 from lora_ft.report.figures import differing_settings, run_figures
 from lora_ft.report.render import render
-from lora_ft.report.runs import RunData, eval_set_names
+from lora_ft.report.runs import RunData, same_eval_data
 from lora_ft.report.scores import interval_bars, is_loss, main_metric, metric_cell
 from lora_ft.report.winner import winner
 
@@ -63,7 +63,8 @@ def compare_runs(runs: Sequence[RunData]) -> str:
     titles = dict.fromkeys(title for of in figures for title in of)
     costs = [Row(title, [of.get(title, "") for of in figures]) for title in titles]
     settings = [Row(setting, values) for setting, values in differing_settings(runs)]
-    same_data = len({_eval_hashes(run) for run in runs if run.metrics}) <= 1
+    scored = [run for run in runs if run.metrics]
+    same_data = all(same_eval_data(scored[0], run) for run in scored[1:])
     scores = _score_tables(runs, names)
     notice = "" if same_data else "These runs were scored on different eval data: do not compare their scores."
     note = "Small: the difference from the base on the same rows, with its 95% interval; of the base, its own interval."
@@ -104,9 +105,8 @@ def _winner(
         detail = "lora-ft eval scores several adapters on the same rows." if len(scored) > 1 else ""
         return {"sentence": f"No winner: {reason}.", "detail": detail, "verdict": ""}, []
     ((set_name, key),) = judged_by  # type: ignore[misc]
-    same_base = (
-        len({(run.record["base"].get("fingerprint"), run.record["base"].get("name")) for run, *_ in scored}) == 1
-    )
+    of_base = ("fingerprint", "name", "dtype", "quantization")  # a base in another form has other scores
+    same_base = len({tuple(str(run.record["base"].get(key)) for key in of_base) for run, *_ in scored}) == 1
     metrics = [run.metrics[set_name] for run, *_ in scored]
 
     def difference(i: int, j: int) -> Sequence[float] | None:
@@ -136,12 +136,6 @@ def _cell(key: str, metrics: dict) -> dict[str, str]:
     return cell | ({"interval": compared} if compared else {})
 
 
-def _eval_hashes(run: RunData) -> tuple:
-    """What identifies a run's eval data: the hash of each set."""
-    data = run.record["data"].get("eval") or {}
-    return tuple((data.get(name) or {}).get("sha256") for name in eval_set_names(run.record)) or (data.get("sha256"),)
-
-
 def _score_tables(runs: Sequence[RunData], names: Sequence[str]) -> list[Table]:
     """A table per eval set: a row per run, and before them the bases, each once."""
     tables = []
@@ -153,7 +147,8 @@ def _score_tables(runs: Sequence[RunData], names: Sequence[str]) -> list[Table]:
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
             if base := run.base_metrics.get(set_name):
                 cells = [metric_cell(key, base) for key in keys]
-                title = f"base {portable_name(str(run.record['base'].get('name')))}"
+                form = run.record["base"].get("quantization")
+                title = f"base {portable_name(str(run.record['base'].get('name')))}" + (f" in {form}" if form else "")
                 bases.setdefault(tuple(cell["value"] for cell in cells), Row(title, [*cells, ""], "base"))
             cells = [_cell(key, run.metrics.get(set_name, {})) for key in keys]
             rows.append(Row(name, [*cells, str(run.step)], run_look(i), "" if run.finished else "not finished"))

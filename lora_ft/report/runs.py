@@ -23,6 +23,8 @@ NEEDED_OF: dict[str, dict[str, Any]] = {  # in config.adapter, by its method
     "prompt": {"virtual_tokens": int},
 }
 
+CHOICE_OF_ROWS = ("train", "eval", "max_train_examples", "max_eval_examples")  # in config.data
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -123,6 +125,34 @@ def eval_set_names(record: dict) -> list[str]:
     data = record["config"].get("data")
     sets = data.get("eval") if isinstance(data, dict) else None
     return list(sets) if isinstance(sets, dict) else []
+
+
+def same_eval_data(a: RunData, b: RunData) -> bool:
+    """Whether two runs were scored on the same rows, encoded in the same way, as far as their records tell."""
+    if [e.get("sha256") for e in _eval_entries(a)] == [e.get("sha256") for e in _eval_entries(b)]:
+        return True
+    # that hash covers the run's seed too, which matters only where it chose rows
+    return not _has_drawn_rows(a) and not _has_drawn_rows(b) and _encoding(a) == _encoding(b)
+
+
+def _eval_entries(run: RunData) -> list[dict]:
+    """What the record says of each eval set."""
+    data = run.record["data"].get("eval") or {}
+    return [data.get(name) or {} for name in eval_set_names(run.record)] or [data]
+
+
+def _has_drawn_rows(run: RunData) -> bool:
+    """Whether the seed chose eval rows: by holding them out of train, or as a sample."""
+    sets = run.record["config"]["data"].get("eval")
+    held_out = [is_number(amount) for amount in (sets.values() if isinstance(sets, dict) else [sets])]
+    return any(held_out) or any(entry.get("not_sampled") != 0 for entry in _eval_entries(run))
+
+
+def _encoding(run: RunData) -> tuple:
+    """The content of the eval files and all that decides how it is encoded."""
+    settings = {name: value for name, value in run.record["config"]["data"].items() if name not in CHOICE_OF_ROWS}
+    contents = [entry.get("content") for entry in _eval_entries(run)]
+    return contents, settings, run.record.get("tokenizer"), run.record.get("chat_template")
 
 
 def _last_evaluation(checkpoints: list[Path], log: list[dict]) -> tuple[int, dict]:

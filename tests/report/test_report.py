@@ -26,8 +26,9 @@ from lora_ft.evaluation.scoring import Scores
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
 from lora_ft.report.charts import log_ticks
+from lora_ft.report.comparison import compare_runs
 from lora_ft.report.curves import comparison_charts, run_charts
-from lora_ft.report.runs import RunData, read_run_data
+from lora_ft.report.runs import RunData, read_run_data, same_eval_data
 from lora_ft.report.write import report_command, report_page
 from tests.helpers.tiny import lora_ft as command_line
 from tests.helpers.tiny import python, write_run
@@ -316,6 +317,24 @@ def test_several_runs_on_one_page(classified, generated, tmp_path):
     assert str(classified.parent) in page.text
     assert "data.max_length" in page.text and "adapter.dropout" in page.text and "train.batch_size" not in page.text
     assert "scored on different eval data" in page.text
+
+
+def test_runs_with_other_seeds_and_forms_of_the_base_are_compared_on_the_rows_they_share(folder):
+    def run_of(name: str, *changes: str) -> RunData:
+        run(folder, *CLASSES, "train.max_steps=1", f"output={folder / name}", *changes)
+        return read_run_data(folder / name)
+
+    first, other = run_of("first"), run_of("seed", "train.seed=1")
+    quantized = run_of("quantized", "train.seed=2", "model.quantization=int8")
+    assert same_eval_data(first, other) and same_eval_data(first, quantized)
+    page = compare_runs([first, quantized])
+    assert "different eval data" not in page and page.count("in int8") == 1
+    # differences from the base cancel only between runs on the same form of it
+    sampled = [run_of(f"sampled{seed}", f"train.seed={seed}", "data.max_eval_examples=3") for seed in (0, 1)]
+    assert not same_eval_data(*sampled) and not same_eval_data(first, sampled[0])
+    assert not same_eval_data(first, run_of("longer", "data.max_length=100"))
+    held_out = [run_of(f"part{seed}", f"train.seed={seed}", "data.eval=0.5") for seed in (0, 1)]
+    assert not same_eval_data(*held_out) and same_eval_data(held_out[0], held_out[0])
 
 
 def test_runs_with_named_eval_sets(folder):
