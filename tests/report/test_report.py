@@ -26,7 +26,7 @@ from lora_ft.evaluation.scoring import Scores
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_base, load_tokenizer
 from lora_ft.report.charts import log_ticks
-from lora_ft.report.comparison import compare_runs
+from lora_ft.report.comparison import _winner, compare_runs
 from lora_ft.report.curves import comparison_charts, run_charts
 from lora_ft.report.runs import RunData, read_run_data, same_eval_data
 from lora_ft.report.write import report_command, report_page
@@ -329,7 +329,8 @@ def test_runs_with_other_seeds_and_forms_of_the_base_are_compared_on_the_rows_th
     assert same_eval_data(first, other) and same_eval_data(first, quantized)
     page = compare_runs([first, quantized])
     assert "different eval data" not in page and page.count("in int8") == 1
-    # differences from the base cancel only between runs on the same form of it
+    bars = [str(_winner([first, second], ["a", "b"], True)[1]) for second in (other, quantized)]
+    assert "'base'" in bars[0] and "'base'" not in bars[1]  # in another form it is another base
     sampled = [run_of(f"sampled{seed}", f"train.seed={seed}", "data.max_eval_examples=3") for seed in (0, 1)]
     assert not same_eval_data(*sampled) and not same_eval_data(first, sampled[0])
     assert not same_eval_data(first, run_of("longer", "data.max_length=100"))
