@@ -12,15 +12,19 @@ from lora_ft.commands.train_run import train_run
 from lora_ft.config.learning_rate import (
     AUTO,
     FEWEST_STEPS,
+    PART,
     TRIALS,
+    best_rate,
     chosen_before,
     rates_to_try,
     trial_config,
+    two_digits,
+    usual_rate,
     with_rate,
 )
 from lora_ft.config.schema import Config
 from lora_ft.config.together import check_together
-from lora_ft.config.tuning import SCORES, STAGES, Score, better_half, keep_score, kept_scores, score_of
+from lora_ft.config.tuning import SCORES, Score, keep_score, kept_scores, score_of
 from lora_ft.core.errors import ConfigError, NumbersError
 from lora_ft.core.messages import info, listed
 from lora_ft.core.run_folder import checkpoints, newest_record
@@ -37,6 +41,7 @@ from lora_ft.training.setup import RunSetup
 from lora_ft.training.together import Together
 
 METRIC = "loss"
+END = 1.0  # the stage of a score: a trial has one
 
 
 def with_learning_rate(
@@ -63,33 +68,30 @@ def with_learning_rate(
     trials = {rate: trial_config(config, rate) for rate in rates}
     steps = steps_of(next(iter(trials.values())), device, trust)
     if steps < FEWEST_STEPS:
-        rate = rates[len(rates) // 2]
-        info(f"learning rate: {rate:g}, the usual one: in a run of {steps} steps there are too few to try others")
+        rate = two_digits(usual_rate(config, width))
+        info(f"learning rate: {rate:g}, the usual one: the run has too few steps to try others")
         return with_rate(config, rate), {TRIALS: {"tried": []}}
-    info(f"learning rate: trying {listed([f'{rate:g}' for rate in rates])} on nine tenths of the training data")
+    info(
+        f"learning rate: trying {listed([f'{rate:g}' for rate in rates])} in short runs on nine tenths of the training data"
+    )
     if overwrite and is_main:
         for trial in trials.values():
             (Path(trial.output) / SCORES).unlink(missing_ok=True)
-    tried: dict[float, dict] = {}  # rate -> the part of the steps it was trained for, and its score then
-    for number, stage in enumerate(STAGES[:2]):  # up to half, it would cost more than the run itself
-        run_trials(trials, stage, stopper, resume=resume or number > 0, overwrite=overwrite and not number, trust=trust)
-        scores = scores_after(stage, trials)
-        tried |= {
-            rate: {"learning_rate": rate, "part": stage, METRIC: score and score[0]} for rate, score in scores.items()
-        }
-        better = better_half(scores, METRIC, least=1 if number else 2)
-        if not better:
-            raise NumbersError(
-                f"train.learning_rate: auto: the numbers overflow with each of {listed([*map(str, rates)])}."
-            )
-        trials = {rate: trials[rate] for rate in better}
-    best = better[0]
+    run_trials(trials, stopper, resume=resume, overwrite=overwrite, trust=trust)
+    losses = {rate: score and score[0] for rate, score in scores_of(trials).items()}
+    if not any(loss is not None for loss in losses.values()):
+        raise NumbersError(
+            f"train.learning_rate: auto: the numbers overflow with each of {listed([*map(str, rates)])}."
+        )
     if is_main:
-        for rate in rates:
-            for checkpoint in checkpoints(output / TRIALS / f"{rate:g}"):
+        for trial in trials.values():
+            for checkpoint in checkpoints(Path(trial.output)):
                 remove_checkpoint(checkpoint)
-    info(f"learning rate: {best:g}, the best by the loss on held-out rows: {'; '.join(map(in_words, tried.values()))}")
-    return with_rate(config, best), {TRIALS: {"tried": [tried[rate] for rate in rates]}}
+    best = best_rate(losses)
+    info(f"learning rate: {best:g}, by the loss on held-out rows: {'; '.join(map(in_words, losses, losses.values()))}")
+    return with_rate(config, best), {
+        TRIALS: {"tried": [{"learning_rate": rate, "part": PART, METRIC: loss} for rate, loss in losses.items()]}
+    }
 
 
 def steps_of(trial: Config, device: str, trust: Trust) -> int:
@@ -100,31 +102,30 @@ def steps_of(trial: Config, device: str, trust: Trust) -> int:
     return len(setup.make_plan(RowPacking(1), []))
 
 
-def in_words(tried: Mapping) -> str:
-    """`0.001 0.2345 after 1/8`."""
-    score = "failed" if tried[METRIC] is None else f"{tried[METRIC]:.4f}"
-    return f"{tried['learning_rate']:g} {score} after 1/{round(1 / tried['part'])}"
+def in_words(rate: float, loss: float | None) -> str:
+    """`0.001 0.2345`."""
+    return f"{rate:g} {'failed' if loss is None else f'{loss:.4f}'}"
 
 
-def scores_after(stage: float, trials: Mapping[float, Config]) -> dict[float, Score]:
-    """What is kept of the scores after a stage, on every process."""
+def scores_of(trials: Mapping[float, Config]) -> dict[float, Score]:
+    """What is kept of the scores of the trials that have ended, on every process."""
     kept = processes.broadcast(lambda: {rate: kept_scores(trial) for rate, trial in trials.items()})
-    return {rate: scores[stage] for rate, scores in kept.items() if stage in scores}
+    return {rate: scores[END] for rate, scores in kept.items() if END in scores}
 
 
 def run_trials(
-    trials: Mapping[float, Config], stage: float, stopper: Stopper, *, resume: bool, overwrite: bool, trust: Trust
+    trials: Mapping[float, Config], stopper: Stopper, *, resume: bool, overwrite: bool, trust: Trust
 ) -> None:
-    """Train each trial to the end of a stage, unless that is done, and keep its score."""
-    known = scores_after(stage, trials)
+    """Train each trial, unless that is done, and keep its score."""
+    known = scores_of(trials)
     waiting = {rate: trial for rate, trial in trials.items() if rate not in known}
-    train = partial(train_run, stopper=stopper, resume=resume, overwrite=overwrite, until=stage, trust=trust)
+    train = partial(train_run, stopper=stopper, resume=resume, overwrite=overwrite, trial=True, trust=trust)
     for rate, error in (train_together(waiting, stopper, train) or train_one_by_one(waiting, train)).items():
         if error and not isinstance(error, NumbersError):
             raise error
         if processes.is_main():
             record = None if error else newest_record(Path(waiting[rate].output))
-            keep_score(waiting[rate], stage, score_of(record, METRIC) if record else None)
+            keep_score(waiting[rate], END, score_of(record, METRIC) if record else None)
 
 
 def train_together(

@@ -46,14 +46,15 @@ def train_run(
     resume: bool = False,
     overwrite: bool = False,
     until: float | None = None,
+    trial: bool = False,
     trust: Trust = NO_TRUST,
     together: Together | None = None,
     facts: dict | None = None,
 ) -> None:
     """Train an adapter; together: with the other runs of this process.
 
-    until: stop after this step, or below 1 after this part of the run; resuming goes on from there. facts: what else its record
-    is to say.
+    until: stop after this step, or below 1 after this part of the run; resuming goes on from there. trial: end with the last
+    checkpoint, which has the score, and without an adapter. facts: what else its record is to say.
 
     Raises:
         UserError: as the exit codes say; an earlier run is left alone until config, data, model and targets are checked.
@@ -81,7 +82,8 @@ def train_run(
             setup.read_files()
         model, plan, state = setup.model, setup.plan, setup.state
         last, is_tuning = last_step(until, len(plan)), TUNING_SET in eval_sets(config.data.eval)
-        if state and last < len(plan) and state.step >= last:
+        pauses = trial or last < len(plan)
+        if state and pauses and state.step >= last:
             info(f"already at step {state.step} of {len(plan)}: nothing to do until step {last}")
             return
         setup.print_summary()
@@ -124,7 +126,7 @@ def train_run(
         )
         if config.train.loraplus_ratio:
             learn_b_faster(trainer.create_optimizer(), model, config.train.loraplus_ratio)
-        if last < len(plan):
+        if pauses:
             trainer.add_callback(Pause(last, evaluates=is_tuning))
         info(f"training: {len(plan)} steps of {config.train.batch_size} examples")
         try:
@@ -136,13 +138,15 @@ def train_run(
             raise
 
         # ---- finish: the best step's adapter, the report, the record ----
-        if together is None and until is None:  # else there may be more to train
+        if together is None and until is None and not trial:  # else there may be more to train
             processes.destroy_process_group()
         if not is_main:
             return
         ended = trainer.state.global_step
-        if ended == last < len(plan):
-            write_report(output, record, f"stopped after step {last}, until which --until has it train")
+        if pauses and ended == last:
+            write_report(
+                output, record, "a trial" if trial else f"stopped after step {last}, until which --until has it train"
+            )
             if not is_tuning:  # what tunes goes on by itself
                 info(f"stopped after step {last} of {len(plan)}, which is saved. Continue with --resume.")
             return

@@ -1,4 +1,4 @@
-"""`train.learning_rate: auto`: which rates are tried, and by which runs. Imports no torch."""
+"""`train.learning_rate: auto`: which rates are tried, by which runs, and what follows from their losses. Imports no torch."""
 
 import math
 from collections.abc import Mapping
@@ -6,19 +6,16 @@ from pathlib import Path
 
 from lora_ft.config.load import parse_config
 from lora_ft.config.schema import Config
-from lora_ft.config.tuning import tuning_config
+from lora_ft.config.tuning import MAX_TUNING_EXAMPLES, TUNING_SHARE, tuning_config
 from lora_ft.core.errors import ConfigError
 
 AUTO = "auto"
-FACTORS = (
-    0.16,
-    0.4,
-    1,
-    2.5,
-    6.25,
-)  # of the usual rate: five candidates, of which two go on after an eighth of the steps
-FEWEST_STEPS = 32  # of a run: an eighth of less has hardly begun
-MOST_WARMUP = 0.06  # of a run: else the first eighth would show the warmup more than the rate
+PART = (
+    1 / 5
+)  # of the run's steps, that a trial has. Five trials and their evaluations take about 1.4 times the run's tokens
+STEP = 2.5  # from a candidate to the next
+FACTORS = (STEP**-2, 1 / STEP, 1, STEP, STEP**2)  # of the usual rate: the candidates
+FEWEST_STEPS = 6  # of a trial: fewer say little
 TRIALS = "learning_rate"  # the folder of their runs in the output, and the record's entry
 # How much more than LoRA's a method's rate is: full fine-tuning about a tenth (Schulman et al. 2025, LoRA Without Regret),
 # prompts ten times and more (Lester et al. 2021, section 3.1), bottleneck layers the same (docs/claims.md)
@@ -26,7 +23,7 @@ METHOD_FACTORS = {"lora": 1.0, "full": 0.1, "bottleneck": 1.0, "prompt": 10.0}
 
 
 def usual_rate(config: Config, width: int) -> float:
-    """The rate in the middle of those that are tried, for a base with hidden states of `width` numbers.
+    """The rate in the middle of the candidates, for a base with hidden states of `width` numbers.
 
     LoRA: 5e-4 (2000 / width)^0.78, a fit over Llamas of 1B to 70B with alpha 32 (the Tinker cookbook, hyperparam_utils.py);
     it does not depend on the rank, as alpha / rank scales the update. Another alpha acts like another rate: between B's first
@@ -41,14 +38,62 @@ def usual_rate(config: Config, width: int) -> float:
 
 
 def rates_to_try(config: Config, width: int) -> list[float]:
-    """The candidates, smallest first, with two digits."""
-    return [float(f"{usual_rate(config, width) * factor:.1e}") for factor in FACTORS]
+    """The rates of the trials, smallest first, with two digits: higher than the run's, as `best_rate` lowers them."""
+    return [two_digits(usual_rate(config, width) * factor / math.sqrt(PART)) for factor in FACTORS]
+
+
+def best_rate(losses: Mapping[float, float | None]) -> float:
+    """The rate for the run, by the losses of the trials: of rate -> loss, or None if its numbers overflowed.
+
+    The minimum of the parabola through the best trial and its neighbours, in the logarithm of the rate, times sqrt(PART): the
+    best rate falls like the root of the number of steps (for SGD: Nemirovski et al. 2009, section 2.2; LoRA: docs/training.md).
+    """
+    rates = sorted(losses)
+    scores = [math.inf if (loss := losses[rate]) is None else loss for rate in rates]
+    best = scores.index(min(scores))
+    lower, least, higher = [math.inf, *scores, math.inf][best : best + 3]
+    curvature = lower - 2 * least + higher
+    shift = (
+        (lower - higher) / (2 * curvature) if 0 < curvature < math.inf else 0.0
+    )  # steps from the best, at most a half
+    return two_digits(rates[best] * STEP**shift * math.sqrt(PART))
+
+
+def two_digits(rate: float) -> float:
+    """The rate rounded to two digits."""
+    return float(f"{rate:.1e}")
 
 
 def trial_config(config: Config, rate: float) -> Config:
-    """The config of the run that tries a rate: on nine tenths of train, scored by the loss on the rest, never on eval data."""
-    output, warmup = Path(config.output) / TRIALS / f"{rate:g}", min(config.train.warmup_steps, MOST_WARMUP)
-    return tuning_config(config, output, "loss", learning_rate=rate, warmup_steps=warmup, report_to=[])
+    """The config of the run that tries a rate: a short one with the whole schedule.
+
+    It is trained on nine tenths of train, and scored by the loss on the rest, never on eval data.
+    """
+    train, scheduler = config.train, config.trainer.lr_scheduler_kwargs
+    examples = (
+        train.max_steps or math.inf
+    ) * train.batch_size  # what the run has of train, unless that is a part of a pass
+    trial = tuning_config(
+        config,
+        Path(config.output) / TRIALS / f"{rate:g}",
+        "loss",
+        share=TUNING_SHARE if train.max_steps else TUNING_SHARE * min(1, train.num_train_epochs),
+        most=min(MAX_TUNING_EXAMPLES, max(1, TUNING_SHARE * examples)),
+        learning_rate=rate,
+        num_train_epochs=train.num_train_epochs * PART,
+        max_steps=train.max_steps and shorter(train.max_steps),
+        warmup_steps=shorter(train.warmup_steps),
+        report_to=[],
+    )
+    if not scheduler:
+        return trial
+    kwargs = {name: shorter(value) if name.endswith("_steps") else value for name, value in scheduler.items()}
+    return trial.model_copy(update={"trainer": trial.trainer.model_copy(update={"lr_scheduler_kwargs": kwargs})})
+
+
+def shorter(steps: float) -> float:
+    """A number of steps of the run as that of a trial; below 1, a fraction of either, as it is."""
+    return max(1, round(steps * PART)) if steps >= 1 else steps
 
 
 def with_rate(config: Config, rate: float) -> Config:

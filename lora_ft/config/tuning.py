@@ -4,6 +4,7 @@ Successive halving (Karnin et al. 2013; Jamieson and Talwalkar 2016): after a pa
 What a run scored is kept beside it, so that its checkpoints can go. Imports no torch.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -47,10 +48,10 @@ def tuning_config(
     metric: str,
     *,
     share: float = TUNING_SHARE,
-    most: int = MAX_TUNING_EXAMPLES,
+    most: float = math.inf,
     **train: object,
 ) -> Config:
-    """The config of a run that is scored by `metric` on a share of train, at most `most` rows.
+    """The config of a run that is scored by `metric` on a share of train, at most `most` rows of it.
 
     That share is held out after the eval data's own. train: other settings of the run.
     """
@@ -60,7 +61,8 @@ def tuning_config(
     held_out = {name or "eval": amount for name, amount in sets.items() if not isinstance(amount, tuple)}
     settings = {"evaluate_base": False, "predict_with_generate": False} | train
     settings["metric_for_best_model"] = f"{TUNING_SET}_{metric}"
-    data = {"eval": held_out | {TUNING_SET: share}, "max_eval_examples": config.data.max_eval_examples or most}
+    most = min(most, config.data.max_eval_examples or MAX_TUNING_EXAMPLES)
+    data = {"eval": held_out | {TUNING_SET: share}, "max_eval_examples": int(most)}
     return without_selection(config, output, settings, data)
 
 

@@ -41,12 +41,17 @@ def run_figures(run: RunData) -> list[tuple[str, str]]:
 
 
 def rates_tried(record: dict) -> list[tuple[str, list[str]]]:
-    """With `train.learning_rate: auto`: each rate, with its loss on held-out rows, and the part of the steps it had then."""
+    """With `train.learning_rate: auto`: each rate, with its loss on held-out rows, and the part of the steps it had then.
+
+    The chosen one comes last, unless it is one of them, as in runs of an earlier version.
+    """
     chosen, rows = record["config"].get("train", {}).get("learning_rate"), []
     for tried in (record.get("learning_rate") or {}).get("tried", []):
         loss = "failed" if tried["loss"] is None else f"{tried['loss']:.4f}"
         name = f"{tried['learning_rate']:g}" + (" (chosen)" if tried["learning_rate"] == chosen else "")
         rows.append((name, [loss, f"1/{round(1 / tried['part'])}"]))
+    if rows and not any(name.endswith("(chosen)") for name, _ in rows):
+        rows.append((f"{chosen:g} (chosen)", ["", "this run"]))
     return rows
 
 

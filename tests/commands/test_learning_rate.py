@@ -1,14 +1,17 @@
 """`train.learning_rate: auto`, tuning by halves, and `--until`."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lora_ft.config.learning_rate import rates_to_try, trial_config, usual_rate
+from lora_ft.config.learning_rate import best_rate, rates_to_try, trial_config, usual_rate
 from lora_ft.config.load import load_config, parse_config
 from lora_ft.config.tuning import better_half, keep_score, kept_scores
 from lora_ft.core.errors import ConfigError, FilesError
@@ -16,18 +19,18 @@ from tests.helpers.command import Ended, cli
 from tests.helpers.tiny import CONFIG, write_reviews, write_run
 
 
-def config_with(**settings) -> dict:
+def config_with(**sections) -> dict:
     config = yaml.safe_load(CONFIG)
-    for name, values in settings.items():
+    for name, values in sections.items():
         config[name] = config.get(name, {}) | values if isinstance(values, dict) else values
     return config
 
 
-def write_auto(folder: Path, name: str = "auto", **settings) -> str:
+def write_auto(folder: Path, name: str = "auto", **sections) -> str:
     """A config with learning_rate auto on 96 rows, whose run takes 48 steps; its path."""
     write_reviews(folder / "train.jsonl", 96)
-    train = {"learning_rate": "auto", "batch_size": 4} | settings.pop("train", {})
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config_with(train=train, output=name, **settings)))
+    train = {"learning_rate": "auto", "batch_size": 4} | sections.pop("train", {})
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config_with(train=train, output=name, **sections)))
     return f"{name}.yaml"
 
 
@@ -62,8 +65,38 @@ def test_the_usual_rate(adapter, width, rate):
     assert usual_rate(parse_config(config), width) == pytest.approx(rate, rel=0.01)
 
 
-def test_the_rates_to_try_are_around_it():
-    assert rates_to_try(parse_config(config_with(adapter={"alpha": 32.0})), 2000) == [8e-5, 2e-4, 5e-4, 1.3e-3, 3.1e-3]
+def test_the_rates_to_try_are_around_that_of_a_run_of_a_fifth_of_the_steps():
+    rates = rates_to_try(parse_config(config_with(adapter={"alpha": 32.0})), 2000)
+    assert rates == [1.8e-4, 4.5e-4, 1.1e-3, 2.8e-3, 7e-3]
+    assert best_rate({rate: abs(i - 2.0) for i, rate in enumerate(rates)}) == pytest.approx(5e-4, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "losses, trials_best",
+    [
+        ([3.0, 2.0, 1.0, 2.0, 3.0], 1e-2),
+        ([3.0, 2.0, 1.0, 1.5, 3.0], 1e-2 * 2.5 ** (1 / 6)),  # the minimum of (x - 1/6)^2 through 2, 1, 1.5
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 1.6e-3),  # at an end: the end
+        ([5.0, 4.0, 3.0, 2.0, 1.0], 6.25e-2),
+        ([2.0, 1.5, 1.0, None, None], 1e-2),  # beside one that failed: as it is
+        ([None, None, 1.0, None, None], 1e-2),
+        ([1.0, 1.0, 1.0, 1.0, 1.0], 1.6e-3),
+        ([2.0, 1.0, 1.0, 2.0, 3.0], 4e-3 * 2.5**0.5),
+    ],
+)
+def test_the_best_rate_is_that_of_the_parabola_through_the_best_three(losses, trials_best):
+    rates = [1.6e-3, 4e-3, 1e-2, 2.5e-2, 6.25e-2]
+    chosen = best_rate(dict(zip(rates, losses, strict=True)))
+    assert chosen == pytest.approx(trials_best / 5**0.5, rel=0.02)
+    assert chosen == float(f"{chosen:.1e}")
+
+
+@settings(max_examples=50)
+@given(st.floats(-4, -1), st.floats(0.1, 10), st.floats(0, 5))
+def test_of_losses_on_a_parabola_the_best_rate_is_its_minimum(minimum, curvature, least):
+    rates = [10**minimum * 2.5**n for n in (-2.3, -1.3, -0.3, 0.7, 1.7)]
+    losses = {rate: least + curvature * (math.log10(rate) - minimum) ** 2 for rate in rates}
+    assert best_rate(losses) == pytest.approx(10**minimum / 5**0.5, rel=0.06)  # two digits
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "fast", "true", "[1e-3]"])
@@ -149,18 +182,22 @@ def chosen(tmp_path_factory) -> Path:
 
 
 def test_a_rate_is_chosen_on_rows_held_out_of_train(chosen):
-    record = record_of(chosen / "auto")
-    tried = record["learning_rate"]["tried"]
-    assert [t["part"] for t in tried].count(1 / 8) == 3 and [t["part"] for t in tried].count(1 / 4) == 2
-    best = min((t for t in tried if t["part"] == 1 / 4), key=lambda t: t["loss"])
-    assert record["config"]["train"]["learning_rate"] == best["learning_rate"]
-    trial = json.loads((chosen / f"auto/learning_rate/{best['learning_rate']:g}/tuning.json").read_text())
-    assert trial["config"]["data"]["eval"] == {"tuning": 0.1} and trial["scores"]["0.25"][0] == best["loss"]
+    record, page = record_of(chosen / "auto"), (chosen / "auto/report.html").read_text()
+    tried, rate = record["learning_rate"]["tried"], record["config"]["train"]["learning_rate"]
+    assert len(tried) == 5 and {t["part"] for t in tried} == {1 / 5}
+    assert rate == best_rate({t["learning_rate"]: t["loss"] for t in tried})
+    for t in tried:
+        folder = chosen / f"auto/learning_rate/{t['learning_rate']:g}"
+        trial = json.loads((folder / "tuning.json").read_text())
+        assert trial["config"]["data"]["eval"] == {"tuning": 0.1} and trial["scores"]["1.0"][0] == t["loss"]
+        steps = [line for line in map(json.loads, (folder / "log.jsonl").open()) if "learning_rate" in line]
+        assert (
+            steps[-1]["step"] in (8, 9) and steps[-1]["learning_rate"] < 0.2 * t["learning_rate"]
+        )  # the whole schedule
+        assert f'<th scope="row">{t["learning_rate"]:g}</th><td>{t["loss"]:.4f}</td><td>1/5</td>' in page
+    assert f'<th scope="row">{rate:g} (chosen)</th>' in page
     assert not list(chosen.glob("auto/learning_rate/*/checkpoints/step-*"))
-    assert (
-        f'<th scope="row">{best["learning_rate"]:g} (chosen)</th><td>{best["loss"]:.4f}</td><td>1/4</td>'
-        in (chosen / "auto/report.html").read_text()
-    )
+    assert not list(chosen.glob("auto/learning_rate/*/*.safetensors"))
 
 
 def test_the_run_is_the_one_with_that_rate(chosen):
@@ -202,7 +239,6 @@ def test_a_stopped_command_goes_on_where_it_was(chosen):
         shutil.copytree(source, chosen / "stopped/learning_rate" / source.name)
         scores = json.loads((source / "tuning.json").read_text())
         scores["config"]["output"] = scores["config"]["output"].replace("auto", "stopped", 1)
-        scores["scores"] = {"0.125": scores["scores"]["0.125"]}
         path = chosen / "stopped/learning_rate" / source.name / "tuning.json"
         path.write_text(json.dumps(scores))
     train(chosen, "auto.yaml", "--resume", "--set", "output=stopped")
@@ -225,17 +261,38 @@ def test_other_methods_try_rates_one_by_one(chosen):
 
 
 def test_a_short_run_takes_the_usual_rate(chosen):
-    ended = train(chosen, "auto.yaml", "--set", "train.max_steps=31", "--set", "output=short")
-    assert "too few to try" in ended.err and record_of(chosen / "short")["learning_rate"] == {"tried": []}
-    train(chosen, "auto.yaml", "--resume", "--set", "train.max_steps=31", "--set", "output=short")
+    ended = train(chosen, "auto.yaml", "--set", "train.max_steps=25", "--set", "output=short")
+    assert "too few steps to try" in ended.err and record_of(chosen / "short")["learning_rate"] == {"tried": []}
+    train(chosen, "auto.yaml", "--resume", "--set", "train.max_steps=25", "--set", "output=short")
 
 
-def test_a_long_warmup_is_shortened_in_trials():
-    assert trial_config(parse_config(config_with(train={"warmup_steps": 100})), 1e-3).train.warmup_steps == 0.06
-    assert trial_config(parse_config(config_with(train={"warmup_steps": 0})), 1e-3).train.warmup_steps == 0
+@pytest.mark.parametrize("setting, of_trial", [(100, 20), (3, 1), (0.5, 0.5), (0, 0)])
+def test_the_schedule_of_a_trial_is_the_runs_in_a_fifth_of_the_steps(setting, of_trial):
+    config = config_with(
+        train={"warmup_steps": setting, "max_steps": 500, "lr_scheduler_type": "warmup_stable_decay"},
+        trainer={"lr_scheduler_kwargs": {"num_decay_steps": 200, "num_cycles": 2}},
+    )
+    trial = trial_config(parse_config(config), 1e-3)
+    assert (trial.train.max_steps, trial.train.warmup_steps) == (100, of_trial)
+    assert trial.trainer.lr_scheduler_kwargs == {"num_decay_steps": 40, "num_cycles": 2}
 
 
-def test_rates_that_overflow_are_dropped(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "train, data, share, most",
+    [
+        ({"num_train_epochs": 3.0}, {}, 0.1, 500),
+        ({"num_train_epochs": 0.5}, {}, 0.05, 500),
+        ({"max_steps": 100, "batch_size": 8}, {}, 0.1, 80),
+        ({"max_steps": 10**6}, {"max_eval_examples": 50}, 0.1, 50),
+    ],
+)
+def test_scoring_a_trial_takes_at_most_a_tenth_of_the_runs_examples(train, data, share, most):
+    base = config_with()
+    trial = trial_config(parse_config(base | {"train": base["train"] | train, "data": base["data"] | data}), 1e-3)
+    assert trial.data.eval["tuning"] == pytest.approx(share) and trial.data.max_eval_examples == most
+
+
+def test_rates_that_overflow_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr("lora_ft.config.learning_rate.FACTORS", (1, 1e30, 2e30))
     folder = write_run(tmp_path)
     train(folder, write_auto(folder))
