@@ -13,9 +13,11 @@ AUTO = "auto"
 PART = (
     1 / 5
 )  # of the run's steps, that a trial has. Five trials and their evaluations take about 1.4 times the run's tokens
-STEP = 2.5  # from a candidate to the next
-FACTORS = (STEP**-2, 1 / STEP, 1, STEP, STEP**2)  # of the usual rate: the candidates
+FACTORS = (0.16, 0.4, 1, 2.5, 6.25)  # of the usual rate: the candidates
+FAR = 10  # times the least loss: from there on a trial has failed
 FEWEST_STEPS = 6  # of a trial: fewer say little
+# The best rate falls with this power of the run's length (Bjorck et al. 2024, Scaling Optimal LR Across Token Horizons)
+HORIZON = 0.32
 TRIALS = "learning_rate"  # the folder of their runs in the output, and the record's entry
 # How much more than LoRA's a method's rate is: full fine-tuning about a tenth (Schulman et al. 2025, LoRA Without Regret),
 # prompts ten times and more (Lester et al. 2021, section 3.1), bottleneck layers the same (docs/claims.md)
@@ -39,24 +41,28 @@ def usual_rate(config: Config, width: int) -> float:
 
 def rates_to_try(config: Config, width: int) -> list[float]:
     """The rates of the trials, smallest first, with two digits: higher than the run's, as `best_rate` lowers them."""
-    return [two_digits(usual_rate(config, width) * factor / math.sqrt(PART)) for factor in FACTORS]
+    return [two_digits(usual_rate(config, width) * factor / PART**HORIZON) for factor in FACTORS]
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float:
     """The rate for the run, by the losses of the trials: of rate -> loss, or None if its numbers overflowed.
 
-    The minimum of the parabola through the best trial and its neighbours, in the logarithm of the rate, times sqrt(PART): the
-    best rate falls like the root of the number of steps (for SGD: Nemirovski et al. 2009, section 2.2; LoRA: docs/training.md).
+    It is where the parabola nearest to the losses is least, in the logarithm of the rate and the range of the trials; then
+    lower, as the run is longer than they are. Losses after few steps on few rows are noisy, so all of them count; but far from
+    the minimum they follow no parabola, so a loss that is half as large again as the least counts half.
     """
-    rates = sorted(losses)
-    scores = [math.inf if (loss := losses[rate]) is None else loss for rate in rates]
-    best = scores.index(min(scores))
-    lower, least, higher = [math.inf, *scores, math.inf][best : best + 3]
-    curvature = lower - 2 * least + higher
-    shift = (
-        (lower - higher) / (2 * curvature) if 0 < curvature < math.inf else 0.0
-    )  # steps from the best, at most a half
-    return two_digits(rates[best] * STEP**shift * math.sqrt(PART))
+    import numpy as np
+
+    least = min(loss for loss in losses.values() if loss is not None)
+    near = {rate: loss for rate, loss in losses.items() if loss is not None and loss <= FAR * least}
+    best = min(near, key=near.__getitem__)
+    if len(near) > 2:
+        x, y = np.log([*near]), np.array([*near.values()])
+        weights = 1 / (1 + (2 * (y / least - 1)) ** 2)
+        curvature, slope, _ = np.polyfit(x, y, 2, w=np.sqrt(weights))
+        if curvature > 0:
+            best = math.exp(np.clip(-slope / (2 * curvature), x.min(), x.max()))
+    return two_digits(best * PART**HORIZON)
 
 
 def two_digits(rate: float) -> float:

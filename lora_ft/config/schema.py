@@ -146,7 +146,7 @@ class TrainConfig(Section):
         "auto", "compute what examples of a micro-batch begin with alike once; or off", resume="rounding"
     )
     learning_rate: types.LearningRate = setting(
-        5e-4, "the schedule's maximum; auto: the best of five, tried in short runs on a held-out part of train"
+        5e-4, "the schedule's maximum; auto: found by five short runs, scored on a held-out part of train"
     )
     loraplus_ratio: float | None = setting(None, "LoRA+: how many times A's learning rate B's is; null: the same", gt=0)
     lr_scheduler_type: types.Scheduler = setting("linear", "the learning rate schedule, by its name in transformers")

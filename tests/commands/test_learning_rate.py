@@ -67,36 +67,38 @@ def test_the_usual_rate(adapter, width, rate):
 
 def test_the_rates_to_try_are_around_that_of_a_run_of_a_fifth_of_the_steps():
     rates = rates_to_try(parse_config(config_with(adapter={"alpha": 32.0})), 2000)
-    assert rates == [1.8e-4, 4.5e-4, 1.1e-3, 2.8e-3, 7e-3]
-    assert best_rate({rate: abs(i - 2.0) for i, rate in enumerate(rates)}) == pytest.approx(5e-4, rel=0.03)
+    assert rates == [1.3e-4, 3.3e-4, 8.4e-4, 2.1e-3, 5.2e-3]
+    assert best_rate({rate: 1 + (i - 2) ** 2 for i, rate in enumerate(rates)}) == pytest.approx(5e-4, rel=0.03)
 
 
 @pytest.mark.parametrize(
-    "losses, trials_best",
+    "losses, least, most",
     [
-        ([3.0, 2.0, 1.0, 2.0, 3.0], 1e-2),
-        ([3.0, 2.0, 1.0, 1.5, 3.0], 1e-2 * 2.5 ** (1 / 6)),  # the minimum of (x - 1/6)^2 through 2, 1, 1.5
-        ([1.0, 2.0, 3.0, 4.0, 5.0], 1.6e-3),  # at an end: the end
-        ([5.0, 4.0, 3.0, 2.0, 1.0], 6.25e-2),
-        ([2.0, 1.5, 1.0, None, None], 1e-2),  # beside one that failed: as it is
-        ([None, None, 1.0, None, None], 1e-2),
-        ([1.0, 1.0, 1.0, 1.0, 1.0], 1.6e-3),
-        ([2.0, 1.0, 1.0, 2.0, 3.0], 4e-3 * 2.5**0.5),
+        ([3.0, 2.0, 1.0, 2.0, 3.0], 1e-2, 1e-2),
+        ([3.0, 2.0, 1.0, 1.2, 1.8], 1.1e-2, 2.2e-2),  # between the two best
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 1.6e-3, 1.6e-3),  # at an end: the end
+        ([5.0, 4.0, 3.0, 2.0, 1.0], 6.25e-2, 6.25e-2),
+        ([2.0, 1.5, 1.0, None, None], 1e-2, 1e-2),
+        ([2.0, 1.1, 1.0, 1e30, 1e6], 5e-3, 9e-3),  # what exploded is left out, as what failed
+        ([2.0, 1.0, None, None, None], 4e-3, 4e-3),  # two are no parabola
+        ([None, None, 0.0, None, 1.0], 1e-2, 1e-2),
+        ([0.309, 0.197, 0.256, 0.279, 0.36], 5e-3, 1e-2),  # SST-2: one loss that was good by chance does not decide
+        ([2.705, 2.287, 1.9, 1.781, 2.135], 1e-2, 2.5e-2),  # E2E
     ],
 )
-def test_the_best_rate_is_that_of_the_parabola_through_the_best_three(losses, trials_best):
+def test_the_best_rate_is_where_the_parabola_near_the_losses_is_least(losses, least, most):
     rates = [1.6e-3, 4e-3, 1e-2, 2.5e-2, 6.25e-2]
     chosen = best_rate(dict(zip(rates, losses, strict=True)))
-    assert chosen == pytest.approx(trials_best / 5**0.5, rel=0.02)
+    assert 0.97 * least <= chosen * 5**0.32 <= 1.03 * most
     assert chosen == float(f"{chosen:.1e}")
 
 
 @settings(max_examples=50)
-@given(st.floats(-4, -1), st.floats(0.1, 10), st.floats(0, 5))
+@given(st.floats(-4, -1), st.floats(0.1, 10), st.floats(0.5, 5))
 def test_of_losses_on_a_parabola_the_best_rate_is_its_minimum(minimum, curvature, least):
-    rates = [10**minimum * 2.5**n for n in (-2.3, -1.3, -0.3, 0.7, 1.7)]
+    rates = [10**minimum * 2.5**n for n in (-1.7, -0.7, 0.3, 1.3, 2.3)]
     losses = {rate: least + curvature * (math.log10(rate) - minimum) ** 2 for rate in rates}
-    assert best_rate(losses) == pytest.approx(10**minimum / 5**0.5, rel=0.06)  # two digits
+    assert best_rate(losses) == pytest.approx(10**minimum / 5**0.32, rel=0.06)  # two digits
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "fast", "true", "[1e-3]"])
