@@ -71,9 +71,7 @@ def with_learning_rate(
         rate = two_digits(usual_rate(config, width))
         info(f"learning rate: {rate:g}, the usual one: the run has too few steps to try others")
         return with_rate(config, rate), {TRIALS: {"tried": []}}
-    info(
-        f"learning rate: trying {listed([f'{rate:g}' for rate in rates])} in short runs on nine tenths of the training data"
-    )
+    info(f"learning rate: trying {listed([f'{rate:g}' for rate in rates])} in short runs, on rows held out of train")
     if overwrite and is_main:
         for trial in trials.values():
             (Path(trial.output) / SCORES).unlink(missing_ok=True)

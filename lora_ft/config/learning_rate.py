@@ -6,13 +6,13 @@ from pathlib import Path
 
 from lora_ft.config.load import parse_config
 from lora_ft.config.schema import Config
-from lora_ft.config.tuning import MAX_TUNING_EXAMPLES, TUNING_SHARE, tuning_config
+from lora_ft.config.tuning import MAX_TUNING_EXAMPLES, tuning_config
 from lora_ft.core.errors import ConfigError
 
 AUTO = "auto"
-PART = (
-    1 / 5
-)  # of the run's steps, that a trial has. Five trials and their evaluations take about 1.4 times the run's tokens
+# Five trials, of a fifth of the run's steps each, and scoring them take 1.4 times the run's tokens
+PART = 1 / 5
+SHARE = 0.08  # of the run's examples, that a trial is scored on
 FACTORS = (0.16, 0.4, 1, 2.5, 6.25)  # of the usual rate: the candidates
 FAR = 10  # times the least loss: from there on a trial has failed
 FEWEST_STEPS = 6  # of a trial: fewer say little
@@ -73,18 +73,16 @@ def two_digits(rate: float) -> float:
 def trial_config(config: Config, rate: float) -> Config:
     """The config of the run that tries a rate: a short one with the whole schedule.
 
-    It is trained on nine tenths of train, and scored by the loss on the rest, never on eval data.
+    It is scored by the loss on rows held out of train, never on eval data.
     """
-    train, scheduler = config.train, config.trainer.lr_scheduler_kwargs
-    examples = (
-        train.max_steps or math.inf
-    ) * train.batch_size  # what the run has of train, unless that is a part of a pass
+    train, scheduler, rows = config.train, config.trainer.lr_scheduler_kwargs, config.data.max_train_examples
+    examples = train.max_steps * train.batch_size if train.max_steps else train.num_train_epochs * (rows or math.inf)
     trial = tuning_config(
         config,
         Path(config.output) / TRIALS / f"{rate:g}",
         "loss",
-        share=TUNING_SHARE if train.max_steps else TUNING_SHARE * min(1, train.num_train_epochs),
-        most=min(MAX_TUNING_EXAMPLES, max(1, TUNING_SHARE * examples)),
+        share=SHARE if train.max_steps else SHARE * min(1, train.num_train_epochs),
+        most=min(MAX_TUNING_EXAMPLES, max(1, SHARE * examples)),
         learning_rate=rate,
         num_train_epochs=train.num_train_epochs * PART,
         max_steps=train.max_steps and shorter(train.max_steps),
