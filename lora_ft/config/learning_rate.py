@@ -14,7 +14,7 @@ AUTO = "auto"
 PART = 1 / 5
 SHARE = 0.08  # of the run's examples, that a trial is scored on
 FACTORS = (0.16, 0.4, 1, 2.5, 6.25)  # of the usual rate: the candidates
-FAR = 10  # times the least loss: from there on a trial has failed
+FAR = 100  # times the least loss: from there on a trial has failed
 FEWEST_STEPS = 6  # of a trial: fewer say little
 # The best rate falls with this power of the run's length (Bjorck et al. 2024, Scaling Optimal LR Across Token Horizons)
 HORIZON = 0.32
@@ -47,22 +47,20 @@ def rates_to_try(config: Config, width: int) -> list[float]:
 def best_rate(losses: Mapping[float, float | None]) -> float:
     """The rate for the run, by the losses of the trials: of rate -> loss, or None if its numbers overflowed.
 
-    It is where the parabola nearest to the losses is least, in the logarithm of the rate and the range of the trials; then
-    lower, as the run is longer than they are. Losses after few steps on few rows are noisy, so all of them count; but far from
-    the minimum they follow no parabola, so a loss that is half as large again as the least counts half.
+    It is where the cubic nearest to the losses is least, in the logarithm of the rate and the range of the trials; then lower,
+    as the run is longer than they are. Losses after few steps on few rows are noisy, so all of them count, but one of twice the
+    least counts half: far from the minimum they follow no cubic. A parabola is not enough, as losses rise faster above the best
+    rate than below.
     """
     import numpy as np
 
     least = min(loss for loss in losses.values() if loss is not None)
     near = {rate: loss for rate, loss in losses.items() if loss is not None and loss <= FAR * least}
-    best = min(near, key=near.__getitem__)
-    if len(near) > 2:
-        x, y = np.log([*near]), np.array([*near.values()])
-        weights = 1 / (1 + (2 * (y / least - 1)) ** 2)
-        curvature, slope, _ = np.polyfit(x, y, 2, w=np.sqrt(weights))
-        if curvature > 0:
-            best = math.exp(np.clip(-slope / (2 * curvature), x.min(), x.max()))
-    return two_digits(best * PART**HORIZON)
+    x, y = np.log([*near]), np.array([*near.values()])
+    weights = 1 / (1 + ((y - least) / (least or 1)) ** 2)
+    curve = np.polynomial.Polynomial.fit(x, y, min(3, len(near) - 1), w=np.sqrt(weights))
+    points = np.linspace(x.min(), x.max(), 1001)
+    return two_digits(math.exp(points[np.argmin(curve(points))]) * PART**HORIZON)
 
 
 def two_digits(rate: float) -> float:

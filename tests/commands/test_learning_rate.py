@@ -80,13 +80,13 @@ def test_the_rates_to_try_are_around_that_of_a_run_of_a_fifth_of_the_steps():
         ([5.0, 4.0, 3.0, 2.0, 1.0], 6.25e-2, 6.25e-2),
         ([2.0, 1.5, 1.0, None, None], 1e-2, 1e-2),
         ([2.0, 1.1, 1.0, 1e30, 1e6], 5e-3, 9e-3),  # what exploded is left out, as what failed
-        ([2.0, 1.0, None, None, None], 4e-3, 4e-3),  # two are no parabola
+        ([2.0, 1.0, None, None, None], 4e-3, 4e-3),  # two are a line
         ([None, None, 0.0, None, 1.0], 1e-2, 1e-2),
         ([0.309, 0.197, 0.256, 0.279, 0.36], 5e-3, 1e-2),  # SST-2: one loss that was good by chance does not decide
-        ([2.705, 2.287, 1.9, 1.781, 2.135], 1e-2, 2.5e-2),  # E2E
+        ([2.705, 2.287, 1.9, 1.781, 2.135], 1.8e-2, 2.5e-2),  # E2E, steeper above: a parabola is least at 1.7e-2
     ],
 )
-def test_the_best_rate_is_where_the_parabola_near_the_losses_is_least(losses, least, most):
+def test_the_best_rate_is_where_the_cubic_near_the_losses_is_least(losses, least, most):
     rates = [1.6e-3, 4e-3, 1e-2, 2.5e-2, 6.25e-2]
     chosen = best_rate(dict(zip(rates, losses, strict=True)))
     assert 0.97 * least <= chosen * 5**0.32 <= 1.03 * most
