@@ -144,9 +144,8 @@ def train_run(
             return
         ended = trainer.state.global_step
         if pauses and ended == last:
-            write_report(
-                output, record, "a trial" if trial else f"stopped after step {last}, until which --until has it train"
-            )
+            why = f"stopped after step {last}, until which --until has it train"
+            write_report(output, record, "A trial of a learning rate, which ends without an adapter." if trial else why)
             if not is_tuning:  # what tunes goes on by itself
                 info(f"stopped after step {last} of {len(plan)}, which is saved. Continue with --resume.")
             return

@@ -13,7 +13,7 @@ AUTO = "auto"
 # Five trials, of a fifth of the run's steps each, and scoring them take 1.4 times the run's tokens
 PART = 1 / 5
 SHARE = 0.08  # of the run's examples, that a trial is scored on
-FACTORS = (0.16, 0.4, 1, 2.5, 6.25)  # of the usual rate: the candidates
+FACTORS = (0.16, 0.4, 1, 2.5, 6.25)  # the trials' rates are these times the usual one, raised for their length
 FAR = 100  # times the least loss: from there on a trial has failed
 FEWEST_STEPS = 6  # of a trial: fewer say little
 # The best rate falls with this power of the run's length (Bjorck et al. 2024, Scaling Optimal LR Across Token Horizons)
@@ -25,7 +25,7 @@ METHOD_FACTORS = {"lora": 1.0, "full": 0.1, "bottleneck": 1.0, "prompt": 10.0}
 
 
 def usual_rate(config: Config, width: int) -> float:
-    """The rate in the middle of the candidates, for a base with hidden states of `width` numbers.
+    """The rate that is usual for the method, for a base with hidden states of `width` numbers.
 
     LoRA: 5e-4 (2000 / width)^0.78, a fit over Llamas of 1B to 70B with alpha 32 (the Tinker cookbook, hyperparam_utils.py);
     it does not depend on the rank, as alpha / rank scales the update. Another alpha acts like another rate: between B's first

@@ -196,6 +196,7 @@ def test_a_rate_is_chosen_on_rows_held_out_of_train(chosen):
         assert (
             steps[-1]["step"] in (8, 9) and steps[-1]["learning_rate"] < 0.2 * t["learning_rate"]
         )  # the whole schedule
+        assert "A trial of a learning rate" in (folder / "report.html").read_text()
         assert f'<th scope="row">{t["learning_rate"]:g}</th><td>{t["loss"]:.4f}</td><td>1/5</td>' in page
     assert f'<th scope="row">{rate:g} (chosen)</th>' in page
     assert not list(chosen.glob("auto/learning_rate/*/checkpoints/step-*"))
