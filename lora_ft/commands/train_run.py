@@ -33,6 +33,7 @@ from lora_ft.training.optimizer import learn_b_faster
 from lora_ft.training.output import clear
 from lora_ft.training.pause import Pause, last_step
 from lora_ft.training.progress import trackers
+from lora_ft.training.record import new_record
 from lora_ft.training.saving import Saver
 from lora_ft.training.setup import RunSetup
 from lora_ft.training.together import Together
@@ -74,7 +75,7 @@ def train_run(
             return
 
         # ---- load: files and data, then the model and its steps ----
-        setup = RunSetup(config, device, trust, checkpoint, before, together.load_base if together else None)
+        setup = RunSetup(config, device, trust, checkpoint, before, together)
         args = setup.arguments
         if config.train.predict_with_generate:
             check_installed(config.generation.metrics)
@@ -97,7 +98,7 @@ def train_run(
             setup.shard,
             setup.base.fingerprint,
         )
-        record = setup.record | _base_scores(setup, evaluate) | (facts or {})
+        record = new_record(setup) | _base_scores(setup, evaluate) | (facts or {})
         if together:  # time and memory are not this run's alone
             record["machine"] = record["machine"] | {"runs_together": together.count}
         setup.load_initial_adapter(model)  # after scoring the base: some methods change its own weights

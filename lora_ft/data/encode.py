@@ -77,12 +77,19 @@ def load_examples(
     sample = rows[sample_indices(len(rows), count, seed)] if count < len(rows) else rows
     chat = chat_format_of(template, tokenizer).template if template.messages else None
     sha256 = key_of(content, settings, chat)  # without versions: --resume compares it with an earlier run's record
-    encoder = text_encoder(tokenizer)
     dataset, made = cached(
         key_of(sha256, truncate, sources, ENCODING_VERSION, version("tokenizers"), version("transformers")),
         EXAMPLES,
-        lambda write: _encode(
-            texts, sample, template, max_length, truncate, long_text == "split", bad_rows, encoder, write
+        lambda write: _encode(  # an encoder takes half a second to make
+            texts,
+            sample,
+            template,
+            max_length,
+            truncate,
+            long_text == "split",
+            bad_rows,
+            text_encoder(tokenizer),
+            write,
         ),
         "encoding",
         len(sample),

@@ -5,6 +5,7 @@ their order, and draw from its own generators.
 """
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from lora_ft.nn.loss import supervised_losses
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.nn.rows import Segment
 
-ENOUGH = {"cpu": 256}  # tokens of a row beyond which it is no faster, but takes more memory (docs/performance.md)
+ENOUGH = {"cpu": 384}  # tokens of a row: longer ones take more memory and are hardly faster (docs/training.md)
 
 
 class RunGenerators:
@@ -130,7 +131,7 @@ class JointModel:
         segments: list[Segment] = []
         for s, micro in row:
             s.generators.start_row()
-            tokens = micro["input_ids"].shape[1]
+            tokens = tokens_of(micro)
             parts.append(Part(s.run, slice(token, token + tokens), s.generators.drawing))
             segments += [Segment(n, None if parent is None else parent + segment) for n, parent in micro["segments"]]
             token, segment = token + tokens, len(segments)
@@ -158,16 +159,36 @@ def row_limit(setting: int | str, device: str) -> int:
 def rows(steps: Sequence[RunStep], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
     """The runs' micro-batches in as few rows as their sizes allow: in each at most one of a run, and a run's in their order.
 
-    A row has at most `most` tokens, or as many as the longest that a run has alone.
+    A row has at most `most` tokens, or as many as the longest that a run has alone. Among as few, the longest has few tokens.
     """
     own = [(s, [m for m in s.step["micro"] if len(m["keep"])]) for s in steps]
-    most = max(most, *(m["input_ids"].shape[1] for _, micro in own for m in micro), 0)
+    sizes = [tokens_of(m) for _, micro in own for m in micro]
+    high = max(most, *sizes, 0)
+    joined = _first_fit(own, high)
+    low = max(*sizes, math.ceil(sum(sizes) / max(1, len(joined))), 0)
+    while low < high:
+        middle = (low + high) // 2
+        even = _first_fit(own, middle)
+        if len(even) <= len(joined):
+            joined, high = even, middle
+        else:
+            low = middle + 1
+    return joined
+
+
+def tokens_of(micro: MicroBatch) -> int:
+    """The number of tokens in a micro-batch."""
+    return micro["input_ids"].shape[1]
+
+
+def _first_fit(own: Sequence[tuple[RunStep, list[MicroBatch]]], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
+    """Each micro-batch in the first row with room for it, after those before it in its run."""
     joined: list[list[tuple[RunStep, MicroBatch]]] = []
     sizes: list[int] = []
     for s, micro in own:
         place = 0
         for m in micro:
-            size = m["input_ids"].shape[1]
+            size = tokens_of(m)
             while place < len(joined) and (
                 sizes[place] + size > most or Isolation.ONE_PER_ROW in (s.isolation, joined[place][0][0].isolation)
             ):

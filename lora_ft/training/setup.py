@@ -3,12 +3,11 @@
 `train` uses the parts in order; `check` uses the same parts one by one, so that it refuses what training would refuse.
 """
 
-import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -18,14 +17,14 @@ from lora_ft.core.errors import ModelError
 from lora_ft.core.messages import info, warn
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.batches import RowPacking, Shard, StepPlan
-from lora_ft.data.examples import Examples, largest_id, reports
+from lora_ft.data.examples import Examples, largest_id
 from lora_ft.data.prepare import prepare, template_of
 from lora_ft.distributed import processes
 from lora_ft.distributed.sharding import load_sharded
 from lora_ft.methods.interface import METHODS, virtual_ids
 from lora_ft.methods.trained import Trained, check_base
 from lora_ft.model.device import micro_batch_tokens
-from lora_ft.model.files import Base, digest, resolve
+from lora_ft.model.files import Base, resolve
 from lora_ft.model.fits import check_length, check_vocabulary
 from lora_ft.model.load import check_quantization, load_base, load_tokenizer, skeleton, tokenizer_hash
 from lora_ft.model.stored import stored_dtype
@@ -34,20 +33,25 @@ from lora_ft.nn.quantized import number_of_parameters
 from lora_ft.training.arguments import arguments
 from lora_ft.training.checkpoint import State
 from lora_ft.training.resume import check_data, read_state
-
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")  # versions in the record
+from lora_ft.training.together import Together
 
 
 @dataclass
 class RunSetup:
-    """The parts of a run, each made when first used. before: the record of the `checkpoint` to resume from."""
+    """The parts of a run, each made when first used. before: the record of the `checkpoint` to resume from.
+
+    together: with which runs it is trained; what is the same for all of them is made once.
+    """
 
     config: Config
     device: str
     trust: Trust = NO_TRUST
     checkpoint: Path | None = None
     before: dict | None = None
-    load: Callable[..., PreTrainedModel] | None = None  # instead of load_base
+    together: Together | None = None
+
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        return self.together.once(key, make) if self.together else make()
 
     @cached_property
     def arguments(self) -> TrainingArguments:
@@ -71,7 +75,7 @@ class RunSetup:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer."""
-        return load_tokenizer(self.base)
+        return self._once(self.base, lambda: load_tokenizer(self.base))
 
     @cached_property
     def initial_adapter(self) -> Trained | None:
@@ -130,7 +134,9 @@ class RunSetup:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The base on its device, adapted: what trains requires gradients. It fits tokenizer and examples."""
-        settings, load = self.config.model, load_sharded if self.is_sharded else self.load or load_base
+        settings, load = self.config.model, self.together.load_base if self.together else load_base
+        if self.is_sharded:
+            load = load_sharded
         model = load(self.base, settings.dtype, self.device, settings.quantization)
         self.check_vocabulary(model)
         self._inject(model)
@@ -161,7 +167,8 @@ class RunSetup:
     @cached_property
     def isolation(self) -> Isolation:
         """How the loaded model keeps the examples of a row apart."""
-        return Isolation.detect(self.model, self.longest(self.model))
+        longest = self.longest(self.model)
+        return self._once(("isolation", longest), lambda: Isolation.detect(self.model, longest))
 
     @cached_property
     def state(self) -> State | None:
@@ -189,7 +196,8 @@ class RunSetup:
     @cached_property
     def packing(self) -> RowPacking:
         """How rows are made for the loaded model."""
-        return RowPacking.of(self.model, self.isolation, self.row_tokens, self.config.train.share_prefixes == "auto")
+        how = self.isolation, self.row_tokens, self.config.train.share_prefixes == "auto"
+        return self._once(how, lambda: RowPacking.of(self.model, *how))
 
     def make_plan(self, packing: RowPacking, prefix: list[int], max_steps: int | None = None) -> StepPlan:
         """The run's steps, or its first `max_steps`, with the ids `prefix` before every example."""
@@ -220,31 +228,3 @@ class RunSetup:
         info(f"{what}, {trains:,} trainable parameters ({trains / of:.2%} of the model)")
         if self.isolation is Isolation.ONE_PER_ROW:
             info("this model's RoPE depends on the longest position, so examples cannot share a row (slower)")
-
-    @cached_property
-    def record(self) -> dict:
-        """The run's record, lora_ft.json, as far as it is known before the first step: what its adapter is used with later."""
-        data, base = self.config.data, self.base
-        own_template = digest(self.tokenizer.chat_template) if data.messages and not data.chat_template else None
-        versions = {"python": platform.python_version(), "lora_ft": version("lora-ft")}
-        trainable, total = self.parameters
-        return {
-            "format": 1,
-            "config": self.config.model_dump(mode="json"),
-            "base": {
-                "name": base.name,
-                "revision": base.revision,
-                "fingerprint": base.fingerprint,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "quantization": self.config.model.quantization,
-            },
-            "tokenizer": tokenizer_hash(self.tokenizer),
-            "chat_template": own_template,
-            "data": {"train": asdict(self.train_set.report), "eval": reports(self.eval_sets)},
-            "seed": self.config.train.seed,
-            "versions": versions | {name: version(name) for name in PACKAGES},
-            "trainable_parameters": trainable,
-            "parameters": total,
-            "planned_steps": len(self.plan),
-            "machine": {"device": self.device, "threads": torch.get_num_threads(), "processes": processes.world_size()},
-        }

@@ -8,7 +8,7 @@ does depends on no other, and each can be stopped and resumed like any run.
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,11 +93,18 @@ class Together:
         self._scheduler: greenlet = getcurrent()
         self._running: Run | None = None
         self._base: PreTrainedModel | None = None
+        self._made: dict[Hashable, Any] = {}
         self._models: dict[int, PreTrainedModel] = {}
         self._joint: JointModel | None = None
         self._steps = 0
 
     # ---- for a run ----
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned for the first run that asked for `key`."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def load_base(self, base: Base, dtype: str, device: str, quantization: Form | None) -> PreTrainedModel:
         """The base, read once for all runs; each gets a model of its own over the same weights."""

@@ -12,10 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lora_ft.config.load import parse_config
+from lora_ft.config.load import load_config, parse_config
 from lora_ft.config.together import check_together
 from lora_ft.core.errors import ConfigError
-from lora_ft.training.joint_step import RunGenerators
+from lora_ft.core.signals import Stopper
+from lora_ft.nn.attention import Isolation
+from lora_ft.training.joint_step import RunGenerators, RunStep, rows, tokens_of
+from lora_ft.training.setup import RunSetup
+from lora_ft.training.together import Together
 from tests.helpers.command import Ended, cli, start
 from tests.helpers.ranks import command
 from tests.helpers.tiny import CONFIG, write_reviews, write_run
@@ -185,6 +189,16 @@ def test_check_shows_what_they_need_together(folder):
     assert cli(folder, "check", names[0], names[0]).err.strip() == "checked-a.yaml: given twice"
 
 
+def test_what_they_have_in_common_is_made_once(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    configs = [load_config(Path(name)) for name in write_configs(folder, "setup")]
+    together = Together(Stopper(), len(configs))
+    setups = [RunSetup(config, "cpu", together=together) for config in configs]
+    assert len({id(setup.tokenizer) for setup in setups}) == 1
+    assert len({id(setup.packing) for setup in setups}) == 1
+    assert len({id(setup.model) for setup in setups}) == len(setups)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -208,6 +222,29 @@ def test_what_runs_must_have_in_common_is_named(changes, words):
     with pytest.raises(ConfigError) as error:
         check_together(configs)
     assert words in str(error.value)
+
+
+def rows_of(sizes: list[list[int]], most: int) -> list[list[tuple[int, int]]]:
+    """(run, tokens) in each row of steps with micro-batches of these sizes."""
+    micro = [[{"input_ids": torch.zeros(1, size), "keep": torch.zeros(1)} for size in of_run] for of_run in sizes]
+    steps = [RunStep(n, None, Isolation.ATTENTION, {"micro": own}, None) for n, own in enumerate(micro)]  # type: ignore
+    return [[(s.run, tokens_of(m)) for s, m in row] for row in rows(steps, most)]
+
+
+def test_rows_are_few_and_even():
+    assert rows_of([[100]] * 6, 384) == [[(0, 100), (1, 100), (2, 100)], [(3, 100), (4, 100), (5, 100)]]
+    assert rows_of([[500], [20], [30]], 384) == [[(0, 500)], [(1, 20), (2, 30)]]
+    assert rows_of([[50, 60], [10]], 384) == [[(0, 50), (1, 10)], [(0, 60)]]
+    assert rows_of([], 384) == rows_of([[]], 384) == []
+
+
+def test_a_row_has_a_run_once_and_in_its_order():
+    drawn = random.Random(3)
+    for _ in range(100):
+        sizes = [[drawn.randint(1, 200) for _ in range(drawn.randint(0, 5))] for _ in range(drawn.randint(1, 8))]
+        found = rows_of(sizes, most := drawn.randint(50, 600))
+        assert all(len(dict(row)) == len(row) and sum(dict(row).values()) <= max(most, 200) for row in found)
+        assert [[size for row in found for n, size in row if n == run] for run in range(len(sizes))] == sizes
 
 
 def test_a_layer_that_is_computed_again_draws_the_same_again():
