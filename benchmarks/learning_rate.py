@@ -1,16 +1,18 @@
 """`train.learning_rate: auto` against a grid of eight rates, each trained to its end, on five tasks.
 
-    python benchmarks/learning_rate.py [--tasks sst2,e2e,reviews,text,reversed]
+    python benchmarks/learning_rate.py [--tasks sst2,e2e,reviews,text,reversed] [--seeds 0,1,2] [--rates 0.001,0.002]
 
-Prints a line of JSON per task: the eval loss with each rate, the rate that `auto` chose and its loss, how much more that is
-than the least of the grid, what the trials scored, and how long the command took, in times of a run of the grid (which are
-trained together). The eval data, which chooses nothing, is the data's own. The reviews are those of `make assets`.
+Prints a line of JSON per task: the eval losses with each rate and with `auto`, one a seed, how much more the mean of `auto`
+is than the least mean of the grid, the rates it chose, what the trials scored, and how long a command took, in times of a run
+of the grid (which are trained together). A seed draws the order, the adapter, and the rows where there are more than are used.
+The eval data, which chooses nothing, is the data's own. The reviews are those of `make assets`.
 """
 
 import argparse
 import json
 import pydoc_data.topics
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -66,19 +68,19 @@ def write_tasks(options: argparse.Namespace, folder: Path) -> None:
     write_rows(folder / "text.jsonl", texts[80:])
 
 
-def write_config(folder: Path, task: str, rate: float | str) -> str:
+def write_config(folder: Path, task: str, rate: float | str, seed: int) -> str:
     """Write the config of a run, which evaluates its last step; its name."""
     steps = TASKS[task]["max_train_examples"] // BATCH
-    train = {"batch_size": BATCH, "learning_rate": rate, "eval_steps": steps, "save_steps": steps}
+    train = {"batch_size": BATCH, "learning_rate": rate, "seed": seed, "eval_steps": steps, "save_steps": steps}
     config = {
         "model": {"name": "model"},
         "adapter": {"rank": 8, "alpha": 16, "targets": ["q", "v"]},
         "data": TASKS[task],
         "train": train | {"evaluate_base": False, "report_to": []},
-        "output": f"{task}-{rate}",
+        "output": f"{task}-{rate}-{seed}",
     }
-    (folder / f"{task}-{rate}.yaml").write_text(yaml.safe_dump(config))
-    return f"{task}-{rate}.yaml"
+    (folder / f"{task}-{rate}-{seed}.yaml").write_text(yaml.safe_dump(config))
+    return f"{task}-{rate}-{seed}.yaml"
 
 
 def train(folder: Path, names: list[str]) -> float:
@@ -88,22 +90,23 @@ def train(folder: Path, names: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def compare(folder: Path, task: str) -> dict:
+def compare(folder: Path, task: str, rates: list[float], seeds: list[int]) -> dict:
     """The losses of the grid and of `auto`."""
-    seconds = train(folder, [write_config(folder, task, rate) for rate in RATES])
-    auto_seconds = train(folder, [write_config(folder, task, "auto")])
-    records = {rate: json.loads((folder / f"{task}-{rate}/lora_ft.json").read_text()) for rate in (*RATES, "auto")}
-    losses = {rate: round(record["metrics"]["loss"], 4) for rate, record in records.items()}
-    least = min(losses[rate] for rate in RATES)
-    chosen = records["auto"]
-    return {
-        "task": task,
-        "losses": losses,
-        "chosen": chosen["config"]["train"]["learning_rate"],
-        "above_the_grid": round(losses["auto"] / least - 1, 4),
-        "tried": {trial["learning_rate"]: trial["loss"] for trial in chosen["learning_rate"]["tried"]},
-        "times_a_run": round(auto_seconds / (seconds / len(RATES)), 2),
-    }
+    losses: dict[float | str, list[float]] = {rate: [] for rate in (*rates, "auto")}
+    chosen, tried, times = [], [], []
+    for seed in seeds:
+        seconds = train(folder, [write_config(folder, task, rate, seed) for rate in rates])
+        auto_seconds = train(folder, [write_config(folder, task, "auto", seed)])
+        records = {rate: json.loads((folder / f"{task}-{rate}-{seed}/lora_ft.json").read_text()) for rate in losses}
+        for rate, record in records.items():
+            losses[rate].append(round(record["metrics"]["loss"], 4))
+        chosen.append(records["auto"]["config"]["train"]["learning_rate"])
+        tried.append({trial["learning_rate"]: trial["loss"] for trial in records["auto"]["learning_rate"]["tried"]})
+        times.append(round(auto_seconds / (seconds / len(rates)), 2))
+    means = {rate: statistics.mean(of_seeds) for rate, of_seeds in losses.items()}
+    above = means["auto"] / min(means[rate] for rate in rates) - 1
+    facts = {"task": task, "losses": losses, "above_the_grid": round(above, 4), "chosen": chosen}
+    return facts | {"tried": tried, "times_a_run": times}
 
 
 def main() -> None:
@@ -112,11 +115,14 @@ def main() -> None:
     add_sources(parser)
     parser.add_argument("--reviews", type=Path, default="data", help="the folder of reviews_train.jsonl")
     parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rates", default=",".join(map(str, RATES)))
     options = parser.parse_args()
+    rates, seeds = [*map(float, options.rates.split(","))], [*map(int, options.seeds.split(","))]
     with tempfile.TemporaryDirectory() as name:
         write_tasks(options, Path(name))
         for task in options.tasks.split(","):
-            print(json.dumps(compare(Path(name), task)), flush=True)
+            print(json.dumps(compare(Path(name), task, rates, seeds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from lora_ft.nn.loss import supervised_losses
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.nn.rows import Segment
 
-ENOUGH = {"cpu": 384}  # tokens of a row: longer ones take more memory and are hardly faster (docs/training.md)
+ENOUGH = {"cpu": 320}  # tokens of a row: longer ones take more memory and are hardly faster (docs/training.md)
 
 
 class RunGenerators:
