@@ -19,6 +19,7 @@ def prepare_device(use_cpu: bool = False) -> str:
 
     The processes of a run share no GPU of a Mac or of Intel: they use the CPU.
     """
+    equal_products()
     torch.set_flush_denormal(True)  # on a CPU, in all threads that torch starts after this call
     machine.keep_freed_memory()
     limit_threads()
@@ -28,6 +29,14 @@ def prepare_device(use_cpu: bool = False) -> str:
         warn(f"the device {found!r} is not supported: the CPU is used.")
         return "cpu"
     return found if found == "cuda" or world_size() == 1 else "cpu"
+
+
+def equal_products() -> None:
+    """Have MKL compute a row of a product alike whatever other rows there are, in products after this call; it is as fast.
+
+    Else it may split sums between threads where rows are few, and a run's last bits depend on those trained together with it.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def accelerator() -> str:

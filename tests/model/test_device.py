@@ -1,5 +1,8 @@
 """The settings of a device."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -19,6 +22,25 @@ def test_torch_gets_no_more_threads_than_there_are_cores(monkeypatch, cores, thr
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+EQUAL_ROWS = """
+import torch
+from lora_ft.model.device import prepare_device
+prepare_device(use_cpu=True)
+torch.set_num_threads(2)
+torch.manual_seed(0)
+x, W = torch.randn(320, 1536), torch.randn(576, 1536)
+all_rows = x @ W.T
+print([n for n in (8, 64, 100, 160) if not torch.equal(x[:n] @ W.T, all_rows[:n])])
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL")
+def test_a_row_of_a_product_does_not_depend_on_how_many_there_are():
+    # in a process of its own: MKL reads the setting before its first product
+    ended = subprocess.run([sys.executable, "-c", EQUAL_ROWS], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
 
 
 @pytest.fixture
