@@ -23,6 +23,9 @@ from tqdm import tqdm
 
 import lora_ft.commands.train  # noqa: F401 (imported once, before the forks)
 from lora_ft.cli import main
+from lora_ft.model.device import equal_products
+
+equal_products()  # MKL reads it once: without it, forks from before and after this process's first product would differ
 
 TRAIN = ("train", "config.yaml")
 SAID = ("stdout.txt", "stderr.txt")
