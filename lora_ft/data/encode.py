@@ -36,7 +36,7 @@ from lora_ft.data.texts import (
     join_names,
     load_texts,
 )
-from lora_ft.data.tokens import Encoded, TextEncoder, encode_pairs, encode_texts, text_encoder
+from lora_ft.data.tokens import Encoded, encode_pairs, encode_texts, text_encoder
 from lora_ft.model.load import tokenizer_hash
 
 MAX_FILES = 1_000  # whose hashes a record keeps
@@ -80,16 +80,8 @@ def load_examples(
     dataset, made = cached(
         key_of(sha256, truncate, sources, ENCODING_VERSION, version("tokenizers"), version("transformers")),
         EXAMPLES,
-        lambda write: _encode(  # an encoder takes half a second to make
-            texts,
-            sample,
-            template,
-            max_length,
-            truncate,
-            long_text == "split",
-            bad_rows,
-            text_encoder(tokenizer),
-            write,
+        lambda write: _encode(
+            texts, sample, template, max_length, truncate, long_text == "split", bad_rows, tokenizer, write
         ),
         "encoding",
         len(sample),
@@ -130,10 +122,11 @@ def _encode(
     truncate: str,
     split: bool,
     bad_rows: str,
-    encoder: TextEncoder,
+    tokenizer: PreTrainedTokenizerBase,
     write: Write,
 ) -> dict:
     """Write the examples (EXAMPLES) of some rows of the texts. Returns how many rows were used, dropped, empty and skipped."""
+    encoder = text_encoder(tokenizer)  # here, as it takes some time, and data in the cache needs none
     bad, used, dropped, empty = BadRows(bad_rows), 0, 0, 0
     checked: Sequence[Ids] = ()  # the choices that were compared last: most rows have the same
     for n, (start, end) in enumerate(_batches(column_array(texts, "chars")[rows])):

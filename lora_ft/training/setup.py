@@ -75,7 +75,7 @@ class RunSetup:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer."""
-        return self._once(self.base, lambda: load_tokenizer(self.base))
+        return self._once(("tokenizer", self.base), lambda: load_tokenizer(self.base))
 
     @cached_property
     def initial_adapter(self) -> Trained | None:
@@ -197,7 +197,7 @@ class RunSetup:
     def packing(self) -> RowPacking:
         """How rows are made for the loaded model."""
         how = self.isolation, self.row_tokens, self.config.train.share_prefixes == "auto"
-        return self._once(how, lambda: RowPacking.of(self.model, *how))
+        return self._once(("packing", *how), lambda: RowPacking.of(self.model, *how))
 
     def make_plan(self, packing: RowPacking, prefix: list[int], max_steps: int | None = None) -> StepPlan:
         """The run's steps, or its first `max_steps`, with the ids `prefix` before every example."""

@@ -90,7 +90,7 @@ def test_ulimit_counts_what_the_process_has(groups):
     python(program)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell nothing about mapped files")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, where Linux tells which files are mapped")
 def test_a_mapped_file_is_given_back_and_stays_as_it_is(tmp_path):
     path, content = tmp_path / "a", os.urandom(2**20) * 64
     path.write_bytes(content)

@@ -36,7 +36,7 @@ print([n for n in (8, 64, 100, 160) if not torch.equal(x[:n] @ W.T, all_rows[:n]
 """
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL")
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL, which torch has on x86 processors only")
 def test_a_row_of_a_product_does_not_depend_on_how_many_there_are():
     # in a process of its own: MKL reads the setting before its first product
     ended = subprocess.run([sys.executable, "-c", EQUAL_ROWS], capture_output=True, text=True, check=True)
