@@ -1,6 +1,7 @@
-"""`train.learning_rate: auto` against a grid of eight rates, each trained to its end, on five tasks.
+"""`train.learning_rate: auto` against a grid of eight rates, each trained to its end, on six tasks.
 
-    python benchmarks/learning_rate.py [--tasks sst2,e2e,reviews,text,reversed] [--seeds 0,1,2] [--rates 0.001,0.002]
+    python benchmarks/learning_rate.py [--tasks sst2,e2e,reviews,text,reversed,condition] [--seeds 0,1,2] [--rates 0.001,0.002]
+                                       [--targets q,v]
 
 Prints a line of JSON per task: the eval losses with each rate and with `auto`, one a seed, how much more the mean of `auto`
 is than the least mean of the grid, the rates it chose, what the trials scored, and how long a command took, in times of a run
@@ -26,17 +27,22 @@ RATES = (1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 LABELS = {"completion": " {label}", "label_names": {"label": ["negative", "positive"]}, "max_length": 128}
 REVIEW = LABELS | {"prompt": "Review: {sentence}\nSentiment:"}
 E2E = {"train": "e2e.jsonl", "eval": "e2e_eval.jsonl", "max_train_examples": 480, "max_length": 256}
+REVIEWS = {
+    "train": "reviews_train.jsonl",
+    "eval": "reviews_eval.jsonl",
+    "max_train_examples": 400,
+    "max_eval_examples": 200,
+}
+REVIEWS |= {"truncate": "start", "max_length": 128}
 TASKS: dict[str, dict] = {  # name -> its `data`
     "sst2": {"train": "sst2.jsonl", "eval": "sst2_eval.jsonl", "max_train_examples": 1000, "max_eval_examples": 400}
     | REVIEW,
     "e2e": E2E | {"prompt": "{input}\n", "completion": "{output}"},
-    "reviews": {"train": "reviews_train.jsonl", "eval": "reviews_eval.jsonl", "max_train_examples": 400}
-    | {"max_eval_examples": 200, "truncate": "start"}
-    | LABELS
-    | {"prompt": "Review: {review}\nSentiment:"},
+    "reviews": REVIEWS | LABELS | {"prompt": "Review: {review}\nSentiment:"},
     "text": {"train": "text.jsonl", "eval": "text_eval.jsonl", "max_train_examples": 320, "max_length": 96}
     | {"text": "{text}"},
     "reversed": E2E | {"prompt": "{output}\n", "completion": "{input}"},
+    "condition": REVIEWS | {"prompt": "Review: {review}\nCondition:", "completion": " {condition}"},
 }
 BATCH = 8
 
@@ -68,13 +74,13 @@ def write_tasks(options: argparse.Namespace, folder: Path) -> None:
     write_rows(folder / "text.jsonl", texts[80:])
 
 
-def write_config(folder: Path, task: str, rate: float | str, seed: int) -> str:
+def write_config(folder: Path, task: str, targets: list[str], rate: float | str, seed: int) -> str:
     """Write the config of a run, which evaluates its last step; its name."""
     steps = TASKS[task]["max_train_examples"] // BATCH
     train = {"batch_size": BATCH, "learning_rate": rate, "seed": seed, "eval_steps": steps, "save_steps": steps}
     config = {
         "model": {"name": "model"},
-        "adapter": {"rank": 8, "alpha": 16, "targets": ["q", "v"]},
+        "adapter": {"rank": 8, "alpha": 16, "targets": targets},
         "data": TASKS[task],
         "train": train | {"evaluate_base": False, "report_to": []},
         "output": f"{task}-{rate}-{seed}",
@@ -90,13 +96,13 @@ def train(folder: Path, names: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def compare(folder: Path, task: str, rates: list[float], seeds: list[int]) -> dict:
+def compare(folder: Path, task: str, targets: list[str], rates: list[float], seeds: list[int]) -> dict:
     """The losses of the grid and of `auto`."""
     losses: dict[float | str, list[float]] = {rate: [] for rate in (*rates, "auto")}
     chosen, tried, times = [], [], []
     for seed in seeds:
-        seconds = train(folder, [write_config(folder, task, rate, seed) for rate in rates])
-        auto_seconds = train(folder, [write_config(folder, task, "auto", seed)])
+        seconds = train(folder, [write_config(folder, task, targets, rate, seed) for rate in rates])
+        auto_seconds = train(folder, [write_config(folder, task, targets, "auto", seed)])
         records = {rate: json.loads((folder / f"{task}-{rate}-{seed}/lora_ft.json").read_text()) for rate in losses}
         for rate, record in records.items():
             losses[rate].append(round(record["metrics"]["loss"], 4))
@@ -105,7 +111,7 @@ def compare(folder: Path, task: str, rates: list[float], seeds: list[int]) -> di
         times.append(round(auto_seconds / (seconds / len(rates)), 2))
     means = {rate: statistics.mean(of_seeds) for rate, of_seeds in losses.items()}
     above = means["auto"] / min(means[rate] for rate in rates) - 1
-    facts = {"task": task, "losses": losses, "above_the_grid": round(above, 4), "chosen": chosen}
+    facts = {"task": task, "targets": targets, "losses": losses, "above_the_grid": round(above, 4), "chosen": chosen}
     return facts | {"tried": tried, "times_a_run": times}
 
 
@@ -115,6 +121,7 @@ def main() -> None:
     add_sources(parser)
     parser.add_argument("--reviews", type=Path, default="data", help="the folder of reviews_train.jsonl")
     parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--targets", default="q,v")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rates", default=",".join(map(str, RATES)))
     options = parser.parse_args()
@@ -122,7 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_tasks(options, Path(name))
         for task in options.tasks.split(","):
-            print(json.dumps(compare(Path(name), task, rates, seeds)), flush=True)
+            print(json.dumps(compare(Path(name), task, options.targets.split(","), rates, seeds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ The trials are ordinary runs in the output's folder learning_rate/, LoRA's train
 stopped command goes on where it was.
 """
 
+import gc
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from lora_ft.distributed import processes
 from lora_ft.model.device import prepare_device
 from lora_ft.model.files import resolve
 from lora_ft.model.load import load_model_config
+from lora_ft.training.lock import locked
 from lora_ft.training.output import remove_checkpoint
 from lora_ft.training.resume import check_output
 from lora_ft.training.setup import RunSetup
@@ -55,36 +58,33 @@ def with_learning_rate(
     """
     if config.train.learning_rate != AUTO:
         return config, {}
-    output, is_main = Path(config.output), processes.is_main()
-    device = prepare_device(config.trainer.use_cpu)
-    processes.init_process_group(device, config.trainer.ddp_timeout, config.trainer.ddp_backend)
-    record = processes.broadcast(lambda: newest_record(output) if resume else None)
-    if not resume:
-        processes.broadcast(lambda: check_output(output, overwrite))
-    if record:
+    output = Path(config.output)
+    setup = check_run(config, resume=resume, overwrite=overwrite, trust=trust)
+    if record := processes.broadcast(lambda: newest_record(output) if resume else None):
         return chosen_before(config, record), {TRIALS: record[TRIALS]}
     width = load_model_config(resolve(config.model.name, config.model.revision, trust)).get_text_config().hidden_size
+    steps, rows = len(setup.make_plan(RowPacking(1), [])), setup.train_set.report.used
+    if steps * PART < FEWEST_STEPS or rows < 2:
+        rate, few = two_digits(usual_rate(config, width)), "rows" if rows < 2 else "steps"
+        info(f"learning rate: {rate:g}, the usual one: the run has too few {few} to try others")
+        return with_rate(config, rate), {TRIALS: {"tried": []}}
     rates = rates_to_try(config, width)
     trials = {rate: trial_config(config, rate) for rate in rates}
-    steps = steps_of(next(iter(trials.values())), device, trust)
-    if steps < FEWEST_STEPS:
-        rate = two_digits(usual_rate(config, width))
-        info(f"learning rate: {rate:g}, the usual one: the run has too few steps to try others")
-        return with_rate(config, rate), {TRIALS: {"tried": []}}
     info(f"learning rate: trying {listed([f'{rate:g}' for rate in rates])} in short runs, on rows held out of train")
-    if overwrite and is_main:
-        for trial in trials.values():
-            (Path(trial.output) / SCORES).unlink(missing_ok=True)
-    run_trials(trials, stopper, resume=resume, overwrite=overwrite, trust=trust)
-    losses = {rate: score and score[0] for rate, score in scores_of(trials).items()}
-    if not any(loss is not None for loss in losses.values()):
-        raise NumbersError(
-            f"train.learning_rate: auto: the numbers overflow with each of {listed([*map(str, rates)])}."
-        )
-    if is_main:
-        for trial in trials.values():
-            for checkpoint in checkpoints(Path(trial.output)):
-                remove_checkpoint(checkpoint)
+    with locked(output) if processes.is_main() else nullcontext():
+        if processes.is_main() and not resume:  # scores of a command that was stopped, maybe on other data
+            for trial in trials.values():
+                (Path(trial.output) / SCORES).unlink(missing_ok=True)
+        run_trials(trials, output, stopper, resume=resume, overwrite=overwrite, trust=trust)
+        losses = {rate: score and score[0] for rate, score in scores_of(trials).items()}
+        if not any(loss is not None for loss in losses.values()):
+            raise NumbersError(
+                f"train.learning_rate: auto: the numbers overflow with each of {listed([*map(str, rates)])}."
+            )
+        if processes.is_main():
+            for trial in trials.values():
+                for checkpoint in checkpoints(Path(trial.output)):
+                    remove_checkpoint(checkpoint)
     best = best_rate(losses)
     info(f"learning rate: {best:g}, by the loss on held-out rows: {'; '.join(map(in_words, losses, losses.values()))}")
     return with_rate(config, best), {
@@ -92,12 +92,16 @@ def with_learning_rate(
     }
 
 
-def steps_of(trial: Config, device: str, trust: Trust) -> int:
-    """The steps of a trial. Raises what its files and data make training raise before any weights are loaded."""
-    setup = RunSetup(trial, device, trust)
+def check_run(config: Config, *, resume: bool, overwrite: bool, trust: Trust) -> RunSetup:
+    """A run that can begin, as far as its output, files and data say; raises what they make training raise."""
+    device = prepare_device(config.trainer.use_cpu)
+    processes.init_process_group(device, config.trainer.ddp_timeout, config.trainer.ddp_backend)
+    if not resume:
+        processes.broadcast(lambda: check_output(Path(config.output), overwrite))
+    setup = RunSetup(config, device, trust)
     with processes.local_main_first():
         setup.read_files()
-    return len(setup.make_plan(RowPacking(1), []))
+    return setup
 
 
 def in_words(rate: float, loss: float | None) -> str:
@@ -112,18 +116,19 @@ def scores_of(trials: Mapping[float, Config]) -> dict[float, Score]:
 
 
 def run_trials(
-    trials: Mapping[float, Config], stopper: Stopper, *, resume: bool, overwrite: bool, trust: Trust
+    trials: Mapping[float, Config], output: Path, stopper: Stopper, *, resume: bool, overwrite: bool, trust: Trust
 ) -> None:
-    """Train each trial, unless that is done, and keep its score."""
+    """Train each trial for the run of `output`, unless that is done, and keep its score."""
     known = scores_of(trials)
     waiting = {rate: trial for rate, trial in trials.items() if rate not in known}
-    train = partial(train_run, stopper=stopper, resume=resume, overwrite=overwrite, trial=True, trust=trust)
+    train = partial(train_run, stopper=stopper, resume=resume, overwrite=overwrite, trial_of=output, trust=trust)
     for rate, error in (train_together(waiting, stopper, train) or train_one_by_one(waiting, train)).items():
         if error and not isinstance(error, NumbersError):
             raise error
         if processes.is_main():
             record = None if error else newest_record(Path(waiting[rate].output))
             keep_score(waiting[rate], END, score_of(record, METRIC) if record else None)
+    gc.collect()  # a Trainer and its callbacks refer to each other, and so keep the base
 
 
 def train_together(
@@ -140,6 +145,8 @@ def train_together(
         runs = together.train(stories, settings.micro_batch_tokens, settings.gradient_checkpointing)
     except ConfigError:
         return {}
+    if any(isinstance(run.error, ConfigError) for run in runs):  # found at the first step
+        return {}
     return {rate: run.error for rate, run in zip(trials, runs, strict=True)}
 
 
@@ -149,6 +156,7 @@ def train_one_by_one(trials: Mapping[float, Config], train: Callable[..., None])
     for rate, trial in trials.items():
         try:
             train(trial)
+            gc.collect()
         except NumbersError as error:
             info(f"{rate:g}: {error}")
             ends[rate] = error

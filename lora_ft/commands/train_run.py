@@ -19,7 +19,6 @@ from lora_ft.core.storage import append_line
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.prepare import find_chat
 from lora_ft.distributed import processes
-from lora_ft.distributed.environment import with_accelerate_settings
 from lora_ft.evaluation.evaluate import Evaluator
 from lora_ft.evaluation.samples import generate_samples
 from lora_ft.evaluation.telling_rows import describe_rows
@@ -47,15 +46,16 @@ def train_run(
     resume: bool = False,
     overwrite: bool = False,
     until: float | None = None,
-    trial: bool = False,
+    trial_of: Path | None = None,
     trust: Trust = NO_TRUST,
     together: Together | None = None,
     facts: dict | None = None,
 ) -> None:
     """Train an adapter; together: with the other runs of this process.
 
-    until: stop after this step, or below 1 after this part of the run; resuming goes on from there. trial: end with the last
-    checkpoint, which has the score, and without an adapter. facts: what else its record is to say.
+    until: stop after this step, or below 1 after this part of the run; resuming goes on from there. trial_of: the output of the
+    run whose learning rate this one tries; it ends with the last checkpoint, which has the score, and without an adapter.
+    facts: what else its record is to say.
 
     Raises:
         UserError: as the exit codes say; an earlier run is left alone until config, data, model and targets are checked.
@@ -65,7 +65,6 @@ def train_run(
     with locked(output) if is_main else nullcontext():
         # ---- open: the processes, and what the output holds ----
         stopper.hint = resume_hint(started="--overwrite" not in sys.argv)
-        config = with_accelerate_settings(config)
         device = prepare_device(config.trainer.use_cpu)
         processes.init_process_group(device, config.trainer.ddp_timeout, config.trainer.ddp_backend)
         checkpoint = processes.broadcast(lambda: resuming.find_starting_point(output, config, resume, overwrite))
@@ -75,7 +74,7 @@ def train_run(
             return
 
         # ---- load: files and data, then the model and its steps ----
-        setup = RunSetup(config, device, trust, checkpoint, before, together)
+        setup = RunSetup(config, device, trust, checkpoint, before, together, TUNING_SET if trial_of else None)
         args = setup.arguments
         if config.train.predict_with_generate:
             check_installed(config.generation.metrics)
@@ -83,8 +82,9 @@ def train_run(
             setup.read_files()
         model, plan, state = setup.model, setup.plan, setup.state
         last, is_tuning = last_step(until, len(plan)), TUNING_SET in eval_sets(config.data.eval)
-        pauses = trial or last < len(plan)
-        if state and pauses and state.step >= last:
+        pauses = trial_of is not None or last < len(plan)
+        is_scored = not is_tuning or bool(before and before["metrics"])  # else it was stopped while it was scored
+        if state and pauses and state.step >= last and is_scored:
             info(f"already at step {state.step} of {len(plan)}: nothing to do until step {last}")
             return
         setup.print_summary()
@@ -105,11 +105,12 @@ def train_run(
 
         # ---- begin: from here on the output changes ----
         if together:
-            together.wait_for_others(model, last - (state.step if state else 0))
+            together.wait_for_others(model, last - (state.step if state else 0), args.bf16)
         if is_main and before:
             resuming.announce_resume(before, record, state, len(plan), output)
         elif is_main:
-            clear(output)  # with --overwrite a run; else at most the log of one killed before its first checkpoint
+            for folder in filter(None, (output, trial_of)):
+                clear(folder)  # with --overwrite a run; else at most the log of one killed before its first checkpoint
         stopper.hint = resume_hint(started=True)
         saver = Saver(output, setup, record, partial(evaluate, stopper.check), evaluate.base_rows)
         args.max_steps = len(plan)
@@ -139,14 +140,16 @@ def train_run(
             raise
 
         # ---- finish: the best step's adapter, the report, the record ----
-        if together is None and until is None and not trial:  # else there may be more to train
+        if together is None and until is None and not trial_of:  # else there may be more to train
             processes.destroy_process_group()
         if not is_main:
             return
         ended = trainer.state.global_step
         if pauses and ended == last:
-            why = f"stopped after step {last}, until which --until has it train"
-            write_report(output, record, "A trial of a learning rate, which ends without an adapter." if trial else why)
+            why = f"stopped after step {last}, as --until asked"
+            write_report(
+                output, record, "A trial of a learning rate, which ends without an adapter." if trial_of else why
+            )
             if not is_tuning:  # what tunes goes on by itself
                 info(f"stopped after step {last} of {len(plan)}, which is saved. Continue with --resume.")
             return

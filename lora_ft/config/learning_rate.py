@@ -87,10 +87,11 @@ def trial_config(config: Config, rate: float) -> Config:
         warmup_steps=shorter(train.warmup_steps),
         report_to=[],
     )
-    if not scheduler:
-        return trial
-    kwargs = {name: shorter(value) if name.endswith("_steps") else value for name, value in scheduler.items()}
-    return trial.model_copy(update={"trainer": trial.trainer.model_copy(update={"lr_scheduler_kwargs": kwargs})})
+    settings: dict = {"eval_on_start": False}
+    if scheduler:
+        kwargs = {name: shorter(value) if name.endswith("_steps") else value for name, value in scheduler.items()}
+        settings["lr_scheduler_kwargs"] = kwargs
+    return trial.model_copy(update={"trainer": trial.trainer.model_copy(update=settings)})
 
 
 def shorter(steps: float) -> float:

@@ -28,18 +28,19 @@ def check_together(configs: Mapping[str, Config]) -> None:
     for name, config in configs.items():
         if config.adapter.method != "lora":
             raise ConfigError(
-                f"{name}: adapter.method {config.adapter.method}: only LoRA can be trained together. Train it alone."
+                f"{name}: adapter.method {config.adapter.method}: only LoRA can be trained together. Train this one alone."
             )
         for setting in ("train_modules", "train_tokens", "add_tokens"):
             if getattr(config.adapter, setting):
                 raise ConfigError(
-                    f"{name}: adapter.{setting}: several configs share the base's modules. Train it alone."
+                    f"{name}: adapter.{setting} is not supported for several configs. Train this one alone."
                 )
         if config.trainer.fsdp:
-            raise ConfigError(f"{name}: trainer.fsdp is not supported for several configs. Train it alone.")
-        if "wandb" in config.train.report_to:
+            raise ConfigError(f"{name}: trainer.fsdp is not supported for several configs. Train this one alone.")
+        if other := [tracker for tracker in config.train.report_to if tracker != "tensorboard"]:
             raise ConfigError(
-                f"{name}: train.report_to: wandb has one run per process. Leave it out, or train it alone."
+                f"{name}: train.report_to: {', '.join(other)} is not supported for several configs, as most trackers have one "
+                "run per process. Leave it out, or train this one alone."
             )
         folder = Path(config.output).resolve()
         if folder in outputs:
@@ -51,7 +52,7 @@ def check_together(configs: Mapping[str, Config]) -> None:
             if a != b:
                 raise ConfigError(
                     f"{setting}: {format_value(a)} in {first}, {format_value(b)} in {name}. Configs that are trained "
-                    "together have it in common."
+                    "together must have the same."
                 )
 
 

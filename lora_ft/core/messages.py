@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from lora_ft.core.terminal import ACTIVITY, can_draw, columns, doing, is_terminal, wrapped
@@ -114,11 +114,18 @@ def info(message: str) -> None:
     """
     text = "\n".join(_prefix + printable(line, 2000) for line in message.split("\n"))
     try:
-        print(wrapped(text, columns(sys.stderr)), file=sys.stderr, flush=True)
+        with _above_bars():
+            print(wrapped(text, columns(sys.stderr)), file=sys.stderr, flush=True)
     except BrokenPipeError:
         raise
     except OSError:
         pass
+
+
+def _above_bars() -> AbstractContextManager[None]:
+    """Take the progress bars off the terminal, and draw them below what was printed meanwhile."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    return bars.external_write_mode(file=sys.stderr) if bars else nullcontext()
 
 
 def warn(message: str) -> None:

@@ -54,6 +54,11 @@ class Stopper:
         if self.received is not None:
             raise Stopped(self.received, self.hint)
 
+    def wait(self) -> None:
+        """Let the process take its time after all: it has something to save elsewhere."""
+        if self._last_resort is not None:
+            self._last_resort.cancel()
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:
             if "LOCAL_RANK" in os.environ and time.monotonic() - self._received_at < DUPLICATE_SECONDS:

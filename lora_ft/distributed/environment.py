@@ -1,6 +1,7 @@
 """The settings that `accelerate launch` leaves in the environment."""
 
 import os
+from collections.abc import Mapping
 
 from accelerate.utils.environment import str_to_bool
 
@@ -9,8 +10,10 @@ from lora_ft.config.schema import Config
 from lora_ft.core.errors import ConfigError
 
 
-def with_accelerate_settings(config: Config) -> Config:
-    """`config` with the settings of `accelerate launch` and its config file, wherever it has none of its own.
+def with_accelerate_settings(configs: Mapping[str, Config]) -> dict[str, Config]:
+    """The configs with the settings of `accelerate launch` and its config file, wherever they have none of their own.
+
+    Takes FSDP's out of the environment, so all configs of the process are given at once.
 
     Raises:
         ConfigError: accelerate asks for something that lora-ft does not support, or not with these settings.
@@ -30,6 +33,9 @@ def with_accelerate_settings(config: Config) -> Config:
     defaults = {"use_cpu": "USE_CPU" in on, "fsdp": "USE_FSDP" in on, "bf16": precision == "bf16"}
     settings = {name: True for name, value in defaults.items() if value}
     if not settings:
-        return config
-    settings |= config.trainer.model_dump(mode="json")
-    return parse_config(config.model_dump(mode="json") | {"trainer": settings}, source="accelerate's config")
+        return {**configs}
+    values = {name: config.model_dump(mode="json") for name, config in configs.items()}
+    return {
+        name: parse_config(of | {"trainer": settings | of["trainer"]}, source="accelerate's config")
+        for name, of in values.items()
+    }

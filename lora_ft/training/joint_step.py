@@ -7,11 +7,13 @@ their order, and draw from its own generators.
 import copy
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,7 +30,7 @@ from lora_ft.nn.loss import supervised_losses
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.nn.rows import Segment
 
-ENOUGH = {"cpu": 320}  # tokens of a row: longer ones take more memory and are hardly faster (docs/training.md)
+ENOUGH = {"cpu": 320}  # tokens of a row: longer ones take more memory than they save time (docs/training.md)
 
 
 class RunGenerators:
@@ -75,34 +77,36 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
 class JointModel:
     """One base under the adapters of several runs, whose own models are clones of it.
 
-    row_tokens: the setting train.micro_batch_tokens.
+    row_tokens: the setting train.micro_batch_tokens. bf16: the setting of the Trainer, which has accelerate
+    wrap a run's own model so.
 
     Raises:
-        ConfigError: the base has dropout of its own, and its layers are to be computed again.
+        ConfigError: as `check_joint`.
     """
 
     def __init__(
-        self, base: PreTrainedModel, models: Mapping[int, PreTrainedModel], row_tokens: int | str, checkpointing: bool
+        self,
+        base: PreTrainedModel,
+        models: Mapping[int, PreTrainedModel],
+        row_tokens: int | str,
+        checkpointing: bool,
+        bf16: bool = False,
     ):
         self.model, device = clone(base), base.device.type
+        if bf16:
+            forward = torch.autocast(device, torch.bfloat16)(type(self.model).forward)
+            self.model.forward = MethodType(convert_outputs_to_fp32(forward), self.model)
         self.row_tokens = row_limit(row_tokens, device)
         layers = {run: lora_layers(model) for run, model in models.items()}
-        for path in dict.fromkeys(path for own in layers.values() for path in own):
-            if is_expert(path):  # whose input is some of a row's tokens, in another order
-                raise ConfigError(
-                    "adapter.targets: runs that adapt experts can't be trained together. Train them one by one."
-                )
+        paths = [*dict.fromkeys(path for own in layers.values() for path in own)]
+        check_joint(base, paths, checkpointing)
+        for path in paths:
             own = {run: of_run[path] for run, of_run in layers.items() if path in of_run}
             self.model.set_submodule(path, JointLoRALinear(base.get_submodule(path), own))
-        settings = base.config.get_text_config().to_dict().items()
-        if not checkpointing:
-            keep_gate_and_up(self.model)
-        elif any("drop" in key and isinstance(value, float) and value > 0 for key, value in settings):
-            raise ConfigError(
-                "train.gradient_checkpointing: with this model, which has dropout, train one config at a time."
-            )
-        else:
+        if checkpointing:
             self.model.gradient_checkpointing_enable()
+        else:
+            keep_gate_and_up(self.model)
 
     def add_gradients(self, steps: Sequence[RunStep], check: Callable[[], None]) -> dict[int, Tensor]:
         """Add the gradients of each run's mean loss to those of its parameters, equally on every process.
@@ -144,11 +148,34 @@ class JointModel:
         }
         inputs = {key: x.to(self.model.device, non_blocking=True) for key, x in joined.items()}
         counts = [len(micro["keep"]) for _, micro in row]
+        outside = random_states()
         with row[0][0].isolation.row(self.model, segments), parts_of_row(parts):
             losses = supervised_losses(self.model, **inputs, counts=counts)
             means = [loss / max(1, s.step["total"]) for (s, _), loss in zip(row, losses, strict=True)]
             torch.stack(means).sum().backward()
+        if any(not torch.equal(state, outside.get(kind, state)) for kind, state in random_states().items()):
+            raise NotImplementedError("it draws random numbers that belong to no run")
         return {s.run: loss.detach() for (s, _), loss in zip(row, losses, strict=True)}
+
+
+def check_joint(base: PreTrainedModel, adapted: Iterable[str], checkpointing: bool) -> None:
+    """Refuse runs that can't be computed together on this base, of which they adapt these modules.
+
+    Raises:
+        ConfigError: they adapt experts; or the base has dropout of its own, and its layers are to be computed again.
+    """
+    if any(map(is_expert, adapted)):  # whose input is some of a row's tokens, in another order
+        raise ConfigError("adapter.targets: runs that adapt experts can't be trained together. Train them one by one.")
+    has_dropout = any(
+        "drop" in key and isinstance(value, float) and value > 0
+        for key, value in base.config.get_text_config().to_dict().items()
+        if not key.startswith(("classifier_", "summary_"))  # of heads that a language model has not
+    )
+    if checkpointing and has_dropout:
+        raise ConfigError(
+            "train.gradient_checkpointing is not supported for several configs of a model that has dropout of its own. Set it "
+            "to false, or train them one by one."
+        )
 
 
 def row_limit(setting: int | str, device: str) -> int:
@@ -176,6 +203,15 @@ def rows(steps: Sequence[RunStep], most: int) -> list[list[tuple[RunStep, MicroB
     return joined
 
 
+def _can_share_row(a: RunStep, b: RunStep) -> bool:
+    """Whether two runs can have a row in common.
+
+    Not by a mask, which hides the tokens of others by weights of 0: 0 times a number that is not finite is not 0, and a run of
+    which one is so would take the others along.
+    """
+    return a.isolation is b.isolation is Isolation.ATTENTION
+
+
 def tokens_of(micro: MicroBatch) -> int:
     """The number of tokens in a micro-batch."""
     return micro["input_ids"].shape[1]
@@ -189,9 +225,7 @@ def _first_fit(own: Sequence[tuple[RunStep, list[MicroBatch]]], most: int) -> li
         place = 0
         for m in micro:
             size = tokens_of(m)
-            while place < len(joined) and (
-                sizes[place] + size > most or Isolation.ONE_PER_ROW in (s.isolation, joined[place][0][0].isolation)
-            ):
+            while place < len(joined) and (sizes[place] + size > most or not _can_share_row(s, joined[place][0][0])):
                 place += 1
             if place == len(joined):
                 joined.append([])

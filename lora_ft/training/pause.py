@@ -18,6 +18,9 @@ class Pause(TrainerCallback):
     def __init__(self, last: int, evaluates: bool):
         self.last, self.evaluates = last, evaluates
 
+    def on_epoch_begin(self, args, state, control, **_):
+        control.should_training_stop |= state.global_step >= self.last  # stopped while it was scored, which is done now
+
     def on_step_end(self, args, state, control, **_):
         if state.global_step >= self.last:
             control.should_save = control.should_training_stop = True

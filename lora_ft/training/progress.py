@@ -50,9 +50,7 @@ class ProgressBar(TrainerCallback):
         self._line(state, f", eval: {scores}")
 
     def _line(self, state, text: str) -> None:
-        self.bar.clear()
         info(f"step {state.global_step} of {state.max_steps}{text}")
-        self.bar.refresh()
 
     def on_train_end(self, args, state, control, **_):
         self.bar.close()

@@ -8,7 +8,7 @@ from lora_ft.core import run_folder
 from lora_ft.core.disk import rename
 from lora_ft.core.errors import FilesError
 from lora_ft.core.messages import warn
-from lora_ft.core.storage import atomic_folder, require_space, write_file
+from lora_ft.core.storage import atomic_folder, require_space, write_file, write_json
 from lora_ft.distributed import processes
 from lora_ft.methods.interface import METHODS
 from lora_ft.methods.lora.files import write_record
@@ -56,8 +56,9 @@ class Saver:
             return
         folder = run_folder.checkpoint_of(self.output, state.step)
         if folder.exists():
-            if is_intact(folder):
-                return  # an interruption wrote it, and the run reached the same step again: the same bits
+            if is_intact(folder):  # an interruption wrote it, and the run reached the same step again: the same bits
+                self._add_metrics(folder, state.step)
+                return
             warn(f"checkpoint {folder} is damaged; renamed to {set_aside(folder)}")
         state.keep_base_rows(self.base_rows)
         trained = 4 * sum(p.numel() for p in trainable(self.model).values())
@@ -74,6 +75,12 @@ class Saver:
                 f"{folder}: what was written reads back differently; is the disk failing? Older checkpoints were kept."
             )
         self.rotate(state.step, best_step)
+
+    def _add_metrics(self, folder: Path, step: int) -> None:
+        """Add to a checkpoint's record the metrics that an interrupted evaluation left owing."""
+        record = run_folder.read_record(folder, FilesError)
+        if record and step in self.evaluations and not record["metrics"]:
+            write_json(folder / run_folder.RECORD, record | {"metrics": self.evaluations[step]})
 
     def rotate(self, step: int, best_step: int | None) -> None:
         """Remove the oldest checkpoints beyond the limit, but never the best one or those from `step` on."""

@@ -40,7 +40,8 @@ from lora_ft.training.together import Together
 class RunSetup:
     """The parts of a run, each made when first used. before: the record of the `checkpoint` to resume from.
 
-    together: with which runs it is trained; what is the same for all of them is made once.
+    together: with which runs it is trained; what is the same for all of them is made once. scored: the only eval set that is
+    evaluated; others are only held out of train.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class RunSetup:
     checkpoint: Path | None = None
     before: dict | None = None
     together: Together | None = None
+    scored: str | None = None
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         return self.together.once(key, make) if self.together else make()
@@ -108,6 +110,8 @@ class RunSetup:
     def data(self) -> tuple[Examples, dict[str, Examples]]:
         """The training examples, and the eval sets by name. Raises as `prepare`, and as `check_data` for a resumed run."""
         train_set, eval_sets = prepare(self.config.data, self.tokenizer, self.config.train.seed)
+        if self.scored:
+            eval_sets = {self.scored: eval_sets[self.scored]}
         if self.before:
             check_data(self.before, tokenizer_hash(self.tokenizer), train_set, eval_sets)
         return train_set, eval_sets

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lora_ft.core import messages
-from lora_ft.core.errors import ConfigError, UserError
+from lora_ft.core.errors import ConfigError, NumbersError, UserError
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.data.batches import Shard, Step
+from lora_ft.distributed import processes
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
 from lora_ft.nn.attention import Isolation
@@ -73,6 +74,13 @@ class Run:
         self.state: ProcessState | None = None
         self.error: BaseException | None = None
 
+    def named_error(self) -> BaseException:
+        """The error, whose message says which run it was."""
+        assert self.error is not None
+        if isinstance(self.error, UserError):
+            self.error.args = (f"{self.name}: {self.error}",)
+        return self.error
+
     def _tell(self) -> None:
         try:
             self.story()
@@ -91,12 +99,13 @@ class Together:
     def __init__(self, stopper: Stopper, count: int):
         self.stopper, self.count = stopper, count
         self._scheduler: greenlet = getcurrent()
+        self._prefix = messages.prefix()
         self._running: Run | None = None
         self._base: PreTrainedModel | None = None
         self._made: dict[Hashable, Any] = {}
         self._models: dict[int, PreTrainedModel] = {}
         self._joint: JointModel | None = None
-        self._steps = 0
+        self._steps, self._bf16 = 0, False
 
     # ---- for a run ----
 
@@ -112,10 +121,11 @@ class Together:
             self._base = load_base(base, dtype, device, quantization)
         return clone(self._base)
 
-    def wait_for_others(self, model: PreTrainedModel, steps: int) -> None:
-        """Wait until every run can begin; `model` is that of this one, which has `steps` to do."""
+    def wait_for_others(self, model: PreTrainedModel, steps: int, bf16: bool) -> None:
+        """Wait until every run can begin; `model` is that of this one, which has `steps` to do. bf16: as of all the others."""
         assert self._running is not None
         self._models[self._running.number] = model
+        self._bf16 = bf16
         self._steps += steps
         self._scheduler.switch(None)
 
@@ -134,25 +144,20 @@ class Together:
         """Carry out the runs by their names, with rows of at most `row_tokens`; all of them as they ended.
 
         Raises:
-            Exception, Stopped: a run could not begin; none did.
+            Exception, Stopped: a run could not begin; none did. Or one of several processes failed, and with it all runs.
         """
         runs = [Run(number, name, story) for number, (name, story) in enumerate(stories)]
         self.stopper.deferred = True
-        waiting = self._start(runs)
-        if waiting:
-            assert self._base is not None
-            models = {run.number: self._models[run.number] for run in waiting}
-            try:
-                self._joint = JointModel(self._base, models, row_tokens, checkpointing)
-            except ConfigError:
-                self._abandon(waiting)
-                raise
-        steps = self._advance(dict.fromkeys(waiting))
-        with tqdm(total=self._steps, desc="training", bar_format=BAR, disable=None) as bar:
-            while steps:
-                bar.update(len(steps))
-                steps = self._advance(self._compute(steps))
-        self.stopper.deferred = False
+        try:
+            waiting = self._start(runs)
+            self._join(waiting, row_tokens, checkpointing)
+            steps = self._advance(dict.fromkeys(waiting))
+            with tqdm(total=self._steps, desc="training", bar_format=BAR, disable=None) as bar:
+                while steps:
+                    bar.update(len(steps))
+                    steps = self._advance(self._compute(steps))
+        finally:
+            self.stopper.deferred = False
         return runs
 
     def _start(self, runs: Sequence[Run]) -> list[Run]:
@@ -162,12 +167,22 @@ class Together:
             self._switch(run, None)
             if run.error:
                 self._abandon(waiting)
-                if isinstance(run.error, UserError):
-                    run.error.args = (f"{run.name}: {run.error}",)
-                raise run.error
+                raise run.named_error()
             if not run.coroutine.dead:
                 waiting.append(run)
         return waiting
+
+    def _join(self, runs: Sequence[Run], row_tokens: int | str, checkpointing: bool) -> None:
+        """Make the model of the runs that are to be trained."""
+        if not runs:
+            return
+        assert self._base is not None
+        models = {run.number: self._models[run.number] for run in runs}
+        try:
+            self._joint = JointModel(self._base, models, row_tokens, checkpointing, self._bf16)
+        except ConfigError:
+            self._abandon(runs)
+            raise
 
     def _abandon(self, runs: Iterable[Run]) -> None:
         """End runs that wait for others with which they can't be trained; they let go of their outputs."""
@@ -181,8 +196,12 @@ class Together:
             step = self._switch(run, answer)
             if not run.coroutine.dead:
                 steps[run] = step
-            elif isinstance(run.error, UserError):
-                messages.info(f"{run.name}: {run.error}")
+            elif isinstance(run.error, Exception):
+                if processes.world_size() > 1 and not isinstance(run.error, NumbersError):
+                    raise run.named_error()  # of this process: the others would go on with the run
+                what = run.error if isinstance(run.error, UserError) else f"{type(run.error).__name__}: {run.error}"
+                messages.info(f"{run.name}: {what}")
+        self.stopper.wait()
         return steps
 
     def _compute(self, steps: dict[Run, RunStep]) -> dict[Run, Any]:
@@ -191,7 +210,7 @@ class Together:
         try:
             losses = self._joint.add_gradients([*steps.values()], self.stopper.check)
         except Stopped as stop:
-            return {run: Stopped(stop.exit_code - 128) for run in steps}
+            return {run: _copy(stop) for run in steps}
         except Exception as error:
             return dict.fromkeys(steps, error)
         for run, step in steps.items():
@@ -206,7 +225,7 @@ class Together:
             run.state.restore(self.stopper)
         else:
             self.stopper.deferred = False
-            messages.set_prefix(f"{run.name}: ")
+            messages.set_prefix(f"{self._prefix}{run.name}: ")
         self._running = run
         try:
             if isinstance(answer, BaseException):
@@ -216,3 +235,10 @@ class Together:
             self._running = None
             run.state = ProcessState.current(self.stopper)
             outside.restore(self.stopper)
+
+
+def _copy(stop: Stopped) -> Stopped:
+    """The same stop for another run, which adds what became of it."""
+    copy = Stopped(stop.exit_code - 128)
+    copy.__cause__ = stop.__cause__
+    return copy

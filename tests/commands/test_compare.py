@@ -58,6 +58,12 @@ def test_a_setting_to_tune_is_given_once():
         parse_axes("--tune", ["train.learning_rate=1e-4,1e-3", "train.learning_rate=1e-2"])
 
 
+def test_a_rate_is_not_chosen_within_what_is_tuned(config):
+    options = {"vary": [], "overrides": ["train.learning_rate=auto"]}
+    with pytest.raises(ConfigError, match="auto is not supported with --tune"):
+        compare_command(config, tune=["adapter.rank=2,4"], **options)
+
+
 def test_an_eval_set_cannot_be_the_one_to_tune_on(config):
     options = {"vary": [], "tune": ["train.learning_rate=1e-4,1e-3"], "overrides": ["data.eval={tuning: 0.2}"]}
     with pytest.raises(ConfigError, match="another name"):

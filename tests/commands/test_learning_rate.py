@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -248,6 +250,66 @@ def test_a_stopped_command_goes_on_where_it_was(chosen):
     assert record_of(chosen / "stopped")["learning_rate"] == record_of(chosen / "auto")["learning_rate"]
 
 
+def stop_while_trials_are_scored(monkeypatch):
+    """Let a signal come with the first evaluation."""
+    sent = []
+
+    def stopped(self, check, *args, **kwargs):
+        if not sent:  # a second signal would end the process at once
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        check()
+
+    monkeypatch.setattr("lora_ft.evaluation.evaluate.Evaluator.__call__", stopped)
+
+
+def test_trials_stopped_while_they_are_scored_are_scored_when_resumed(chosen, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_while_trials_are_scored(patch)
+        ended = train(chosen, "auto.yaml", "--set", "output=scored", code=128 + signal.SIGTERM)
+        assert "Continue with: lora-ft train auto.yaml --set output=scored --resume" in ended.err
+    train(chosen, "auto.yaml", "--resume", "--set", "output=scored")
+    assert record_of(chosen / "scored")["learning_rate"] == record_of(chosen / "auto")["learning_rate"]
+
+
+def test_a_stopped_choice_that_replaces_a_run_is_resumed(chosen, monkeypatch):
+    shutil.copytree(chosen / "auto", chosen / "begun")
+    change = ("--set", "output=begun", "--set", "train.seed=1")
+    with monkeypatch.context() as patch:
+        stop_while_trials_are_scored(patch)
+        train(chosen, "auto.yaml", "--overwrite", *change, code=128 + signal.SIGTERM)
+    assert not (chosen / "begun/lora_ft.json").exists()
+    train(chosen, "auto.yaml", "--resume", *change)
+    assert record_of(chosen / "begun")["config"]["train"]["seed"] == 1
+
+
+def test_scores_of_a_stopped_command_count_only_when_it_is_resumed(chosen):
+    for path in chosen.glob("auto/learning_rate/*/tuning.json"):
+        scores = json.loads(path.read_text())
+        scores["config"]["output"] = scores["config"]["output"].replace("auto", "anew", 1)
+        scores["scores"]["1.0"] = [9.0, 9.0]  # on other data, say
+        (chosen / "anew/learning_rate" / path.parent.name).mkdir(parents=True)
+        (chosen / "anew/learning_rate" / path.parent.name / "tuning.json").write_text(json.dumps(scores))
+    train(chosen, "auto.yaml", "--set", "output=anew")
+    assert record_of(chosen / "anew")["learning_rate"] == record_of(chosen / "auto")["learning_rate"]
+
+
+def test_what_is_held_out_for_evaluation_is_in_no_trial(chosen):
+    train(chosen, "auto.yaml", "--set", "data.eval=0.25", "--set", "output=held")
+    lines = [json.loads(line) for path in chosen.glob("held/learning_rate/*/log.jsonl") for line in path.open()]
+    scored = [line for line in lines if "eval_tuning_loss" in line]
+    assert len(scored) == 5 and not any(key.startswith("eval_eval") for line in lines for key in line)
+    assert "loss" in record_of(chosen / "held")["metrics"]
+
+
+def test_no_rate_is_tried_if_another_run_cannot_begin(chosen):
+    config = yaml.safe_load((chosen / "auto.yaml").read_text()) | {"output": "never"}
+    for name, rate, data in (("never", "auto", "train.jsonl"), ("missing", 1e-3, "missing.jsonl")):
+        own = {"train": {"learning_rate": rate}, "data": config["data"] | {"train": data}, "output": name}
+        (chosen / f"{name}.yaml").write_text(yaml.safe_dump(config | own))
+    ended = train(chosen, "never.yaml", "missing.yaml", code=3)
+    assert "missing: " in ended.err and "trying" not in ended.err and not (chosen / "never").exists()
+
+
 def test_overwriting_tries_again(chosen):
     shutil.copytree(chosen / "auto", chosen / "replaced")
     train(chosen, "auto.yaml", "--overwrite", "--set", "output=replaced", "--set", "train.seed=1")
@@ -267,6 +329,10 @@ def test_a_short_run_takes_the_usual_rate(chosen):
     ended = train(chosen, "auto.yaml", "--set", "train.max_steps=25", "--set", "output=short")
     assert "too few steps to try" in ended.err and record_of(chosen / "short")["learning_rate"] == {"tried": []}
     train(chosen, "auto.yaml", "--resume", "--set", "train.max_steps=25", "--set", "output=short")
+    write_reviews(chosen / "one.jsonl", 1)
+    one_row = ("data.train=one.jsonl", "train.max_steps=40", "output=one")
+    ended = train(chosen, "auto.yaml", *(word for setting in one_row for word in ("--set", setting)))
+    assert "too few rows to try" in ended.err
 
 
 @pytest.mark.parametrize("setting, of_trial", [(100, 20), (3, 1), (0.5, 0.5), (0, 0)])

@@ -2,8 +2,10 @@
 
 import io
 import json
+import sys
 
 import pytest
+from tqdm import tqdm
 
 from lora_ft.core.messages import SafeStream, escape_controls, info, json_text, printable, redact
 
@@ -29,6 +31,16 @@ def test_a_terminal_gets_colours_and_bars(monkeypatch):
     assert through("\r\x1b[A\x1b[32mok\x1b[0m\n", terminal=True) == "\r\x1b[A\x1b[32mok\x1b[0m\n"
     assert through("\x1b]0;title\x07\x9b2J\u202e", terminal=True) == r"\x1b]0;title\x07\x9b2J\u202e"
     assert through("\r\x1b[A") == r"\r\x1b[A"
+
+
+def test_a_line_is_above_the_bar(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with tqdm(total=3, file=sys.stderr, ascii=True, ncols=40) as bar:
+        bar.update(1)
+        info("said")
+        assert bar.n == 1
+    assert any(line.split("\r")[-1] == "said" for line in terminal.getvalue().split("\n"))
 
 
 @pytest.mark.parametrize("ascii", [True, False])

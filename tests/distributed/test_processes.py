@@ -314,17 +314,18 @@ def test_the_settings_of_accelerate_follow_the_rules_of_a_config(tmp_path, monke
     (tmp_path / "config.yaml").write_text(CONFIG)
     (tmp_path / "full.yaml").write_text(CONFIG.replace("rank: 4, alpha: 8", "method: full"))
     config = load_config(tmp_path / "config.yaml")
-    assert with_accelerate_settings(config) is config
+    configs = {"a": config, "b": config}
+    assert with_accelerate_settings(configs) == configs
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    trainer = with_accelerate_settings(config).trainer
-    assert trainer.bf16 and trainer.fsdp and "ACCELERATE_USE_FSDP" not in os.environ
+    for changed in with_accelerate_settings(configs).values():
+        assert changed.trainer.bf16 and changed.trainer.fsdp and "ACCELERATE_USE_FSDP" not in os.environ
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="accelerate's config: trainer.fsdp: shards a frozen base"):
-        with_accelerate_settings(load_config(tmp_path / "full.yaml"))
+        with_accelerate_settings({"": load_config(tmp_path / "full.yaml")})
     monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
     with pytest.raises(ValueError, match="maybe") as e:
-        with_accelerate_settings(config)
+        with_accelerate_settings(configs)
     assert variable_behind(e.value) == "ACCELERATE_USE_CPU=maybe"
 
 

@@ -12,14 +12,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from lora_ft.commands.train import raise_errors
 from lora_ft.config.load import load_config, parse_config
 from lora_ft.config.together import check_together
-from lora_ft.core.errors import ConfigError
-from lora_ft.core.signals import Stopper
+from lora_ft.core.errors import ConfigError, FilesError, NumbersError
+from lora_ft.core.signals import Stopped, Stopper
+from lora_ft.distributed import processes
 from lora_ft.nn.attention import Isolation
 from lora_ft.training.joint_step import RunGenerators, RunStep, rows, tokens_of
 from lora_ft.training.setup import RunSetup
-from lora_ft.training.together import Together
+from lora_ft.training.together import Run, Together
 from tests.helpers.command import Ended, cli, start
 from tests.helpers.ranks import command
 from tests.helpers.tiny import CONFIG, write_reviews, write_run
@@ -57,7 +59,7 @@ def write_configs(folder: Path, kind: str, changes: dict | None = None) -> list[
         config["train"] |= COMMON
         for settings in (own, (changes or {}).get(name, {})):
             for section, values in settings.items():
-                config[section] |= values
+                config[section] = config.get(section, {}) | values
         config["output"] = f"{kind}-{name}"
         names.append(f"{kind}-{name}.yaml")
         (folder / names[-1]).write_text(yaml.safe_dump(config))
@@ -162,6 +164,72 @@ def test_numbers_that_leave_the_finite_end_their_run_alone(folder):
     assert_same(folder, "alone", "nan", "ac")
 
 
+def test_one_that_is_not_finite_does_not_reach_others_through_a_mask(tmp_path):
+    write_run(tmp_path, "bloom")
+    write_reviews(tmp_path / "others.jsonl", 31)
+    short = {"max_steps": 4, "early_stopping_patience": None, "micro_batch_tokens": 1024}  # all runs in one row
+    explodes = {"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_steps": 0}
+    changes = {name: {"train": short | (explodes if name == "b" else {}), "data": {"eval": None}} for name in RUNS}
+    names = write_configs(tmp_path, "nan", changes)
+    ended = cli(tmp_path, "train", *names)
+    assert ended.code == 5 and "1 of 3 runs failed: nan-b" in ended.err
+
+
+def test_bf16_is_that_of_a_run_alone(tmp_path):
+    write_run(tmp_path)
+    write_reviews(tmp_path / "others.jsonl", 31)
+    short = {"train": {"max_steps": 3, "early_stopping_patience": None}, "data": {"eval": None}}
+    losses = {}
+    for kind, bf16 in (("alone", True), ("together", True), ("exact", False)):
+        names = write_configs(tmp_path, kind, dict.fromkeys(RUNS, short | {"trainer": {"bf16": bf16}}))
+        for some in [names] if kind == "together" else [[name] for name in names]:
+            together(tmp_path, *some)
+        losses[kind] = [trained(tmp_path, kind, name)[0] for name in RUNS]
+    apart = {
+        kind: max(
+            abs(x - y) for a, b in zip(losses["alone"], losses[kind], strict=True) for x, y in zip(a, b, strict=True)
+        )
+        for kind in ("together", "exact")
+    }
+    assert apart["together"] < 0.1 * apart["exact"], apart
+
+
+def test_a_base_that_draws_for_itself_is_refused(tmp_path):
+    write_run(tmp_path, "opt")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"layerdrop": 0.5}))
+    write_reviews(tmp_path / "others.jsonl", 31)
+    ended = cli(tmp_path, "train", *write_configs(tmp_path, "drawn"))
+    assert ended.code == 2 and "can't be trained with several configs at a time: it draws random numbers" in ended.err
+
+
+def test_a_failure_of_one_process_ends_all_runs(monkeypatch):
+    def fails():
+        raise FilesError("the disk is full")
+
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    runs = Together(Stopper(), 1)
+    with pytest.raises(FilesError, match="a: the disk is full"):  # the other process still has the run
+        runs._advance({Run(0, "a", fails): None})
+
+
+@pytest.mark.parametrize(
+    "errors, raised, words",
+    [
+        ([None, NumbersError("x"), FilesError("y")], FilesError, "2 of 3 runs failed: 1, 2"),
+        ([FilesError("y"), NumbersError("x"), None], FilesError, "2 of 3 runs failed: 0, 1"),
+        ([Stopped(2), NumbersError("x"), Stopped(2)], Stopped, "2 of 3 runs stopped"),
+        ([NumbersError("x"), MemoryError("z"), None], MemoryError, "z"),
+    ],
+)
+def test_what_ends_a_command_does_not_depend_on_the_order(errors, raised, words):
+    runs = [Run(n, str(n), lambda: None) for n in range(len(errors))]
+    for run, error in zip(runs, errors, strict=True):
+        run.error = error
+    with pytest.raises(raised, match=words):
+        raise_errors(runs)
+
+
 def test_none_begins_if_one_cannot(folder):
     names = write_configs(folder, "begin", {"c": {"data": {"train": "missing.jsonl"}}})
     ended = cli(folder, "train", *names)
@@ -210,6 +278,7 @@ def test_what_they_have_in_common_is_made_once(folder, monkeypatch):
         ({"trainer": {"bf16": True}}, "trainer.bf16"),
         ({"trainer": {"fsdp": True}}, "trainer.fsdp"),
         ({"train": {"report_to": ["wandb"]}}, "wandb"),
+        ({"train": {"report_to": ["tensorboard", "mlflow"]}}, "report_to: mlflow is not supported"),
         ({"output": "out"}, "output out is that of a too"),
     ],
 )
@@ -224,10 +293,10 @@ def test_what_runs_must_have_in_common_is_named(changes, words):
     assert words in str(error.value)
 
 
-def rows_of(sizes: list[list[int]], most: int) -> list[list[tuple[int, int]]]:
+def rows_of(sizes: list[list[int]], most: int, way: Isolation = Isolation.ATTENTION) -> list[list[tuple[int, int]]]:
     """(run, tokens) in each row of steps with micro-batches of these sizes."""
     micro = [[{"input_ids": torch.zeros(1, size), "keep": torch.zeros(1)} for size in of_run] for of_run in sizes]
-    steps = [RunStep(n, None, Isolation.ATTENTION, {"micro": own}, None) for n, own in enumerate(micro)]  # type: ignore
+    steps = [RunStep(n, None, way, {"micro": own}, None) for n, own in enumerate(micro)]  # type: ignore
     return [[(s.run, tokens_of(m)) for s, m in row] for row in rows(steps, most)]
 
 
@@ -236,6 +305,11 @@ def test_rows_are_few_and_even():
     assert rows_of([[500], [20], [30]], 384) == [[(0, 500)], [(1, 20), (2, 30)]]
     assert rows_of([[50, 60], [10]], 384) == [[(0, 50), (1, 10)], [(0, 60)]]
     assert rows_of([], 384) == rows_of([[]], 384) == []
+
+
+@pytest.mark.parametrize("way", [Isolation.MASK, Isolation.ONE_PER_ROW])
+def test_runs_share_no_row_that_would_not_keep_them_apart(way):
+    assert rows_of([[50, 60], [10]], 384, way) == [[(0, 50)], [(0, 60)], [(1, 10)]]
 
 
 def test_a_row_has_a_run_once_and_in_its_order():

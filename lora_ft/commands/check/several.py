@@ -11,10 +11,12 @@ from lora_ft.commands.check.inspect import Inspection, inspect_run
 from lora_ft.commands.check.memory import Memory, largest_rows
 from lora_ft.config.schema import Config
 from lora_ft.config.together import check_together
+from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import echo_json, format_bytes
 from lora_ft.core.trust import NO_TRUST, Trust
+from lora_ft.methods.lora.inject import lora_layers
 from lora_ft.report.figures import format_duration
-from lora_ft.training.joint_step import row_limit
+from lora_ft.training.joint_step import check_joint, row_limit
 
 
 def check_several(configs: Mapping[str, Config], *, as_json: bool = False, trust: Trust = NO_TRUST) -> None:
@@ -25,6 +27,13 @@ def check_several(configs: Mapping[str, Config], *, as_json: bool = False, trust
     """
     check_together(configs)
     results = {name: inspect_run(config, False, trust) for name, config in configs.items()}
+    for result in results.values():
+        if not result.errors:
+            model, checkpointing = result.setup.dry_run[0], result.setup.config.train.gradient_checkpointing
+            try:
+                check_joint(model, lora_layers(model), checkpointing)
+            except ConfigError as error:
+                result.errors.append(error)
     together = memory_together([*results.values()])
     if as_json:
         facts = {"configs": {name: as_dict(result) for name, result in results.items()}}

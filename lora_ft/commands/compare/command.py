@@ -17,6 +17,7 @@ from lora_ft.commands.compare.variants import (
     ranking_metric,
     tuning_run,
 )
+from lora_ft.config.learning_rate import AUTO
 from lora_ft.config.schema import Config
 from lora_ft.config.tuning import STAGES, better_half, keep_score, kept_scores, score_of, tuning_metric
 from lora_ft.core.errors import ConfigError, FilesError, NumbersError
@@ -61,7 +62,10 @@ def compare_command(
     for variant in variants:  # all config errors come before the first run
         for point in grid:
             tuning_run(variant, point, seed_list[0], folder, tune_steps)
-            final_config(variant, point, seed_list[0], folder, evaluate_base=False)
+            final = final_config(variant, point, seed_list[0], folder, evaluate_base=False)
+            if tuned and final.train.learning_rate == AUTO:
+                way_out = "Set a rate, or tune it: --tune train.learning_rate=1e-4,1e-3"
+                raise ConfigError(f"train.learning_rate: auto is not supported with --tune. {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
     latency = _measured_latency(folder / RESULT)
     results = [VariantResult(variant) for variant in variants]
