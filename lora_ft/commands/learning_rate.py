@@ -59,9 +59,9 @@ def with_learning_rate(
     if config.train.learning_rate != AUTO:
         return config, {}
     output = Path(config.output)
-    setup = check_run(config, resume=resume, overwrite=overwrite, trust=trust)
-    if record := processes.broadcast(lambda: newest_record(output) if resume else None):
+    if record := record_to_resume(config, resume):
         return chosen_before(config, record), {TRIALS: record[TRIALS]}
+    setup = check_run(config, resume=resume, overwrite=overwrite, trust=trust)
     width = load_model_config(resolve(config.model.name, config.model.revision, trust)).get_text_config().hidden_size
     steps, rows = len(setup.make_plan(RowPacking(1), [])), setup.train_set.report.used
     if steps * PART < FEWEST_STEPS or rows < 2:
@@ -72,9 +72,12 @@ def with_learning_rate(
     trials = {rate: trial_config(config, rate) for rate in rates}
     info(f"learning rate: trying {listed([f'{rate:g}' for rate in rates])} in short runs, on rows held out of train")
     with locked(output) if processes.is_main() else nullcontext():
-        if processes.is_main() and not resume:  # scores of a command that was stopped, maybe on other data
-            for trial in trials.values():
-                (Path(trial.output) / SCORES).unlink(missing_ok=True)
+        if processes.is_main() and not resume:
+            folders = [Path(trial.output) for trial in trials.values()]
+            for folder in folders:
+                check_output(folder, overwrite)
+            for folder in folders:  # scores of a command that was stopped, maybe on other data
+                (folder / SCORES).unlink(missing_ok=True)
         run_trials(trials, output, stopper, resume=resume, overwrite=overwrite, trust=trust)
         losses = {rate: score and score[0] for rate, score in scores_of(trials).items()}
         if not any(loss is not None for loss in losses.values()):
@@ -92,10 +95,22 @@ def with_learning_rate(
     }
 
 
-def check_run(config: Config, *, resume: bool, overwrite: bool, trust: Trust) -> RunSetup:
-    """A run that can begin, as far as its output, files and data say; raises what they make training raise."""
+def record_to_resume(config: Config, resume: bool) -> dict | None:
+    """The record of the run in the output, if it has begun and is to be resumed."""
+    connect(config)
+    return processes.broadcast(lambda: newest_record(Path(config.output)) if resume else None)
+
+
+def connect(config: Config) -> str:
+    """Prepare the device, which is returned, and connect the processes."""
     device = prepare_device(config.trainer.use_cpu)
     processes.init_process_group(device, config.trainer.ddp_timeout, config.trainer.ddp_backend)
+    return device
+
+
+def check_run(config: Config, *, resume: bool, overwrite: bool, trust: Trust) -> RunSetup:
+    """A run that can begin, as far as its output, files and data say; raises what they make training raise."""
+    device = connect(config)
     if not resume:
         processes.broadcast(lambda: check_output(Path(config.output), overwrite))
     setup = RunSetup(config, device, trust)
@@ -145,8 +160,6 @@ def train_together(
         runs = together.train(stories, settings.micro_batch_tokens, settings.gradient_checkpointing)
     except ConfigError:
         return {}
-    if any(isinstance(run.error, ConfigError) for run in runs):  # found at the first step
-        return {}
     return {rate: run.error for rate, run in zip(trials, runs, strict=True)}
 
 
@@ -154,10 +167,10 @@ def train_one_by_one(trials: Mapping[float, Config], train: Callable[..., None])
     """Train the trials one after the other; the error of each whose numbers overflowed."""
     ends: dict[float, BaseException | None] = dict.fromkeys(trials)
     for rate, trial in trials.items():
+        gc.collect()  # what is left of the one before, as in `run_trials`
         try:
             train(trial)
-            gc.collect()
         except NumbersError as error:
             info(f"{rate:g}: {error}")
-            ends[rate] = error
+            ends[rate] = error.with_traceback(None)
     return ends

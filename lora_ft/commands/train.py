@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from lora_ft.commands.learning_rate import check_run, with_learning_rate
+from lora_ft.commands.learning_rate import check_run, record_to_resume, with_learning_rate
 from lora_ft.commands.train_run import train_run
 from lora_ft.config.learning_rate import AUTO
 from lora_ft.config.schema import Config
@@ -77,6 +77,8 @@ def with_learning_rates(
     if any(config.train.learning_rate == AUTO for config in configs.values()):
         for name, config in configs.items():
             with named(name):
+                if record_to_resume(config, resume):
+                    continue
                 check_run(config, resume=resume, overwrite=overwrite, trust=trust)
     chosen = {}
     for name, config in configs.items():
@@ -99,9 +101,10 @@ def named(name: str) -> Iterator[None]:
 
 
 def raise_errors(runs: Sequence[Run]) -> None:
-    """Raise what ended one of the runs, if any has not come to its end; which one does not depend on their order.
+    """Raise what ended one of the runs, if any has not come to its end.
 
-    A stop comes first, as all can be resumed, then what is not the user's.
+    A stop comes first, as what it stopped can be resumed; then errors that are not the user's, such as bugs; then the highest
+    exit code.
     """
     errors = {run.name: run.error for run in runs if run.error}
     if not errors:

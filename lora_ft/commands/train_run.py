@@ -27,6 +27,7 @@ from lora_ft.model.device import prepare_device
 from lora_ft.report.runs import evaluation_steps, read_log
 from lora_ft.report.write import write_report
 from lora_ft.training import resume as resuming
+from lora_ft.training.checkpoint import State
 from lora_ft.training.lock import locked
 from lora_ft.training.optimizer import learn_b_faster
 from lora_ft.training.output import clear
@@ -64,7 +65,7 @@ def train_run(
     output, started, is_main = Path(config.output), time.perf_counter(), processes.is_main()
     with locked(output) if is_main else nullcontext():
         # ---- open: the processes, and what the output holds ----
-        stopper.hint = resume_hint(started="--overwrite" not in sys.argv)
+        stopper.hint = resume_hint(started="--overwrite" not in sys.argv or bool(facts))  # facts: of trials
         device = prepare_device(config.trainer.use_cpu)
         processes.init_process_group(device, config.trainer.ddp_timeout, config.trainer.ddp_backend)
         checkpoint = processes.broadcast(lambda: resuming.find_starting_point(output, config, resume, overwrite))
@@ -83,8 +84,7 @@ def train_run(
         model, plan, state = setup.model, setup.plan, setup.state
         last, is_tuning = last_step(until, len(plan)), TUNING_SET in eval_sets(config.data.eval)
         pauses = trial_of is not None or last < len(plan)
-        is_scored = not is_tuning or bool(before and before["metrics"])  # else it was stopped while it was scored
-        if state and pauses and state.step >= last and is_scored:
+        if state and before and pauses and state.step >= last and not _owes_scores(state, before, last):
             info(f"already at step {state.step} of {len(plan)}: nothing to do until step {last}")
             return
         setup.print_summary()
@@ -105,7 +105,7 @@ def train_run(
 
         # ---- begin: from here on the output changes ----
         if together:
-            together.wait_for_others(model, last - (state.step if state else 0), args.bf16)
+            together.wait_for_others(model, last - (state.step if state else 0), setup.isolation, args.bf16)
         if is_main and before:
             resuming.announce_resume(before, record, state, len(plan), output)
         elif is_main:
@@ -164,6 +164,11 @@ def train_run(
         info(f"done in {seconds:.0f} s: {output} holds the adapter of step {step}{_chosen(config, output)}")
         info("\n".join(closing_lines(output, record | result, with_next=together is None)))
         echo(output)
+
+
+def _owes_scores(state: State, before: dict, last: int) -> bool:
+    """Whether a run was stopped while its step `last` was evaluated; before: the record of its checkpoint."""
+    return state.step == last and state.values["owed"]["evaluate"] and not before["metrics"]
 
 
 def _chosen(config: Config, output: Path) -> str:

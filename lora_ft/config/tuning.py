@@ -112,5 +112,5 @@ def refuse_other_settings(folder: Path, before: dict, config: Config) -> None:
     differences = changes(before, config)
     if lines := differences["result"] + differences["longer"]:
         settings = "".join(f"\n  {line}" for line in lines)
-        way_out = "Restore them, or use another folder: compare --output DIR, train --set output=DIR."
+        way_out = "Set them back, or use another folder: compare --output DIR, train --set output=DIR."
         raise ConfigError(f"{folder}: holds a run with other settings:{settings}\n{way_out}")

@@ -54,8 +54,8 @@ class Stopper:
         if self.received is not None:
             raise Stopped(self.received, self.hint)
 
-    def wait(self) -> None:
-        """Let the process take its time after all: it has something to save elsewhere."""
+    def keep_running(self) -> None:
+        """Cancel the exit after EXIT_SECONDS: there is something else to save."""
         if self._last_resort is not None:
             self._last_resort.cancel()
 

@@ -13,7 +13,7 @@ from lora_ft.core.errors import ConfigError
 def with_accelerate_settings(configs: Mapping[str, Config]) -> dict[str, Config]:
     """The configs with the settings of `accelerate launch` and its config file, wherever they have none of their own.
 
-    Takes FSDP's out of the environment, so all configs of the process are given at once.
+    Removes FSDP's flag from the environment, so it is called once, with all configs of the process.
 
     Raises:
         ConfigError: accelerate asks for something that lora-ft does not support, or not with these settings.

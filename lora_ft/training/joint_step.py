@@ -5,11 +5,7 @@ their order, and draw from its own generators.
 """
 
 import copy
-import math
-import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
 
 import torch
@@ -23,50 +19,13 @@ from lora_ft.data.batches import MicroBatch, Shard, Step
 from lora_ft.distributed import processes
 from lora_ft.methods.lora.inject import lora_layers, trainable
 from lora_ft.methods.lora.multi import is_expert
-from lora_ft.model.device import micro_batch_tokens, random_states, set_random_states
+from lora_ft.model.device import random_states
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.joint import JointLoRALinear, Part, parts_of_row
 from lora_ft.nn.loss import supervised_losses
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.nn.rows import Segment
-
-ENOUGH = {"cpu": 320}  # tokens of a row: longer ones take more memory than they save time (docs/training.md)
-
-
-class RunGenerators:
-    """torch's random generators as a run left them; within `drawing` torch draws from them."""
-
-    def __init__(self) -> None:
-        self.states = random_states()
-        self._before: dict[Hashable, dict[str, Tensor]] = {}
-
-    def start_row(self) -> None:
-        """Forget what was drawn: the next row draws again."""
-        self._before.clear()
-
-    @contextmanager
-    def drawing(self, what: Hashable) -> Iterator[None]:
-        """Draw from the run's generators; the second time in a row for the same `what`, the same again."""
-        others, again = random_states(), what in self._before
-        set_random_states(self._before.setdefault(what, self.states))
-        try:
-            yield
-        finally:
-            if not again:
-                self.states = random_states()
-            set_random_states(others)
-
-
-@dataclass
-class RunStep:
-    """A step that a run waits for. generators: as the run left them."""
-
-    run: int
-    model: PreTrainedModel
-    isolation: Isolation
-    step: Step
-    shard: Shard
-    generators: RunGenerators = field(default_factory=RunGenerators)
+from lora_ft.training.joint_rows import RunStep, row_limit, rows, tokens_of
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:
@@ -77,8 +36,8 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
 class JointModel:
     """One base under the adapters of several runs, whose own models are clones of it.
 
-    row_tokens: the setting train.micro_batch_tokens. bf16: the setting of the Trainer, which has accelerate
-    wrap a run's own model so.
+    row_tokens: the setting train.micro_batch_tokens. bf16: compute in autocast, as accelerate has a run's own model
+    do.
 
     Raises:
         ConfigError: as `check_joint`.
@@ -92,7 +51,7 @@ class JointModel:
         checkpointing: bool,
         bf16: bool = False,
     ):
-        self.model, device = clone(base), base.device.type
+        self.model, self.runs, device = clone(base), list(models), base.device.type
         if bf16:
             forward = torch.autocast(device, torch.bfloat16)(type(self.model).forward)
             self.model.forward = MethodType(convert_outputs_to_fp32(forward), self.model)
@@ -117,11 +76,7 @@ class JointModel:
         totals = {s.run: torch.zeros((), device=self.model.device) for s in steps}
         for row in rows(steps, self.row_tokens):
             check()
-            try:
-                losses = self._losses_of_row(row)
-            except NotImplementedError as e:
-                raise ConfigError(f"this model can't be trained with several configs at a time: {first_line(e)}") from e
-            for run, loss in losses.items():
+            for run, loss in self._losses_of_row(row).items():
                 totals[run] += loss
         check()
         for s in steps:
@@ -129,8 +84,33 @@ class JointModel:
                 processes.all_reduce_gradients(list(trainable(s.model).values()), totals[s.run])
         return totals
 
-    def _losses_of_row(self, row: Sequence[tuple[RunStep, MicroBatch]]) -> dict[int, Tensor]:
-        """Compute a row and its gradients; the loss of each run, summed over its supervised tokens in the row."""
+    @torch.no_grad()
+    def check(self, isolation: Isolation) -> None:
+        """Compute a short row, to see that the model can do it. Raises ConfigError if it draws in a way that no run can own."""
+        self.model.train()
+        places = torch.arange(4)
+        micro: MicroBatch = {
+            "input_ids": places[None],
+            "position_ids": places[None],
+            "keep": places,
+            "targets": places,
+            "segments": [Segment(4, None)],
+        }
+        step: Step = {"micro": [micro], "total": 4, "tokens": 4, "rows": []}
+        run = RunStep(self.runs[0], self.model, isolation, step, Shard(0, 1))
+        try:
+            self._losses_of_row([(run, micro)], learn=False)
+        except NotImplementedError as e:
+            raise ConfigError(
+                f"this model can't be trained with several configs at a time: {first_line(e)}. Train them one by one."
+            ) from e
+
+    def _losses_of_row(self, row: Sequence[tuple[RunStep, MicroBatch]], learn: bool = True) -> dict[int, Tensor]:
+        """Compute a row, and its gradients if it is to `learn`; each run's loss, summed over its supervised tokens in the row.
+
+        Raises:
+            NotImplementedError: the model draws random numbers that are no run's.
+        """
         parts, token, segment = [], 0, 0
         segments: list[Segment] = []
         for s, micro in row:
@@ -152,9 +132,10 @@ class JointModel:
         with row[0][0].isolation.row(self.model, segments), parts_of_row(parts):
             losses = supervised_losses(self.model, **inputs, counts=counts)
             means = [loss / max(1, s.step["total"]) for (s, _), loss in zip(row, losses, strict=True)]
-            torch.stack(means).sum().backward()
+            if learn:
+                torch.stack(means).sum().backward()
         if any(not torch.equal(state, outside.get(kind, state)) for kind, state in random_states().items()):
-            raise NotImplementedError("it draws random numbers that belong to no run")
+            raise NotImplementedError("its layers draw random numbers themselves (layer drop, router noise)")
         return {s.run: loss.detach() for (s, _), loss in zip(row, losses, strict=True)}
 
 
@@ -169,68 +150,10 @@ def check_joint(base: PreTrainedModel, adapted: Iterable[str], checkpointing: bo
     has_dropout = any(
         "drop" in key and isinstance(value, float) and value > 0
         for key, value in base.config.get_text_config().to_dict().items()
-        if not key.startswith(("classifier_", "summary_"))  # of heads that a language model has not
+        if not key.startswith(("classifier_", "summary_"))  # of classification heads, which a language model lacks
     )
     if checkpointing and has_dropout:
         raise ConfigError(
             "train.gradient_checkpointing is not supported for several configs of a model that has dropout of its own. Set it "
             "to false, or train them one by one."
         )
-
-
-def row_limit(setting: int | str, device: str) -> int:
-    """The most tokens of several runs in a row, unless a run has a longer one alone."""
-    return min(micro_batch_tokens(setting, device), ENOUGH.get(device, sys.maxsize))
-
-
-def rows(steps: Sequence[RunStep], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
-    """The runs' micro-batches in as few rows as their sizes allow: in each at most one of a run, and a run's in their order.
-
-    A row has at most `most` tokens, or as many as the longest that a run has alone. Among as few, the longest has few tokens.
-    """
-    own = [(s, [m for m in s.step["micro"] if len(m["keep"])]) for s in steps]
-    sizes = [tokens_of(m) for _, micro in own for m in micro]
-    high = max(most, *sizes, 0)
-    joined = _first_fit(own, high)
-    low = max(*sizes, math.ceil(sum(sizes) / max(1, len(joined))), 0)
-    while low < high:
-        middle = (low + high) // 2
-        even = _first_fit(own, middle)
-        if len(even) <= len(joined):
-            joined, high = even, middle
-        else:
-            low = middle + 1
-    return joined
-
-
-def _can_share_row(a: RunStep, b: RunStep) -> bool:
-    """Whether two runs can have a row in common.
-
-    Not by a mask, which hides the tokens of others by weights of 0: 0 times a number that is not finite is not 0, and a run of
-    which one is so would take the others along.
-    """
-    return a.isolation is b.isolation is Isolation.ATTENTION
-
-
-def tokens_of(micro: MicroBatch) -> int:
-    """The number of tokens in a micro-batch."""
-    return micro["input_ids"].shape[1]
-
-
-def _first_fit(own: Sequence[tuple[RunStep, list[MicroBatch]]], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
-    """Each micro-batch in the first row with room for it, after those before it in its run."""
-    joined: list[list[tuple[RunStep, MicroBatch]]] = []
-    sizes: list[int] = []
-    for s, micro in own:
-        place = 0
-        for m in micro:
-            size = tokens_of(m)
-            while place < len(joined) and (sizes[place] + size > most or not _can_share_row(s, joined[place][0][0])):
-                place += 1
-            if place == len(joined):
-                joined.append([])
-                sizes.append(0)
-            joined[place].append((s, m))
-            sizes[place] += size
-            place += 1
-    return joined

@@ -19,7 +19,7 @@ class Pause(TrainerCallback):
         self.last, self.evaluates = last, evaluates
 
     def on_epoch_begin(self, args, state, control, **_):
-        control.should_training_stop |= state.global_step >= self.last  # stopped while it was scored, which is done now
+        control.should_training_stop |= state.global_step >= self.last  # an owed evaluation was all that was left
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step >= self.last:

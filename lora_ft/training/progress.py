@@ -22,6 +22,7 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self, draws: bool = True):
         self.draws = draws
+        self.bar: tqdm | None = None  # from the beginning of training on
 
     def on_train_begin(self, args, state, control, **_):
         hidden = None if self.draws else True  # None: shown on a terminal only
@@ -32,11 +33,13 @@ class ProgressBar(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
+        assert self.bar is not None
         self.bar.update()
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in logs:
             return
+        assert self.bar is not None
         loss = f"loss {logs['loss']:.4f}"
         self.bar.set_postfix_str(loss)
         if state.global_step - self.printed_step >= state.max_steps / 10:
@@ -52,8 +55,10 @@ class ProgressBar(TrainerCallback):
     def _line(self, state, text: str) -> None:
         info(f"step {state.global_step} of {state.max_steps}{text}")
 
-    def on_train_end(self, args, state, control, **_):
-        self.bar.close()
+    def close(self) -> None:
+        """Leave the bar as it is, however training ended."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 @contextmanager

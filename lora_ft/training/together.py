@@ -27,14 +27,15 @@ from lora_ft.model.load import load_base
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.forms import Form
 from lora_ft.training.checkpoint import RandomState
-from lora_ft.training.joint_step import JointModel, RunStep, clone
+from lora_ft.training.joint_rows import RunStep
+from lora_ft.training.joint_step import JointModel, clone
 from lora_ft.training.progress import BAR
 
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # set for the Trainer by training/arguments.py
 
 
 class Abandoned(BaseException):
-    """Unwinds a run that was about to begin when another could not."""
+    """Unwinds a run because of another: that could not begin, or failed in one of several processes."""
 
 
 @dataclass
@@ -84,6 +85,8 @@ class Run:
     def _tell(self) -> None:
         try:
             self.story()
+        except NumbersError as error:  # its traceback would keep the run's Trainer in memory
+            self.error = error.with_traceback(None)
         except BaseException as error:  # signals too: the other runs hear of them on their own
             self.error = error
 
@@ -105,7 +108,8 @@ class Together:
         self._made: dict[Hashable, Any] = {}
         self._models: dict[int, PreTrainedModel] = {}
         self._joint: JointModel | None = None
-        self._steps, self._bf16 = 0, False
+        self._isolation, self._bf16 = Isolation.ONE_PER_ROW, False
+        self._steps = 0
 
     # ---- for a run ----
 
@@ -121,11 +125,11 @@ class Together:
             self._base = load_base(base, dtype, device, quantization)
         return clone(self._base)
 
-    def wait_for_others(self, model: PreTrainedModel, steps: int, bf16: bool) -> None:
+    def wait_for_others(self, model: PreTrainedModel, steps: int, isolation: Isolation, bf16: bool) -> None:
         """Wait until every run can begin; `model` is that of this one, which has `steps` to do. bf16: as of all the others."""
         assert self._running is not None
         self._models[self._running.number] = model
-        self._bf16 = bf16
+        self._isolation, self._bf16 = isolation, bf16
         self._steps += steps
         self._scheduler.switch(None)
 
@@ -180,12 +184,13 @@ class Together:
         models = {run.number: self._models[run.number] for run in runs}
         try:
             self._joint = JointModel(self._base, models, row_tokens, checkpointing, self._bf16)
+            self._joint.check(self._isolation)
         except ConfigError:
             self._abandon(runs)
             raise
 
     def _abandon(self, runs: Iterable[Run]) -> None:
-        """End runs that wait for others with which they can't be trained; they let go of their outputs."""
+        """End runs because of another; they let go of their outputs."""
         for run in runs:
             self._switch(run, Abandoned())
 
@@ -194,14 +199,15 @@ class Together:
         steps = {}
         for run, answer in answers.items():
             step = self._switch(run, answer)
+            self.stopper.keep_running()
             if not run.coroutine.dead:
                 steps[run] = step
             elif isinstance(run.error, Exception):
                 if processes.world_size() > 1 and not isinstance(run.error, NumbersError):
+                    self._abandon(other for other in answers if not other.coroutine.dead)
                     raise run.named_error()  # of this process: the others would go on with the run
                 what = run.error if isinstance(run.error, UserError) else f"{type(run.error).__name__}: {run.error}"
                 messages.info(f"{run.name}: {what}")
-        self.stopper.wait()
         return steps
 
     def _compute(self, steps: dict[Run, RunStep]) -> dict[Run, Any]:

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -67,7 +66,7 @@ class LoRATrainer(SeamTrainer):
         self.plan, self.isolation, self.evaluation, self.save = plan, isolation, evaluation, save
         self.log_line, self.stopper, self.together = log_line, stopper or Stopper(), together
         self.patience, self.evaluations_since_best, self.best_loss = patience or math.inf, 0, math.inf
-        self.totals = LogTotals()
+        self.totals, self.progress = LogTotals(), ProgressBar(draws=together is None)
         self.started = self.line_started = time.perf_counter()  # line_started: moved on by evaluating and saving
         self.resumed: State | None = None
         if not args.activation_checkpointing:
@@ -77,7 +76,7 @@ class LoRATrainer(SeamTrainer):
             args=args,
             train_dataset=plan,
             eval_dataset=plan if evaluation else None,  # never read, but the Trainer requires one
-            callbacks=[_Events(self), ProgressBar(draws=together is None)],
+            callbacks=[_Events(self), self.progress],
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -90,7 +89,7 @@ class LoRATrainer(SeamTrainer):
             self.plan,
             batch_size=1,
             sampler=_RemainingSteps(self),
-            collate_fn=itemgetter(0),
+            collate_fn=lambda steps: steps[0],
             pin_memory=self.args.device.type == "cuda",  # a copy to the GPU then waits for nothing
             generator=torch.Generator(),  # a loader without one draws from torch's, which dropout uses
         )
@@ -188,6 +187,7 @@ class LoRATrainer(SeamTrainer):
             raise
         finally:
             self.stopper.deferred = False
+            self.progress.close()
 
     def restore(self, resumed: State) -> None:
         """Continue from the state of a checkpoint, now that optimizer and schedule exist."""

@@ -218,7 +218,9 @@ def test_the_same_seed_chooses_the_same(chosen):
 
 
 def test_a_finished_run_is_not_tuned_again(chosen):
+    (chosen / "train.jsonl").rename(chosen / "moved.jsonl")
     ended = train(chosen, "auto.yaml", "--resume")
+    (chosen / "moved.jsonl").rename(chosen / "train.jsonl")
     assert "already finished" in ended.err and "trying" not in ended.err
     assert "already contains a run" in train(chosen, "auto.yaml", code=6).err
 

@@ -19,7 +19,7 @@ from lora_ft.core.errors import ConfigError, FilesError, NumbersError
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.distributed import processes
 from lora_ft.nn.attention import Isolation
-from lora_ft.training.joint_step import RunGenerators, RunStep, rows, tokens_of
+from lora_ft.training.joint_rows import RunGenerators, RunStep, rows, tokens_of
 from lora_ft.training.setup import RunSetup
 from lora_ft.training.together import Run, Together
 from tests.helpers.command import Ended, cli, start
@@ -200,7 +200,18 @@ def test_a_base_that_draws_for_itself_is_refused(tmp_path):
     (tmp_path / "base/config.json").write_text(json.dumps(config | {"layerdrop": 0.5}))
     write_reviews(tmp_path / "others.jsonl", 31)
     ended = cli(tmp_path, "train", *write_configs(tmp_path, "drawn"))
-    assert ended.code == 2 and "can't be trained with several configs at a time: it draws random numbers" in ended.err
+    assert ended.code == 2
+    assert "can't be trained with several configs at a time: its layers draw random numbers" in ended.err
+    assert not list(tmp_path.glob("drawn-?"))  # before any of them began
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_layers_with_dropout_are_not_computed_again(command, tmp_path):
+    write_run(tmp_path, "opt")
+    write_reviews(tmp_path / "others.jsonl", 31)
+    again = {"train": {"gradient_checkpointing": True}}
+    ended = cli(tmp_path, command, *write_configs(tmp_path, "again", dict.fromkeys(RUNS, again)))
+    assert ended.code == 2 and "gradient_checkpointing is not supported for several configs" in ended.err
 
 
 def test_a_failure_of_one_process_ends_all_runs(monkeypatch):

@@ -15,8 +15,10 @@ from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import echo_json, format_bytes
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.inject import lora_layers
+from lora_ft.nn.attention import Isolation
 from lora_ft.report.figures import format_duration
-from lora_ft.training.joint_step import check_joint, row_limit
+from lora_ft.training.joint_rows import row_limit
+from lora_ft.training.joint_step import check_joint
 
 
 def check_several(configs: Mapping[str, Config], *, as_json: bool = False, trust: Trust = NO_TRUST) -> None:
@@ -52,7 +54,9 @@ def memory_together(results: list[Inspection]) -> Memory | None:
         return None
     own = [max(row.tokens for row in largest_rows(result.plan)) for result in results if result.plan]
     limit = row_limit(results[0].setup.config.train.micro_batch_tokens, results[0].setup.device)
-    tokens = min(sum(own), max(limit, *own))  # of the longest row
+    setup, model = results[0].setup, results[0].model
+    shared = model and Isolation.guess_from_config(model, setup.longest(model)) is Isolation.ATTENTION
+    tokens = min(sum(own), max(limit, *own)) if shared else max(own)  # of the longest row
     grown = {
         part: int(tokens * max(getattr(memory, part) / size for memory, size in zip(parts, own, strict=True)))
         for part in ("activations", "heap")

@@ -1,0 +1,110 @@
+"""The steps of several runs, and the rows in which they are computed together."""
+
+import math
+import sys
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_ft.data.batches import MicroBatch, Shard, Step
+from lora_ft.model.device import micro_batch_tokens, random_states, set_random_states
+from lora_ft.nn.attention import Isolation
+
+ENOUGH = {"cpu": 320}  # tokens of a row: longer ones cost more in memory than they save in time (docs/training.md)
+
+
+class RunGenerators:
+    """torch's random generators as a run left them; within `drawing` torch draws from them."""
+
+    def __init__(self) -> None:
+        self.states = random_states()
+        self._before: dict[Hashable, dict[str, Tensor]] = {}
+
+    def start_row(self) -> None:
+        """Forget what was drawn: the next row draws again."""
+        self._before.clear()
+
+    @contextmanager
+    def drawing(self, what: Hashable) -> Iterator[None]:
+        """Draw from the run's generators; the second time in a row for the same `what`, the same again."""
+        others, again = random_states(), what in self._before
+        set_random_states(self._before.setdefault(what, self.states))
+        try:
+            yield
+        finally:
+            if not again:
+                self.states = random_states()
+            set_random_states(others)
+
+
+@dataclass
+class RunStep:
+    """A step that a run waits for. generators: as the run left them."""
+
+    run: int
+    model: PreTrainedModel
+    isolation: Isolation
+    step: Step
+    shard: Shard
+    generators: RunGenerators = field(default_factory=RunGenerators)
+
+
+def row_limit(setting: int | str, device: str) -> int:
+    """The most tokens of several runs in a row, unless a run has a longer one alone."""
+    return min(micro_batch_tokens(setting, device), ENOUGH.get(device, sys.maxsize))
+
+
+def rows(steps: Sequence[RunStep], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
+    """The runs' micro-batches in as few rows as their sizes allow: in each at most one of a run, and a run's in their order.
+
+    A row has at most `most` tokens, or as many as the longest that a run has alone. Among as few, the longest has few tokens.
+    """
+    own = [(s, [m for m in s.step["micro"] if len(m["keep"])]) for s in steps]
+    sizes = [tokens_of(m) for _, micro in own for m in micro]
+    high = max(most, *sizes, 0)
+    joined = _first_fit(own, high)
+    low = max(*sizes, math.ceil(sum(sizes) / max(1, len(joined))), 0)
+    while low < high:
+        middle = (low + high) // 2
+        even = _first_fit(own, middle)
+        if len(even) <= len(joined):
+            joined, high = even, middle
+        else:
+            low = middle + 1
+    return joined
+
+
+def _can_share_row(a: RunStep, b: RunStep) -> bool:
+    """Whether two runs can have a row in common.
+
+    Not with MASK: it gives the tokens of other runs the weight 0, and 0 times NaN is NaN, so one run that diverges would spoil
+    the others.
+    """
+    return a.isolation is b.isolation is Isolation.ATTENTION
+
+
+def tokens_of(micro: MicroBatch) -> int:
+    """The number of tokens in a micro-batch."""
+    return micro["input_ids"].shape[1]
+
+
+def _first_fit(own: Sequence[tuple[RunStep, list[MicroBatch]]], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
+    """Each micro-batch in the first row with room for it, after those before it in its run."""
+    joined: list[list[tuple[RunStep, MicroBatch]]] = []
+    sizes: list[int] = []
+    for s, micro in own:
+        place = 0
+        for m in micro:
+            size = tokens_of(m)
+            while place < len(joined) and (sizes[place] + size > most or not _can_share_row(s, joined[place][0][0])):
+                place += 1
+            if place == len(joined):
+                joined.append([])
+                sizes.append(0)
+            joined[place].append((s, m))
+            sizes[place] += size
+            place += 1
+    return joined
