@@ -83,7 +83,7 @@ def refused_where_a_base_is_shared(folder: Path, monkeypatch, what: str, setting
     monkeypatch.chdir(folder)
     with pytest.raises(ModelError, match=f"with {what}; only LoRA adapters share a base"):
         generate_command([], adapters=["a=out", "b=out"], prompt="good")
-    with pytest.raises(ConfigError, match=f"adapter.{setting}: several configs share"):
+    with pytest.raises(ConfigError, match=f"adapter.{setting} is not supported for several configs"):
         check_together({"a.yaml": load_config("config.yaml"), "b.yaml": load_config("config.yaml", ["output=b"])})
     with pytest.raises(ConfigError, match=f"{setting} trains some of them"):
         load_config("config.yaml", ["trainer.fsdp=true"])
