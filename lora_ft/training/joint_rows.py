@@ -13,7 +13,7 @@ from lora_ft.data.batches import MicroBatch, Shard, Step
 from lora_ft.model.device import micro_batch_tokens, random_states, set_random_states
 from lora_ft.nn.attention import Isolation
 
-ENOUGH = {"cpu": 320}  # tokens of a row: longer ones cost more in memory than they save in time (docs/training.md)
+ENOUGH = {"cpu": 300}  # tokens of a row: longer ones cost more in memory than they save in time (docs/training.md)
 
 
 class RunGenerators:
