@@ -1,7 +1,6 @@
 """`train.learning_rate: auto` against a grid of eight rates, each trained to its end, on six tasks.
 
     python benchmarks/learning_rate.py [--tasks sst2,e2e,reviews,text,reversed,condition] [--seeds 0,1,2] [--rates 0.001,0.002]
-                                       [--targets q,v]
 
 Prints a line of JSON per task: the eval losses with each rate and with `auto`, one a seed, how much more the mean of `auto`
 is than the least mean of the grid, the rates it chose, what the trials scored, and how long a command took, in times of a run
@@ -74,13 +73,13 @@ def write_tasks(options: argparse.Namespace, folder: Path) -> None:
     write_rows(folder / "text.jsonl", texts[80:])
 
 
-def write_config(folder: Path, task: str, targets: list[str], rate: float | str, seed: int) -> str:
+def write_config(folder: Path, task: str, rate: float | str, seed: int) -> str:
     """Write the config of a run, which evaluates its last step; its name."""
     steps = TASKS[task]["max_train_examples"] // BATCH
     train = {"batch_size": BATCH, "learning_rate": rate, "seed": seed, "eval_steps": steps, "save_steps": steps}
     config = {
         "model": {"name": "model"},
-        "adapter": {"rank": 8, "alpha": 16, "targets": targets},
+        "adapter": {"rank": 8, "alpha": 16, "targets": ["q", "v"]},
         "data": TASKS[task],
         "train": train | {"evaluate_base": False, "report_to": []},
         "output": f"{task}-{rate}-{seed}",
@@ -96,13 +95,13 @@ def train(folder: Path, names: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def compare(folder: Path, task: str, targets: list[str], rates: list[float], seeds: list[int]) -> dict:
+def compare(folder: Path, task: str, rates: list[float], seeds: list[int]) -> dict:
     """The losses of the grid and of `auto`."""
     losses: dict[float | str, list[float]] = {rate: [] for rate in (*rates, "auto")}
     chosen, tried, times = [], [], []
     for seed in seeds:
-        seconds = train(folder, [write_config(folder, task, targets, rate, seed) for rate in rates])
-        auto_seconds = train(folder, [write_config(folder, task, targets, "auto", seed)])
+        seconds = train(folder, [write_config(folder, task, rate, seed) for rate in rates])
+        auto_seconds = train(folder, [write_config(folder, task, "auto", seed)])
         records = {rate: json.loads((folder / f"{task}-{rate}-{seed}/lora_ft.json").read_text()) for rate in losses}
         for rate, record in records.items():
             losses[rate].append(round(record["metrics"]["loss"], 4))
@@ -111,7 +110,7 @@ def compare(folder: Path, task: str, targets: list[str], rates: list[float], see
         times.append(round(auto_seconds / (seconds / len(rates)), 2))
     means = {rate: statistics.mean(of_seeds) for rate, of_seeds in losses.items()}
     above = means["auto"] / min(means[rate] for rate in rates) - 1
-    facts = {"task": task, "targets": targets, "losses": losses, "above_the_grid": round(above, 4), "chosen": chosen}
+    facts = {"task": task, "losses": losses, "above_the_grid": round(above, 4), "chosen": chosen}
     return facts | {"tried": tried, "times_a_run": times}
 
 
@@ -121,7 +120,6 @@ def main() -> None:
     add_sources(parser)
     parser.add_argument("--reviews", type=Path, default="data", help="the folder of reviews_train.jsonl")
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--targets", default="q,v")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rates", default=",".join(map(str, RATES)))
     options = parser.parse_args()
@@ -129,7 +127,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_tasks(options, Path(name))
         for task in options.tasks.split(","):
-            print(json.dumps(compare(Path(name), task, options.targets.split(","), rates, seeds)), flush=True)
+            print(json.dumps(compare(Path(name), task, rates, seeds)), flush=True)
 
 
 if __name__ == "__main__":

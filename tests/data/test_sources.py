@@ -337,7 +337,7 @@ def converted(message: str, old: str) -> list[dict]:
     return [row.columns for row in iter_rows(str(new))]
 
 
-@pytest.mark.skipif(not shutil.which("jq"), reason="runs the jq that the message proposes: needs it on the PATH")
+@pytest.mark.skipif(not shutil.which("jq"), reason="needs jq, which the message tells users to run")
 @pytest.mark.parametrize("gap", ["", "\n"])
 @pytest.mark.parametrize("content", ["\ufeff [%s]", '{"version": [1], "data": [%s], "more": {"data": [3]}}'])
 def test_a_json_file_above_the_limit_names_the_command_that_converts_it(write, low_limits, content, gap):

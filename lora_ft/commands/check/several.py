@@ -11,7 +11,6 @@ from lora_ft.commands.check.inspect import Inspection, inspect_run
 from lora_ft.commands.check.memory import Memory, largest_rows
 from lora_ft.config.schema import Config
 from lora_ft.config.together import check_together
-from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import echo_json, format_bytes
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.methods.lora.inject import lora_layers
@@ -30,12 +29,10 @@ def check_several(configs: Mapping[str, Config], *, as_json: bool = False, trust
     check_together(configs)
     results = {name: inspect_run(config, False, trust) for name, config in configs.items()}
     for result in results.values():
-        if not result.errors:
-            model, checkpointing = result.setup.dry_run[0], result.setup.config.train.gradient_checkpointing
-            try:
-                check_joint(model, lora_layers(model), checkpointing)
-            except ConfigError as error:
-                result.errors.append(error)
+        if result.model:
+            with result.collect_errors():
+                checkpointing = result.setup.config.train.gradient_checkpointing
+                check_joint(result.model, lora_layers(result.model), checkpointing)
     together = memory_together([*results.values()])
     if as_json:
         facts = {"configs": {name: as_dict(result) for name, result in results.items()}}
