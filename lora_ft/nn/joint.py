@@ -42,8 +42,7 @@ def parts_of_row(parts: Sequence[Part]) -> Iterator[None]:
     global _parts
     _parts = parts
     try:
-        with _BaseDropout():
-            yield
+        yield
     finally:
         _parts = ()
 
@@ -84,10 +83,17 @@ class JointLoRALinear(AdaptedLayer):
         return torch.cat([layer.stretched(own) if isinstance(layer, DoRALinear) else own for layer, own in layers], -2)
 
 
-class _BaseDropout(TorchFunctionMode):
-    """Draws the dropout of a base's own layers for each part of a row."""
+class BaseDropout(TorchFunctionMode):
+    """Draws the dropout of a base's own layers for each part of a row, within `parts_of_row`. It slows every call of torch.
+
+    calls: how often in this row, or the last.
+    """
 
     calls = 0
+
+    def __enter__(self):
+        self.calls = 0
+        return super().__enter__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

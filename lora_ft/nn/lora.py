@@ -53,6 +53,12 @@ class RowBlocks(NamedTuple):
         """The view (..., blocks, length) of these rows in y (..., out)."""
         return y.unflatten(-1, (self.blocks, self.width)).narrow(-1, self.start, self.length)
 
+    def flat(self, y: Tensor) -> Tensor:
+        """These rows (..., size) of y (..., out): a view if they are one block, else a copy."""
+        if self.blocks > 1:
+            return self.of(y).flatten(-2)
+        return y if self.length == self.width else y.narrow(-1, self.start, self.length)
+
 
 class LoRALinear(AdaptedLayer):
     """A frozen layer with a trainable low-rank update.
@@ -183,10 +189,10 @@ class _LoRA(torch.autograd.Function):
         Ss = []
         for (tokens, s, rows), m, A, Bs in _each(where, tensors):
             X_u, Y_u = X[tokens], Y[tokens]
-            S = (X_u if m is None else X_u * m) @ A.T
-            for r, S_p, B in zip(rows, S.chunk(len(rows), -1), Bs, strict=True):
+            S = (X_u if m is None else X_u * m).mm(A.t())
+            for r, S_p, B in zip(rows, _split(S, len(rows)), Bs, strict=True):
                 if r.blocks == 1:
-                    r.of(Y_u).squeeze(-2).addmm_(S_p, B.T, alpha=s)
+                    r.flat(Y_u).addmm_(S_p, B.t(), alpha=s)
                 else:
                     r.of(Y_u).add_((S_p @ B.T).unflatten(-1, (r.blocks, r.length)), alpha=s)
             Ss.append(S)
@@ -202,17 +208,22 @@ class _LoRA(torch.autograd.Function):
         dX = dY @ out_in(ctx.base).to(dY.dtype) if ctx.needs_input_grad[0] else None
         gradients = []
         for ((tokens, s, rows), m, A, Bs), S in zip(_each(ctx.where, tensors), Ss, strict=True):
-            X_u, dY_u, dS, dBs = X[tokens], dY[tokens], torch.empty_like(S), []
-            for r, S_p, dS_p, B in zip(rows, S.chunk(len(Bs), -1), dS.chunk(len(Bs), -1), Bs, strict=True):
-                dY_p = r.of(dY_u).flatten(-2)
-                dS_p.copy_(dY_p @ B).mul_(s)
-                dBs.append((dY_p.T @ S_p).mul_(s))
-            dA = dS.T @ (X_u if m is None else X_u * m)
+            X_u, dY_u, dSs, dBs = X[tokens], dY[tokens], [], []
+            for r, S_p, B in zip(rows, _split(S, len(Bs)), Bs, strict=True):
+                dY_p = r.flat(dY_u)
+                dSs.append(dY_p.mm(B).mul_(s))
+                dBs.append(dY_p.t().mm(S_p).mul_(s))
+            dS = dSs[0] if len(dSs) == 1 else torch.cat(dSs, -1)
+            dA = dS.t().mm(X_u if m is None else X_u * m)
             if dX is not None:
                 dX_u = dX[tokens]
                 dX_u.addmm_(dS, A) if m is None else dX_u.addcmul_(dS @ A, m.to(dX.dtype))
             gradients += [None, dA, *dBs]
         return dX, None, None, *gradients
+
+
+def _split(S, parts):
+    return (S,) if parts == 1 else S.chunk(parts, -1)
 
 
 def _each(where, tensors):

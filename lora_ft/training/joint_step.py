@@ -6,6 +6,7 @@ their order, and draw from its own generators.
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from types import MethodType
 
 import torch
@@ -21,7 +22,7 @@ from lora_ft.methods.lora.inject import lora_layers, trainable
 from lora_ft.methods.lora.multi import is_expert
 from lora_ft.model.device import random_states
 from lora_ft.nn.attention import Isolation
-from lora_ft.nn.joint import JointLoRALinear, Part, parts_of_row
+from lora_ft.nn.joint import BaseDropout, JointLoRALinear, Part, parts_of_row
 from lora_ft.nn.loss import supervised_losses
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.nn.rows import Segment
@@ -56,6 +57,8 @@ class JointModel:
             forward = torch.autocast(device, torch.bfloat16)(type(self.model).forward)
             self.model.forward = MethodType(convert_outputs_to_fp32(forward), self.model)
         self.row_tokens = row_limit(row_tokens, device)
+        self._base_dropout = BaseDropout()
+        self._has_dropout = True  # until `check` finds that no layer of the base draws one
         layers = {run: lora_layers(model) for run, model in models.items()}
         paths = [*dict.fromkeys(path for own in layers.values() for path in own)]
         check_joint(base, paths, checkpointing)
@@ -104,6 +107,7 @@ class JointModel:
             raise ConfigError(
                 f"this model can't be trained with several configs at a time: {first_line(e)}. Train them one by one."
             ) from e
+        self._has_dropout = self._base_dropout.calls > 0
 
     def _losses_of_row(self, row: Sequence[tuple[RunStep, MicroBatch]], learn: bool = True) -> dict[int, Tensor]:
         """Compute a row, and its gradients if it is to `learn`; each run's loss, summed over its supervised tokens in the row.
@@ -129,7 +133,8 @@ class JointModel:
         inputs = {key: x.to(self.model.device, non_blocking=True) for key, x in joined.items()}
         counts = [len(micro["keep"]) for _, micro in row]
         outside = random_states()
-        with row[0][0].isolation.row(self.model, segments), parts_of_row(parts):
+        dropout = self._base_dropout if self._has_dropout else nullcontext()
+        with row[0][0].isolation.row(self.model, segments), parts_of_row(parts), dropout:
             losses = supervised_losses(self.model, **inputs, counts=counts)
             means = [loss / max(1, s.step["total"]) for (s, _), loss in zip(row, losses, strict=True)]
             if learn:
