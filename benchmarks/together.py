@@ -1,10 +1,11 @@
 """Eight configs trained together against the same eight one after the other: whole processes, in turns.
 
-    python benchmarks/together.py [--sst2 FILE] [--batches 4,16] [--steps 40] [--rounds 3]
+    python benchmarks/together.py [--sst2 FILE] [--batches 4,16] [--steps 40] [--rounds 3] [--eval-rows 200]
 
 The runs differ in rank (4 to 64), learning rate, seed and order of the data, and have a batch size in common. Prints a line of
 JSON per batch size: seconds of each round both ways, the median of their ratios and its range, peak memory, and how far losses
-and adapters are apart. Each run evaluates the base and its last step on 200 rows; the base's scores are kept for all runs.
+and adapters are apart. Each run evaluates the base and its last step on 200 rows, which takes as long both ways; the base's
+scores are kept for all runs.
 """
 
 import argparse
@@ -24,19 +25,19 @@ from workloads import add_sources, write_data
 
 RANKS = (4, 8, 16, 32, 64, 8, 8, 8)
 RATES = (1e-3, 1e-3, 5e-4, 5e-4, 2e-4, 2e-3, 3e-4, 1e-4)
-EVAL_ROWS = 200
 
 
-def config(model: str, number: int, batch_size: int, steps: int, output: Path) -> dict:
+def config(model: str, number: int, batch_size: int, steps: int, evaluates: bool, output: Path) -> dict:
     """The config of a run."""
-    rank, train = RANKS[number], {"evaluate_base": True, "report_to": [], "logging_steps": 1}
-    train |= {"batch_size": batch_size, "max_steps": steps, "eval_steps": steps, "save_steps": steps}
+    rank, train = RANKS[number], {"report_to": [], "logging_steps": 1}
+    train |= {"batch_size": batch_size, "max_steps": steps, "save_steps": steps}
+    train |= {"evaluate_base": True, "eval_steps": steps} if evaluates else {}
     return {
         "model": {"name": model},
         "adapter": {"rank": rank, "alpha": 2 * rank},
         "data": {
             "train": "train.jsonl",
-            "eval": "eval.jsonl",
+            "eval": "eval.jsonl" if evaluates else None,
             "prompt": "Review: {sentence}\nSentiment:",
             "completion": " {label}",
             "label_names": {"label": ["negative", "positive"]},
@@ -54,16 +55,16 @@ def train(folder: Path, names: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def round_of(model: str, rows: list[str], batch_size: int, steps: int) -> dict:
+def round_of(model: str, rows: list[str], batch_size: int, steps: int, eval_rows: int) -> dict:
     """One round: seconds and peak memory both ways, and the largest differences of losses and adapters."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "eval.jsonl").write_text("".join(rows[:EVAL_ROWS]))
-        (folder / "train.jsonl").write_text("".join(rows[EVAL_ROWS:]))
+        (folder / "eval.jsonl").write_text("".join(rows[:eval_rows]))
+        (folder / "train.jsonl").write_text("".join(rows[eval_rows:]))
         names = {kind: [f"{kind}{i}.yaml" for i in range(len(RANKS))] for kind in ("alone", "together")}
         for kind, files in names.items():
             for i, file in enumerate(files):
-                text = yaml.safe_dump(config(model, i, batch_size, steps, Path(f"{kind}{i}")))
+                text = yaml.safe_dump(config(model, i, batch_size, steps, eval_rows > 0, Path(f"{kind}{i}")))
                 (folder / file).write_text(text)
         seconds = {"alone": sum(train(folder, [file]) for file in names["alone"])}
         seconds["together"] = train(folder, names["together"])
@@ -99,15 +100,20 @@ def main() -> None:
     parser.add_argument("--batches", default="4,16")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--eval-rows", type=int, default=200)
     options = parser.parse_args()
     model = str(Path(options.smollm2).resolve())
     with tempfile.TemporaryDirectory() as name:
         write_data("sst2", options.sst2, options.e2e, Path(name))
-        rows = (Path(name) / "sst2.jsonl").read_text().splitlines(keepends=True)[: 2000 + EVAL_ROWS]
+        rows = (Path(name) / "sst2.jsonl").read_text().splitlines(keepends=True)[: 2000 + options.eval_rows]
     for batch_size in map(int, options.batches.split(",")):
-        rounds = [round_of(model, rows, batch_size, options.steps) for _ in range(options.rounds)]
+        rounds = [round_of(model, rows, batch_size, options.steps, options.eval_rows) for _ in range(options.rounds)]
         ratios = [r["seconds"]["together"] / r["seconds"]["alone"] for r in rounds]
-        result = {"batch_size": batch_size, "ratio": round(statistics.median(ratios), 3)}
+        result = {
+            "batch_size": batch_size,
+            "eval_rows": options.eval_rows,
+            "ratio": round(statistics.median(ratios), 3),
+        }
         result |= {"range": [round(min(ratios), 3), round(max(ratios), 3)]}
         result |= {"seconds": [{k: round(v, 1) for k, v in r["seconds"].items()} for r in rounds]}
         result |= {"peak_mb": rounds[-1]["peak_mb"], "machine": machine()["processor"]}
