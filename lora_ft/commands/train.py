@@ -94,7 +94,7 @@ def named(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.args = (f"{name}: {error}",)
+        error.add_name(name)
         raise
     finally:
         set_prefix("")

@@ -23,6 +23,10 @@ class UserError(Exception):
     def __init_subclass__(cls, exit_code: int) -> None:
         cls.exit_code = exit_code
 
+    def add_name(self, name: str) -> None:
+        """Begin the message with the name of the run that it is about."""
+        self.args = (f"{name}: {self}",)
+
 
 class ConfigError(UserError, exit_code=2):
     """An invalid config file or command line."""

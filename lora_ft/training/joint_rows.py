@@ -1,6 +1,7 @@
 """The steps of several runs, and the rows in which they are computed together."""
 
 import math
+import random
 import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from lora_ft.data.batches import MicroBatch, Shard, Step
 from lora_ft.model.device import micro_batch_tokens, random_states, set_random_states
 from lora_ft.nn.attention import Isolation
 
-ENOUGH = {"cpu": 300}  # tokens of a row: longer ones cost more in memory than they save in time (docs/training.md)
+ENOUGH = {"cpu": 310}  # tokens of a row: longer ones cost more in memory than they save in time (docs/training.md)
+ORDERS = 20  # of the runs, that are tried for fewer rows; of eight runs hardly any other order has still fewer
 
 
 class RunGenerators:
@@ -58,18 +60,18 @@ def row_limit(setting: int | str, device: str) -> int:
 
 
 def rows(steps: Sequence[RunStep], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
-    """The runs' micro-batches in as few rows as their sizes allow: in each at most one of a run, and a run's in their order.
+    """The runs' micro-batches in few rows: in each at most one of a run, and a run's in their order.
 
     A row has at most `most` tokens, or as many as the longest that a run has alone. Among as few, the longest has few tokens.
     """
     own = [(s, [m for m in s.step["micro"] if len(m["keep"])]) for s in steps]
     sizes = [tokens_of(m) for _, micro in own for m in micro]
     high = max(most, *sizes, 0)
-    joined = _first_fit(own, high)
+    joined = _few_rows(own, high)
     low = max(*sizes, math.ceil(sum(sizes) / max(1, len(joined))), 0)
     while low < high:
         middle = (low + high) // 2
-        even = _first_fit(own, middle)
+        even = _few_rows(own, middle)
         if len(even) <= len(joined):
             joined, high = even, middle
         else:
@@ -89,6 +91,18 @@ def _can_share_row(a: RunStep, b: RunStep) -> bool:
 def tokens_of(micro: MicroBatch) -> int:
     """The number of tokens in a micro-batch."""
     return micro["input_ids"].shape[1]
+
+
+def _few_rows(own: Sequence[tuple[RunStep, list[MicroBatch]]], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
+    """The fewest rows that the runs fill one after the other, in one of some orders."""
+    least = math.ceil(sum(tokens_of(m) for _, micro in own for m in micro) / max(1, most))
+    fewest, order, draw = _first_fit(own, most), [*own], random.Random(0)
+    for _ in range(ORDERS):
+        if len(fewest) <= least:
+            break
+        draw.shuffle(order)
+        fewest = min(fewest, _first_fit(order, most), key=len)
+    return fewest
 
 
 def _first_fit(own: Sequence[tuple[RunStep, list[MicroBatch]]], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:

@@ -66,7 +66,8 @@ class RunSetup:
     def base(self) -> Base:
         """The base's files. Raises ModelError if one is damaged, or if they are not those of the run that is resumed."""
         model, new = self.config.model, tuple(self.config.adapter.add_tokens)
-        base = replace(resolve(model.name, model.revision, self.trust), new_tokens=new)
+        files = model.name, model.revision, self.trust
+        base = self._once(("base", *files, new), lambda: replace(resolve(*files), new_tokens=new))
         stored_dtype(base)  # opens every file of weights
         if model.quantization:
             check_quantization(base, model.quantization)

@@ -4,7 +4,7 @@ The loss is the sum over supervised tokens divided by their number in the comple
 micro-batches nor distributing it over processes changes a gradient beyond rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,13 @@ def add_gradients(
     return total
 
 
-def check_finite(number: int, step: Step, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Keep NaN and infinity out of the weights: checks the loss and the norm of all gradients.
+def check_finite(number: int, step: Step, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Keep NaN and infinity out of the weights: checks the loss and the norm of all gradients that `optimizer` would follow.
 
     Raises:
         NumbersError: names step `number` and its rows.
     """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     finite = torch.stack([loss, norm.to(loss)]).isfinite().tolist()
     if not all(finite):

@@ -79,7 +79,7 @@ class Run:
         """The error, whose message says which run it was."""
         assert self.error is not None
         if isinstance(self.error, UserError):
-            self.error.args = (f"{self.name}: {self.error}",)
+            self.error.add_name(self.name)
         return self.error
 
     def _tell(self) -> None:

@@ -101,10 +101,11 @@ class LoRATrainer(SeamTrainer):
             seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_537 + processes.rank()
             torch.manual_seed(seed % 2**64)  # the largest that torch takes
         self.generators_before = RandomState.current()
-        model.train()
+        if not model.training:  # a walk through all modules
+            model.train()
         compute = self.together.add_gradients if self.together else add_gradients
         loss = compute(self.model, self.isolation, inputs, self.plan.shard, self.stopper.check)
-        check_finite(self.state.global_step + 1, inputs, loss, list(trainable(self.model).values()))
+        check_finite(self.state.global_step + 1, inputs, loss, self.optimizer)
         self.totals.add(float(loss), inputs["total"], inputs["tokens"])
         return loss / max(1, inputs["total"])
 
@@ -197,9 +198,8 @@ class LoRATrainer(SeamTrainer):
         resumed.restore_optimizer(self.model, self.optimizer, self.lr_scheduler)
         resumed.generators().restore()
         self.args.eval_on_start = False  # done at the start of the run
-        self.totals = LogTotals(**values["counts"])
+        self.totals, self.evaluations_since_best = LogTotals(**values["counts"]), values["patience_used"]
         self.started -= values["seconds"]
-        self.evaluations_since_best = values["patience_used"]
         self.best_loss = values.get("best_loss", math.inf)  # a checkpoint of an earlier version has none
 
     def finish_stopped_step(self) -> None:

@@ -17,6 +17,7 @@ from lora_ft.config.learning_rate import best_rate, rates_to_try, trial_config, 
 from lora_ft.config.load import load_config, parse_config
 from lora_ft.config.tuning import better_half, keep_score, kept_scores
 from lora_ft.core.errors import ConfigError, FilesError
+from lora_ft.training.lock import locked
 from tests.helpers.command import Ended, cli
 from tests.helpers.tiny import CONFIG, write_reviews, write_run
 
@@ -264,6 +265,16 @@ def stop_while_trials_are_scored(monkeypatch):
     monkeypatch.setattr("lora_ft.evaluation.evaluate.Evaluator.__call__", stopped)
 
 
+def test_no_other_command_uses_the_output_during_the_trials(chosen, monkeypatch):
+    def use(*args, **kwargs):
+        with locked(chosen / "locked"):
+            pass
+
+    monkeypatch.setattr("lora_ft.commands.learning_rate.run_trials", use)
+    ended = train(chosen, "auto.yaml", "--set", "output=locked", code=6)
+    assert "in use by another run" in ended.err and not (chosen / "locked").exists()
+
+
 def test_trials_stopped_while_they_are_scored_are_scored_when_resumed(chosen, monkeypatch):
     with monkeypatch.context() as patch:
         stop_while_trials_are_scored(patch)
@@ -376,7 +387,8 @@ def test_rates_that_overflow_are_passed_over(tmp_path, monkeypatch):
 def test_several_configs_choose_each_its_own(chosen):
     config = yaml.safe_load((chosen / "auto.yaml").read_text())
     (chosen / "fixed2.yaml").write_text(yaml.safe_dump(config | {"train": {"max_steps": 4}, "output": "fixed2"}))
-    train(chosen, "auto.yaml", "fixed2.yaml", "--overwrite")
+    ended = train(chosen, "auto.yaml", "fixed2.yaml", "--overwrite")
+    assert "auto: learning rate: trying " in ended.err and "\nauto: 0.0067: step 9 of 9" in ended.err
     assert record_of(chosen / "auto")["learning_rate"] and "learning_rate" not in record_of(chosen / "fixed2")
 
 

@@ -1,6 +1,7 @@
 """Several configs trained together: each run is what it is alone, whatever the others do."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from lora_ft.commands.train import raise_errors
 from lora_ft.config.load import load_config, parse_config
 from lora_ft.config.together import check_together
+from lora_ft.core import signals
 from lora_ft.core.errors import ConfigError, FilesError, NumbersError
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.distributed import processes
@@ -224,6 +226,17 @@ def test_a_failure_of_one_process_ends_all_runs(monkeypatch):
         runs._advance({Run(0, "a", fails): None})
 
 
+def test_after_a_signal_each_run_has_its_time_to_save(monkeypatch):
+    exits: list[int] = []
+    monkeypatch.setattr(signals, "EXIT_SECONDS", 0.2)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    stopped = Run(0, "stopped", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    saves = Run(1, "saves", lambda: time.sleep(0.6))
+    with Stopper() as stopper:
+        Together(stopper, 2)._advance({stopped: None, saves: None})
+    assert isinstance(stopped.error, Stopped) and not saves.error and not exits
+
+
 @pytest.mark.parametrize(
     "errors, raised, words",
     [
@@ -315,6 +328,10 @@ def test_rows_are_few_and_even():
     assert rows_of([[100]] * 6, 384) == [[(0, 100), (1, 100), (2, 100)], [(3, 100), (4, 100), (5, 100)]]
     assert rows_of([[500], [20], [30]], 384) == [[(0, 500)], [(1, 20), (2, 30)]]
     assert rows_of([[50, 60], [10]], 384) == [[(0, 50), (1, 10)], [(0, 60)]]
+    assert sorted(map(sorted, rows_of([[120], [121], [180], [179]], 300))) == [
+        [(0, 120), (2, 180)],
+        [(1, 121), (3, 179)],
+    ]
     assert rows_of([], 384) == rows_of([[]], 384) == []
 
 
