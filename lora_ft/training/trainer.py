@@ -101,7 +101,7 @@ class LoRATrainer(SeamTrainer):
             seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_537 + processes.rank()
             torch.manual_seed(seed % 2**64)  # the largest that torch takes
         self.generators_before = RandomState.current()
-        if not model.training:  # a walk through all modules
+        if not self.model.training:  # a walk through all modules
             model.train()
         compute = self.together.add_gradients if self.together else add_gradients
         loss = compute(self.model, self.isolation, inputs, self.plan.shard, self.stopper.check)
