@@ -97,6 +97,7 @@ def train_run(
             setup.packing,
             setup.shard,
             setup.base.fingerprint,
+            partial(together.log_probabilities, setup.isolation) if together else None,
         )
         record = new_record(setup) | _base_scores(setup, evaluate) | (facts or {})
         if together:  # time and memory are not this run's alone

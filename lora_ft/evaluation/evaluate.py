@@ -14,7 +14,7 @@ from lora_ft.data.examples import Examples
 from lora_ft.evaluation.kept import base_scores
 from lora_ft.evaluation.paired import Rows, compare_rows
 from lora_ft.evaluation.references import EvalPrompts, eval_prompts
-from lora_ft.evaluation.scoring import confusion_of, macro_f1, score
+from lora_ft.evaluation.scoring import Compute, confusion_of, macro_f1, score
 from lora_ft.evaluation.telling_rows import telling_rows
 from lora_ft.evaluation.texts import bleu_of, generate_texts, text_metrics
 from lora_ft.methods.interface import bare, virtual_ids
@@ -32,11 +32,12 @@ def evaluate_set(
     check: Callable[[], None] = lambda: None,
     shard: Shard = UNSHARDED,
     base: bool = False,
+    compute: Compute | None = None,
 ) -> tuple[dict, list[str], Rows]:
     """One set's metrics, of the bare base if `base`, texts generated for `prompts` ([] if None), and rows. See `score`."""
     ids = [] if base else virtual_ids(model)
     with bare(model) if base else nullcontext():
-        scores = score(model, examples.with_prefix(ids).dataset, isolation, packing, check, shard)
+        scores = score(model, examples.with_prefix(ids).dataset, isolation, packing, check, shard, compute)
         if not prompts:
             return scores.metrics(), [], scores.rows
         texts = generate_texts(model, tokenizer, prompts.with_prefix(ids), config, check, shard)
@@ -58,7 +59,8 @@ class Evaluator:
 
     The call takes an optional `check`, see `score`; with base=True it scores the base, in a model that was injected into but
     not trained: every method starts as its base. base_rows: eval set -> the base's rows, with which later calls compare.
-    base_was_kept: whether its scores were those of an earlier run. fingerprint: of the base.
+    base_was_kept: whether its scores were those of an earlier run. fingerprint: of the base. compute: see `score`; the base is
+    always scored alone.
     """
 
     def __init__(
@@ -71,8 +73,9 @@ class Evaluator:
         packing: RowPacking,
         shard: Shard,
         fingerprint: str,
+        compute: Compute | None = None,
     ):
-        self.fingerprint = fingerprint
+        self.fingerprint, self.compute = fingerprint, compute
         self.model, self.tokenizer, self.eval_sets, self.config = model, tokenizer, eval_sets, config
         self.isolation, self.packing, self.shard = isolation, packing, shard
         self.base_rows: dict[str, Rows] = {}
@@ -84,7 +87,7 @@ class Evaluator:
 
     def __call__(self, check: Callable[[], None] = lambda: None, base: bool = False) -> dict:
         result: dict = {}
-        how = self.config, self.isolation, self.packing, check, self.shard, base
+        how = self.config, self.isolation, self.packing, check, self.shard, base, None if base else self.compute
         self.base_was_kept = base
         for name, examples in self.eval_sets.items():
             compute = partial(evaluate_set, self.model, self.tokenizer, examples, self.prompts[name], *how)

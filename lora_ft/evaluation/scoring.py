@@ -6,26 +6,30 @@ lm-evaluation-harness does).
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
 
 import datasets
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lora_ft.core.errors import NumbersError
 from lora_ft.core.intervals import wilson_interval
 from lora_ft.core.messages import working
-from lora_ft.data.batches import EMPTY_EXAMPLE, UNSHARDED, RowPacking, Shard, split_evenly
+from lora_ft.data.batches import EMPTY_EXAMPLE, UNSHARDED, MicroBatch, RowPacking, Shard, micro_batch, split_evenly
 from lora_ft.distributed import processes
 from lora_ft.evaluation.paired import Rows
 from lora_ft.nn.adapted import eval_mode
 from lora_ft.nn.attention import Isolation
-from lora_ft.nn.loss import logits_in_chunks
+from lora_ft.nn.loss import log_probabilities
 from lora_ft.nn.rows import flat_row
+
+Compute = Callable[[Iterable[MicroBatch]], Iterable[Tensor]]  # rows -> of each, what `log_probabilities` gives
 
 
 @dataclass
@@ -105,20 +109,28 @@ def score(
     packing: RowPacking,
     check: Callable[[], None] = lambda: None,
     shard: Shard = UNSHARDED,
+    compute: Compute | None = None,
 ) -> Scores:
     """Score `model`, in eval mode meanwhile, on the encoded examples of `dataset` (see `Examples`).
 
     packing: how sequences share rows. check: called before each row; an exception in it stops the scoring. shard: this
-    rank's part of the examples; the scores returned are those of all ranks. Raises NumbersError if a log-probability is NaN
-    or infinite.
+    rank's part of the examples; the scores returned are those of all ranks. compute: computes rows in the model's place, and
+    shows the progress. Raises NumbersError if a log-probability is NaN or infinite.
     """
     choices = len(dataset[0]["choices"]) if len(dataset) else 0
-    values = np.zeros(
-        (len(dataset), 4)
-    )  # of each example: nats, tokens, label, predicted; 0 where another rank has them
+    # of each example: nats, tokens, label, predicted; 0 where another rank has them
+    values = np.zeros((len(dataset), 4))
     block = 256 * shard.world_size  # examples sorted by length at a time: well-filled rows in constant memory
-    bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=None)
-    with eval_mode(model), bar, working("evaluating"):
+    bar = tqdm(total=len(dataset), desc="evaluating", unit="rows", leave=False, delay=2, disable=compute and True)
+
+    def compute_alone(rows: Iterable[MicroBatch]) -> Iterator[Tensor]:
+        for row in rows:
+            check()
+            inputs = {key: x.to(model.device) for key, x in row.items() if isinstance(x, Tensor)}
+            with isolation.row(model, row["segments"]):
+                yield log_probabilities(model, **inputs)
+
+    with eval_mode(model), bar, nullcontext() if compute else working("evaluating"):
         for start in range(0, len(dataset), block):
             lengths = [len(ids) for ids in dataset[start : start + block]["input_ids"]]
             places = [start + i for i in split_evenly(lengths, shard.world_size)[shard.rank]]
@@ -128,50 +140,48 @@ def score(
                 by_sequence.setdefault((query.example, tuple(query.ids)), []).append(query)
             sequences = list(by_sequence.values())
             choice_logprobs = [[0.0] * len(e["choices"]) for e in examples]
-            rows = packing.rows([s[0].ids for s in sequences])
-            for row in rows:
-                check()
-                for query, logprobs in _log_probabilities(model, isolation, [sequences[i] for i in row], packing.share):
+            rows = [[sequences[i] for i in row] for row in packing.rows([s[0].ids for s in sequences])]
+            asked, not_finite = (_asked(row, packing.share) for row in rows), []
+            for row, computed in zip(rows, (compute or compute_alone)(asked), strict=True):
+                of_row = iter(computed.tolist())
+                for query in itertools.chain.from_iterable(row):
+                    logprobs = list(itertools.islice(of_row, len(query.targets)))
                     if not all(map(math.isfinite, logprobs)):
-                        problem = "the model's log-probabilities are not finite, so scores mean nothing"
-                        raise NumbersError(f"{examples[query.example]['where']}: {problem}.")
+                        not_finite.append(places[query.example])
                     if query.choice < 0:
                         values[places[query.example], :2] = -sum(logprobs), len(logprobs)
                     else:
                         choice_logprobs[query.example][query.choice] = sum(logprobs)
-                bar.update(sum(sequences[i][0].choice < 0 for i in row))  # an example has one sequence with its loss
+                bar.update(sum(queries[0].choice < 0 for queries in row))  # an example has one sequence with its loss
             for place, example, found in zip(places, examples, choice_logprobs, strict=True):
                 if found:
                     values[place, 2:] = example["label"], max(range(len(found)), key=found.__getitem__)
-            for _ in range(max(processes.all_gather(len(rows))) - len(rows) if shard.padded else 0):
-                empty = [[_Query(0, -1, EMPTY_EXAMPLE["input_ids"], [], [])]]
-                list(_log_probabilities(model, isolation, empty, packing.share))
+            values[not_finite, 0] = math.nan
+            if shard.world_size == 1:
+                _check_finite(values, dataset)
+            missing = max(processes.all_gather(len(rows))) - len(rows) if shard.padded else 0
+            for _ in compute_alone([micro_batch([EMPTY_EXAMPLE])] * missing):
+                pass
             bar.update(start + len(lengths) - bar.n)  # those of other ranks
     if shard.world_size > 1:
         totals = torch.from_numpy(values).to(model.device)
         processes.all_reduce_sum([totals])
         values = totals.cpu().numpy()
+        _check_finite(values, dataset)  # on all ranks alike: of several runs, each has to end on all
     return Scores.of(values, choices)
 
 
-def _log_probabilities(
-    model: PreTrainedModel, isolation: Isolation, row: list[list[_Query]], share: bool
-) -> Iterator[tuple[_Query, list[float]]]:
-    """The queries of one row of sequences (queries of the same sequence are grouped), each with its log-probabilities."""
+def _check_finite(values: np.ndarray, dataset: datasets.Dataset) -> None:
+    """Raise NumbersError, with the place of the first example whose values are not finite."""
+    if len(wrong := np.flatnonzero(~np.isfinite(values[:, 0]))):
+        problem = "the model's log-probabilities are not finite, so scores mean nothing"
+        raise NumbersError(f"{dataset[int(wrong[0])]['where']}: {problem}.")
+
+
+def _asked(row: list[list[_Query]], share: bool) -> MicroBatch:
+    """A row of sequences, each with the queries about it: its `keep` and `targets` are those of the queries, in order."""
     flat = flat_row([queries[0].ids for queries in row], share)
-    queries = [query for same in row for query in same]
-    positions = torch.cat([places[q.positions] for places, same in zip(flat.places, row, strict=True) for q in same])
-    wanted = [target for q in queries for target in q.targets]
-    targets = torch.tensor(wanted, dtype=torch.long)  # (wanted,), as `positions`
-    keep, kept_rows = positions.unique(return_inverse=True)  # (kept,), (wanted,)
-    inputs = {name: x.to(model.device) for name, x in {**flat.inputs, "keep": keep}.items()}
-    targets, kept_rows = targets.to(model.device), kept_rows.to(model.device)
-    logprobs, start = torch.empty(len(targets), device=model.device), 0
-    with isolation.row(model, flat.segments):
-        for logits in logits_in_chunks(model, **inputs):  # (chunk, vocabulary)
-            here = ((kept_rows >= start) & (kept_rows < start + len(logits))).nonzero()[:, 0]
-            at = kept_rows[here] - start
-            logprobs[here] = logits[at, targets[here]].float() - logits.float().logsumexp(-1)[at]
-            start += len(logits)
-    values = iter(logprobs.tolist())
-    yield from ((query, list(itertools.islice(values, len(query.targets)))) for query in queries)
+    places = [places[q.positions] for places, queries in zip(flat.places, row, strict=True) for q in queries]
+    targets = [target for queries in row for q in queries for target in q.targets]
+    wanted = {"keep": torch.cat(places), "targets": torch.tensor(targets, dtype=torch.long)}
+    return MicroBatch(**flat.inputs, **wanted, segments=flat.segments)  # type: ignore[typeddict-item]

@@ -21,6 +21,11 @@ from lora_ft.nn.dora import DoRALinear
 from lora_ft.nn.lora import LoRALinear, add_updates
 
 
+def draw_nothing(what: Hashable) -> AbstractContextManager[None]:
+    """The `drawing` of a part in which nothing is random."""
+    return nullcontext()
+
+
 class Part(NamedTuple):
     """The tokens of a row that belong to a run.
 
@@ -30,7 +35,7 @@ class Part(NamedTuple):
 
     run: int
     tokens: slice
-    drawing: Callable[[Hashable], AbstractContextManager[None]]
+    drawing: Callable[[Hashable], AbstractContextManager[None]] = draw_nothing
 
 
 _parts: Sequence[Part] = ()  # of the current row; a global: models pass no such argument down
@@ -72,7 +77,7 @@ class JointLoRALinear(AdaptedLayer):
         for run, tokens, drawing in _parts:
             if layer := self.runs.get(run):
                 mask = None
-                if layer.dropout is not None:
+                if self.training and layer.dropout is not None:
                     with drawing(layer.dropout):
                         mask = layer.dropout.mask(x, tokens)
                 updates.append(layer.update(mask, tokens))

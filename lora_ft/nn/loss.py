@@ -72,6 +72,21 @@ def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, position_ids: Te
         yield from (head_logits(model, h) for h in chunks(hidden))
 
 
+def log_probabilities(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, keep: Tensor, targets: Tensor
+) -> Tensor:
+    """The log-probabilities (len(keep),), float32, of `targets` as the tokens after the positions `keep`; of one there may be
+    several."""
+    positions, which = keep.unique(return_inverse=True)
+    found, start = torch.empty(len(targets), device=input_ids.device), 0
+    for logits in logits_in_chunks(model, input_ids, position_ids, positions):  # (chunk, vocabulary)
+        here = ((which >= start) & (which < start + len(logits))).nonzero()[:, 0]
+        at = which[here] - start
+        found[here] = logits[at, targets[here]].float() - logits.float().logsumexp(-1)[at]
+        start += len(logits)
+    return found
+
+
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy summed over tokens, in float32. logits (tokens, vocabulary), targets (tokens,)."""
     return _SummedLoss.apply(logits, targets)

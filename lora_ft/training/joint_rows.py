@@ -2,19 +2,21 @@
 
 import math
 import random
-import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_ft.data.batches import MicroBatch, Shard, Step
+from lora_ft.data.batches import MicroBatch, Shard
 from lora_ft.model.device import micro_batch_tokens, random_states, set_random_states
 from lora_ft.nn.attention import Isolation
 
-ENOUGH = {"cpu": 310}  # tokens of a row: longer ones cost more in memory than they save in time (docs/training.md)
+# Tokens of several runs in a row, where longer ones cost more in memory than they save in time (docs/training.md); or, as one
+# run alone needs that memory too, this much more than the longest that a run has alone
+ENOUGH, MORE = {"cpu": 310}, 1.75
 ORDERS = 20  # of the runs, that are tried for fewer rows; of eight runs hardly any other order has still fewer
 
 
@@ -43,28 +45,40 @@ class RunGenerators:
 
 
 @dataclass
-class RunStep:
-    """A step that a run waits for. generators: as the run left them."""
+class RunRows:
+    """Rows whose log-probabilities a run waits for."""
 
     run: int
-    model: PreTrainedModel
     isolation: Isolation
-    step: Step
+    micro: Sequence[MicroBatch]
+
+
+@dataclass
+class RunStep(RunRows):
+    """A step whose gradients a run waits for. total: see `Step`. generators: as the run left them."""
+
+    model: PreTrainedModel
+    total: int
     shard: Shard
     generators: RunGenerators = field(default_factory=RunGenerators)
 
 
-def row_limit(setting: int | str, device: str) -> int:
-    """The most tokens of several runs in a row, unless a run has a longer one alone."""
-    return min(micro_batch_tokens(setting, device), ENOUGH.get(device, sys.maxsize))
+R = TypeVar("R", bound=RunRows)
 
 
-def rows(steps: Sequence[RunStep], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
+def row_limit(setting: int | str, device: str, longest: int) -> int:
+    """The most tokens of several runs in a row. longest: of a row that one of them has alone."""
+    most = micro_batch_tokens(setting, device)
+    enough = max(ENOUGH[device], int(MORE * longest)) if device in ENOUGH else most
+    return max(longest, min(most, enough))
+
+
+def rows(waiting: Sequence[R], most: int) -> list[list[tuple[R, MicroBatch]]]:
     """The runs' micro-batches in few rows: in each at most one of a run, and a run's in their order.
 
     A row has at most `most` tokens, or as many as the longest that a run has alone. Among as few, the longest has few tokens.
     """
-    own = [(s, [m for m in s.step["micro"] if len(m["keep"])]) for s in steps]
+    own = [(run, [m for m in run.micro if len(m["keep"])]) for run in waiting]
     sizes = [tokens_of(m) for _, micro in own for m in micro]
     high = max(most, *sizes, 0)
     joined = _few_rows(own, high)
@@ -79,7 +93,7 @@ def rows(steps: Sequence[RunStep], most: int) -> list[list[tuple[RunStep, MicroB
     return joined
 
 
-def _can_share_row(a: RunStep, b: RunStep) -> bool:
+def _can_share_row(a: RunRows, b: RunRows) -> bool:
     """Whether two runs can have a row in common.
 
     Not with MASK: it gives the tokens of other runs the weight 0, and 0 times NaN is NaN, so one run that diverges would spoil
@@ -93,7 +107,7 @@ def tokens_of(micro: MicroBatch) -> int:
     return micro["input_ids"].shape[1]
 
 
-def _few_rows(own: Sequence[tuple[RunStep, list[MicroBatch]]], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
+def _few_rows(own: Sequence[tuple[R, list[MicroBatch]]], most: int) -> list[list[tuple[R, MicroBatch]]]:
     """The fewest rows that the runs fill one after the other, in one of some orders."""
     least = math.ceil(sum(tokens_of(m) for _, micro in own for m in micro) / max(1, most))
     fewest, order, draw = _first_fit(own, most), [*own], random.Random(0)
@@ -105,9 +119,9 @@ def _few_rows(own: Sequence[tuple[RunStep, list[MicroBatch]]], most: int) -> lis
     return fewest
 
 
-def _first_fit(own: Sequence[tuple[RunStep, list[MicroBatch]]], most: int) -> list[list[tuple[RunStep, MicroBatch]]]:
+def _first_fit(own: Sequence[tuple[R, list[MicroBatch]]], most: int) -> list[list[tuple[R, MicroBatch]]]:
     """Each micro-batch in the first row with room for it, after those before it in its run."""
-    joined: list[list[tuple[RunStep, MicroBatch]]] = []
+    joined: list[list[tuple[R, MicroBatch]]] = []
     sizes: list[int] = []
     for s, micro in own:
         place = 0

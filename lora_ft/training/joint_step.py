@@ -1,4 +1,4 @@
-"""An optimizer step of several runs at once: their micro-batches share rows of one model (nn/joint.py).
+"""An optimizer step, or an evaluation, of several runs at once: their micro-batches share rows of one model (nn/joint.py).
 
 A run's gradients are those of `add_gradients` in a run alone, except for rounding: its micro-batches are cut as there, keep
 their order, and draw from its own generators.
@@ -12,21 +12,22 @@ from types import MethodType
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lora_ft.core.errors import ConfigError
 from lora_ft.core.messages import first_line
-from lora_ft.data.batches import MicroBatch, Shard, Step
+from lora_ft.data.batches import MicroBatch, Shard
 from lora_ft.distributed import processes
 from lora_ft.methods.lora.inject import lora_layers, trainable
 from lora_ft.methods.lora.multi import is_expert
-from lora_ft.model.device import random_states
+from lora_ft.model.device import micro_batch_tokens, random_states
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.joint import BaseDropout, JointLoRALinear, Part, parts_of_row
-from lora_ft.nn.loss import supervised_losses
+from lora_ft.nn.loss import log_probabilities, supervised_losses
 from lora_ft.nn.mlp import keep_gate_and_up
 from lora_ft.nn.rows import Segment
-from lora_ft.training.joint_rows import RunStep, row_limit, rows, tokens_of
+from lora_ft.training.joint_rows import RunRows, RunStep, row_limit, rows, tokens_of
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:
@@ -56,7 +57,7 @@ class JointModel:
         if bf16:
             forward = torch.autocast(device, torch.bfloat16)(type(self.model).forward)
             self.model.forward = MethodType(convert_outputs_to_fp32(forward), self.model)
-        self.row_tokens = row_limit(row_tokens, device)
+        self.row_tokens = row_tokens
         self._base_dropout = BaseDropout()
         self._has_dropout = True  # until `check` finds that no layer of the base draws one
         layers = {run: lora_layers(model) for run, model in models.items()}
@@ -77,7 +78,8 @@ class JointModel:
         """
         self.model.train()
         totals = {s.run: torch.zeros((), device=self.model.device) for s in steps}
-        for row in rows(steps, self.row_tokens):
+        longest = max((tokens_of(micro) for s in steps for micro in s.micro), default=0)
+        for row in rows(steps, row_limit(self.row_tokens, self.model.device.type, longest)):
             check()
             for run, loss in self._losses_of_row(row).items():
                 totals[run] += loss
@@ -86,6 +88,22 @@ class JointModel:
             if s.shard.world_size > 1:
                 processes.all_reduce_gradients(list(trainable(s.model).values()), totals[s.run])
         return totals
+
+    @torch.no_grad()
+    def log_probabilities(self, waiting: Sequence[RunRows], check: Callable[[], None]) -> dict[int, list[Tensor]]:
+        """What `nn.loss.log_probabilities` gives for each row of each run. check: as in `add_gradients`."""
+        self.model.eval()
+        found: dict[int, list[Tensor]] = {run.run: [] for run in waiting}
+        joined = rows(waiting, micro_batch_tokens(self.row_tokens, self.model.device.type))
+        for row in tqdm(joined, desc="evaluating", unit="rows", leave=False, delay=2, disable=None):
+            check()
+            spans, segments, inputs = self._joined(row)
+            parts = [Part(run.run, span) for (run, _), span in zip(row, spans, strict=True)]
+            with row[0][0].isolation.row(self.model, segments), parts_of_row(parts):
+                values = log_probabilities(self.model, **inputs)
+            for (run, _), own in zip(row, values.split([len(micro["keep"]) for _, micro in row]), strict=True):
+                found[run.run].append(own)
+        return found
 
     @torch.no_grad()
     def check(self, isolation: Isolation) -> None:
@@ -99,8 +117,7 @@ class JointModel:
             "targets": places,
             "segments": [Segment(4, None)],
         }
-        step: Step = {"micro": [micro], "total": 4, "tokens": 4, "rows": []}
-        run = RunStep(self.runs[0], self.model, isolation, step, Shard(0, 1))
+        run = RunStep(self.runs[0], isolation, [micro], self.model, 4, Shard(0, 1))
         try:
             self._losses_of_row([(run, micro)], learn=False)
         except NotImplementedError as e:
@@ -115,33 +132,40 @@ class JointModel:
         Raises:
             NotImplementedError: the model draws random numbers that are no run's.
         """
-        parts, token, segment = [], 0, 0
-        segments: list[Segment] = []
-        for s, micro in row:
+        spans, segments, inputs = self._joined(row)
+        for s, _ in row:
             s.generators.start_row()
-            tokens = tokens_of(micro)
-            parts.append(Part(s.run, slice(token, token + tokens), s.generators.drawing))
-            segments += [Segment(n, None if parent is None else parent + segment) for n, parent in micro["segments"]]
-            token, segment = token + tokens, len(segments)
-        starts = [part.tokens.start for part in parts]
-        joined = {
-            "input_ids": torch.cat([micro["input_ids"] for _, micro in row], 1),
-            "position_ids": torch.cat([micro["position_ids"] for _, micro in row], 1),
-            "keep": torch.cat([micro["keep"] + start for (_, micro), start in zip(row, starts, strict=True)]),
-            "targets": torch.cat([micro["targets"] for _, micro in row]),
-        }
-        inputs = {key: x.to(self.model.device, non_blocking=True) for key, x in joined.items()}
+        parts = [Part(s.run, span, s.generators.drawing) for (s, _), span in zip(row, spans, strict=True)]
         counts = [len(micro["keep"]) for _, micro in row]
         outside = random_states()
         dropout = self._base_dropout if self._has_dropout else nullcontext()
         with row[0][0].isolation.row(self.model, segments), parts_of_row(parts), dropout:
             losses = supervised_losses(self.model, **inputs, counts=counts)
-            means = [loss / max(1, s.step["total"]) for (s, _), loss in zip(row, losses, strict=True)]
+            means = [loss / max(1, s.total) for (s, _), loss in zip(row, losses, strict=True)]
             if learn:
                 torch.stack(means).sum().backward()
         if any(not torch.equal(state, outside.get(kind, state)) for kind, state in random_states().items()):
             raise NotImplementedError("its layers draw random numbers themselves (layer drop, router noise)")
         return {s.run: loss.detach() for (s, _), loss in zip(row, losses, strict=True)}
+
+    def _joined(
+        self, row: Sequence[tuple[RunRows, MicroBatch]]
+    ) -> tuple[list[slice], list[Segment], dict[str, Tensor]]:
+        """The tokens of each micro-batch in the row, the row's segments, and what the model is given."""
+        spans: list[slice] = []
+        segments: list[Segment] = []
+        token = 0
+        for _, micro in row:
+            first = len(segments)
+            segments += [Segment(n, None if parent is None else parent + first) for n, parent in micro["segments"]]
+            spans.append(slice(token, token := token + tokens_of(micro)))
+        joined = {
+            "input_ids": torch.cat([micro["input_ids"] for _, micro in row], 1),
+            "position_ids": torch.cat([micro["position_ids"] for _, micro in row], 1),
+            "keep": torch.cat([micro["keep"] + span.start for (_, micro), span in zip(row, spans, strict=True)]),
+            "targets": torch.cat([micro["targets"] for _, micro in row]),
+        }
+        return spans, segments, {key: x.to(self.model.device, non_blocking=True) for key, x in joined.items()}
 
 
 def check_joint(base: PreTrainedModel, adapted: Iterable[str], checkpointing: bool) -> None:

@@ -1,15 +1,12 @@
-"""Several runs in one process, a step of each at a time: every run is its own, and only their steps are computed together.
+"""Several runs in one process, a step of each at a time: every run is its own, and only what the model computes is shared.
 
 Each run is a coroutine (greenlet) that goes through training as it does alone: its own Trainer, optimizer, schedule, log,
-checkpoints. Where it needs the gradients of a step it waits, until all runs that have not ended wait for theirs. So what a run
-does depends on no other, and each can be stopped and resumed like any run.
+checkpoints. Where it needs the gradients of a step, or the log-probabilities of eval data, it waits until all runs that have
+not ended wait too. Then all evaluations are computed, or if there are none, a step of each run. So what a run does depends on
+no other, and each can be stopped and resumed like any run.
 """
 
-import os
-import sys
-import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from greenlet import getcurrent, greenlet
@@ -20,50 +17,20 @@ from transformers import PreTrainedModel
 from lora_ft.core import messages
 from lora_ft.core.errors import ConfigError, NumbersError, UserError
 from lora_ft.core.signals import Stopped, Stopper
-from lora_ft.data.batches import Shard, Step
+from lora_ft.data.batches import MicroBatch, Shard, Step
 from lora_ft.distributed import processes
 from lora_ft.model.files import Base
 from lora_ft.model.load import load_base
 from lora_ft.nn.attention import Isolation
 from lora_ft.nn.forms import Form
-from lora_ft.training.checkpoint import RandomState
-from lora_ft.training.joint_rows import RunStep
+from lora_ft.training.joint_rows import RunRows, RunStep
 from lora_ft.training.joint_step import JointModel, clone
+from lora_ft.training.process_state import ProcessState
 from lora_ft.training.progress import BAR
-
-TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # set for the Trainer by training/arguments.py
 
 
 class Abandoned(BaseException):
     """Unwinds a run because of another: that could not begin, or failed in one of several processes."""
-
-
-@dataclass
-class ProcessState:
-    """What belongs to one run at a time, though a process has only one of it."""
-
-    random: RandomState
-    stdout: Any
-    thread_hook: Any
-    tensorboard: str | None
-    stop: tuple[bool, str]
-    prefix: str
-
-    @classmethod
-    def current(cls, stopper: Stopper) -> "ProcessState":
-        """As it is now."""
-        stop = stopper.deferred, stopper.hint
-        hook, folder = threading.excepthook, os.environ.get(TENSORBOARD)
-        return cls(RandomState.current(), sys.stdout, hook, folder, stop, messages.prefix())
-
-    def restore(self, stopper: Stopper) -> None:
-        """Make it so again."""
-        self.random.restore()
-        sys.stdout, threading.excepthook = self.stdout, self.thread_hook
-        stopper.deferred, stopper.hint = self.stop
-        messages.set_prefix(self.prefix)
-        if self.tensorboard is not None:
-            os.environ[TENSORBOARD] = self.tensorboard
 
 
 class Run:
@@ -104,6 +71,7 @@ class Together:
         self._scheduler: greenlet = getcurrent()
         self._prefix = messages.prefix()
         self._running: Run | None = None
+        self._waiting: dict[Run, RunRows | None] = {}
         self._base: PreTrainedModel | None = None
         self._made: dict[Hashable, Any] = {}
         self._models: dict[int, PreTrainedModel] = {}
@@ -138,7 +106,14 @@ class Together:
     ) -> Tensor:
         """As `training.step.add_gradients`, but computed with the steps of the other runs, which check for signals."""
         assert self._running is not None
-        return self._scheduler.switch(RunStep(self._running.number, model, isolation, step, shard))
+        return self._scheduler.switch(
+            RunStep(self._running.number, isolation, step["micro"], model, step["total"], shard)
+        )
+
+    def log_probabilities(self, isolation: Isolation, rows: Iterable[MicroBatch]) -> list[Tensor]:
+        """What `nn.loss.log_probabilities` gives for each row, but computed with the rows that other runs evaluate."""
+        assert self._running is not None
+        return self._scheduler.switch(RunRows(self._running.number, isolation, [*rows]))
 
     # ---- the runs ----
 
@@ -155,11 +130,13 @@ class Together:
         try:
             waiting = self._start(runs)
             self._join(waiting, row_tokens, checkpointing)
-            steps = self._advance(dict.fromkeys(waiting))
+            self._waiting = dict.fromkeys(waiting)
+            self._advance(dict.fromkeys(waiting))
             with tqdm(total=self._steps, desc="training", bar_format=BAR, disable=None) as bar:
-                while steps:
-                    bar.update(len(steps))
-                    steps = self._advance(self._compute(steps))
+                while self._waiting:
+                    answers = self._compute()
+                    bar.update(sum(isinstance(self._waiting[run], RunStep) for run in answers))
+                    self._advance(answers)
         finally:
             self.stopper.deferred = False
         return runs
@@ -194,35 +171,41 @@ class Together:
         for run in runs:
             self._switch(run, Abandoned())
 
-    def _advance(self, answers: dict[Run, Any]) -> dict[Run, RunStep]:
-        """Give each run what it waits for; the steps that those still training wait for next."""
-        steps = {}
+    def _advance(self, answers: dict[Run, Any]) -> None:
+        """Give runs what they wait for, until each has ended or waits again."""
         for run, answer in answers.items():
-            step = self._switch(run, answer)
+            self._waiting[run] = self._switch(run, answer)
             self.stopper.keep_running()
             if not run.coroutine.dead:
-                steps[run] = step
-            elif isinstance(run.error, Exception):
+                continue
+            del self._waiting[run]
+            if isinstance(run.error, Exception):
                 if processes.world_size() > 1 and not isinstance(run.error, NumbersError):
-                    self._abandon(other for other in answers if not other.coroutine.dead)
+                    self._abandon([*self._waiting])
                     raise run.named_error()  # of this process: the others would go on with the run
                 what = run.error if isinstance(run.error, UserError) else f"{type(run.error).__name__}: {run.error}"
                 messages.info(f"{run.name}: {what}")
-        return steps
 
-    def _compute(self, steps: dict[Run, RunStep]) -> dict[Run, Any]:
-        """The losses of a step of each run, or the error that each is to hear of."""
+    def _compute(self) -> dict[Run, Any]:
+        """What the runs that evaluate wait for, or else all runs; or the error that each is to hear of."""
         assert self._joint is not None
+        steps = {run: rows for run, rows in self._waiting.items() if isinstance(rows, RunStep)}
+        evaluations = {run: rows for run, rows in self._waiting.items() if rows and run not in steps}
+        answered = evaluations or steps
         try:
-            losses = self._joint.add_gradients([*steps.values()], self.stopper.check)
+            if evaluations:
+                found: dict[int, Any] = self._joint.log_probabilities([*evaluations.values()], self.stopper.check)
+            else:
+                found = self._joint.add_gradients([*steps.values()], self.stopper.check)
         except Stopped as stop:
-            return {run: _copy(stop) for run in steps}
+            return {run: _copy(stop) for run in answered}
         except Exception as error:
-            return dict.fromkeys(steps, error)
-        for run, step in steps.items():
-            assert run.state is not None
-            run.state.random.tensors |= {f"random.{kind}": state for kind, state in step.generators.states.items()}
-        return {run: losses[run.number] for run in steps}
+            return dict.fromkeys(answered, error)
+        for run, rows in answered.items():
+            if isinstance(rows, RunStep):
+                assert run.state is not None
+                run.state.random.tensors |= {f"random.{kind}": state for kind, state in rows.generators.states.items()}
+        return {run: found[run.number] for run in answered}
 
     def _switch(self, run: Run, answer: Any) -> Any:
         """Let a run go on with an answer, or with an error raised where it waits; what it waits for next."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_ft.core.errors import NumbersError
-from lora_ft.data.batches import RowPacking, Shard
+from lora_ft.data.batches import RowPacking, Shard, split_evenly
 from lora_ft.distributed import processes
 from lora_ft.evaluation.scoring import Scores, macro_f1, score, wilson_interval
 from lora_ft.nn import loss
@@ -137,3 +137,17 @@ def test_scores_that_are_not_finite_are_an_error():
     with pytest.raises(NumbersError, match=r"rows\.jsonl:\d+: .*finite"):
         score(model, classification([[5], [6]]), Isolation.ATTENTION, RowPacking(64))
     assert model.training, "left in eval mode"
+
+
+def test_numbers_that_another_rank_has_not_finite_are_an_error_on_all(monkeypatch):
+    model, dataset = build("llama"), classification([[5], [6]])
+    mine = split_evenly([len(ids) for ids in dataset["input_ids"]], 2)[0]
+    theirs = next(i for i in range(len(dataset)) if i not in mine)
+
+    def add_nan(totals):
+        assert not totals[0][theirs].any()
+        totals[0][theirs, 0] = math.nan
+
+    monkeypatch.setattr(processes, "all_reduce_sum", add_nan)
+    with pytest.raises(NumbersError, match=rf"rows\.jsonl:{theirs + 1}: .*finite"):
+        score(model, dataset, Isolation.ATTENTION, RowPacking(64), shard=Shard(0, 2))

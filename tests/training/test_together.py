@@ -21,7 +21,8 @@ from lora_ft.core.errors import ConfigError, FilesError, NumbersError
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.distributed import processes
 from lora_ft.nn.attention import Isolation
-from lora_ft.training.joint_rows import RunGenerators, RunStep, rows, tokens_of
+from lora_ft.training.joint_rows import RunGenerators, RunRows, row_limit, rows, tokens_of
+from lora_ft.training.joint_step import JointModel
 from lora_ft.training.setup import RunSetup
 from lora_ft.training.together import Run, Together
 from tests.helpers.command import Ended, cli, start
@@ -119,7 +120,7 @@ def test_each_run_is_the_one_that_it_is_alone(folder):
 # the first two have dropout of their own, the last its own code
 @pytest.mark.parametrize("family, form", [("gpt2", None), ("opt", "int8"), ("bloom", "nf4")])
 def test_other_families(family, form, tmp_path):
-    short = {"train": {"max_steps": 3, "early_stopping_patience": None}, "data": {"eval": None}}
+    short = {"train": {"max_steps": 3, "early_stopping_patience": None, "eval_steps": 2}}
     short = dict.fromkeys(RUNS, short | {"model": {"quantization": form}})
     assert_same(written_and_trained(tmp_path, family, short), "alone", "together")
 
@@ -128,6 +129,23 @@ def test_neither_their_order_nor_their_number_changes_a_run(folder):
     others = write_configs(folder, "reversed")
     together(folder, *others[:0:-1])
     assert_same(folder, "alone", "reversed", "cb")
+
+
+def test_evaluations_that_fall_due_together_are_computed_together(folder, monkeypatch):
+    compute, noted_in = JointModel.log_probabilities, folder / "evaluated.txt"
+
+    def noted(self, waiting, check):
+        fewer = len(rows(waiting, COMMON["micro_batch_tokens"])) < sum(len(run.micro) for run in waiting)
+        with noted_in.open("a") as file:  # of a fork
+            print("".join("abc"[run.run] for run in waiting), "fewer rows" if fewer else "alone", sep=": ", file=file)
+        return compute(self, waiting, check)
+
+    monkeypatch.setattr(JointModel, "log_probabilities", noted)
+    due = {"train": {"max_steps": 6, "eval_steps": 3, "early_stopping_patience": None}}
+    together(
+        folder, *write_configs(folder, "due", {"a": due, "b": due, "c": {"train": due["train"] | {"eval_steps": 2}}})
+    )
+    assert noted_in.read_text().splitlines() == ["c: alone", "ab: fewer rows", "c: alone", "abc: fewer rows"]
 
 
 def test_messages_say_whose_they_are(folder):
@@ -180,7 +198,7 @@ def test_one_that_is_not_finite_does_not_reach_others_through_a_mask(tmp_path):
 def test_bf16_is_that_of_a_run_alone(tmp_path):
     write_run(tmp_path)
     write_reviews(tmp_path / "others.jsonl", 31)
-    short = {"train": {"max_steps": 3, "early_stopping_patience": None}, "data": {"eval": None}}
+    short = {"train": {"max_steps": 3, "early_stopping_patience": None, "eval_steps": 2}}
     losses = {}
     for kind, bf16 in (("alone", True), ("together", True), ("exact", False)):
         names = write_configs(tmp_path, kind, dict.fromkeys(RUNS, short | {"trainer": {"bf16": bf16}}))
@@ -320,7 +338,7 @@ def test_what_runs_must_have_in_common_is_named(changes, words):
 def rows_of(sizes: list[list[int]], most: int, way: Isolation = Isolation.ATTENTION) -> list[list[tuple[int, int]]]:
     """(run, tokens) in each row of steps with micro-batches of these sizes."""
     micro = [[{"input_ids": torch.zeros(1, size), "keep": torch.zeros(1)} for size in of_run] for of_run in sizes]
-    steps = [RunStep(n, None, way, {"micro": own}, None) for n, own in enumerate(micro)]  # type: ignore
+    steps = [RunRows(n, way, own) for n, own in enumerate(micro)]  # type: ignore
     return [[(s.run, tokens_of(m)) for s, m in row] for row in rows(steps, most)]
 
 
@@ -333,6 +351,12 @@ def test_rows_are_few_and_even():
         [(1, 121), (3, 179)],
     ]
     assert rows_of([], 384) == rows_of([[]], 384) == []
+
+
+def test_rows_are_longer_where_a_run_has_long_ones_alone():
+    assert [row_limit("auto", "cpu", longest) for longest in (20, 310, 400, 1000, 1200)] == [310, 542, 700, 1024, 1200]
+    assert row_limit(200, "cpu", 100) == 200
+    assert row_limit("auto", "cuda", 100) > 1024
 
 
 @pytest.mark.parametrize("way", [Isolation.MASK, Isolation.ONE_PER_ROW])
