@@ -93,13 +93,13 @@ def rows(waiting: Sequence[R], most: int) -> list[list[tuple[R, MicroBatch]]]:
     return joined
 
 
-def _can_share_row(a: RunRows, b: RunRows) -> bool:
-    """Whether two runs can have a row in common.
+def _shares(run: RunRows) -> bool:
+    """Whether a run can have a row in common with others.
 
     Not with MASK: it gives the tokens of other runs the weight 0, and 0 times NaN is NaN, so one run that diverges would spoil
     the others.
     """
-    return a.isolation is b.isolation is Isolation.ATTENTION
+    return run.isolation is Isolation.ATTENTION
 
 
 def tokens_of(micro: MicroBatch) -> int:
@@ -109,7 +109,8 @@ def tokens_of(micro: MicroBatch) -> int:
 
 def _few_rows(own: Sequence[tuple[R, list[MicroBatch]]], most: int) -> list[list[tuple[R, MicroBatch]]]:
     """The fewest rows that the runs fill one after the other, in one of some orders."""
-    least = math.ceil(sum(tokens_of(m) for _, micro in own for m in micro) / max(1, most))
+    shared = sum(tokens_of(m) for run, micro in own if _shares(run) for m in micro)
+    least = math.ceil(shared / max(1, most)) + sum(len(micro) for run, micro in own if not _shares(run))
     fewest, order, draw = _first_fit(own, most), [*own], random.Random(0)
     for _ in range(ORDERS):
         if len(fewest) <= least:
@@ -123,16 +124,18 @@ def _first_fit(own: Sequence[tuple[R, list[MicroBatch]]], most: int) -> list[lis
     """Each micro-batch in the first row with room for it, after those before it in its run."""
     joined: list[list[tuple[R, MicroBatch]]] = []
     sizes: list[int] = []
-    for s, micro in own:
+    for run, micro in own:
         place = 0
         for m in micro:
             size = tokens_of(m)
-            while place < len(joined) and (sizes[place] + size > most or not _can_share_row(s, joined[place][0][0])):
+            if not _shares(run):
+                place = len(joined)
+            while place < len(joined) and (sizes[place] + size > most or not _shares(joined[place][0][0])):
                 place += 1
             if place == len(joined):
                 joined.append([])
                 sizes.append(0)
-            joined[place].append((s, m))
+            joined[place].append((run, m))
             sizes[place] += size
             place += 1
     return joined
