@@ -1,4 +1,4 @@
-"""Eight configs trained together against the same eight one after the other: whole processes, in turns.
+"""Eight configs trained together against the same eight one after the other: whole processes, half of those before, half after.
 
     python benchmarks/together.py [--sst2 FILE] [--batches 4,16] [--steps 40] [--rounds 3] [--eval-rows 200]
 
@@ -66,8 +66,11 @@ def round_of(model: str, rows: list[str], batch_size: int, steps: int, eval_rows
             for i, file in enumerate(files):
                 text = yaml.safe_dump(config(model, i, batch_size, steps, eval_rows > 0, Path(f"{kind}{i}")))
                 (folder / file).write_text(text)
-        seconds = {"alone": sum(train(folder, [file]) for file in names["alone"])}
-        seconds["together"] = train(folder, names["together"])
+        half = len(RANKS) // 2
+        before = sum(train(folder, [file]) for file in names["alone"][:half])
+        together = train(folder, names["together"])
+        after = sum(train(folder, [file]) for file in names["alone"][half:])
+        seconds = {"alone": before + after, "together": together}
         logs = {
             kind: [[json.loads(line) for line in (folder / f"{kind}{i}/log.jsonl").open()] for i in range(len(RANKS))]
             for kind in names
