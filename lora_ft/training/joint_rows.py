@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +15,7 @@ from lora_ft.data.batches import MicroBatch, Shard
 from lora_ft.model.device import micro_batch_tokens, random_states, set_random_states
 from lora_ft.nn.attention import Isolation
 
-# Tokens of several runs in a row, where longer ones cost more in memory than they save in time (docs/training.md); or, as one
-# run alone needs that memory too, this much more than the longest that a run has alone
-ENOUGH, MORE = {"cpu": 310}, 1.75
+ENOUGH = {"cpu": 310}  # tokens of a row: longer ones cost more in memory than they save in time (docs/training.md)
 ORDERS = 20  # of the runs, that are tried for fewer rows; of eight runs hardly any other order has still fewer
 
 
@@ -66,11 +65,9 @@ class RunStep(RunRows):
 R = TypeVar("R", bound=RunRows)
 
 
-def row_limit(setting: int | str, device: str, longest: int) -> int:
-    """The most tokens of several runs in a row. longest: of a row that one of them has alone."""
-    most = micro_batch_tokens(setting, device)
-    enough = max(ENOUGH[device], int(MORE * longest)) if device in ENOUGH else most
-    return max(longest, min(most, enough))
+def row_limit(setting: int | str, device: str) -> int:
+    """The most tokens of several runs in a row, unless a run has a longer one alone."""
+    return min(micro_batch_tokens(setting, device), ENOUGH.get(device, sys.maxsize))
 
 
 def rows(waiting: Sequence[R], most: int) -> list[list[tuple[R, MicroBatch]]]:

@@ -78,8 +78,7 @@ class JointModel:
         """
         self.model.train()
         totals = {s.run: torch.zeros((), device=self.model.device) for s in steps}
-        longest = max((tokens_of(micro) for s in steps for micro in s.micro), default=0)
-        for row in rows(steps, row_limit(self.row_tokens, self.model.device.type, longest)):
+        for row in rows(steps, row_limit(self.row_tokens, self.model.device.type)):
             check()
             for run, loss in self._losses_of_row(row).items():
                 totals[run] += loss

@@ -21,7 +21,7 @@ from lora_ft.core.errors import ConfigError, FilesError, NumbersError
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.distributed import processes
 from lora_ft.nn.attention import Isolation
-from lora_ft.training.joint_rows import RunGenerators, RunRows, row_limit, rows, tokens_of
+from lora_ft.training.joint_rows import RunGenerators, RunRows, rows, tokens_of
 from lora_ft.training.joint_step import JointModel
 from lora_ft.training.setup import RunSetup
 from lora_ft.training.together import Run, Together
@@ -351,12 +351,6 @@ def test_rows_are_few_and_even():
         [(1, 121), (3, 179)],
     ]
     assert rows_of([], 384) == rows_of([[]], 384) == []
-
-
-def test_rows_are_longer_where_a_run_has_long_ones_alone():
-    assert [row_limit("auto", "cpu", longest) for longest in (20, 310, 400, 1000, 1200)] == [310, 542, 700, 1024, 1200]
-    assert row_limit(200, "cpu", 100) == 200
-    assert row_limit("auto", "cuda", 100) > 1024
 
 
 @pytest.mark.parametrize("way", [Isolation.MASK, Isolation.ONE_PER_ROW])

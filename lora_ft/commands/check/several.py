@@ -51,9 +51,9 @@ def memory_together(results: list[Inspection]) -> Memory | None:
         return None
     own = [max(row.tokens for row in largest_rows(result.plan)) for result in results if result.plan]
     setup, model = results[0].setup, results[0].model
-    limit = row_limit(setup.config.train.micro_batch_tokens, setup.device, max(own))
+    limit = row_limit(setup.config.train.micro_batch_tokens, setup.device)
     shared = model and Isolation.guess_from_config(model, setup.longest(model)) is Isolation.ATTENTION
-    tokens = min(sum(own), limit) if shared else max(own)  # of the longest row
+    tokens = min(sum(own), max(limit, *own)) if shared else max(own)  # of the longest row
     grown = {
         part: int(tokens * max(getattr(memory, part) / size for memory, size in zip(parts, own, strict=True)))
         for part in ("activations", "heap")
