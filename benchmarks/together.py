@@ -4,8 +4,8 @@
 
 The runs differ in rank (4 to 64), learning rate, seed and order of the data, and have a batch size in common. Prints a line of
 JSON per batch size: seconds of each round both ways, the median of their ratios and its range, peak memory, and how far losses
-and adapters are apart. Each run evaluates the base and its last step on 200 rows, which takes as long both ways; the base's
-scores are kept for all runs.
+and adapters are apart. Each run evaluates the base and its last step on --eval-rows rows; the base's scores are kept for all
+runs.
 """
 
 import argparse

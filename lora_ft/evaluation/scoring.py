@@ -114,8 +114,8 @@ def score(
     """Score `model`, in eval mode meanwhile, on the encoded examples of `dataset` (see `Examples`).
 
     packing: how sequences share rows. check: called before each row; an exception in it stops the scoring. shard: this
-    rank's part of the examples; the scores returned are those of all ranks. compute: computes rows in the model's place, and
-    shows the progress. Raises NumbersError if a log-probability is NaN or infinite.
+    rank's part of the examples; the scores returned are those of all ranks. compute: computes rows in the model's place, shows
+    the progress, and does without `check`. Raises NumbersError if a log-probability is NaN or infinite.
     """
     choices = len(dataset[0]["choices"]) if len(dataset) else 0
     # of each example: nats, tokens, label, predicted; 0 where another rank has them
@@ -128,7 +128,8 @@ def score(
             check()
             inputs = {key: x.to(model.device) for key, x in row.items() if isinstance(x, Tensor)}
             with isolation.row(model, row["segments"]):
-                yield log_probabilities(model, **inputs)
+                found = log_probabilities(model, **inputs)
+            yield found
 
     with eval_mode(model), bar, nullcontext() if compute else working("evaluating"):
         for start in range(0, len(dataset), block):

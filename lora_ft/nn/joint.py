@@ -91,7 +91,7 @@ class JointLoRALinear(AdaptedLayer):
 class BaseDropout(TorchFunctionMode):
     """Draws the dropout of a base's own layers for each part of a row, within `parts_of_row`. It slows every call of torch.
 
-    calls: how often in this row, or the last.
+    calls: how many dropouts were drawn in the current row, or the last one.
     """
 
     calls = 0

@@ -223,6 +223,7 @@ class _LoRA(torch.autograd.Function):
 
 
 def _split(S, parts):
+    """The columns of each part; no call of torch if there is one part."""
     return (S,) if parts == 1 else S.chunk(parts, -1)
 
 

@@ -75,8 +75,10 @@ def logits_in_chunks(model: PreTrainedModel, input_ids: Tensor, position_ids: Te
 def log_probabilities(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, keep: Tensor, targets: Tensor
 ) -> Tensor:
-    """The log-probabilities (len(keep),), float32, of `targets` as the tokens after the positions `keep`; of one there may be
-    several."""
+    """The log-probabilities (len(keep),), float32, of `targets` as the tokens after the positions `keep` of a row (1, tokens).
+
+    A position may occur several times.
+    """
     positions, which = keep.unique(return_inverse=True)
     found, start = torch.empty(len(targets), device=input_ids.device), 0
     for logits in logits_in_chunks(model, input_ids, position_ids, positions):  # (chunk, vocabulary)

@@ -1,4 +1,4 @@
-"""The steps of several runs, and the rows in which they are computed together."""
+"""What several runs wait for, and the rows in which it is computed together."""
 
 import math
 import random
@@ -15,8 +15,8 @@ from lora_ft.data.batches import MicroBatch, Shard
 from lora_ft.model.device import micro_batch_tokens, random_states, set_random_states
 from lora_ft.nn.attention import Isolation
 
-ENOUGH = {"cpu": 310}  # tokens of a row: longer ones cost more in memory than they save in time (docs/training.md)
-ORDERS = 20  # of the runs, that are tried for fewer rows; of eight runs hardly any other order has still fewer
+ENOUGH = {"cpu": 310}  # tokens of a row in a step: longer ones cost more memory than they save time (docs/training.md)
+ORDERS = 20  # how many orders of the runs are tried; with eight runs hardly any other needs fewer rows
 
 
 class RunGenerators:
@@ -66,7 +66,7 @@ R = TypeVar("R", bound=RunRows)
 
 
 def row_limit(setting: int | str, device: str) -> int:
-    """The most tokens of several runs in a row, unless a run has a longer one alone."""
+    """The most tokens of several runs in a row of a step, unless a run has a longer one alone."""
     return min(micro_batch_tokens(setting, device), ENOUGH.get(device, sys.maxsize))
 
 
@@ -108,6 +108,7 @@ def _few_rows(own: Sequence[tuple[R, list[MicroBatch]]], most: int) -> list[list
     """The fewest rows that the runs fill one after the other, in one of some orders."""
     shared = sum(tokens_of(m) for run, micro in own if _shares(run) for m in micro)
     least = math.ceil(shared / max(1, most)) + sum(len(micro) for run, micro in own if not _shares(run))
+    least = max(least, *(len(micro) for _, micro in own), 0)
     fewest, order, draw = _first_fit(own, most), [*own], random.Random(0)
     for _ in range(ORDERS):
         if len(fewest) <= least:

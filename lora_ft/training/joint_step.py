@@ -94,7 +94,7 @@ class JointModel:
         self.model.eval()
         found: dict[int, list[Tensor]] = {run.run: [] for run in waiting}
         joined = rows(waiting, micro_batch_tokens(self.row_tokens, self.model.device.type))
-        for row in tqdm(joined, desc="evaluating", unit="rows", leave=False, delay=2, disable=None):
+        for row in tqdm(joined, desc="evaluating", unit="passes", leave=False, delay=2, disable=None):
             check()
             spans, segments, inputs = self._joined(row)
             parts = [Part(run.run, span) for (run, _), span in zip(row, spans, strict=True)]

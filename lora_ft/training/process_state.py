@@ -1,4 +1,4 @@
-"""What belongs to one run at a time, though a process has only one of it."""
+"""What a process has only one of, kept for each of several runs."""
 
 import os
 import sys

@@ -135,7 +135,7 @@ class Together:
             with tqdm(total=self._steps, desc="training", bar_format=BAR, disable=None) as bar:
                 while self._waiting:
                     answers = self._compute()
-                    bar.update(sum(isinstance(self._waiting[run], RunStep) for run in answers))
+                    bar.update(sum(isinstance(loss, Tensor) for loss in answers.values()))  # not of evaluations
                     self._advance(answers)
         finally:
             self.stopper.deferred = False

@@ -69,7 +69,7 @@ BEFORE_THE_FIRST_STEP = {
 AFTER_IT = {
     "a step": (lora_ft.training.step, "supervised_loss", 5),
     "the step before a checkpoint": (lora_ft.training.step, "supervised_loss", 3),
-    "an evaluation": (lora_ft.evaluation.scoring, "_log_probabilities", 3),
+    "an evaluation": (lora_ft.evaluation.scoring, "log_probabilities", 3),
     "saving": (State, "write", 2),
     "rotation": (lora_ft.training.saving, "rotate", 3),
     "the log": (lora_ft.commands.train_run, "append_line", 4),
@@ -150,7 +150,7 @@ def test_from_outside_at_any_moment(fresh):
 def test_eval_and_merge(folder, signum):
     before = files(folder)
     for command, place in (
-        (["eval", "--again"], (lora_ft.evaluation.scoring, "_log_probabilities", 2)),
+        (["eval", "--again"], (lora_ft.evaluation.scoring, "log_probabilities", 2)),
         (["eval", "--again"], (lora_ft.commands.evaluate, "load_base", 1)),
         (["merge", "--adapter", "out"], (lora_ft.methods.lora.merge_shards, "merged", 2)),
         (["merge", "--adapter", "out"], (lora_ft.methods.lora.merge, "compare_logits", 1)),

@@ -1,8 +1,11 @@
 """Several configs trained together: each run is what it is alone, whatever the others do."""
 
+import itertools
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -21,6 +24,7 @@ from lora_ft.core.errors import ConfigError, FilesError, NumbersError
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.distributed import processes
 from lora_ft.nn.attention import Isolation
+from lora_ft.training import joint_step
 from lora_ft.training.joint_rows import RunGenerators, RunRows, rows, tokens_of
 from lora_ft.training.joint_step import JointModel
 from lora_ft.training.setup import RunSetup
@@ -132,20 +136,59 @@ def test_neither_their_order_nor_their_number_changes_a_run(folder):
 
 
 def test_evaluations_that_fall_due_together_are_computed_together(folder, monkeypatch):
-    compute, noted_in = JointModel.log_probabilities, folder / "evaluated.txt"
+    evaluate, compute, notes = JointModel.log_probabilities, joint_step.log_probabilities, folder / "evaluated.txt"
 
-    def noted(self, waiting, check):
-        fewer = len(rows(waiting, COMMON["micro_batch_tokens"])) < sum(len(run.micro) for run in waiting)
-        with noted_in.open("a") as file:  # of a fork
-            print("".join("abc"[run.run] for run in waiting), "fewer rows" if fewer else "alone", sep=": ", file=file)
-        return compute(self, waiting, check)
+    def note(text):
+        with notes.open("a") as file:  # of a fork
+            file.write(text)
 
-    monkeypatch.setattr(JointModel, "log_probabilities", noted)
+    def noted_evaluate(self, waiting, check):
+        note("".join("abc"[run.run] for run in waiting) + str(sum(len(run.micro) for run in waiting)))
+        found = evaluate(self, waiting, check)
+        note("\n")
+        return found
+
+    def noted_compute(*args, **kwargs):
+        note(".")
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(JointModel, "log_probabilities", noted_evaluate)
+    monkeypatch.setattr(joint_step, "log_probabilities", noted_compute)
     due = {"train": {"max_steps": 6, "eval_steps": 3, "early_stopping_patience": None}}
-    together(
-        folder, *write_configs(folder, "due", {"a": due, "b": due, "c": {"train": due["train"] | {"eval_steps": 2}}})
-    )
-    assert noted_in.read_text().splitlines() == ["c: alone", "ab: fewer rows", "c: alone", "abc: fewer rows"]
+    own = {"a": due, "b": due, "c": {"train": due["train"] | {"eval_steps": 2}}}
+    together(folder, *write_configs(folder, "due", own))
+    runs, rows, passes = zip(*re.findall(r"([abc]+)(\d+)(\.+)", notes.read_text()), strict=True)
+    assert runs == ("c", "ab", "c", "abc")
+    assert [len(p) == int(n) for p, n in zip(passes, rows, strict=True)] == [True, False, True, False]
+
+
+def test_stopped_in_an_evaluation_they_resume_to_the_same_bits(folder, monkeypatch):
+    compute, calls = joint_step.log_probabilities, itertools.count(1)
+
+    def stopped(*args, **kwargs):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(*args, **kwargs)
+
+    names = write_configs(folder, "evaluating")
+    with monkeypatch.context() as patch:
+        patch.setattr(joint_step, "log_probabilities", stopped)
+        assert cli(folder, "train", *names).code == 128 + signal.SIGTERM
+    together(folder, *names, flags=("--resume",))
+    assert_same(folder, "together", "evaluating")
+
+
+def test_an_evaluation_that_is_not_finite_ends_its_run_alone(folder, monkeypatch):
+    compute = JointModel.log_probabilities
+
+    def spoiled(self, waiting, check):
+        found = compute(self, waiting, check)
+        return {run: [values * math.nan for values in of] if run == 1 else of for run, of in found.items()}
+
+    monkeypatch.setattr(JointModel, "log_probabilities", spoiled)
+    ended = cli(folder, "train", *write_configs(folder, "spoiled"))
+    assert ended.code == 5 and "1 of 3 runs failed: spoiled-b" in ended.err
+    assert_same(folder, "alone", "spoiled", "ac")
 
 
 def test_messages_say_whose_they_are(folder):
