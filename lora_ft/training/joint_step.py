@@ -6,7 +6,7 @@ their order, and draw from its own generators.
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 
 import torch
@@ -58,8 +58,7 @@ class JointModel:
             forward = torch.autocast(device, torch.bfloat16)(type(self.model).forward)
             self.model.forward = MethodType(convert_outputs_to_fp32(forward), self.model)
         self.row_tokens = row_tokens
-        self._base_dropout = BaseDropout()
-        self._has_dropout = True  # until `check` finds that no layer of the base draws one
+        self._dropout: AbstractContextManager = BaseDropout()  # until `check` finds that no layer of the base draws one
         layers = {run: lora_layers(model) for run, model in models.items()}
         paths = [*dict.fromkeys(path for own in layers.values() for path in own)]
         check_joint(base, paths, checkpointing)
@@ -123,7 +122,8 @@ class JointModel:
             raise ConfigError(
                 f"this model can't be trained with several configs at a time: {first_line(e)}. Train them one by one."
             ) from e
-        self._has_dropout = self._base_dropout.calls > 0
+        if isinstance(self._dropout, BaseDropout) and not self._dropout.calls:
+            self._dropout = nullcontext()
 
     def _losses_of_row(self, row: Sequence[tuple[RunStep, MicroBatch]], learn: bool = True) -> dict[int, Tensor]:
         """Compute a row, and its gradients if it is to `learn`; each run's loss, summed over its supervised tokens in the row.
@@ -137,8 +137,7 @@ class JointModel:
         parts = [Part(s.run, span, s.generators.drawing) for (s, _), span in zip(row, spans, strict=True)]
         counts = [len(micro["keep"]) for _, micro in row]
         outside = random_states()
-        dropout = self._base_dropout if self._has_dropout else nullcontext()
-        with row[0][0].isolation.row(self.model, segments), parts_of_row(parts), dropout:
+        with row[0][0].isolation.row(self.model, segments), parts_of_row(parts), self._dropout:
             losses = supervised_losses(self.model, **inputs, counts=counts)
             means = [loss / max(1, s.total) for (s, _), loss in zip(row, losses, strict=True)]
             if learn:

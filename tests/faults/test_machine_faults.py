@@ -129,7 +129,7 @@ def disk(tmp_path):
         options = f"{'remount,' if again else ''}size={size}"
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True)
         if done.returncode:
-            pytest.skip("mounting a small file system needs root")
+            pytest.skip(f"needs the right to mount a file system: {done.stderr.decode().strip()}")
         if not again:
             mounted.append(folder)
 
