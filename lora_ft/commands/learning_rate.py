@@ -13,12 +13,12 @@ from pathlib import Path
 from lora_ft.commands.train_run import train_run
 from lora_ft.config.learning_rate import (
     AUTO,
-    FEWEST_STEPS,
     PART,
     TRIALS,
     best_rate,
     chosen_before,
     rates_to_try,
+    too_few,
     trial_config,
     two_digits,
     usual_rate,
@@ -64,8 +64,8 @@ def with_learning_rate(
     setup = check_run(config, resume=resume, overwrite=overwrite, trust=trust)
     width = load_model_config(resolve(config.model.name, config.model.revision, trust)).get_text_config().hidden_size
     steps, rows = len(setup.make_plan(RowPacking(1), [])), setup.train_set.report.used
-    if steps * PART < FEWEST_STEPS or rows < 2:
-        rate, few = two_digits(usual_rate(config, width)), "rows" if rows < 2 else "steps"
+    if few := too_few(steps, rows):
+        rate = two_digits(usual_rate(config, width))
         info(f"learning rate: {rate:g}, the usual one: the run has too few {few} to try others")
         return with_rate(config, rate), {TRIALS: {"tried": []}}
     rates = rates_to_try(config, width)

@@ -44,6 +44,17 @@ def rates_to_try(config: Config, width: int) -> list[float]:
     return [two_digits(usual_rate(config, width) * factor / PART**HORIZON) for factor in FACTORS]
 
 
+def too_few(steps: int, rows: int) -> str:
+    """What a run has too few of for trials: "rows", "steps" or ""."""
+    return "rows" if rows < 2 else "steps" if steps * PART < FEWEST_STEPS else ""
+
+
+def passes_of_trials(config: Config, steps: int, rows: int) -> tuple[float, float]:
+    """How many times a run's tokens its trials train on, and score at most; 0 where it has no trials."""
+    tries = config.train.learning_rate == AUTO and not too_few(steps, rows)
+    return (len(FACTORS) * PART, len(FACTORS) * SHARE) if tries else (0, 0)
+
+
 def best_rate(losses: Mapping[float, float | None]) -> float:
     """The rate for the run, by the losses of the trials: of rate -> loss, or None if its numbers overflowed.
 

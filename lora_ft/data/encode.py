@@ -69,16 +69,18 @@ def load_examples(
     hashes = [content_hash(source, format) for source in sources]
     content = key_of([hashed for hashed, _ in hashes])
     files = {name: hashed for _, by_name in hashes for name, hashed in by_name.items()}
-    settings = [_identity(template), tokenizer_hash(tokenizer), max_length, long_text, bad_rows, max_examples, seed]
-    settings += [list(held_out), part]
+    settings = [_identity(template), tokenizer_hash(tokenizer), max_length, long_text, bad_rows]
+    which = [max_examples, seed, list(held_out), part]
     texts, read = load_texts(sources, content, template, tokenizer, bad_rows, format)
     is_rest, rows = part is None, part_indices(len(texts), held_out, part, seed)
     count = len(rows) if max_examples is None else min(max_examples, len(rows))
     sample = rows[sample_indices(len(rows), count, seed)] if count < len(rows) else rows
     chat = chat_format_of(template, tokenizer).template if template.messages else None
-    sha256 = key_of(content, settings, chat)  # without versions: --resume compares it with an earlier run's record
+    # of records: without versions, as --resume compares it with that of an earlier run
+    sha256 = key_of(content, settings + which, chat)
+    rows_key = sha256 if len(sample) < len(texts) else key_of(content, settings, chat)  # all rows: whatever the seed is
     dataset, made = cached(
-        key_of(sha256, truncate, sources, ENCODING_VERSION, version("tokenizers"), version("transformers")),
+        key_of(rows_key, truncate, sources, ENCODING_VERSION, version("tokenizers"), version("transformers")),
         EXAMPLES,
         lambda write: _encode(
             texts, sample, template, max_length, truncate, long_text == "split", bad_rows, tokenizer, write

@@ -65,6 +65,9 @@ class JointModel:
         for path in paths:
             own = {run: of_run[path] for run, of_run in layers.items() if path in of_run}
             self.model.set_submodule(path, JointLoRALinear(base.get_submodule(path), own))
+        # made here and kept: among the tensors of a row they would split the memory that the next rows need in one piece
+        own_weights = [p for model in models.values() for p in trainable(model).values()]
+        self._gradients = {p: torch.zeros_like(p) for p in own_weights}
         if checkpointing:
             self.model.gradient_checkpointing_enable()
         else:
@@ -142,9 +145,16 @@ class JointModel:
             means = [loss / max(1, s.total) for (s, _), loss in zip(row, losses, strict=True)]
             if learn:
                 torch.stack(means).sum().backward()
+                self._keep_gradients()
         if any(not torch.equal(state, outside.get(kind, state)) for kind, state in random_states().items()):
             raise NotImplementedError("its layers draw random numbers themselves (layer drop, router noise)")
         return {s.run: loss.detach() for (s, _), loss in zip(row, losses, strict=True)}
+
+    def _keep_gradients(self) -> None:
+        """Move new gradients to the memory kept for them; a parameter that got none has none, as in a run alone."""
+        for parameter, kept in self._gradients.items():
+            if parameter.grad is not None and parameter.grad is not kept:
+                parameter.grad = kept.copy_(parameter.grad)
 
     def _joined(
         self, row: Sequence[tuple[RunRows, MicroBatch]]

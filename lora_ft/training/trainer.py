@@ -69,7 +69,7 @@ class LoRATrainer(SeamTrainer):
         self.totals, self.progress = LogTotals(), ProgressBar(draws=together is None)
         self.started = self.line_started = time.perf_counter()  # line_started: moved on by evaluating and saving
         self.resumed: State | None = None
-        if not args.activation_checkpointing:
+        if not (together or args.activation_checkpointing):
             keep_gate_and_up(model)
         super().__init__(
             model=model,

@@ -175,6 +175,18 @@ def test_timing_measures_and_writes_nothing(made):
     assert not (made / "out").exists()
 
 
+def test_the_trials_of_learning_rates_are_part_of_the_time(made):
+    auto = {"train__learning_rate": "auto", "train__max_steps": 30}
+    timing = checked(made, "--time", **auto)[0]["timing"]
+    assert timing["seconds_trying"] == pytest.approx(
+        1.2 * timing["seconds_training"]
+    )  # five of a fifth, and scoring them
+    assert "with the trials of learning rates" in cli(made, "check", "config.yaml", *settings(**auto)).out
+    assert "to try learning rates" in cli(made, "check", "config.yaml", "--time", *settings(**auto)).out
+    too_few = settings(**auto | {"train__max_steps": 29})
+    assert "learning rates" not in cli(made, "check", "config.yaml", *too_few).out
+
+
 def test_weights_of_nan_are_told_with_the_rest(tmp_path):
     folder = write_run(tmp_path)
     weights = load_file(folder / "base/model.safetensors")

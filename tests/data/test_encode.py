@@ -420,6 +420,17 @@ def test_tables_are_computed_once(write, plain, monkeypatch, own_cache):
     monkeypatch.undo()
 
 
+def test_all_rows_are_encoded_once_for_runs_of_any_seed(write, plain, monkeypatch, own_cache):
+    path, encodings = write("a.jsonl", ROWS), []
+    real = encode.encode_pairs
+    monkeypatch.setattr(encode, "encode_pairs", lambda *a: encodings.append(a) or real(*a))
+    first, other = (load(path, PAIR, plain, seed=seed, max_examples=len(ROWS)) for seed in (0, 1))
+    assert len(encodings) == 1 and other.dataset[:] == first.dataset[:]
+    assert other.report.sha256 != first.report.sha256  # as records of earlier versions have it
+    samples = [load(path, PAIR, plain, seed=seed, max_examples=len(ROWS) - 1).dataset["row"] for seed in (0, 1, 2)]
+    assert len(set(map(tuple, samples))) > 1
+
+
 def test_tables_are_recomputed_when_anything_they_depend_on_changes(write, make_tokenizer, plain):
     path = write("a.jsonl", ROWS)
     shas = [load(path, PAIR, plain).report.sha256]

@@ -1,5 +1,6 @@
 """Several configs trained together: each run is what it is alone, whatever the others do."""
 
+import gc
 import itertools
 import json
 import math
@@ -23,9 +24,10 @@ from lora_ft.core import signals
 from lora_ft.core.errors import ConfigError, FilesError, NumbersError
 from lora_ft.core.signals import Stopped, Stopper
 from lora_ft.distributed import processes
+from lora_ft.methods.lora.inject import trainable
 from lora_ft.nn.attention import Isolation
 from lora_ft.training import joint_step
-from lora_ft.training.joint_rows import RunGenerators, RunRows, rows, tokens_of
+from lora_ft.training.joint_rows import RunGenerators, RunRows, RunStep, rows, tokens_of
 from lora_ft.training.joint_step import JointModel
 from lora_ft.training.setup import RunSetup
 from lora_ft.training.together import Run, Together
@@ -275,6 +277,28 @@ def test_layers_with_dropout_are_not_computed_again(command, tmp_path):
     again = {"train": {"gradient_checkpointing": True}}
     ended = cli(tmp_path, command, *write_configs(tmp_path, "again", dict.fromkeys(RUNS, again)))
     assert ended.code == 2 and "gradient_checkpointing is not supported for several configs" in ended.err
+
+
+def test_gradients_have_the_same_memory_in_every_step(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    runs = Together(Stopper(), 1)
+    setup = RunSetup(load_config(Path(write_configs(folder, "memory")[1])), "cpu", together=runs)
+    weights = [*trainable(setup.model).values()]
+    joint = JointModel(runs._base, {0: setup.model}, "auto", checkpointing=False)
+    places: list[set[int]] = []
+    for step in (setup.plan[0], setup.plan[1]):
+        own = RunStep(0, setup.isolation, step["micro"], setup.model, step["total"], setup.shard)
+        joint.add_gradients([own], lambda: None)
+        places.append({w.grad.data_ptr() for w in weights})
+        setup.model.zero_grad()
+    joint.add_gradients([RunStep(0, setup.isolation, [], setup.model, 1, setup.shard)], lambda: None)
+    assert places[0] == places[1] and len(places[0]) == len(weights)
+    assert all(w.grad is None for w in weights)  # the optimizer leaves those alone that got none
+
+
+def test_garbage_is_collected_again_after_training():
+    Together(Stopper(), 1).train([("a", lambda: None)], "auto", False)
+    assert not gc.get_freeze_count()
 
 
 def test_a_failure_of_one_process_ends_all_runs(monkeypatch):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lora_ft.commands.check import display, warnings
 from lora_ft.commands.check.chats import chat_turns
 from lora_ft.commands.check.inspect import Inspection, inspect_run
+from lora_ft.config.learning_rate import passes_of_trials
 from lora_ft.config.schema import Config
 from lora_ft.core.messages import echo_json, format_bytes, printable
 from lora_ft.core.trust import NO_TRUST, Trust
@@ -104,7 +105,11 @@ def show(result: Inspection) -> None:
         lines = result.timing.lines() if result.timing else []
         if result.seconds and not result.timing:
             texts = ", without the texts that are generated" if config.train.predict_with_generate else ""
-            rough = f"roughly {format_duration(result.seconds)}{texts}, by the speed of this CPU's matrix products"
+            tried, _ = passes_of_trials(config, len(result.plan), setup.train_set.report.used)
+            trials = ", with the trials of learning rates" if tried else ""
+            rough = (
+                f"roughly {format_duration(result.seconds)}{trials}{texts}, by the speed of this CPU's matrix products"
+            )
             lines = [f"  {rough} (--time measures it)"]
         display.section(out, steps if lines else f"{steps} (--time: how long they take)", lines)
     display.section(out, "settings", display.settings_lines(config))

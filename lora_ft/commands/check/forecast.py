@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from lora_ft.commands.check.timing import evaluations_of
+from lora_ft.config.learning_rate import passes_of_trials
 from lora_ft.data.batches import StepPlan
 from lora_ft.model.load import dtype_of
 from lora_ft.training.setup import RunSetup
@@ -20,9 +21,10 @@ MEASURED_SECONDS, MEASURED_TOKENS = 0.1, 512
 
 
 def forecast(setup: RunSetup, model: PreTrainedModel, plan: StepPlan) -> float | None:
-    """Seconds of training and of scoring the eval sets; None where this says too little: on a GPU, of experts or state spaces.
+    """Seconds of training, of `auto`'s trials, and of scoring the eval sets; None where this says too little.
 
-    model: the adapted model without weights. Texts that evaluations generate are not part of it.
+    That is on a GPU, and of experts or state spaces. Texts that evaluations generate are not part of it. model: the adapted
+    model without weights.
     """
     if setup.device != "cpu" or any(p.dim() > 2 for p in model.parameters()):
         return None
@@ -32,7 +34,11 @@ def forecast(setup: RunSetup, model: PreTrainedModel, plan: StepPlan) -> float |
     train, full = setup.train_set.report, setup.config.adapter.method == "full"
     passes = 2 + full + setup.config.train.gradient_checkpointing
     epochs = len(plan) / plan.steps_per_epoch
-    products = epochs * (passes * layers * train.tokens + (2 + full) * embedding.numel() * train.supervised)
+    tried, scored = passes_of_trials(setup.config, len(plan), train.used)
+    products = epochs * (
+        (1 + tried) * (passes * layers * train.tokens + (2 + full) * embedding.numel() * train.supervised)
+        + scored * (layers * train.tokens + embedding.numel() * train.supervised)
+    )
     for examples in setup.eval_sets.values():
         of = examples.report
         products += evaluations_of(setup, len(plan)) * (layers * of.tokens + embedding.numel() * of.supervised)

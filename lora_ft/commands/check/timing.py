@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lora_ft.config.learning_rate import passes_of_trials
 from lora_ft.core.paths import temporary_folder
 from lora_ft.data.examples import Examples
 from lora_ft.evaluation.references import eval_prompts
@@ -30,13 +31,16 @@ class Timing:
     seconds_evaluating: float
     evaluations: int
     peak_memory_mb: float
+    seconds_trying: float = 0.0  # learning rates, before the run
 
     def lines(self) -> list[str]:
         """For people."""
         evaluating = f" and {format_duration(self.seconds_evaluating)} for {self.evaluations} evaluations"
         training = f"about {format_duration(self.seconds_training)} at {self.tokens_per_second:,.0f} tokens per second"
+        trying = f", and {format_duration(self.seconds_trying)} to try learning rates"
         memory = f"measured peak memory of these {WARM_UP + TIMED} steps: {self.peak_memory_mb:,.0f} MiB"
-        return [f"  {training}{evaluating if self.evaluations else ''}", f"  {memory}"]
+        parts = training, evaluating * bool(self.evaluations), trying * bool(self.seconds_trying)
+        return [f"  {''.join(parts)}", f"  {memory}"]
 
 
 def time_steps(setup: RunSetup) -> Timing:
@@ -70,7 +74,9 @@ def time_steps(setup: RunSetup) -> Timing:
         if settings.predict_with_generate:
             evaluating += evaluations * _seconds_generating(setup, examples, prefix)
     training = setup.train_set.report.tokens * len(complete) / complete.steps_per_epoch / speed
-    return Timing(speed, training, evaluating, evaluations, peak_memory_mb(setup.device))
+    tried, scored = passes_of_trials(config, len(complete), setup.train_set.report.used)
+    trying = training * (tried + scored / 2)  # a forward without a backward takes half of a step
+    return Timing(speed, training, evaluating, evaluations, peak_memory_mb(setup.device), trying)
 
 
 def evaluations_of(setup: RunSetup, steps: int) -> int:
