@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_ft.config.load import parse_config
-from lora_ft.config.schema import Config
-from lora_ft.config.tuning import MAX_TUNING_EXAMPLES, tuning_config
+from lora_ft.config.schema import Config, eval_sets
+from lora_ft.config.tuning import MAX_TUNING_EXAMPLES, TUNING_SET, tuning_config
 from lora_ft.core.errors import ConfigError
 
 AUTO = "auto"
@@ -47,12 +47,6 @@ def rates_to_try(config: Config, width: int) -> list[float]:
 def too_few(steps: int, rows: int) -> str:
     """What a run has too few of for trials: "rows", "steps" or ""."""
     return "rows" if rows < 2 else "steps" if steps * PART < FEWEST_STEPS else ""
-
-
-def passes_of_trials(config: Config, steps: int, rows: int) -> tuple[float, float]:
-    """How many times a run's tokens its trials train on, and score at most; 0 where it has no trials."""
-    tries = config.train.learning_rate == AUTO and not too_few(steps, rows)
-    return (len(FACTORS) * PART, len(FACTORS) * SHARE) if tries else (0, 0)
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float:
@@ -108,6 +102,17 @@ def trial_config(config: Config, rate: float) -> Config:
 def shorter(steps: float) -> float:
     """A number of steps of the run as that of a trial; below 1, a fraction of either, as it is."""
     return max(1, round(steps * PART)) if steps >= 1 else steps
+
+
+def passes_of_trials(config: Config, steps: int, rows: int) -> tuple[float, float]:
+    """What trials add to a run: the part of its steps that they have, and how often they score as much as all of its rows."""
+    if config.train.learning_rate != AUTO or too_few(steps, rows):
+        return 0, 0
+    data = trial_config(config, 1).data
+    share = eval_sets(data.eval)[TUNING_SET]
+    assert isinstance(share, float) and data.max_eval_examples
+    scored = min(share * rows, data.max_eval_examples)
+    return len(FACTORS) * PART, len(FACTORS) * scored / rows
 
 
 def with_rate(config: Config, rate: float) -> Config:

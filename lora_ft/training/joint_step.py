@@ -7,6 +7,7 @@ their order, and draw from its own generators.
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import MethodType
 
 import torch
@@ -65,9 +66,9 @@ class JointModel:
         for path in paths:
             own = {run: of_run[path] for run, of_run in layers.items() if path in of_run}
             self.model.set_submodule(path, JointLoRALinear(base.get_submodule(path), own))
-        # made here and kept: among the tensors of a row they would split the memory that the next rows need in one piece
-        own_weights = [p for model in models.values() for p in trainable(model).values()]
-        self._gradients = {p: torch.zeros_like(p) for p in own_weights}
+        if device == "cpu":
+            for p in (p for model in models.values() for p in trainable(model).values()):
+                p.register_post_accumulate_grad_hook(partial(_move_gradient, torch.zeros_like(p)))
         if checkpointing:
             self.model.gradient_checkpointing_enable()
         else:
@@ -145,16 +146,9 @@ class JointModel:
             means = [loss / max(1, s.total) for (s, _), loss in zip(row, losses, strict=True)]
             if learn:
                 torch.stack(means).sum().backward()
-                self._keep_gradients()
         if any(not torch.equal(state, outside.get(kind, state)) for kind, state in random_states().items()):
             raise NotImplementedError("its layers draw random numbers themselves (layer drop, router noise)")
         return {s.run: loss.detach() for (s, _), loss in zip(row, losses, strict=True)}
-
-    def _keep_gradients(self) -> None:
-        """Move new gradients to the memory kept for them; a parameter that got none has none, as in a run alone."""
-        for parameter, kept in self._gradients.items():
-            if parameter.grad is not None and parameter.grad is not kept:
-                parameter.grad = kept.copy_(parameter.grad)
 
     def _joined(
         self, row: Sequence[tuple[RunRows, MicroBatch]]
@@ -174,6 +168,12 @@ class JointModel:
             "targets": torch.cat([micro["targets"] for _, micro in row]),
         }
         return spans, segments, {key: x.to(self.model.device, non_blocking=True) for key, x in joined.items()}
+
+
+def _move_gradient(kept: Tensor, parameter: Tensor) -> None:
+    """Move a new gradient to memory made before training: among the tensors of a row it would leave holes in the CPU's heap."""
+    if parameter.grad is not None and parameter.grad is not kept:
+        parameter.grad = kept.copy_(parameter.grad)
 
 
 def check_joint(base: PreTrainedModel, adapted: Iterable[str], checkpointing: bool) -> None:

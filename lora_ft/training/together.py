@@ -6,7 +6,6 @@ not ended wait too. Then all evaluations are computed, or if there are none, a s
 no other, and each can be stopped and resumed like any run.
 """
 
-import gc
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -131,8 +130,6 @@ class Together:
         try:
             waiting = self._start(runs)
             self._join(waiting, row_tokens, checkpointing)
-            gc.collect()
-            gc.freeze()  # accelerate collects garbage as each run begins: now a walk through what that run has made
             self._waiting = dict.fromkeys(waiting)
             self._advance(dict.fromkeys(waiting))
             with tqdm(total=self._steps, desc="training", bar_format=BAR, disable=None) as bar:
@@ -141,7 +138,6 @@ class Together:
                     bar.update(sum(isinstance(loss, Tensor) for loss in answers.values()))  # not of evaluations
                     self._advance(answers)
         finally:
-            gc.unfreeze()
             self.stopper.deferred = False
         return runs
 

@@ -23,7 +23,12 @@ class SeamTrainer(Trainer):
         """Do nothing: the model was loaded where it computes, and a sharded one cannot be moved."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Keep DistributedDataParallel off the model: `training_step` sums the gradients. Autocast stays."""
+        """Keep DistributedDataParallel off the model: `training_step` sums the gradients. Autocast stays.
+
+        As training begins, the Trainer frees what an earlier one left in the accelerator, with a walk through all objects of
+        the process, a third of a second. This one has had none.
+        """
         super().create_accelerator_and_postprocess()
+        self.accelerator.free_memory = lambda: None
         prepare = self.accelerator.prepare_model
         self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)

@@ -97,6 +97,13 @@ def test_create_accelerator_and_postprocess(monkeypatch, request):
     assert calls == [{"device_placement": False, "evaluation_mode": True}]
 
 
+def test_free_memory(monkeypatch, request):
+    """The Trainer calls its accelerator's free_memory, without arguments or a use of what it returns, as training begins."""
+    assert inspect.getsource(Trainer._inner_training_loop).count("\n        self.accelerator.free_memory()\n") == 1
+    monkeypatch.setattr(Accelerator, "free_memory", lambda self, *objects: pytest.fail("a walk through all objects"))
+    request.getfixturevalue("events")
+
+
 def test_n_gpu(tmp_path):
     """training/arguments.py sets it, so that the Trainer does not wrap the model in DataParallel."""
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)

@@ -13,14 +13,12 @@ from transformers import PreTrainedModel
 from lora_ft.commands.check import display, warnings
 from lora_ft.commands.check.chats import chat_turns
 from lora_ft.commands.check.inspect import Inspection, inspect_run
-from lora_ft.config.learning_rate import passes_of_trials
 from lora_ft.config.schema import Config
 from lora_ft.core.messages import echo_json, format_bytes, printable
 from lora_ft.core.trust import NO_TRUST, Trust
 from lora_ft.data.examples import column_array, reports
 from lora_ft.methods.lora.files import bytes_on_disk
 from lora_ft.methods.lora.inject import lora_layers, trainable
-from lora_ft.report.figures import format_duration
 
 EXAMPLES_SHOWN = 2
 OWN = "in this GPU's allocator"
@@ -105,11 +103,7 @@ def show(result: Inspection) -> None:
         lines = result.timing.lines() if result.timing else []
         if result.seconds and not result.timing:
             texts = ", without the texts that are generated" if config.train.predict_with_generate else ""
-            tried, _ = passes_of_trials(config, len(result.plan), setup.train_set.report.used)
-            trials = ", with the trials of learning rates" if tried else ""
-            rough = (
-                f"roughly {format_duration(result.seconds)}{trials}{texts}, by the speed of this CPU's matrix products"
-            )
+            rough = f"{result.rough_time()}{texts}, by the speed of this CPU's matrix products"
             lines = [f"  {rough} (--time measures it)"]
         display.section(out, steps if lines else f"{steps} (--time: how long they take)", lines)
     display.section(out, "settings", display.settings_lines(config))

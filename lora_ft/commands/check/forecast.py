@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from lora_ft.commands.check.timing import evaluations_of
+from lora_ft.commands.check.timing import evaluations_of, products_of_step
 from lora_ft.config.learning_rate import passes_of_trials
 from lora_ft.data.batches import StepPlan
 from lora_ft.model.load import dtype_of
@@ -32,13 +32,13 @@ def forecast(setup: RunSetup, model: PreTrainedModel, plan: StepPlan) -> float |
     outside = {id(p) for module in ends if module is not None for p in module.parameters()}
     layers = sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in outside)
     train, full = setup.train_set.report, setup.config.adapter.method == "full"
-    passes = 2 + full + setup.config.train.gradient_checkpointing
     epochs = len(plan) / plan.steps_per_epoch
     tried, scored = passes_of_trials(setup.config, len(plan), train.used)
-    products = epochs * (
-        (1 + tried) * (passes * layers * train.tokens + (2 + full) * embedding.numel() * train.supervised)
-        + scored * (layers * train.tokens + embedding.numel() * train.supervised)
+    of_steps = (
+        products_of_step(setup.config) * layers * train.tokens + (2 + full) * embedding.numel() * train.supervised
     )
+    products = (1 + tried) * epochs * of_steps
+    products += scored * (layers * train.tokens + embedding.numel() * train.supervised)
     for examples in setup.eval_sets.values():
         of = examples.report
         products += evaluations_of(setup, len(plan)) * (layers * of.tokens + embedding.numel() * of.supervised)

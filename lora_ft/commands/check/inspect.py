@@ -12,6 +12,7 @@ from lora_ft.commands.check import warnings
 from lora_ft.commands.check.forecast import forecast
 from lora_ft.commands.check.memory import Memory, estimate, largest_rows, moments_of
 from lora_ft.commands.check.timing import Timing, time_steps
+from lora_ft.config.learning_rate import passes_of_trials
 from lora_ft.config.schema import Config
 from lora_ft.core.errors import ModelError, UserError
 from lora_ft.core.machine import resident_memory
@@ -25,6 +26,7 @@ from lora_ft.model.device import OWN_MEMORY, free_memory, prepare_device
 from lora_ft.model.load import check_weights, dtype_of, skeleton
 from lora_ft.model.quantize import quantize
 from lora_ft.nn.attention import Isolation
+from lora_ft.report.figures import format_duration
 from lora_ft.training import resume
 from lora_ft.training.output import check_writable
 from lora_ft.training.setup import RunSetup
@@ -46,6 +48,12 @@ class Inspection:
     in_common: dict[str, int] = field(default_factory=dict)  # eval set -> its examples that are also training examples
     warnings: list[str] = field(default_factory=list)
     errors: list[UserError] = field(default_factory=list)
+
+    def rough_time(self) -> str:
+        """The forecast in words: `roughly 20 min, with the trials of learning rates`."""
+        rows = self.setup.train_set.report.used
+        tried, _ = passes_of_trials(self.setup.config, len(self.plan or ()), rows)
+        return f"roughly {format_duration(self.seconds or 0)}{', with the trials of learning rates' if tried else ''}"
 
     @contextmanager
     def collect_errors(self) -> Iterator[None]:
@@ -100,7 +108,8 @@ def inspect_run(config: Config, time: bool, trust: Trust) -> Inspection:
         with result.collect_errors():
             for examples in setup.eval_sets.values() if config.train.predict_with_generate else ():
                 eval_prompts(result.model, setup.tokenizer, examples, config)
-        result.seconds = forecast(setup, result.model, result.plan)
+        with result.collect_errors():
+            result.seconds = forecast(setup, result.model, result.plan)
         if "arguments" in vars(setup):
             with working("estimating the memory"):
                 _inspect_memory(result, result.model, result.plan)

@@ -76,7 +76,7 @@ def show(results: Mapping[str, Inspection], together: Memory | None) -> None:
             lines.append(f"  lora: {result.adapted}, rank {result.setup.config.adapter.rank}")
         if result.plan:
             steps = f"  steps: {len(result.plan):,} of {result.setup.config.train.batch_size} examples"
-            lines.append(steps + (f", alone roughly {format_duration(result.seconds)}" if result.seconds else ""))
+            lines.append(steps + (f", alone {result.rough_time()}" if result.seconds else ""))
         if result.memory:
             lines.append(f"  memory, alone: {format_bytes(result.memory.total)}")
         display.section(out, name, lines)

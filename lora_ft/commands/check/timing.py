@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_ft.config.learning_rate import passes_of_trials
+from lora_ft.config.schema import Config
 from lora_ft.core.paths import temporary_folder
 from lora_ft.data.examples import Examples
 from lora_ft.evaluation.references import eval_prompts
@@ -75,8 +76,14 @@ def time_steps(setup: RunSetup) -> Timing:
             evaluating += evaluations * _seconds_generating(setup, examples, prefix)
     training = setup.train_set.report.tokens * len(complete) / complete.steps_per_epoch / speed
     tried, scored = passes_of_trials(config, len(complete), setup.train_set.report.used)
-    trying = training * (tried + scored / 2)  # a forward without a backward takes half of a step
+    scoring = scored * setup.train_set.report.tokens / speed / products_of_step(config)
+    trying = tried * training + scoring
     return Timing(speed, training, evaluating, evaluations, peak_memory_mb(setup.device), trying)
+
+
+def products_of_step(config: Config) -> int:
+    """How many products of a layer's weight a step takes for each token, where scoring takes one."""
+    return 2 + (config.adapter.method == "full") + config.train.gradient_checkpointing
 
 
 def evaluations_of(setup: RunSetup, steps: int) -> int:
