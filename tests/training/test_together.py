@@ -357,6 +357,7 @@ def test_check_shows_what_they_need_together(folder):
     assert cli(folder, "check", *names, "--time").code == 2
     ended = cli(folder, "check", *names)
     assert "checked-c" in ended.out and "memory that training them together needs" in ended.out
+    assert "one by one; together less" in ended.out
     assert cli(folder, "check", names[0], names[0]).err.strip() == "checked-a.yaml: given twice"
 
 

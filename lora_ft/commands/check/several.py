@@ -86,5 +86,5 @@ def show(results: Mapping[str, Inspection], together: Memory | None) -> None:
         display.section(out, f"memory that training them together needs, {where}", lines)
     seconds = [result.seconds for result in results.values()]
     if all(seconds):
-        text = f"  roughly {format_duration(sum(s or 0 for s in seconds))} or less, that of the runs one by one"
+        text = f"  roughly {format_duration(sum(s or 0 for s in seconds))} one by one; together less, where steps are short"
         display.section(out, "time", [text])
