@@ -15,7 +15,7 @@ from lora_ft.data.batches import MicroBatch, Shard
 from lora_ft.model.device import micro_batch_tokens, random_states, set_random_states
 from lora_ft.nn.attention import Isolation
 
-ENOUGH = {"cpu": 305}  # tokens of a row in a step: longer ones cost more memory than they save time (docs/training.md)
+ENOUGH = {"cpu": 305}  # tokens of a row in a step; longer ones take too much memory (docs/training.md)
 ORDERS = 20  # how many orders of the runs are tried; with eight runs hardly any other needs fewer rows
 
 
